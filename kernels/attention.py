@@ -1,0 +1,123 @@
+"""The public reductions of attention. Each function picks the engine; all engines compute what ``reference`` defines.
+
+Engines: ``"reference"`` (dense: short sequences, and the definition), ``"streaming"`` (plain PyTorch, any device).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from headscope.kernels import reference, streaming
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Attended, Request
+
+Engine = Literal["auto", "reference", "streaming"]
+_ENGINES: dict[str, Callable[..., Attended]] = {"reference": reference.attend, "streaming": streaming.attend}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    request: Request,
+    engine: Engine = "auto",
+) -> Attended:
+    """One attention call: its output and every reduction in ``request``, in as few passes as the engine can.
+
+    Args:
+        q: queries (batch, head, query, d_head), after position embedding and any normalisation.
+        k: keys (batch, kv_head, key, d_head); query head ``h`` reads ``kv_head = h // (head / kv_head)``.
+        v: values (batch, kv_head, key, d_value); d_value may differ from d_head.
+        mask: which keys each query sees.
+        scale: multiplies q.k.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        sinks: one extra logit a head (head,) in the softmax denominator.
+        request: what to compute.
+        engine: ``"auto"`` picks the fastest engine for the device.
+
+    Raises:
+        ValueError: shapes that do not belong together, or an unknown engine.
+    """
+    _check(q, k, v, sinks, request)
+    if engine == "auto":
+        engine = "streaming"
+    if engine not in _ENGINES:
+        raise ValueError(f"unknown engine {engine!r}; choose one of {sorted(_ENGINES)} or 'auto'")
+    return _ENGINES[engine](q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, request=request)
+
+
+def output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The attention output alone (batch, head, query, d_value), by PyTorch's own kernel wherever it has one."""
+    _check(q, k, v, sinks, Request())
+    return streaming.output_only(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def pattern(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    rows: slice = slice(None),
+    keys: slice = slice(None),
+) -> Tensor:
+    """One exact tile of the pattern: rows ``rows`` and keys ``keys`` of (batch, head, row, key), in float32.
+
+    The softmax runs over all the keys of each row, a block of rows at a time, so memory is the tile asked for.
+    """
+    r0, r1, _ = rows.indices(q.shape[2])
+    k0, k1, _ = keys.indices(k.shape[2])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(q.shape[0], q.shape[1], max(0, r1 - r0), max(0, k1 - k0), dtype=dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    at = torch.arange(r0, r1, device=q.device)
+    request = Request(output=False, lse=True, query_rows=at)
+    lse = streaming.attend(q, k, k, mask=mask, scale=scale, softcap=softcap, sinks=sinks, request=request).lse
+    assert lse is not None
+    head_keys = k[:, :, k0:k1].to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    torch.matmul(q[:, :, r0:r1].to(dtype) * scale, head_keys.transpose(-1, -2), out=out)
+    if softcap is not None:
+        out.div_(softcap).tanh_().mul_(softcap)
+    out.sub_(lse[..., None]).exp_()
+    heads = torch.arange(q.shape[1], device=q.device)
+    seen = mask.tile(at, torch.arange(k0, k1, device=q.device), heads)
+    return out if seen is None else out.masked_fill_(~seen, 0.0)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, request: Request) -> None:
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x.shape) for x in (q, k, v)]}")
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k and v do not belong together: {[tuple(x.shape) for x in (q, k, v)]}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks must have one logit a head, shape ({q.shape[1]},); got {tuple(sinks.shape)}")
+    linear = request.linear
+    if linear is not None and (linear.dim() not in (2, 3) or linear.shape[-2] != k.shape[2]):
+        raise ValueError(
+            f"linear must be (key, n) or (batch, key, n) with {k.shape[2]} keys; got {tuple(linear.shape)}"
+        )
+    if request.targets is not None and (request.targets.dim() != 3 or request.targets.shape[1] != q.shape[2]):
+        raise ValueError(f"targets must be (batch or 1, {q.shape[2]}, t); got {tuple(request.targets.shape)}")

@@ -1,0 +1,143 @@
+"""The definition of every reduction: dense, short, obviously right, in float64 if asked.
+
+Everything else in ``kernels/`` is an optimisation of this file, and its test is the difference from it. It builds the
+query x key pattern, so keep it to short sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Attended, Request
+
+
+def scores(q: Tensor, k: Tensor, *, mask: Mask, scale: float, softcap: float | None = None) -> Tensor:
+    """Masked attention scores (batch, head, query, key) with ``-inf`` at invisible keys.
+
+    ``q`` (batch, head, query, d_head), ``k`` (batch, kv_head, key, d_head). Softcap is Gemma 2's ``c tanh(s / c)``.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    s = scale * (q @ k.transpose(-1, -2))
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+    visible = dense_mask(mask, q.shape, k.shape[2], q.device)
+    return s.masked_fill(~visible, float("-inf"))
+
+
+def dense_mask(mask: Mask, query_shape: torch.Size, keys: int, device: torch.device) -> Tensor:
+    """The mask as bool (batch, head, query, key)."""
+    batch, heads, queries, _ = query_shape
+    rows, cols = torch.arange(queries, device=device), torch.arange(keys, device=device)
+    shape = (batch, heads, queries, keys)
+    if not queries or not keys:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    seen = mask.tile(rows, cols, torch.arange(heads, device=device))
+    return torch.ones(shape, dtype=torch.bool, device=device) if seen is None else seen.expand(shape)
+
+
+def pattern(
+    q: Tensor, k: Tensor, *, mask: Mask, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """The attention pattern (batch, head, query, key).
+
+    Rows sum to 1, to less than 1 with sink logits ``sinks`` (head,) (gpt-oss: one extra logit in the denominator), and
+    to 0 for a query that sees no key.
+    """
+    s = scores(q, k, mask=mask, scale=scale, softcap=softcap)
+    lse = _lse(s, sinks)
+    return torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+
+
+def _lse(s: Tensor, sinks: Tensor | None) -> Tensor:
+    lse = torch.logsumexp(s, dim=-1)
+    if sinks is None:
+        return lse
+    empty = lse == float("-inf")
+    return torch.logaddexp(lse, sinks.to(s.dtype)[None, :, None]).masked_fill(empty, float("-inf"))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    request: Request,
+) -> Attended:
+    """Every reduction of ``request`` from the dense pattern, in the inputs' precision (at least float32).
+
+    Shapes: ``q`` (batch, head, query, d_head), ``k`` (batch, kv_head, key, d_head), ``v`` (batch, kv_head, key, ·).
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    s = scores(q, k, mask=mask, scale=scale, softcap=softcap)
+    p = pattern(q, k, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
+    result = Attended()
+    if request.output:
+        result.output = p @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    _columns(result, p, s, mask, request)
+    rows = torch.arange(q.shape[2], device=q.device)
+    if request.query_rows is not None:
+        rows = request.query_rows
+    _rows(result, p[:, :, rows], s[:, :, rows], rows, mask, sinks, request)
+    return result
+
+
+def _rows(
+    result: Attended, p: Tensor, s: Tensor, rows: Tensor, mask: Mask, sinks: Tensor | None, request: Request
+) -> None:
+    gap = (rows + mask.query_offset)[:, None] - (torch.arange(p.shape[-1], device=p.device) + mask.key_offset)[None, :]
+    if request.lse:
+        result.lse = _lse(s, sinks)
+    if request.max:
+        result.max = s.amax(-1)
+    if request.entropy:
+        result.entropy = torch.special.entr(p).sum(-1)
+    if request.linear is not None:
+        f = request.linear.to(p.dtype)
+        result.linear = p @ (f if f.dim() == 2 else f[:, None])
+    if request.distance:
+        result.distance = (p * gap).sum(-1)
+    if request.windows:
+        inside = [p * ((gap >= 0) & (gap < w)) for w in request.windows]
+        result.window_mass = torch.stack([x.sum(-1) for x in inside], dim=-1)
+        clipped = [p * torch.clamp(gap, max=w) for w in request.windows]
+        result.window_distance = torch.stack([x.sum(-1) for x in clipped], dim=-1)
+    if request.top:
+        mass, index = p.topk(min(request.top, p.shape[-1]), dim=-1)
+        result.top_mass, result.top_keys = pad_top(mass, index + mask.key_offset, request.top)
+    if request.targets is not None:
+        at = request.targets[:, rows].to(p.device) - mask.key_offset
+        at = at[:, None].expand(p.shape[0], p.shape[1], -1, -1)
+        exists = (request.targets[:, rows].to(p.device)[:, None] >= 0) & (at >= 0) & (at < p.shape[-1])
+        result.target_mass = p.gather(-1, at.clamp(0, p.shape[-1] - 1)) * exists
+
+
+def pad_top(mass: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Fill the top-k of rows with fewer than ``k`` keys of non-zero mass: mass 0 and key -1."""
+    keys = keys.masked_fill(mass <= 0, -1)
+    short = k - mass.shape[-1]
+    if short > 0:
+        mass = torch.nn.functional.pad(mass, (0, short))
+        keys = torch.nn.functional.pad(keys, (0, short), value=-1)
+    return mass, keys
+
+
+def _columns(result: Attended, p: Tensor, s: Tensor, mask: Mask, request: Request) -> None:
+    first, stop = request.key_queries or (0, p.shape[2])
+    rows = torch.arange(first, stop, device=p.device)
+    real = mask.query_is_real(rows)
+    p, seen = p[:, :, first:stop], s[:, :, first:stop] > float("-inf")
+    if real is not None:
+        p, seen = p * real[:, None, :, None], seen & real[:, None, :, None]
+    if request.key_sum:
+        result.key_sum = p.sum(2)
+    if request.key_max:
+        result.key_max = p.amax(2) if stop > first else p.new_zeros(p.shape[0], p.shape[1], p.shape[3])
+    if request.key_count:
+        result.key_count = seen.sum(2)

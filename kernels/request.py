@@ -1,0 +1,91 @@
+"""What to compute in one pass over attention, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The reductions wanted from one attention call. Only what is asked for is computed.
+
+    Rows (one number per query):
+        ``lse``: logsumexp of the scores (nats), a sink logit included.
+        ``max``: the largest visible score (after scale and softcap; a sink logit is not a key).
+        ``entropy``: ``-sum_j p_j log p_j`` over the keys, in nats. With a sink logit the row sums to less than one and
+        the sink's own term is left out, as it is left out of the pattern.
+        ``linear``: ``sum_j p_ij F_jn`` for the columns of ``linear`` (key, n) or (batch, key, n): spans, sinks.
+        ``distance``: ``sum_j p_ij (q_i - k_j)`` in tokens, of absolute positions.
+        ``windows``: for each ``w``, the mass on keys with ``0 <= q - k < w`` and ``sum_j p_ij min(q_i - k_j, w)``.
+        ``top``: the ``k`` heaviest keys: masses and key *positions* (-1 where a row sees fewer keys).
+        ``targets``: mass on given key positions, (batch or 1, query, t) integers, negative meaning none.
+        ``query_rows``: query row indices (n,) ascending to which row statistics are limited; None means all.
+
+    Columns (one number per key), over the real (not padded) queries of rows ``key_queries = (first, stop)``:
+        ``key_sum``: ``sum_i p_ij``; ``key_max``: ``max_i p_ij``; ``key_count``: how many of them see key ``j``.
+
+    ``output``: also return ``sum_j p_ij v_j``.
+
+    Empty rows (a query that sees no key; defined, not accidental): lse and max are ``-inf``, every other row statistic
+    and the output are 0, top positions are -1, and the row adds nothing to any column.
+    """
+
+    output: bool = True
+    lse: bool = False
+    max: bool = False
+    entropy: bool = False
+    linear: Tensor | None = None
+    distance: bool = False
+    windows: tuple[int, ...] = ()
+    top: int = 0
+    targets: Tensor | None = None
+    query_rows: Tensor | None = None
+    key_sum: bool = False
+    key_max: bool = False
+    key_count: bool = False
+    key_queries: tuple[int, int] | None = None
+
+    @property
+    def wants_rows(self) -> bool:
+        """Whether any row statistic is asked for."""
+        asked = (self.lse, self.max, self.entropy, self.distance, self.windows, self.top)
+        return any(asked) or self.linear is not None or self.targets is not None
+
+    @property
+    def wants_keys(self) -> bool:
+        """Whether any column statistic is asked for."""
+        return self.key_sum or self.key_max or self.key_count
+
+    @property
+    def wants_statistics(self) -> bool:
+        """Whether anything beside the output is asked for."""
+        return self.wants_rows or self.wants_keys
+
+
+@dataclass(eq=False)
+class Attended:
+    """What one attention call computed; fields that were not requested are None.
+
+    ``output`` (batch, head, query, d_value) in the value's dtype. Statistics are float32 (float64 for float64 input):
+    rows have shape (batch, head, row), ``linear`` (batch, head, row, n), ``window_mass`` and ``window_distance``
+    (batch, head, row, window), ``top_mass`` and ``top_keys`` (int64 positions) (batch, head, row, k), ``target_mass``
+    (batch, head, row, t); columns have shape (batch, head, key), ``key_count`` (batch, 1 or head, key) int64.
+    """
+
+    output: Tensor | None = None
+    lse: Tensor | None = None
+    max: Tensor | None = None
+    entropy: Tensor | None = None
+    linear: Tensor | None = None
+    distance: Tensor | None = None
+    window_mass: Tensor | None = None
+    window_distance: Tensor | None = None
+    top_mass: Tensor | None = None
+    top_keys: Tensor | None = None
+    target_mass: Tensor | None = None
+    key_sum: Tensor | None = None
+    key_max: Tensor | None = None
+    key_count: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
