@@ -1,0 +1,23 @@
+"""Shared fixtures: real models once per session, tiny random models by configuration."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a hub
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in float32; every test leaves it as it found it."""
+    from headscope.interp import load_model
+
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
