@@ -1,0 +1,186 @@
+"""Head scores: layer x head with confidence intervals over trials, and where they came from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.files import write_atomically
+from headscope.interp.headset import HeadSet
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """Per-head scores of one discovery method.
+
+    ``trials`` (trial, layer, head) holds one score per trial; NaN where a trial says nothing about a head. A head's score
+    is the mean over its trials; the interval is a percentile bootstrap over trials (``level`` 0.95, ``resamples`` 2000,
+    seeded), which describes these trials' sampling only, not other prompts or models.
+
+    ``groups`` (trial,) names what was drawn independently (a seed, a needle): where given, whole groups are resampled.
+    """
+
+    method: str
+    trials: NDArray[np.float64]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    groups: NDArray[np.int64] | None = None
+    level: float = 0.95
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.trials.ndim != 3 or self.trials.shape[0] == 0:
+            raise HeadscopeError(
+                f"{self.method}: no trial was kept, so there is nothing to score; add trials or lengths"
+            )
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return int(self.trials.shape[1])
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads a layer."""
+        return int(self.trials.shape[2])
+
+    @cached_property
+    def mean(self) -> NDArray[np.float64]:
+        """Scores (layer, head)."""
+        return np.nanmean(self.trials, axis=0)
+
+    @cached_property
+    def n(self) -> NDArray[np.int64]:
+        """Trials behind each score (layer, head)."""
+        return np.sum(~np.isnan(self.trials), axis=0)
+
+    @cached_property
+    def interval(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Bootstrap bounds (low, high), each (layer, head); NaN with a single trial (or group)."""
+        return bootstrap_mean(self.trials, self.groups, level=self.level, resamples=self.resamples)
+
+    def top(self, k: int) -> HeadSet:
+        """The ``k`` highest-scoring heads in descending order, weighted by their scores."""
+        if not 0 < k <= self.mean.size:
+            raise HeadscopeError(f"top({k}) asks for heads that do not exist; choose 1 to {self.mean.size}")
+        order = np.argsort(-self.mean, axis=None, kind="stable")[:k]
+        pairs = [(int(i) // self.heads, int(i) % self.heads) for i in order]
+        weights = tuple(float(self.mean[pair]) for pair in pairs)
+        return HeadSet(tuple(pairs), weights, name=f"{self.method} top {k}")
+
+    def above(self, threshold: float) -> HeadSet:
+        """Every head whose score is strictly above ``threshold``, in descending order."""
+        count = int((self.mean > threshold).sum())
+        return self.top(count) if count else HeadSet((), name=f"{self.method} above {threshold}")
+
+    def to_frame(self) -> pd.DataFrame:
+        """A tidy table: layer, head, score, ci_low, ci_high, n, one row a head, highest score first."""
+        low, high = self.interval
+        layer, head = np.indices(self.mean.shape)
+        columns = {"layer": layer, "head": head, "score": self.mean, "ci_low": low, "ci_high": high, "n": self.n}
+        frame = pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+        return frame.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``METHOD.json`` and ``METHOD.parquet`` (every trial), each atomically; returns the JSON's path."""
+        folder = Path(folder)
+        rows = self.to_frame().to_dict("records")
+        rows = [{key: _plain(value) for key, value in row.items()} for row in rows]
+        document = {
+            "format": FORMAT,
+            "method": self.method,
+            "layers": self.layers,
+            "heads_per_layer": self.heads,
+            "heads": rows,
+            "provenance": self.provenance,
+        }
+        write_atomically(folder / f"{self.method}.parquet", self._trial_frame().to_parquet(index=False))
+        path = folder / f"{self.method}.json"
+        write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode())
+        return path
+
+    def _trial_frame(self) -> pd.DataFrame:
+        trial, layer, head = np.indices(self.trials.shape)
+        group = np.arange(len(self.trials)) if self.groups is None else self.groups
+        columns = {"trial": trial, "group": group[trial], "layer": layer, "head": head, "score": self.trials}
+        return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadScores:
+        """Read what ``save`` wrote, from the JSON file or the folder that holds a single one.
+
+        Raises:
+            HeadscopeError: no such file, several candidates, or a file that is not head scores.
+        """
+        path = _find_scores(Path(path))
+        try:
+            document = json.loads(path.read_text())
+            if document["format"] != FORMAT:
+                raise HeadscopeError(f"{path}: head scores of format {document['format']}, this version reads {FORMAT}")
+            frame = pd.read_parquet(path.with_suffix(".parquet"))
+            shape = (-1, int(document["layers"]), int(document["heads_per_layer"]))
+            trials = frame["score"].to_numpy(dtype=np.float64).reshape(shape)
+            groups = frame["group"].to_numpy(dtype=np.int64).reshape(shape)[:, 0, 0]
+            return cls(document["method"], trials, document["provenance"], groups)
+        except (KeyError, ValueError, OSError, TypeError) as error:
+            raise HeadscopeError(
+                f"{path} is not a head-score file of headscope ({error}); run `headscope discover`"
+            ) from error
+
+
+def _find_scores(path: Path) -> Path:
+    if path.is_dir():
+        found = [p for p in sorted(path.glob("*.json")) if p.with_suffix(".parquet").exists()]
+        if len(found) != 1:
+            names = ", ".join(p.name for p in found) or "none"
+            raise HeadscopeError(f"{path} holds {len(found)} head-score files ({names}); name one of them")
+        return found[0]
+    if not path.exists():
+        raise HeadscopeError(f"{path} does not exist; run `headscope discover METHOD --out FOLDER` first")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def bootstrap_mean(
+    trials: NDArray[np.float64],
+    groups: NDArray[np.int64] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Percentile bootstrap interval of the mean over axis 0, resampling whole groups where given.
+
+    Returns (low, high) with the shape of one trial; NaN where fewer than two trials (or groups) exist. NaN entries are
+    left out of a head's mean. The resampling is multinomial weights times the per-group sums, which is the same
+    bootstrap as drawing rows, in one matrix product.
+    """
+    flat = trials.reshape(len(trials), -1)
+    labels = np.arange(len(trials)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = int(labels.max()) + 1
+    if count < 2:
+        nothing = np.full(trials.shape[1:], np.nan)
+        return nothing, nothing.copy()
+    sums, sizes = np.zeros((count, flat.shape[1])), np.zeros((count, flat.shape[1]))
+    np.add.at(sums, labels, np.nan_to_num(flat))
+    np.add.at(sizes, labels, ~np.isnan(flat))
+    draws = stats.multinomial(count, np.full(count, 1.0 / count), seed=np.random.default_rng(seed)).rvs(resamples)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (draws @ sums) / (draws @ sizes)
+    tail = 50.0 * (1.0 - level)
+    low, high = np.nanpercentile(means, [tail, 100.0 - tail], axis=0)
+    return low.reshape(trials.shape[1:]), high.reshape(trials.shape[1:])
