@@ -1,22 +1,25 @@
 """The public reductions of attention. Each function picks the engine; all engines compute what ``reference`` defines.
 
-Engines: ``"reference"`` (dense: short sequences, and the definition), ``"streaming"`` (plain PyTorch, any device).
+Engines: ``"reference"`` (dense: short sequences, and the definition), ``"streaming"`` (plain PyTorch, any device),
+``"triton"`` (GPU kernels; what they do not compute falls to streaming inside the same call).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from headscope.kernels import reference, streaming
+from headscope.kernels import library, reference, streaming
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 
-Engine = Literal["auto", "reference", "streaming"]
-_ENGINES: dict[str, Callable[..., Attended]] = {"reference": reference.attend, "streaming": streaming.attend}
+Engine = Literal["auto", "reference", "streaming", "triton"]
+_HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def attend(
@@ -28,10 +31,14 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     request: Request,
     engine: Engine = "auto",
 ) -> Attended:
     """One attention call: its output and every reduction in ``request``, in as few passes as the engine can.
+
+    Statistics carry no gradient. The output does where an input requires one: it is then computed apart, by the
+    library or, with softcap, sinks or bias, densely.
 
     Args:
         q: queries (batch, head, query, d_head), after position embedding and any normalisation.
@@ -41,18 +48,25 @@ def attend(
         scale: multiplies q.k.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: one extra logit a head (head,) in the softmax denominator.
+        bias: a logit added to each key's score after softcap (batch or 1, head or 1, key). Adding ``log c`` multiplies
+            the key's weight by ``c`` before renormalisation; statistics are those of the edited pattern.
         request: what to compute.
         engine: ``"auto"`` picks the fastest engine for the device.
 
     Raises:
         ValueError: shapes that do not belong together, or an unknown engine.
     """
-    _check(q, k, v, sinks, request)
-    if engine == "auto":
-        engine = "streaming"
-    if engine not in _ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; choose one of {sorted(_ENGINES)} or 'auto'")
-    return _ENGINES[engine](q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, request=request)
+    _check(q, k, v, sinks, bias, request)
+    run = _engine(engine, q, v)
+    if request.output and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        out = _differentiable_output(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
+        request = replace(request, output=False)
+    else:
+        out = None
+    with torch.no_grad():
+        result = run(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=request)
+    result.output = result.output if out is None else out
+    return result
 
 
 def output(
@@ -64,12 +78,59 @@ def output(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The attention output alone (batch, head, query, d_value), by PyTorch's own kernel wherever it has one."""
-    _check(q, k, v, sinks, Request())
-    return streaming.output_only(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
+    request = Request()
+    _check(q, k, v, sinks, bias, request)
+    plain = softcap is None and sinks is None and bias is None
+    if plain and (library.covers(mask, q.shape[2], k.shape[2]) or not _triton_takes(q, v)):
+        return library.attention(q, k, v, mask=mask, scale=scale)
+    out = attend(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=request).output
+    assert out is not None
+    return out
 
 
+def _differentiable_output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    if softcap is None and sinks is None and bias is None:
+        return library.attention(q, k, v, mask=mask, scale=scale)
+    out = reference.attend(
+        q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=Request()
+    ).output
+    assert out is not None
+    return out.to(v.dtype)
+
+
+def _engine(engine: str, q: Tensor, v: Tensor) -> Callable[..., Attended]:
+    if engine == "auto":
+        engine = "triton" if _triton_takes(q, v) else "streaming"
+    if engine == "reference":
+        return reference.attend
+    if engine == "streaming":
+        return streaming.attend
+    if engine == "triton":
+        from headscope.kernels import triton_engine  # triton is optional, and slow to import
+
+        return triton_engine.attend
+    raise ValueError(f"unknown engine {engine!r}; choose 'auto', 'reference', 'streaming' or 'triton'")
+
+
+def _triton_takes(q: Tensor, v: Tensor) -> bool:
+    fits = q.dtype in _HALF_TO_SINGLE and q.dtype == v.dtype and max(q.shape[-1], v.shape[-1]) <= 256
+    return q.is_cuda and fits and find_spec("triton") is not None
+
+
+@torch.no_grad()
 def pattern(
     q: Tensor,
     k: Tensor,
@@ -78,10 +139,11 @@ def pattern(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     rows: slice = slice(None),
     keys: slice = slice(None),
 ) -> Tensor:
-    """One exact tile of the pattern: rows ``rows`` and keys ``keys`` of (batch, head, row, key), in float32.
+    """One exact tile of the pattern: rows ``rows`` and keys ``keys`` of (batch, head, row, key), at least float32.
 
     The softmax runs over all the keys of each row, a block of rows at a time, so memory is the tile asked for.
     """
@@ -93,19 +155,21 @@ def pattern(
         return out
     at = torch.arange(r0, r1, device=q.device)
     request = Request(output=False, lse=True, query_rows=at)
-    lse = streaming.attend(q, k, k, mask=mask, scale=scale, softcap=softcap, sinks=sinks, request=request).lse
+    lse = attend(q, k, k, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=request).lse
     assert lse is not None
     head_keys = k[:, :, k0:k1].to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     torch.matmul(q[:, :, r0:r1].to(dtype) * scale, head_keys.transpose(-1, -2), out=out)
     if softcap is not None:
         out.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        out.add_(bias[:, :, None, k0:k1])
     out.sub_(lse[..., None]).exp_()
     heads = torch.arange(q.shape[1], device=q.device)
     seen = mask.tile(at, torch.arange(k0, k1, device=q.device), heads)
     return out if seen is None else out.masked_fill_(~seen, 0.0)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, request: Request) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, request: Request) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x.shape) for x in (q, k, v)]}")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
@@ -114,6 +178,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, request: Reque
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must have one logit a head, shape ({q.shape[1]},); got {tuple(sinks.shape)}")
+    if bias is not None and (bias.dim() != 3 or bias.shape[2] != k.shape[2] or bias.shape[1] not in (1, q.shape[1])):
+        raise ValueError(f"bias must be (batch or 1, {q.shape[1]} or 1, {k.shape[2]}); got {tuple(bias.shape)}")
     linear = request.linear
     if linear is not None and (linear.dim() not in (2, 3) or linear.shape[-2] != k.shape[2]):
         raise ValueError(

@@ -13,15 +13,26 @@ from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 
 
-def scores(q: Tensor, k: Tensor, *, mask: Mask, scale: float, softcap: float | None = None) -> Tensor:
+def scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Masked attention scores (batch, head, query, key) with ``-inf`` at invisible keys.
 
-    ``q`` (batch, head, query, d_head), ``k`` (batch, kv_head, key, d_head). Softcap is Gemma 2's ``c tanh(s / c)``.
+    ``q`` (batch, head, query, d_head), ``k`` (batch, kv_head, key, d_head). Softcap is Gemma 2's ``c tanh(s / c)``;
+    ``bias`` (batch or 1, head or 1, key) is added after it.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     s = scale * (q @ k.transpose(-1, -2))
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
+    if bias is not None:
+        s = s + bias[:, :, None].to(s.dtype)
     visible = dense_mask(mask, q.shape, k.shape[2], q.device)
     return s.masked_fill(~visible, float("-inf"))
 
@@ -38,14 +49,25 @@ def dense_mask(mask: Mask, query_shape: torch.Size, keys: int, device: torch.dev
 
 
 def pattern(
-    q: Tensor, k: Tensor, *, mask: Mask, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """The attention pattern (batch, head, query, key).
 
     Rows sum to 1, to less than 1 with sink logits ``sinks`` (head,) (gpt-oss: one extra logit in the denominator), and
     to 0 for a query that sees no key.
     """
-    s = scores(q, k, mask=mask, scale=scale, softcap=softcap)
+    return normalise(scores(q, k, mask=mask, scale=scale, softcap=softcap, bias=bias), sinks)
+
+
+def normalise(s: Tensor, sinks: Tensor | None) -> Tensor:
+    """The softmax of scores ``s`` over keys; empty rows are 0."""
     lse = _lse(s, sinks)
     return torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
 
@@ -67,6 +89,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    bias: Tensor | None = None,
     request: Request,
 ) -> Attended:
     """Every reduction of ``request`` from the dense pattern, in the inputs' precision (at least float32).
@@ -75,13 +98,17 @@ def attend(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    s = scores(q, k, mask=mask, scale=scale, softcap=softcap)
-    p = pattern(q, k, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
+    s = scores(q, k, mask=mask, scale=scale, softcap=softcap, bias=bias)
+    return reduce(s, normalise(s, sinks), v, mask=mask, sinks=sinks, request=request)
+
+
+def reduce(s: Tensor, p: Tensor, v: Tensor, *, mask: Mask, sinks: Tensor | None, request: Request) -> Attended:
+    """Every reduction of ``request`` from scores ``s`` and pattern ``p`` (batch, head, query, key)."""
     result = Attended()
     if request.output:
-        result.output = p @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        result.output = p @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1)
     _columns(result, p, s, mask, request)
-    rows = torch.arange(q.shape[2], device=q.device)
+    rows = torch.arange(p.shape[2], device=p.device)
     if request.query_rows is not None:
         rows = request.query_rows
     _rows(result, p[:, :, rows], s[:, :, rows], rows, mask, sinks, request)
