@@ -24,17 +24,19 @@ FORMAT = 1
 class HeadScores:
     """Per-head scores of one discovery method.
 
-    ``trials`` (trial, layer, head) holds one score per trial; NaN where a trial says nothing about a head. A head's score
-    is the mean over its trials; the interval is a percentile bootstrap over trials (``level`` 0.95, ``resamples`` 2000,
+    ``trials`` (trial, layer, head) holds one score per trial; NaN where a trial says nothing about a head. A head's
+    score is the mean over its trials; the interval is a percentile bootstrap over trials (``level`` 0.95, ``resamples`` 2000,
     seeded), which describes these trials' sampling only, not other prompts or models.
 
     ``groups`` (trial,) names what was drawn independently (a seed, a needle): where given, whole groups are resampled.
+    ``details`` describes every trial that was run, kept or not (length, depth, what the model answered ...).
     """
 
     method: str
     trials: NDArray[np.float64]
     provenance: dict[str, Any] = field(default_factory=dict)
     groups: NDArray[np.int64] | None = None
+    details: tuple[dict[str, Any], ...] = ()
     level: float = 0.95
     resamples: int = 2000
 
@@ -103,6 +105,7 @@ class HeadScores:
             "heads_per_layer": self.heads,
             "heads": rows,
             "provenance": self.provenance,
+            "trials": list(self.details),
         }
         write_atomically(folder / f"{self.method}.parquet", self._trial_frame().to_parquet(index=False))
         path = folder / f"{self.method}.json"
@@ -131,7 +134,7 @@ class HeadScores:
             shape = (-1, int(document["layers"]), int(document["heads_per_layer"]))
             trials = frame["score"].to_numpy(dtype=np.float64).reshape(shape)
             groups = frame["group"].to_numpy(dtype=np.int64).reshape(shape)[:, 0, 0]
-            return cls(document["method"], trials, document["provenance"], groups)
+            return cls(document["method"], trials, document["provenance"], groups, tuple(document["trials"]))
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise HeadscopeError(
                 f"{path} is not a head-score file of headscope ({error}); run `headscope discover`"

@@ -1,0 +1,219 @@
+"""From the pieces that forward passes leave to one Dataset of aligned, unpadded examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headscope.interp.attention import AttentionCall
+from headscope.interp.record import missing
+from headscope.interp.statistics import KEY, OUTPUT, ROW, Statistic
+
+
+@dataclass(eq=False)
+class _Piece:
+    offset: int
+    rows: Tensor
+    values: dict[str, Tensor]
+
+
+class Session:
+    """The forward passes of one batch of examples: a prompt, and whatever continued its cache."""
+
+    def __init__(self, statistics: tuple[Statistic, ...], site: str, batch: int) -> None:
+        self.statistics, self.site, self.batch = statistics, site, batch
+        self._pieces: dict[int, list[_Piece]] = {}
+        self._keys: dict[int, dict[str, Tensor]] = {}
+        self._outputs: dict[int, dict[str, Tensor]] = {}
+        self._passes: dict[int, int] = {}
+        self._first_offset: dict[int, int] = {}
+        self._tokens: list[tuple[int, Tensor]] = []
+        self._start: Tensor | None = None
+        self._end: dict[int, NDArray[np.int64]] = {}
+        self._prompt_end: NDArray[np.int64] | None = None
+
+    def is_over(self, call: AttentionCall) -> bool:
+        """Whether ``call`` begins new examples: it starts again at position 0, or the batch changed."""
+        restarted = call.mask.query_offset == 0 and self._passes.get(call.layer, 0) > 0
+        return restarted or call.query.shape[0] != self.batch
+
+    def is_first_pass(self, call: AttentionCall) -> bool:
+        """Whether ``call`` belongs to the session's first forward pass."""
+        return self._first_offset.get(call.layer, call.mask.query_offset) == call.mask.query_offset
+
+    def skip(self, call: AttentionCall) -> None:
+        """Note a pass of which nothing is recorded."""
+        self._note(call)
+
+    def add(self, call: AttentionCall, rows: Tensor | None, kinds: dict[str, dict[str, Tensor]]) -> None:
+        """Keep one call's statistics by kind (row, key, output)."""
+        self._note(call)
+        if ROW in kinds:
+            if rows is None:
+                rows = torch.arange(call.query.shape[2], device=call.query.device)
+            self._pieces.setdefault(call.layer, []).append(_Piece(call.mask.query_offset, rows, kinds[ROW]))
+        if KEY in kinds:
+            held = self._keys.setdefault(call.layer, {})
+            for name, value in kinds[KEY].items():
+                held[name] = _accumulate(held.get(name), value, call.mask.key_offset, highest=name == "key_max")
+        if OUTPUT in kinds:
+            self._outputs.setdefault(call.layer, {}).update(kinds[OUTPUT])
+
+    def add_tokens(self, offset: int, ids: Tensor) -> None:
+        """Keep a pass's input token ids (batch, query)."""
+        self._tokens.append((offset, ids))
+
+    def _note(self, call: AttentionCall) -> None:
+        mask, stop = call.mask, call.mask.query_offset + call.query.shape[2]
+        self._passes[call.layer] = self._passes.get(call.layer, 0) + 1
+        self._first_offset.setdefault(call.layer, mask.query_offset)
+        if self._start is None and mask.start is not None:
+            self._start = mask.start
+        if stop not in self._end:
+            whole = np.full(self.batch, stop)
+            end = whole if mask.end is None else np.minimum(mask.end.cpu().numpy(), stop)
+            self._end[stop] = end
+            if self._prompt_end is None:
+                self._prompt_end = end
+
+    def dataset(self) -> xr.Dataset | None:
+        """The session as a Dataset, or None if no layer recorded anything."""
+        layers = sorted(set(self._pieces) | set(self._keys) | set(self._outputs))
+        if not layers or self._prompt_end is None:
+            return None
+        start = np.zeros(self.batch, dtype=np.int64) if self._start is None else self._start.cpu().numpy()
+        length = self._end[max(self._end)] - start
+        builder = _Builder(self.statistics, layers, self.batch, start, length)
+        builder.rows(self._pieces)
+        builder.keys(self._keys)
+        builder.outputs(self._outputs)
+        builder.tokens(self._tokens)
+        coords: dict[str, Any] = {
+            "example": np.arange(self.batch),
+            "layer": np.asarray(layers),
+            "length": ("example", length),
+            "prompt_length": ("example", self._prompt_end - start),
+        }
+        return xr.Dataset(builder.variables, {**coords, **builder.coords}, attrs={"site": self.site})
+
+
+def _accumulate(held: Tensor | None, value: Tensor, offset: int, *, highest: bool) -> Tensor:
+    """Add (or take the maximum of) key statistics over passes; keys are absolute positions from 0."""
+    width = offset + value.shape[-1]
+    if offset:
+        value = torch.nn.functional.pad(value, (offset, 0))
+    if held is None:
+        return value.clone()
+    if held.shape[-1] < width:
+        held = torch.nn.functional.pad(held, (0, width - held.shape[-1]))
+    value = torch.nn.functional.pad(value, (0, held.shape[-1] - width))
+    return torch.maximum(held, value) if highest else held + value
+
+
+class _Builder:
+    """Scatters padded batches into arrays whose positions count from each example's first token."""
+
+    def __init__(
+        self,
+        statistics: tuple[Statistic, ...],
+        layers: list[int],
+        batch: int,
+        start: NDArray[np.int64],
+        length: NDArray[np.int64],
+    ) -> None:
+        self.statistics, self.layers, self.batch = statistics, layers, batch
+        self.start, self.length = start, length
+        self.variables: dict[str, Any] = {}
+        self.coords: dict[str, Any] = {}
+        self._kept: list[NDArray[np.int64]] | None = None
+
+    def _extra(self, name: str) -> dict[str, list[Any]]:
+        return next(s.coordinates for s in self.statistics if name in s.variables)
+
+    def rows(self, pieces: dict[int, list[_Piece]]) -> None:
+        """Row statistics to (example, layer, head, query, ...); ``query_position`` says which those are."""
+        if not pieces:
+            return
+        passes = min(len(layer) for layer in pieces.values())  # an interrupted pass left some layers behind
+        placed = next(iter(pieces.values()))[:passes]
+        absolute = np.concatenate([piece.rows.cpu().numpy() + piece.offset for piece in placed])
+        inside = [(absolute >= s) & (absolute < s + n) for s, n in zip(self.start, self.length, strict=True)]
+        self._kept = [absolute[real] - s for real, s in zip(inside, self.start, strict=True)]
+        width = max(len(kept) for kept in self._kept)
+        position = np.full((self.batch, width), -1)
+        for b, kept in enumerate(self._kept):
+            position[b, : len(kept)] = kept
+        self.coords["query"] = np.arange(width)
+        self.coords["query_position"] = (("example", "query"), position)
+        for name in placed[0].values:
+            array: NDArray[Any] | None = None
+            for i, layer in enumerate(self.layers):
+                value = torch.cat([piece.values[name] for piece in pieces[layer][:passes]], dim=2).cpu().numpy()
+                if array is None:
+                    shape = (self.batch, len(self.layers), value.shape[1], width, *value.shape[3:])
+                    array = np.full(shape, missing(value.dtype), dtype=value.dtype)
+                for b, real in enumerate(inside):
+                    array[b, i, :, : len(self._kept[b])] = value[b][:, real]
+            self._put(name, array, "query")
+
+    def _put(self, name: str, array: NDArray[Any] | None, axis: str) -> None:
+        assert array is not None
+        extra = self._extra(name)
+        dims = (
+            ("example", "layer", "head", axis, *extra) if axis != "position" else ("example", "layer", "head", *extra)
+        )
+        dims = (*dims, "d_head") if name == "z" else dims
+        self.variables[name] = (dims, array)
+        self.coords["head"] = np.arange(array.shape[2])
+        self.coords.update(extra)
+
+    def keys(self, held: dict[int, dict[str, Tensor]]) -> None:
+        """Column statistics to (example, layer, head, key)."""
+        if not held:
+            return
+        width = int(self.length.max())
+        for statistic in self.statistics:
+            if statistic.kind != KEY:
+                continue
+            name = statistic.variables[0]
+            stacked = torch.stack(
+                [_key_statistic(name, held[layer]).float().cpu() for layer in self.layers], dim=1
+            ).numpy()
+            array = np.full((*stacked.shape[:3], width), np.nan, dtype=np.float32)
+            for b, (s, n) in enumerate(zip(self.start, self.length, strict=True)):
+                array[b, ..., :n] = stacked[b, ..., s : s + n]
+            self.coords["key"] = np.arange(width)
+            self._put(name, array, "key")
+
+    def outputs(self, held: dict[int, dict[str, Tensor]]) -> None:
+        """Chosen positions' head outputs to (example, layer, head, position, d_head)."""
+        if held:
+            stacked = torch.stack([held[layer]["z"].float().cpu() for layer in self.layers], dim=1)
+            self._put("z", stacked.numpy(), "position")
+
+    def tokens(self, held: list[tuple[int, Tensor]]) -> None:
+        """Token ids of the recorded queries (example, query)."""
+        if not held or self._kept is None:
+            return
+        width = max(offset + ids.shape[1] for offset, ids in held)
+        whole = np.full((self.batch, width), -1, dtype=np.int64)
+        for offset, ids in held:
+            whole[:, offset : offset + ids.shape[1]] = ids.cpu().numpy()
+        tokens = np.full((self.batch, max(len(kept) for kept in self._kept)), -1, dtype=np.int64)
+        for b, kept in enumerate(self._kept):
+            tokens[b, : len(kept)] = whole[b, kept + self.start[b]]
+        self.variables["token"] = (("example", "query"), tokens)
+
+
+def _key_statistic(name: str, held: dict[str, Tensor]) -> Tensor:
+    if name == "key_mass_max":
+        return held["key_max"]
+    if name == "key_mass":
+        return held["key_sum"]
+    return held["key_sum"] / held["key_count"].clamp(min=1)

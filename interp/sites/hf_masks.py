@@ -1,0 +1,176 @@
+"""transformers' mask functions as rules: the lazy mask that travels through a model in place of an S x S tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from headscope.interp.errors import HeadscopeError
+from headscope.kernels.masks import IndexRule, Mask
+
+HFRule = Callable[..., Any]
+
+
+class LazyMask(Tensor):
+    """A stand-in of shape (batch, 1, query, key) with no storage that carries a Mask.
+
+    It travels from transformers' mask factory to our attention function. Any other reader would take it for a real
+    mask and be silently wrong, so every data operation on it raises.
+    """
+
+    rule: Mask
+    original: Tensor | None
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], device: torch.device | str, rule: Mask, original: Any = None) -> LazyMask:
+        made: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+        made.rule, made.original = rule, original
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"LazyMask(shape={tuple(self.shape)}, rule={self.rule})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias):
+            return args[0]
+        raise HeadscopeError(
+            f"this model reads its attention mask itself ({func}), so it cannot be traced as masks-by-rule; "
+            "please report the architecture"
+        )
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: HFRule = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> LazyMask:
+    """A mask function for transformers' AttentionMaskInterface that keeps the rule and builds nothing.
+
+    The offsets are read now: a StaticCache updates its offset tensor in place before the layers run.
+    """
+    rule = translate(mask_function, batch_size, vmap=use_vmap)
+    rule = replace(rule, query_offset=int(q_offset), key_offset=int(kv_offset))
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, int(kv_offset))
+    if padding is not None:
+        rule = with_padding(rule, padding.to(torch.bool), batch_size)
+    return LazyMask((batch_size, 1, q_length, kv_length), device, rule)
+
+
+def with_padding(mask: Mask, real: Tensor, batch: int) -> Mask:
+    """``mask`` restricted to the positions that ``real`` (batch, position) marks; ranges where each row is one run."""
+    if bool(real.all()):
+        return mask
+    index = torch.arange(real.shape[1], device=real.device)
+    count = real.sum(1)
+    start = torch.where(count > 0, real.int().argmax(1), 0)
+    end = torch.where(count > 0, torch.where(real, index, -1).amax(1) + 1, 0)
+    mask = replace(mask, start=start, end=end)
+    if bool((end - start == count).all()):
+        return mask
+    earlier = mask.rule  # holes between tokens: keep the range for speed and look the holes up
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = real[b, k]
+        return seen if earlier is None else seen & earlier(b, h, q, k)
+
+    return replace(mask, rule=rule, examples=batch)
+
+
+def translate(function: HFRule, batch: int, *, vmap: bool = False) -> Mask:
+    """A transformers mask function as a Mask; one that is not recognised becomes its ``rule``, evaluated by tiles."""
+    known = _recognise(function)
+    return known if known is not None else Mask(right=None, rule=_by_index(function, vmap), examples=batch)
+
+
+def _by_index(function: HFRule, vmap: bool) -> IndexRule:
+    if not vmap:
+        return lambda b, h, q, k: function(b, h, q, k)
+    expanded = masking_utils._vmap_expansion_sdpa(function)
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        with masking_utils.TransformGetItemToIndex():
+            result: Tensor = expanded(b.reshape(-1), h.reshape(-1), q.reshape(-1), k.reshape(-1))
+        return result
+
+    return rule
+
+
+def _recognise(function: HFRule) -> Mask | None:
+    """The rule of a function made by transformers.masking_utils, from its name and closure; None if unknown."""
+    if function is masking_utils.causal_mask_function:
+        return Mask.causal()
+    if function is masking_utils.bidirectional_mask_function:
+        return Mask.full()
+    if getattr(function, "__module__", "") != masking_utils.__name__ or not getattr(function, "__closure__", None):
+        return None
+    maker = function.__qualname__.split(".")[0]
+    held = dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
+    full = Mask.full()
+    if maker == "sliding_window_overlay":
+        return replace(full, left=int(held["sliding_window"]) - 1)
+    if maker == "sliding_window_bidirectional_overlay":
+        return replace(full, left=int(held["sliding_window"]), right=int(held["sliding_window"]))
+    if maker == "chunked_overlay":
+        return replace(full, chunk=int(held["chunk_size"]), origin=held["left_padding"])
+    if maker == "packed_sequence_mask_function":
+        return replace(full, segments=held["packed_sequence_mask"])
+    if maker == "remap_positions_for_packed_sequence":
+        # inside one packed sequence positions differ as indices do; chunks count from each sequence's own start
+        inner = _recognise(held["mask_function"])
+        return inner if inner is not None and inner.chunk is None else None
+    if maker == "and_masks":
+        return _conjunction([_recognise(part) for part in held["mask_functions"]])
+    return None
+
+
+def _conjunction(parts: list[Mask | None]) -> Mask | None:
+    """All of several rules at once, or None where one is unknown or two would need the same field."""
+    merged = Mask.full()
+    for part in parts:
+        if part is None:
+            return None
+        for name in ("left", "right"):
+            values = [x for x in (getattr(merged, name), getattr(part, name)) if x is not None]
+            merged = replace(merged, **{name: min(values) if values else None})
+        for name in ("chunk", "origin", "segments"):
+            value = getattr(part, name)
+            if value is None:
+                continue
+            if getattr(merged, name) is not None:
+                return None
+            merged = replace(merged, **{name: value})
+    return merged
+
+
+def from_dense(mask: Tensor, queries: int) -> Mask:
+    """The rule of a ready-made mask (batch, 1 or head, query, key) that a user passed: bool, or 0 and a large negative.
+
+    Raises:
+        HeadscopeError: an additive mask with other values, which would be a bias and not a mask.
+    """
+    if mask.dtype != torch.bool:
+        hidden = mask < torch.finfo(mask.dtype).min / 2
+        if bool((mask.masked_fill(hidden, 0) != 0).any()):
+            raise HeadscopeError("an additive attention bias is not a mask; pass a bool mask or 0 / -inf values")
+        mask = ~hidden
+    keys = mask.shape[-1]
+    offset = keys - queries
+    heads = mask.shape[1]
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return mask[b, h if heads > 1 else torch.zeros_like(h), q - offset, k]
+
+    return Mask(query_offset=offset, right=None, rule=rule, examples=mask.shape[0])

@@ -1,0 +1,361 @@
+"""Declarations of the statistics a tracer records. A declaration asks for reductions and reads its share of the result.
+
+To add one: a frozen dataclass with ``name``, ``dims`` and ``ask``. ``ask`` receives a ``Plan`` for one attention call,
+asks it for reductions and returns a function from the computed ``Attended`` to this statistic's variables. The plan
+merges what all declared statistics ask for into one request, so sharing is automatic.
+
+Positions are counted from each example's first real token: padding never shifts a statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from headscope.interp.attention import AttentionCall
+from headscope.interp.errors import HeadscopeError
+from headscope.kernels.request import Attended, Request
+
+Reader = Callable[[Attended], dict[str, Tensor]]
+ROW, KEY, OUTPUT = "row", "key", "output"
+
+
+class Plan:
+    """Collects what the declared statistics need from one attention call into a single request."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+        self._fields: dict[str, Any] = {}
+        self._columns: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._windows: list[int] = []
+
+    @property
+    def key_positions(self) -> Tensor:
+        """Position of each key from its example's first token: (batch or 1, key); negative in left padding."""
+        return self._positions(self.call.key.shape[2], self.call.mask.key_offset)
+
+    @property
+    def query_positions(self) -> Tensor:
+        """Position of each query row from its example's first token: (batch or 1, query)."""
+        return self._positions(self.call.query.shape[2], self.call.mask.query_offset)
+
+    def _positions(self, count: int, offset: int) -> Tensor:
+        device = self.call.query.device
+        at = torch.arange(count, device=device)[None] + offset
+        start = self.call.mask.start
+        return at if start is None else at - start[:, None]
+
+    def flag(self, name: str) -> None:
+        """Ask for a reduction of ``Request`` that is on or off."""
+        self._fields[name] = True
+
+    def linear(self, columns: Tensor) -> slice:
+        """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Attended.linear``."""
+        first = sum(c.shape[-1] for c in self._columns)
+        self._columns.append(columns.to(torch.float32))
+        return slice(first, first + columns.shape[-1])
+
+    def window(self, size: int) -> int:
+        """Ask for the window sums of ``size`` tokens; returns their place."""
+        if size not in self._windows:
+            self._windows.append(size)
+        return self._windows.index(size)
+
+    def top(self, k: int) -> slice:
+        """Ask for the ``k`` heaviest keys."""
+        self._fields["top"] = max(k, self._fields.get("top", 0))
+        return slice(0, k)
+
+    def targets(self, positions: Tensor) -> slice:
+        """Ask for the mass on key positions (batch or 1, query, t) from each example's start; negative means none."""
+        start = self.call.mask.start
+        absolute = positions if start is None else positions + start[:, None, None]
+        first = sum(t.shape[-1] for t in self._targets)
+        self._targets.append(torch.where(positions < 0, -1, absolute))
+        return slice(first, first + positions.shape[-1])
+
+    def request(self, rows: Tensor | None) -> Request:
+        """The merged request for query rows ``rows`` (None: all)."""
+        fields = dict(self._fields)
+        if self._columns:
+            fields["linear"] = _concatenate(self._columns)
+        if self._targets:
+            fields["targets"] = _concatenate(self._targets)
+        return Request(windows=tuple(self._windows), query_rows=rows, **fields)
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    batch = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=-1)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Base of the declarations. ``kind`` says whether values belong to queries, keys, or chosen positions' outputs."""
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[Literal["row", "key", "output"]] = "row"
+
+    def ask(self, plan: Plan) -> Reader:
+        """Ask ``plan`` for reductions; return how to read them."""
+        raise NotImplementedError
+
+    @property
+    def coordinates(self) -> dict[str, list[Any]]:
+        """Extra trailing dimensions and their labels."""
+        return {}
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the record variables this statistic writes."""
+        return (self.name,)
+
+
+def _simple(name: str, fieldname: str) -> Callable[[Statistic, Plan], Reader]:
+    def ask(self: Statistic, plan: Plan) -> Reader:
+        plan.flag(fieldname)
+        return lambda seen: {name: getattr(seen, fieldname)}
+
+    return ask
+
+
+@dataclass(frozen=True)
+class LogSumExp(Statistic):
+    """logsumexp of a query's visible scores, in nats, a sink logit included: (example, layer, head, query)."""
+
+    name: ClassVar[str] = "logsumexp"
+    ask = _simple("logsumexp", "lse")
+
+
+@dataclass(frozen=True)
+class Entropy(Statistic):
+    """Entropy of a query's pattern over its keys, in nats (0: one key; log n: uniform over n)."""
+
+    name: ClassVar[str] = "entropy"
+    ask = _simple("entropy", "entropy")
+
+
+@dataclass(frozen=True)
+class SinkMass(Statistic):
+    """Mass on the first ``first`` tokens of the example (4, as StreamingLLM keeps): in [0, 1]."""
+
+    first: int = 4
+    name: ClassVar[str] = "sink_mass"
+
+    def ask(self, plan: Plan) -> Reader:
+        at = plan.key_positions
+        place = plan.linear(((at >= 0) & (at < self.first))[..., None])
+        return lambda seen: {self.name: _linear(seen)[..., place].squeeze(-1)}
+
+
+@dataclass(frozen=True)
+class SpanMass(Statistic):
+    """Mass on named spans of tokens, dimension ``span``.
+
+    ``spans`` maps a name to ``(first, stop)`` positions, the same for all examples, or to a list with one pair an
+    example (in the order the examples are traced within a batch). See ``headscope.interp.spans``.
+    """
+
+    spans: Mapping[str, Any] = field(default_factory=dict)
+    name: ClassVar[str] = "span_mass"
+
+    def __post_init__(self) -> None:
+        if not self.spans:
+            raise HeadscopeError("SpanMass needs at least one named span, e.g. SpanMass({'needle': (10, 20)})")
+
+    @property
+    def coordinates(self) -> dict[str, list[Any]]:
+        return {"span": list(self.spans)}
+
+    def ask(self, plan: Plan) -> Reader:
+        at = plan.key_positions
+        columns = [self._inside(at, span, plan.call.query.shape[0]) for span in self.spans.values()]
+        place = plan.linear(_concatenate(columns))
+        return lambda seen: {self.name: _linear(seen)[..., place]}
+
+    def _inside(self, at: Tensor, span: Any, batch: int) -> Tensor:
+        bounds = torch.as_tensor(span, device=at.device).reshape(-1, 2)
+        if bounds.shape[0] not in (1, batch):
+            raise HeadscopeError(f"a span was given for {bounds.shape[0]} examples, but the batch has {batch}")
+        return ((at >= bounds[:, :1]) & (at < bounds[:, 1:]))[..., None].to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Distance(Statistic):
+    """Mean attention distance sum_s A[t,s] (t - s), in tokens (Li et al. 2025, arXiv 2510.13554, head span)."""
+
+    name: ClassVar[str] = "distance"
+    ask = _simple("distance", "distance")
+
+
+@dataclass(frozen=True)
+class WindowedDistance(Statistic):
+    """Windowed distance sum_s A[t,s] min(t - s, window), in tokens (WAAD's per-head term, arXiv 2510.13554, W = 10)."""
+
+    window: int = 10
+    name: ClassVar[str] = "windowed_distance"
+
+    def ask(self, plan: Plan) -> Reader:
+        place = plan.window(self.window)
+        return lambda seen: {self.name: _need(seen.window_distance)[..., place]}
+
+
+@dataclass(frozen=True)
+class WindowMass(Statistic):
+    """Mass on the last ``window`` tokens, the query's own included: in [0, 1]."""
+
+    window: int = 64
+    name: ClassVar[str] = "window_mass"
+
+    def ask(self, plan: Plan) -> Reader:
+        place = plan.window(self.window)
+        return lambda seen: {self.name: _need(seen.window_mass)[..., place]}
+
+
+@dataclass(frozen=True)
+class TopKeys(Statistic):
+    """The ``k`` heaviest keys of each query, heaviest first, dimension ``rank``: ``top_keys`` (positions, -1 for none)
+    and ``top_mass``. Keys of equal mass come in any order."""
+
+    k: int = 1
+    name: ClassVar[str] = "top_keys"
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        return ("top_keys", "top_mass")
+
+    @property
+    def coordinates(self) -> dict[str, list[Any]]:
+        return {"rank": list(range(self.k))}
+
+    def ask(self, plan: Plan) -> Reader:
+        place = plan.top(self.k)
+        start = plan.call.mask.start
+
+        def read(seen: Attended) -> dict[str, Tensor]:
+            keys, mass = _need(seen.top_keys)[..., place], _need(seen.top_mass)[..., place]
+            if start is not None:
+                keys = torch.where(keys < 0, -1, keys - start[:, None, None, None])
+            return {"top_keys": keys, "top_mass": mass}
+
+        return read
+
+
+@dataclass(frozen=True, eq=False)
+class TargetMass(Statistic):
+    """Mass on chosen keys of each query, dimension ``target``: previous token, induction target, needle token ...
+
+    ``targets`` maps a name to a function of query positions (batch or 1, query) returning key positions of that shape
+    (negative: none), or to a tensor (batch or 1, length) indexed by query position. Positions count from the example's
+    first token.
+    """
+
+    targets: Mapping[str, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
+    name: ClassVar[str] = "target_mass"
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise HeadscopeError("TargetMass needs at least one target, e.g. TargetMass({'previous': lambda q: q - 1})")
+
+    @property
+    def coordinates(self) -> dict[str, list[Any]]:
+        return {"target": list(self.targets)}
+
+    def ask(self, plan: Plan) -> Reader:
+        at = plan.query_positions
+        columns = [self._keys(target, at)[..., None] for target in self.targets.values()]
+        place = plan.targets(_concatenate(columns))
+        return lambda seen: {self.name: _need(seen.target_mass)[..., place]}
+
+    def _keys(self, target: Callable[[Tensor], Tensor] | Tensor, at: Tensor) -> Tensor:
+        if callable(target):
+            return torch.where(at < 0, -1, target(at))
+        table = target.to(at.device)
+        batch = max(at.shape[0], table.shape[0])
+        index = at.clamp(0, table.shape[1] - 1).expand(batch, -1)
+        keys = table.expand(batch, -1).gather(1, index)
+        return torch.where((at < 0) | (at >= table.shape[1]), -1, keys)
+
+
+@dataclass(frozen=True)
+class KeyMass(Statistic):
+    """Attention received by each key: (example, layer, head, key).
+
+    ``reduce``: ``"sum"`` over the queries, ``"mean"`` over the queries that see the key (alpha of Gu et al. 2024,
+    arXiv 2410.10781), or ``"max"``. ``queries = (first, stop)`` limits the rows of each forward pass; padded queries
+    never count. Over several forward passes (chunks, decoding steps) sums and counts add up.
+    """
+
+    reduce: Literal["sum", "mean", "max"] = "sum"
+    queries: tuple[int, int] | None = None
+    name: ClassVar[str] = "key_mass"
+    kind: ClassVar[Literal["row", "key", "output"]] = "key"
+
+    def __post_init__(self) -> None:
+        if self.reduce not in ("sum", "mean", "max"):
+            raise HeadscopeError(f"KeyMass reduces by 'sum', 'mean' or 'max', not {self.reduce!r}")
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        return ("key_mass" if self.reduce == "sum" else f"key_mass_{self.reduce}",)
+
+    def ask(self, plan: Plan) -> Reader:
+        wanted = {"sum": ("key_sum",), "mean": ("key_sum", "key_count"), "max": ("key_max",)}[self.reduce]
+        for name in wanted:
+            plan.flag(name)
+        if self.queries is not None:
+            plan._fields["key_queries"] = self.queries
+        return lambda seen: {name: _need(getattr(seen, name)) for name in wanted}
+
+
+@dataclass(frozen=True)
+class HeadOutput(Statistic):
+    """The heads' outputs z at chosen prompt positions: ``z`` (example, layer, head, position, d_head), any edits applied.
+
+    ``positions`` count from the example's first token, or from its end where negative (-1: the last prompt token). Read
+    from the first forward pass of a prompt.
+    """
+
+    positions: tuple[int, ...] = (-1,)
+    name: ClassVar[str] = "z"
+    kind: ClassVar[Literal["row", "key", "output"]] = "output"
+
+    @property
+    def coordinates(self) -> dict[str, list[Any]]:
+        return {"position": list(self.positions)}
+
+    def ask(self, plan: Plan) -> Reader:
+        call = plan.call
+        rows = self.rows(call)
+
+        def read(seen: Attended) -> dict[str, Tensor]:
+            z = _need(seen.output)
+            index = rows[:, None, :, None].expand(z.shape[0], z.shape[1], -1, z.shape[3])
+            return {"z": z.gather(2, index)}
+
+        return read
+
+    def rows(self, call: AttentionCall) -> Tensor:
+        """Row index of each position in this call: (batch or 1, position)."""
+        mask, queries = call.mask, call.query.shape[2]
+        start = torch.zeros(1, dtype=torch.long) if mask.start is None else mask.start.cpu()
+        end = torch.full((1,), mask.query_offset + queries) if mask.end is None else mask.end.cpu()
+        wanted = torch.tensor(self.positions)
+        at = torch.where(wanted < 0, end[:, None] + wanted, start[:, None] + wanted) - mask.query_offset
+        if bool(((at < 0) | (at >= queries)).any()):
+            raise HeadscopeError(f"positions {list(self.positions)} do not all exist in a prompt of this length")
+        return at.to(call.query.device)
+
+
+def _need(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
+
+
+def _linear(seen: Attended) -> Tensor:
+    return _need(seen.linear)
