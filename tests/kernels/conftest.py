@@ -1,0 +1,29 @@
+"""Every allocation that promises nothing holds poison, so that a result nobody wrote cannot pass by luck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wrapper(*args: object, **kwargs: object) -> torch.Tensor:
+        x = allocate(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(99) if x.dtype != torch.bool else x
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -1,0 +1,183 @@
+"""The streaming engine, the output and the pattern against the float64 definition."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headscope.kernels import attention, streaming
+from headscope.kernels.checks import MASKS, Case, compare, everything, random_case
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Attended, Request
+
+SINGLE = torch.float32
+SHAPES = {  # batch, kv_heads, group, queries, keys, d_head, d_value
+    "one query": (2, 2, 2, 1, 40, 32, 32),
+    "63 queries": (2, 1, 3, 63, 63, 60, 60),
+    "cached keys": (1, 2, 1, 17, 63, 80, 48),
+    "multi-head": (3, 2, 1, 33, 33, 96, 96),
+    "wide heads": (1, 1, 4, 9, 70, 256, 64),
+}
+
+
+def fails(case: Case, request: Request, engine: Callable[..., Attended], precision: torch.dtype = SINGLE) -> list:
+    return [v for v in compare(case.run(engine, request), case, request, precision=precision) if not v.holds]
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_reduction_under_every_mask(kind: str, shape: str) -> None:
+    batch, kv, group, queries, keys, d, dv = SHAPES[shape]
+    case = random_case(kind, batch=batch, kv_heads=kv, group=group, queries=queries, keys=keys, d_head=d, d_value=dv)
+    for subset in (False, True):
+        request = everything(case, subset=subset)
+        for tile in (200, 5_000, None):
+            assert not fails(case, request, functools.partial(streaming.attend, tile=tile))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["causal", "window", "left padding"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"softcap": 5.0}, {"sinks": True}, {"bias": True}, {"softcap": 3.0, "sinks": True, "bias": True}],
+    ids=["plain", "softcap", "sinks", "bias", "all three"],
+)
+def test_precisions_and_logit_options(dtype: torch.dtype, kind: str, options: dict) -> None:
+    case = random_case(kind, dtype=dtype, d_head=64, d_value=48, seed=1, **options)
+    for subset in (False, True):
+        assert not fails(case, everything(case, subset=subset), streaming.attend)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(MASKS),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    queries=st.integers(1, 40),
+    cached=st.integers(0, 40),
+    d_head=st.sampled_from([16, 60, 80]),
+    d_value=st.sampled_from([8, 33, 64]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    softcap=st.sampled_from([None, 2.0, 30.0]),
+    sinks=st.booleans(),
+    bias=st.booleans(),
+    subset=st.booleans(),
+    tile=st.sampled_from([50, 1_000, None]),
+    seed=st.integers(0, 1_000),
+)
+def test_any_call(
+    kind: str, queries: int, cached: int, subset: bool, tile: int | None, seed: int, **options: object
+) -> None:
+    case = random_case(kind, queries=queries, keys=queries + cached, seed=seed, **options)  # type: ignore[arg-type]
+    request = everything(case, seed=seed, subset=subset)
+    assert not fails(case, request, functools.partial(streaming.attend, tile=tile))
+
+
+def test_float64_inputs_give_float64_statistics() -> None:
+    case = random_case("causal", dtype=torch.float64)
+    got = case.run(streaming.attend, everything(case))
+    assert got.lse is not None and got.lse.dtype == torch.float64
+    assert not fails(case, everything(case), streaming.attend, torch.float64)
+
+
+def _drops_the_last_key(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Attended:
+    mask = options["mask"]
+    assert isinstance(mask, Mask)
+    return streaming.attend(q, k, v, **{**options, "mask": replace(mask, right=-1)})  # type: ignore[arg-type]
+
+
+def _forgets_the_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Attended:
+    return streaming.attend(q * 1.01, k, v, **options)  # type: ignore[arg-type]
+
+
+def _leaves_a_row_unwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Attended:
+    got = streaming.attend(q, k, v, **options)  # type: ignore[arg-type]
+    for x in (got.lse, got.output, got.entropy):
+        assert x is not None
+        x[0, 0, 3] = torch.empty_like(x[0, 0, 3])
+    return got
+
+
+@pytest.mark.parametrize("broken", [_drops_the_last_key, _forgets_the_scale, _leaves_a_row_unwritten])
+def test_the_comparison_sees_planted_bugs(broken: Callable[..., Attended]) -> None:
+    case = random_case("causal")
+    bad = {v.name for v in fails(case, everything(case), broken)}
+    assert {"lse", "entropy", "output"} <= bad
+
+
+def test_only_what_is_asked_for_comes_back() -> None:
+    case = random_case("causal")
+    got = case.run(attention.attend, Request(output=False, entropy=True))
+    assert got.entropy is not None
+    assert all(x is None for name, x in vars(got).items() if name not in ("entropy", "extra"))
+
+
+def test_empty_rows_are_as_documented() -> None:
+    case = random_case("empty rows", queries=8, keys=8)
+    got = case.run(streaming.attend, everything(case))
+    empty = slice(0, 4)
+    assert (got.lse[:, :, empty] == -torch.inf).all() and (got.max[:, :, empty] == -torch.inf).all()  # type: ignore[index]
+    for x in (got.output, got.entropy, got.linear, got.distance, got.window_mass, got.top_mass, got.target_mass):
+        assert x is not None and (x[:, :, empty] == 0).all()
+    assert got.top_keys is not None and (got.top_keys[:, :, empty] == -1).all()
+    assert got.key_count is not None and (got.key_count[..., -1] == 0).all()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "sinks": True, "bias": True}], ids=["plain", "all three"])
+def test_output_and_pattern_tile(kind: str, options: dict) -> None:
+    case = random_case(kind, queries=21, keys=30, **options)
+    call = {"mask": case.mask, "scale": case.scale, "softcap": case.softcap, "sinks": case.sinks, "bias": case.bias}
+    want = case.eager(Request()).output
+    assert want is not None
+    assert (attention.output(case.q, case.k, case.v, **call) - want).abs().max() < 1e-5
+    tile = attention.pattern(case.q, case.k, rows=slice(2, 19), keys=slice(3, 27), **call)
+    assert (tile - case.pattern()[:, :, 2:19, 3:27]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "sinks": True, "bias": True}], ids=["plain", "all three"])
+@pytest.mark.parametrize("kind", ["causal", "window", "left padding"])
+def test_the_output_keeps_its_gradient(kind: str, options: dict) -> None:
+    case = random_case(kind, queries=9, keys=9, dtype=torch.float64, **options)
+    gradients = []
+    for engine in (attention.attend, functools.partial(attention.attend, engine="reference")):
+        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        got = replace(case, q=leaves[0], k=leaves[1], v=leaves[2]).run(engine, Request(lse=True))
+        assert got.lse is not None and not got.lse.requires_grad and got.output is not None
+        got.output.square().sum().backward()
+        gradients.append([x.grad for x in leaves])
+    for ours, want in zip(*gradients, strict=True):
+        assert ours is not None and torch.allclose(ours, want)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": torch.zeros(2, 3, 4, 8)}, "share"),
+        ({"q": torch.zeros(2, 4, 4, 9)}, "belong together"),
+        ({"k": torch.zeros(2, 2, 8)}, "must be"),
+        ({"sinks": torch.zeros(3)}, "sinks"),
+        ({"bias": torch.zeros(2, 3, 5)}, "bias"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    case = random_case("causal", queries=5, keys=5, d_head=8)
+    with pytest.raises(ValueError, match=message):
+        replace(case, **change).run(attention.attend, Request())
+
+
+def test_requests_that_do_not_fit_are_refused() -> None:
+    case = random_case("causal", queries=5, keys=6)
+    with pytest.raises(ValueError, match="linear"):
+        case.run(attention.attend, Request(linear=torch.zeros(5, 2)))
+    with pytest.raises(ValueError, match="targets"):
+        case.run(attention.attend, Request(targets=torch.zeros(1, 6, 2, dtype=torch.long)))
+    with pytest.raises(ValueError, match="engine"):
+        case.run(functools.partial(attention.attend, engine="fast"), Request())
