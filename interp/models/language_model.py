@@ -1,0 +1,165 @@
+"""A language model with its tokenizer: prompts in, logits or text out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.info import ModelInfo
+
+Prompts = str | Sequence[str]
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A Hugging Face model and its tokenizer (None for a bare model, which is then called as ``lm.model(**inputs)``).
+
+    ``revision`` names the weights: the hub's commit, or the SHA-256 of the source; None where nobody knows.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None
+    info: ModelInfo
+
+    @classmethod
+    def wrap(
+        cls, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
+    ) -> LanguageModel:
+        """Describe a model and give its tokenizer a padding token (an existing token) where it has none."""
+        if tokenizer is not None:
+            _ensure_padding(tokenizer)
+        info = ModelInfo.from_model(model)
+        name = name or getattr(model.config, "name_or_path", None) or info.architecture
+        return cls(model, tokenizer, name, revision or getattr(model.config, "_commit_hash", None), info)
+
+    def __repr__(self) -> str:
+        i = self.info
+        groups = "" if i.kv_heads == i.heads else f" ({i.kv_heads} KV)"
+        return (
+            f"LanguageModel({self.name!r}: {i.architecture}, {i.layers} layers x {i.heads} heads{groups}, "
+            f"d_head {i.d_head}, context {i.context_length}, {i.parameters / 1e6:.0f}M {i.dtype} on {i.device})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return torch.device(self.model.device)
+
+    def __call__(self, prompts: Prompts, **kwargs: Any) -> Any:
+        """Run the model on prompts, padded to the right, without gradients; returns transformers' own output.
+
+        Right padding leaves every position where it would be without padding. Keyword arguments go to the model.
+        Raises HeadscopeError where a prompt is empty or too long, or where its last logits are not numbers.
+        """
+        inputs = self.encode(prompts)
+        with torch.no_grad():
+            output = self.model(**inputs, **kwargs)
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, Tensor) and logits.ndim == 3:
+            self._check_finite(_last_logits(logits, inputs["attention_mask"]))
+        return output
+
+    def encode(self, prompts: Prompts, *, padding_side: str = "right", max_new_tokens: int = 0) -> Any:
+        """Token ids and attention mask (a BatchEncoding on the model's device), with the tokenizer's special tokens."""
+        tokenizer = self._tokenizer()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        _check_texts(texts)
+        batch = tokenizer(
+            texts, padding=True, padding_side=padding_side, return_attention_mask=True, return_tensors="pt"
+        )
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        limit = self.info.context_length
+        for index, length in enumerate(lengths):
+            if length == 0:
+                raise HeadscopeError(f"prompt {index} has no tokens after tokenization: give a prompt with text in it")
+            if limit is not None and length + max_new_tokens > limit:
+                new = f" and {max_new_tokens} new ones" if max_new_tokens else ""
+                raise HeadscopeError(
+                    f"prompt {index} has {length} tokens{new}, more than the context of {self.name} ({limit}): "
+                    "shorten it or take a model with a longer context"
+                )
+        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+            batch.pop("token_type_ids", None)  # a generic tokenizer makes them for every model
+        return batch.to(self.device)
+
+    def generate(self, prompts: Prompts, max_new_tokens: int = 32, **kwargs: Any) -> list[str]:
+        """The text that the model adds to each prompt, greedily unless ``kwargs`` (of transformers) say otherwise."""
+        inputs = self.encode(prompts, padding_side="left", max_new_tokens=max_new_tokens)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": self.tokenizer.pad_token_id}
+        if not kwargs.get("do_sample", False):
+            options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        options |= kwargs
+        checks = [*options.pop("logits_processor", []), self._check_scores]
+        with torch.no_grad():
+            output = self.model.generate(**inputs, **options, logits_processor=checks)
+        ids = output if isinstance(output, Tensor) else output.sequences
+        new = ids if self.model.config.is_encoder_decoder else ids[:, inputs["input_ids"].shape[1] :]
+        return list(self.tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    def chat(self, question: str, *, system: str | None = None) -> str:
+        """The prompt that asks the question through the tokenizer's chat template, ready for ``lm(...)``.
+
+        A beginning-of-sequence token that the tokenizer adds by itself is left out, so that it does not come twice.
+        """
+        tokenizer = self._tokenizer()
+        if not getattr(tokenizer, "chat_template", None):
+            raise HeadscopeError(f"{self.name} has no chat template: use a plain prompt, or an instruction-tuned model")
+        _check_texts([question])
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": question})
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+        if bos is not None and tokenizer("a")["input_ids"][:1] == [bos_id]:
+            text = text.removeprefix(bos)
+        return text
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise HeadscopeError(f"{self.name} was given without a tokenizer: pass tokenizer= to load_model")
+        return self.tokenizer
+
+    def _check_scores(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self._check_finite(scores)
+        return scores
+
+    def _check_finite(self, logits: Tensor) -> None:
+        # A model may forbid tokens with -inf; one that forbids every token is broken as well.
+        bad = logits.isnan() | logits.isposinf()
+        if bool(bad.any()) or not bool(logits.isfinite().any(dim=-1).all()):
+            dtype = str(logits.dtype).removeprefix("torch.")
+            raise HeadscopeError(
+                f"{self.name} gives logits that are not numbers in {dtype} on {logits.device}: "
+                "load it with dtype='float32', or check its weights"
+            )
+
+
+def _check_texts(texts: Sequence[Any]) -> None:
+    if not texts:
+        raise HeadscopeError("no prompt was given: pass a string or a list of strings")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise HeadscopeError(f"prompt {index} is {type(text).__name__}, not text: for token ids use lm.model(...)")
+        if not text:
+            raise HeadscopeError(f"prompt {index} is empty: give a prompt with text in it")
+
+
+def _last_logits(logits: Tensor, attention_mask: Tensor) -> Tensor:
+    if logits.shape[1] != attention_mask.shape[1]:  # logits_to_keep
+        return logits[:, -1]
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    return logits[rows, attention_mask.to(logits.device).sum(dim=1) - 1]
+
+
+def _ensure_padding(tokenizer: Any) -> None:
+    """Let an existing token stand for padding (the attention mask hides it): the vocabulary does not change."""
+    if tokenizer.pad_token is None:
+        token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        tokenizer.pad_token = token or tokenizer.convert_ids_to_tokens(0)
