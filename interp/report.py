@@ -65,7 +65,7 @@ class Report:
             raise HeadscopeError(f"the table {caption!r} has no columns, so there is nothing to show")
         unknown = set(formats or {}) - set(frame.columns)
         if unknown:
-            raise HeadscopeError(f"the table {caption!r} has no column {sorted(unknown)[0]!r} to format")
+            raise HeadscopeError(f"the table {caption!r} has no column {sorted(unknown, key=str)[0]!r} to format")
         anchor = self._enter("Table", caption)
         label = f"<b>Table {self._counts['Table']}.</b> {_safe(caption)}"
         rows = _table(frame, dict(formats or {}), caption)

@@ -1,0 +1,18 @@
+"""Plotly figures of what headscope measures; every function returns a ``plotly.graph_objects.Figure``."""
+
+from headscope.interp.plots.maps import head_map, ranked, statistic_map
+from headscope.interp.plots.pattern import pattern
+from headscope.interp.plots.profile import statistic_profile
+from headscope.interp.plots.style import show_token
+from headscope.interp.plots.tasks import evaluation, needle_grid
+
+__all__ = [
+    "evaluation",
+    "head_map",
+    "needle_grid",
+    "pattern",
+    "ranked",
+    "show_token",
+    "statistic_map",
+    "statistic_profile",
+]
