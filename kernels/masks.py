@@ -149,6 +149,33 @@ class Mask:
         seen = self.rule(b[:, None, None, None], h[None, :, None, None], q[None, None, :, None], k[None, None, None, :])
         return seen.expand(torch.broadcast_shapes(seen.shape, (1, 1, q.numel(), k.numel())))
 
+    def pairs(self, rows: Tensor, keys: Tensor, heads: Tensor) -> Tensor:
+        """Visibility of single (query row, key index) pairs: ``rows`` broadcasts to ``keys`` (batch, n, t).
+
+        Returns bool of shape (batch, 1 or head, n, t); ``heads`` (h,) are told to a ``rule``.
+        """
+        q, k = rows + self.query_offset, keys + self.key_offset
+        seen = torch.ones_like(k, dtype=torch.bool)
+        if self.right is not None:
+            seen = seen & (k <= q + self.right)
+        if self.left is not None:
+            seen = seen & (k >= q - self.left)
+        if self.start is not None:
+            seen = seen & (k >= self.start[:, None, None])
+        if self.end is not None:
+            seen = seen & (k < self.end[:, None, None])
+        if self.chunk is not None:
+            origin = 0 if self.origin is None else self.origin[:, None, None]
+            seen = seen & ((k - origin) // self.chunk == (q - origin) // self.chunk)
+        if self.segments is not None:
+            segments = self.segments.expand(k.shape[0], -1)
+            of_query = segments.gather(1, q.expand_as(k).flatten(1)).view_as(k)
+            seen = seen & (of_query == segments.gather(1, k.flatten(1)).view_as(k))
+        if self.rule is None:
+            return seen[:, None]
+        b = torch.arange(k.shape[0], device=k.device)[:, None, None, None]
+        return seen[:, None] & self.rule(b, heads[None, :, None, None], q[:, None], k[:, None])
+
     def query_is_real(self, rows: Tensor) -> Tensor | None:
         """Whether each query row (n,) is a token, not padding: bool (batch, n), or None where there is no padding.
 

@@ -1,0 +1,168 @@
+"""Column reductions from a known lse: the mass every key receives, and the largest weight any query gives it.
+
+1. With lse_i known, p_ij = exp(s_ij - lse_i) needs no normalisation (identity 4 of the design).
+2. One program owns a block of keys and walks the queries that see it, so no two programs write the same key: no
+   atomics, and the same sums on every run.
+3. The tile is held keys x queries: sums and maxima over queries stay inside a thread's registers for most of the way.
+4. A padded or empty query has lse = +inf here: it gives nothing.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headscope.kernels import triton_tuning
+from headscope.kernels.masks import Mask
+from headscope.kernels.triton_device import (
+    HIDDEN,
+    LOG2E,
+    biased,
+    last_dim_contiguous,
+    launch,
+    load_rows,
+    padded,
+    query_range,
+    rules,
+    score,
+    scored,
+    strides,
+    visible,
+)
+
+
+class Sizes(NamedTuple):
+    """The shape of a call whose columns run over query rows ``first:stop``."""
+
+    heads: int
+    group: int
+    queries: int
+    first: int
+    stop: int
+    keys: int
+
+
+@triton.jit
+def _kernel(
+    q,
+    k,
+    lse,
+    key_sum,
+    key_max,
+    strides,
+    sizes,
+    rules,
+    score,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PLAIN: tl.constexpr,
+):
+    b, h = tl.program_id(1) // sizes.heads, tl.program_id(1) % sizes.heads
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    begin = tl.program_id(0) * BN
+    j = begin + tl.arange(0, BN)
+    q += b64 * strides[0].batch + h64 * strides[0].head
+    k += b64 * strides[1].batch + (h // sizes.group).to(tl.int64) * strides[1].head
+    lse += (b64 * sizes.heads + h64) * sizes.queries
+    kt = load_rows(k, j, strides[1].position, sizes.keys, d, D, False)
+    lo, hi, full_lo, full_hi = query_range(begin, BN, b, sizes.first, sizes.stop, sizes.keys, rules, BM)
+    total = tl.zeros([BN], tl.float32)
+    highest = tl.zeros([BN], tl.float32)
+    for masked in tl.static_range(2):
+        if masked:
+            before = (full_lo - lo) // BM
+            tiles = before + tl.cdiv(hi - full_hi, BM)
+        else:
+            before = 0
+            tiles = (full_hi - full_lo) // BM
+        for tile in range(0, tiles):
+            if masked:
+                start = tl.where(tile < before, lo + tile * BM, full_hi + (tile - before) * BM)
+            else:
+                start = full_lo + tile * BM
+            row = tl.arange(0, BM)
+            position = start + row + rules.query_offset
+            step = start.to(tl.int64)
+            qt = load_rows(q + step * strides[0].position, row, strides[0].position, hi - start, d, D, masked == 0)
+            norm = tl.load(lse + step + row, mask=row < hi - start, other=float("inf"))
+            norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
+            if rules.start is not None:
+                norm = tl.where(position >= tl.load(rules.start + b).to(tl.int32), norm, float("inf"))
+            if rules.end is not None:
+                norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
+            s = tl.dot(kt, tl.trans(qt), input_precision="ieee")
+            if PLAIN and masked == 0:
+                t = s * (score.scale * LOG2E) - norm[None, :]
+            else:
+                s = biased(scored(s, score), score, b, h, j[:, None] + 0 * row[None, :], sizes.keys)
+                if masked:
+                    s = tl.where(tl.trans(visible(position, j + rules.key_offset, b, rules)), s, HIDDEN)
+                t = s - norm[None, :]
+            p = tl.exp2(t)
+            if key_sum is not None:
+                total += tl.sum(p, 1)
+            if key_max is not None:
+                highest = tl.maximum(highest, tl.max(p, 1))
+    out = (b64 * sizes.heads + h64) * sizes.keys + j
+    if key_sum is not None:
+        tl.store(key_sum + out, total, mask=j < sizes.keys)
+    if key_max is not None:
+        tl.store(key_max + out, highest, mask=j < sizes.keys)
+
+
+def columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
+    total: bool = True,
+    highest: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sum and maximum over query rows ``queries`` of the pattern, each (batch, head, key) float32 or None.
+
+    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d), ``lse`` (batch, head, query) float32 as the row
+    kernel gives it (a sink logit included).
+    """
+    batch, heads, n, d = q.shape
+    keys = k.shape[2]
+    first, stop = queries or (0, n)
+    sums = lse.new_empty(batch, heads, keys) if total else None
+    most = lse.new_empty(batch, heads, keys) if highest else None
+    if batch == 0 or keys == 0:
+        return sums, most
+    q, k, lse = last_dim_contiguous(q), last_dim_contiguous(k), lse.contiguous()
+    tiles = triton_tuning.column_tiles(padded(d), q.dtype)
+    launch(
+        _kernel,
+        (triton.cdiv(keys, tiles.keys), batch * heads),
+        q,
+        q,
+        k,
+        lse,
+        sums,
+        most,
+        (strides(q), strides(k)),
+        Sizes(heads, heads // k.shape[1], n, first, stop, keys),
+        rules(mask, batch),
+        score(scale, softcap, bias),
+        d=d,
+        D=padded(d),
+        BM=tiles.rows,
+        BN=tiles.keys,
+        PLAIN=softcap is None and bias is None,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return sums, most

@@ -1,0 +1,295 @@
+"""What every Triton kernel shares: the mask, the key range of a block of queries, a tile of scores.
+
+Scores are held in units of ln 2 (exp2 is one instruction). A hidden key scores ``HIDDEN`` and a running maximum starts
+at ``FLOOR`` above it, both finite: exp2 of their difference is exactly 0 and 0 times it is 0, where -inf gives NaN.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headscope.kernels.masks import Mask
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+LOG2E = tl.constexpr(1.0 / math.log(2.0))
+LN2 = tl.constexpr(math.log(2.0))
+HIDDEN = tl.constexpr(-2e30)
+FLOOR = tl.constexpr(-1e30)
+
+
+class Rules(NamedTuple):
+    """A ``Mask`` as a kernel argument; a rule that is None costs nothing (it is compiled away)."""
+
+    query_offset: int
+    key_offset: int
+    left: int | None
+    right: int | None
+    start: Tensor | None
+    end: Tensor | None
+    chunk: int | None
+    origin: Tensor | None
+    segments: Tensor | None
+    segment_stride: int
+    segment_count: int
+    positions: Tensor | None  # absolute positions of the query rows, where they are a subset
+
+
+class Score(NamedTuple):
+    """How q.k becomes a score."""
+
+    scale: float
+    softcap: float | None
+    bias: Tensor | None  # (batch or 1, head or 1, key), float32, contiguous
+    bias_batch: int
+    bias_head: int
+
+
+def rules(mask: Mask, batch: int, positions: Tensor | None = None) -> Rules:
+    """``mask`` (without a ``rule``) for ``batch`` examples."""
+    if mask.rule is not None:
+        raise ValueError("Triton kernels evaluate no index rule; use the streaming engine")
+
+    def per_example(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.expand(batch).contiguous()
+
+    segments = None if mask.segments is None else mask.segments.contiguous()
+    stride = 0 if segments is None or segments.shape[0] == 1 else segments.shape[1]
+    return Rules(
+        mask.query_offset,
+        mask.key_offset,
+        mask.left,
+        mask.right,
+        per_example(mask.start),
+        per_example(mask.end),
+        mask.chunk,
+        per_example(mask.origin) if mask.chunk is not None else None,
+        segments,
+        stride,
+        0 if segments is None else segments.shape[1],
+        positions,
+    )
+
+
+def score(scale: float, softcap: float | None, bias: Tensor | None) -> Score:
+    """The kernel argument for ``scale``, ``softcap`` and a key bias (batch or 1, head or 1, key)."""
+    if bias is None:
+        return Score(scale, softcap, None, 0, 0)
+    bias = bias.float().contiguous()
+    batch, head = (0 if bias.shape[d] == 1 else bias.stride(d) for d in (0, 1))
+    return Score(scale, softcap, bias, batch, head)
+
+
+def padded(d: int) -> int:
+    """The tile width that holds ``d`` columns: a power of two, at least 16 (the narrowest matrix instruction)."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """``x``, copied only if its last dimension is strided."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@contextmanager
+def on_device(x: Tensor) -> Iterator[None]:
+    """Launch on the card that holds ``x`` (Triton launches on the current one)."""
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            yield
+    else:
+        yield
+
+
+def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
+    """Run ``kernel`` on ``grid`` on the device of ``x``."""
+    with on_device(x):
+        kernel[grid](*args, **options)
+
+
+@triton.jit
+def row_positions(index, rules):
+    """Absolute positions of query rows ``index``."""
+    if rules.positions is None:
+        return index + rules.query_offset
+    else:
+        return tl.load(rules.positions + index).to(tl.int32)
+
+
+@triton.jit
+def visible(q, k, b, rules):
+    """Which keys at positions ``k`` (n,) queries at ``q`` (m,) of example ``b`` see: (m, n)."""
+    seen = (q[:, None] == q[:, None]) & (k[None, :] == k[None, :])
+    if rules.right is not None:
+        seen = seen & (k[None, :] <= q[:, None] + rules.right)
+    if rules.left is not None:
+        seen = seen & (k[None, :] >= q[:, None] - rules.left)
+    if rules.start is not None:
+        seen = seen & (k >= tl.load(rules.start + b).to(tl.int32))[None, :]
+    if rules.end is not None:
+        seen = seen & (k < tl.load(rules.end + b).to(tl.int32))[None, :]
+    if rules.chunk is not None:
+        seen = seen & (chunk_of(k, b, rules)[None, :] == chunk_of(q, b, rules)[:, None])
+    if rules.segments is not None:
+        seen = seen & (segment_of(k, b, rules)[None, :] == segment_of(q, b, rules)[:, None])
+    return seen
+
+
+@triton.jit
+def chunk_of(x, b, rules):
+    """The chunk of positions ``x``, rounding towards minus infinity as Python does."""
+    if rules.origin is not None:
+        x = x - tl.load(rules.origin + b).to(tl.int32)
+    quotient = x // rules.chunk
+    return tl.where((x - quotient * rules.chunk) < 0, quotient - 1, quotient)
+
+
+@triton.jit
+def segment_of(x, b, rules):
+    """The segment of positions ``x``."""
+    exists = (x >= 0) & (x < rules.segment_count)
+    return tl.load(rules.segments + b.to(tl.int64) * rules.segment_stride + x, mask=exists, other=-1)
+
+
+@triton.jit
+def key_range(first, last, b, keys, rules, BN: tl.constexpr):
+    """Key indices for queries at positions ``first..last``: (lo, hi, full_lo, full_hi).
+
+    No key outside ``lo:hi`` is visible; every key of ``full_lo:full_hi`` is visible to every query, so its tiles need
+    no mask. ``lo``, ``full_lo`` and ``full_hi`` are multiples of the tile ``BN``.
+    """
+    lo = 0
+    hi = keys
+    flo = 0
+    fhi = keys
+    if rules.right is not None:
+        hi = tl.minimum(hi, last + rules.right - rules.key_offset + 1)
+        fhi = tl.minimum(fhi, first + rules.right - rules.key_offset + 1)
+    if rules.left is not None:
+        lo = tl.maximum(lo, first - rules.left - rules.key_offset)
+        flo = tl.maximum(flo, last - rules.left - rules.key_offset)
+    if rules.start is not None:
+        begin = tl.load(rules.start + b).to(tl.int32) - rules.key_offset
+        lo = tl.maximum(lo, begin)
+        flo = tl.maximum(flo, begin)
+    if rules.end is not None:
+        stop = tl.load(rules.end + b).to(tl.int32) - rules.key_offset
+        hi = tl.minimum(hi, stop)
+        fhi = tl.minimum(fhi, stop)
+    if (rules.chunk is not None) or (rules.segments is not None):
+        fhi = 0
+    if rules.chunk is not None:
+        begin = chunk_of(first, b, rules) * rules.chunk
+        stop = (chunk_of(last, b, rules) + 1) * rules.chunk
+        if rules.origin is not None:
+            begin += tl.load(rules.origin + b).to(tl.int32)
+            stop += tl.load(rules.origin + b).to(tl.int32)
+        lo = tl.maximum(lo, begin - rules.key_offset)
+        hi = tl.minimum(hi, stop - rules.key_offset)
+    hi = tl.maximum(hi, 0)
+    lo = tl.minimum(lo, hi) // BN * BN
+    flo = (tl.minimum(flo, hi) + BN - 1) // BN * BN
+    fhi = tl.minimum(tl.maximum(fhi, 0), hi) // BN * BN
+    none = flo >= fhi
+    return lo, hi, tl.where(none, lo, flo), tl.where(none, lo, fhi)
+
+
+@triton.jit
+def query_range(begin, size, b, first, stop, keys, rules, BM: tl.constexpr):
+    """Query rows that see keys ``begin : begin + size``, as ``key_range`` of the rows ``first:stop``.
+
+    The ranges are multiples of the tile ``BM`` away from ``first``. Rows are consecutive from the query offset.
+    """
+    near = begin + rules.key_offset - rules.query_offset
+    far = near + size - 1
+    lo = first
+    hi = stop
+    flo = first
+    fhi = stop
+    if rules.right is not None:
+        lo = tl.maximum(lo, near - rules.right)
+        flo = tl.maximum(flo, far - rules.right)
+    if rules.left is not None:
+        hi = tl.minimum(hi, far + rules.left + 1)
+        fhi = tl.minimum(fhi, near + rules.left + 1)
+    whole = begin + size <= keys
+    if rules.start is not None:
+        real = tl.load(rules.start + b).to(tl.int32) - rules.query_offset
+        lo = tl.maximum(lo, real)
+        whole = whole & (near >= real)
+    if rules.end is not None:
+        real = tl.load(rules.end + b).to(tl.int32) - rules.query_offset
+        hi = tl.minimum(hi, real)
+        whole = whole & (far < real)
+    if (rules.chunk is not None) or (rules.segments is not None):
+        whole = whole & (size < 0)
+    hi = tl.maximum(hi, first)
+    lo = first + tl.maximum(tl.minimum(lo, hi) - first, 0) // BM * BM
+    flo = first + tl.maximum(tl.minimum(flo, hi) - first + BM - 1, 0) // BM * BM
+    fhi = first + tl.maximum(tl.minimum(fhi, hi) - first, 0) // BM * BM
+    none = (flo >= fhi) | (whole == 0)
+    return lo, hi, tl.where(none, lo, flo), tl.where(none, lo, fhi)
+
+
+@triton.jit
+def load_rows(x, index, stride, count, d: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows ``index`` (n,) of ``x`` (count, d) as (n, D), zero beyond; ``WHOLE``: every index exists."""
+    column = tl.arange(0, D)
+    at = x + index.to(tl.int64)[:, None] * stride + column[None, :]
+    if WHOLE and D == d:
+        return tl.load(at)
+    elif WHOLE:
+        return tl.load(at, mask=(column < d)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=(index < count)[:, None] & (column < d)[None, :], other=0.0)
+
+
+@triton.jit
+def scored(s, score):
+    """Scores in units of ln 2 from the products ``s`` = q.k; the bias is added by ``biased``."""
+    if score.softcap is not None:
+        return (score.softcap * LOG2E) * tanh(s * (score.scale / score.softcap))
+    else:
+        return s * (score.scale * LOG2E)
+
+
+@triton.jit
+def biased(s, score, b, h, key, keys):
+    """Scores plus the key bias; ``h`` and ``key`` broadcast to the shape of ``s``."""
+    if score.bias is not None:
+        at = b.to(tl.int64) * score.bias_batch + h.to(tl.int64) * score.bias_head + key
+        return s + tl.load(score.bias + at, mask=(key + 0 * h) < keys, other=0.0) * LOG2E
+    else:
+        return s
+
+
+@triton.jit
+def tanh(x):
+    """tanh by one exponential of a negative number, so that it cannot overflow."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    return tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+
+
+class Strides(NamedTuple):
+    """Strides of batch, head and position; the last dimension is contiguous."""
+
+    batch: int
+    head: int
+    position: int
+
+
+def strides(x: Tensor) -> Strides:
+    """The strides of ``x`` (batch, head, position, d), or of (position, d) and (batch, position, d) without heads."""
+    if x.dim() == 4:
+        return Strides(x.stride(0), x.stride(1), x.stride(2))
+    batch = x.stride(0) if x.dim() == 3 and x.shape[0] > 1 else 0
+    return Strides(batch, 0, x.stride(-2))

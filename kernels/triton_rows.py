@@ -1,0 +1,374 @@
+"""Row reductions in one pass over the keys: lse, max, entropy, distance, linear statistics, and the output.
+
+Flash attention's recurrence (Dao 2022, arXiv:2205.14135; Milakov and Gimelshein 2018, arXiv:1805.02867), with more sums
+beside the denominator. For one block of queries, over tiles of keys, in units of ln 2:
+
+1. s = log2(e) scale q k^T (softcap, bias, hidden keys); m' = max(m, max_j s); a = exp2(m - m');
+   t = s - m'; p = exp2(t);
+2. denominator: l' = a l + sum_j p;
+3. entropy: e' = a (e + l (m - m')) + sum_j p t, elementwise in float32; at the end H = ln 2 (log2 l - e / l);
+4. distance: x' = a x + (i - j0) sum_j p - sum_j p (j - j0) with j0 the tile's first key: no large positions cancel;
+5. linear: F' = a F + p f for the columns f (one more matrix product, n wide); output: o' = a o + p v;
+6. a sink logit z joins at the end: its row keeps the mass l / (l + exp2(z - m)), by which every statistic is scaled;
+   lse becomes lse', and the entropy mass (H + lse' - lse).
+
+Tiles that every query of the block sees whole (``key_range``) skip the mask. For few queries (decoding) the rows of a
+block are the queries of all heads of a key/value head, and the keys are split over programs, whose results ``combine``
+merges: each split is to the others what a sink is to a row.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headscope.kernels import triton_tuning
+from headscope.kernels.masks import Mask
+from headscope.kernels.triton_device import (
+    FLOOR,
+    HIDDEN,
+    LN2,
+    LOG2E,
+    biased,
+    key_range,
+    last_dim_contiguous,
+    launch,
+    load_rows,
+    padded,
+    row_positions,
+    rules,
+    score,
+    scored,
+    strides,
+    visible,
+)
+
+FEW_ROWS = 64  # up to this many queries of a key/value head share a program
+
+
+class Sizes(NamedTuple):
+    """The shape of a call of ``rows`` query rows."""
+
+    heads: int
+    group: int
+    rows: int
+    keys: int
+
+
+class Rows(NamedTuple):
+    """Row results (batch, head, row, ·), float32 but for the output; None where not wanted."""
+
+    lse: Tensor | None = None
+    max: Tensor | None = None
+    entropy: Tensor | None = None
+    distance: Tensor | None = None
+    linear: Tensor | None = None
+    output: Tensor | None = None
+
+
+@triton.jit
+def _kernel(
+    q,
+    k,
+    v,
+    f,
+    sinks,
+    results,
+    strides,
+    sizes,
+    rules,
+    score,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    dv: tl.constexpr,
+    DV: tl.constexpr,
+    NF: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PLAIN: tl.constexpr,
+    PACK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # under causal masks the last blocks are the longest: first
+    r = block * BM + tl.arange(0, BM)
+    kv_heads = sizes.heads // sizes.group
+    if PACK:
+        b, kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+        i, h, exists = r % sizes.rows, kv * sizes.group + r // sizes.rows, r < sizes.rows * sizes.group
+        batches = tl.num_programs(1) // kv_heads
+        first, last = row_positions(0, rules), row_positions(sizes.rows - 1, rules)
+    else:
+        b, kv = tl.program_id(1) // sizes.heads, tl.program_id(1) % sizes.heads // sizes.group
+        i, h, exists = r, r * 0 + tl.program_id(1) % sizes.heads, r < sizes.rows
+        batches = tl.num_programs(1) // sizes.heads
+        first = row_positions(block * BM, rules)
+        last = row_positions(tl.minimum(block * BM + BM, sizes.rows) - 1, rules)
+    b64, h64, kv64 = b.to(tl.int64), tl.where(exists, h, 0).to(tl.int64), kv.to(tl.int64)
+    position = row_positions(tl.where(exists, i, 0), rules)
+    column = tl.arange(0, D)
+    at = h64 * strides[0].head + i.to(tl.int64) * strides[0].position
+    whole = exists[:, None] & (column < d)[None, :]
+    qt = tl.load(q + b64 * strides[0].batch + at[:, None] + column[None, :], mask=whole, other=0.0)
+    k += b64 * strides[1].batch + kv64 * strides[1].head
+    if results.output is not None:
+        v += b64 * strides[2].batch + kv64 * strides[2].head
+    if results.linear is not None:
+        f += b64 * strides[3].batch
+
+    lo, hi, full_lo, full_hi = key_range(first, last, b, sizes.keys, rules, BN)
+    if SPLITS > 1:
+        share = tl.cdiv(tl.cdiv(hi - lo, BN), SPLITS) * BN
+        lo = tl.minimum(lo + tl.program_id(2) * share, hi)
+        hi = tl.minimum(hi, lo + share)
+        full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
+        full_hi = tl.maximum(tl.minimum(full_hi, hi // BN * BN), full_lo)
+        if full_lo >= full_hi:
+            full_lo, full_hi = lo, lo
+
+    m = tl.full([BM], FLOOR, tl.float32)
+    l = tl.zeros([BM], tl.float32)  # noqa: E741
+    e = tl.zeros([BM], tl.float32)
+    x = tl.zeros([BM], tl.float32)
+    linear = tl.zeros([BM, NF], tl.float32)
+    output = tl.zeros([BM, DV], tl.float32)
+    ahead = (tl.arange(0, BN)).to(tl.float32)
+    for masked in tl.static_range(2):
+        if masked:
+            before = (full_lo - lo) // BN
+            tiles = before + tl.cdiv(hi - full_hi, BN)
+        else:
+            before = 0
+            tiles = (full_hi - full_lo) // BN
+        for tile in range(0, tiles):
+            if masked:
+                start = tl.where(tile < before, lo + tile * BN, full_hi + (tile - before) * BN)
+            else:
+                start = full_lo + tile * BN
+            step = start.to(tl.int64)
+            j = tl.arange(0, BN)
+            left = sizes.keys - start
+            kt = load_rows(k + step * strides[1].position, j, strides[1].position, left, d, D, masked == 0)
+            s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
+            if not (PLAIN and masked == 0):
+                s = biased(scored(s, score), score, b, h[:, None], (start + j)[None, :], sizes.keys)
+            if masked:
+                seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
+                s = tl.where(seen, s, HIDDEN)
+            if PLAIN and masked == 0:  # the scale is folded into one multiply-add
+                new = tl.maximum(m, tl.max(s, 1) * (score.scale * LOG2E))
+                t = s * (score.scale * LOG2E) - new[:, None]
+            else:
+                new = tl.maximum(m, tl.max(s, 1))
+                t = s - new[:, None]
+            p = tl.exp2(t)
+            a = tl.exp2(m - new)
+            total = tl.sum(p, 1)
+            if results.entropy is not None:
+                e = a * (e + l * (m - new)) + tl.sum(p * t, 1)
+            if results.distance is not None:
+                gap = (position - (start + rules.key_offset)).to(tl.float32)
+                x = a * x + gap * total - tl.sum(p * ahead[None, :], 1)
+            l = a * l + total  # noqa: E741
+            m = new
+            if results.linear is not None:
+                ft = load_rows(f + step * strides[3].position, j, strides[3].position, left, NF, NF, masked == 0)
+                linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision="ieee")
+            if results.output is not None:
+                vt = load_rows(v + step * strides[2].position, j, strides[2].position, left, dv, DV, masked == 0)
+                output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision="ieee")
+
+    some = l > 0.0
+    safe = tl.where(some, l, 1.0)
+    lse = m + tl.log2(safe)
+    inverse = 1.0 / safe
+    entropy = tl.log2(safe) - e * inverse
+    if sinks is not None:
+        z = tl.load(sinks + h64).to(tl.float32) * LOG2E
+        top = tl.maximum(m, z)
+        with_sink = top + tl.log2(tl.exp2(m - top) * safe + tl.exp2(z - top))
+        mass = tl.exp2(lse - with_sink)
+        entropy = mass * (entropy + with_sink - lse)
+        inverse *= mass
+        lse = with_sink
+    split = tl.program_id(2).to(tl.int64)
+    row = ((split * batches + b64) * sizes.heads + h64) * sizes.rows + i
+    if results.lse is not None:
+        tl.store(results.lse + row, tl.where(some, lse * LN2, float("-inf")), mask=exists)
+    if results.max is not None:
+        tl.store(results.max + row, tl.where(some, m * LN2, float("-inf")), mask=exists)
+    if results.entropy is not None:
+        tl.store(results.entropy + row, tl.where(some, tl.maximum(entropy, 0.0) * LN2, 0.0), mask=exists)
+    if results.distance is not None:
+        tl.store(results.distance + row, x * inverse, mask=exists)
+    if results.linear is not None:
+        n = tl.arange(0, NF)
+        tl.store(results.linear + row[:, None] * NF + n[None, :], linear * inverse[:, None], mask=exists[:, None])
+    if results.output is not None:
+        c = tl.arange(0, DV)
+        whole = exists[:, None] & (c < dv)[None, :]
+        out = (output * inverse[:, None]).to(results.output.dtype.element_ty)
+        tl.store(results.output + row[:, None] * dv + c[None, :], out, mask=whole)
+
+
+def rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    features: Tensor | None = None,
+    wants: frozenset[str] = frozenset({"lse"}),
+    positions: Tensor | None = None,
+) -> Rows:
+    """Row reductions ``wants`` (names of ``Rows``) of ``q`` (batch, head, row, d) over ``k`` (batch, kv_head, key, d).
+
+    ``linear`` are the columns of ``features``, (key, n) or (batch, key, n); the ``output`` needs ``v``. ``positions``
+    (row,) ascending absolute positions of the rows, where they are not consecutive from the mask's query offset.
+    """
+    batch, heads, n, d = q.shape
+    if scale < 0:
+        q, scale = -q, -scale  # the maximum commutes with positive scales only
+    sizes = Sizes(heads, heads // k.shape[1], n, k.shape[2])
+    d_value = v.shape[3] if v is not None else 0
+    if batch == 0 or n == 0 or heads == 0:
+        return _allocate(q, v, wants, features, 1, d_value=d_value)._replace(linear=None)
+    pack = n * sizes.group <= FEW_ROWS
+    width, width_v = padded(d), padded(d_value) if "output" in wants else 16
+    columns = None if features is None else _encode(features, q.dtype)
+    if pack:
+        tiles = triton_tuning.decode_tiles(width, 1 << (n * sizes.group - 1).bit_length(), q.dtype)
+        programs = batch * k.shape[1]
+        splits = triton_tuning.key_splits(programs, sizes.keys, tiles.keys)
+        grid = (1, programs, splits)
+    else:
+        tiles = triton_tuning.row_tiles(width, width_v if "output" in wants else 0, q.dtype)
+        splits, grid = 1, (triton.cdiv(n, tiles.rows), batch * heads, 1)
+    inner = wants | ({"lse"} if splits > 1 else set())
+    results = _allocate(q, v, inner, columns, splits, d_value=d_value)
+    q, k = last_dim_contiguous(q), last_dim_contiguous(k)
+    v = k if v is None else last_dim_contiguous(v)
+    f = k if columns is None else columns
+    launch(
+        _kernel,
+        grid,
+        q,
+        q,
+        k,
+        v,
+        f,
+        sinks if splits == 1 else None,
+        results,
+        (strides(q), strides(k), strides(v), strides(f)),
+        sizes,
+        rules(mask, batch, positions),
+        score(scale, softcap, bias),
+        d=d,
+        D=width,
+        dv=d_value,
+        DV=width_v,
+        NF=16 if columns is None else columns.shape[-1],
+        BM=tiles.rows,
+        BN=tiles.keys,
+        PLAIN=softcap is None and bias is None,
+        PACK=pack,
+        SPLITS=splits,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    merged = combine(results, sinks, None if v is None else v.dtype) if splits > 1 else _first(results)
+    linear = None if features is None or merged.linear is None else _decode(merged.linear, features, q.dtype)
+    return merged._replace(linear=linear, lse=merged.lse if "lse" in wants else None)
+
+
+def _allocate(
+    q: Tensor, v: Tensor | None, wants: frozenset[str] | set[str], columns: Tensor | None, splits: int, *, d_value: int
+) -> Rows:
+    shape = (splits, *q.shape[:3])
+
+    def new(name: str, *last: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        return torch.empty(*shape, *last, dtype=dtype, device=q.device) if name in wants else None
+
+    exact = torch.float32 if splits > 1 or v is None else v.dtype
+    return Rows(
+        lse=new("lse"),
+        max=new("max"),
+        entropy=new("entropy"),
+        distance=new("distance"),
+        linear=None if columns is None else new("linear", columns.shape[-1]),
+        output=new("output", d_value, dtype=exact),
+    )
+
+
+def _first(results: Rows) -> Rows:
+    return Rows(*(None if x is None else x[0] for x in results))
+
+
+def combine(parts: Rows, sinks: Tensor | None, dtype: torch.dtype | None) -> Rows:
+    """Merge results over disjoint sets of keys (split, batch, head, row, ·), each normalised over its own keys.
+
+    With w = exp(lse_part - lse): sums are weighted by w, and the entropy is sum w (H_part + lse - lse_part).
+    """
+    assert parts.lse is not None
+    lse = torch.logsumexp(parts.lse, 0)
+    if sinks is not None:
+        z = sinks.float()[None, :, None]
+        lse = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, z))
+    behind = torch.where(parts.lse == -torch.inf, torch.inf, lse - parts.lse)
+    w = torch.exp(-behind)
+
+    def weigh(x: Tensor | None) -> Tensor | None:
+        return None if x is None else (x * w.view(*w.shape, *[1] * (x.dim() - w.dim()))).sum(0)
+
+    entropy = None
+    if parts.entropy is not None:
+        entropy = (w * (parts.entropy + behind.masked_fill(w == 0, 0.0))).sum(0)
+    out = weigh(parts.output)
+    return Rows(
+        lse=lse,
+        max=None if parts.max is None else parts.max.amax(0),
+        entropy=entropy,
+        distance=weigh(parts.distance),
+        linear=weigh(parts.linear),
+        output=out if out is None or dtype is None else out.to(dtype),
+    )
+
+
+def _parts(dtype: torch.dtype) -> int:
+    return {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}[dtype]
+
+
+def _is_exact(features: Tensor, dtype: torch.dtype) -> bool:
+    if dtype == torch.float32 or features.dtype in (torch.bool, torch.uint8, torch.int8, dtype):
+        return True
+    return bool((features.to(dtype).to(features.dtype) == features).all())
+
+
+def _encode(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Columns in ``dtype``, padded to a tile's width. Values it cannot hold become a sum of columns that it can."""
+    if _is_exact(features, dtype):
+        columns = [features.to(dtype)]
+    else:
+        rest, columns = features.float(), []
+        for _ in range(_parts(dtype)):
+            columns.append(rest.to(dtype))
+            rest = rest - columns[-1].float()
+    x = torch.cat(columns, -1)
+    return torch.nn.functional.pad(x, (0, padded(x.shape[-1]) - x.shape[-1])).contiguous()
+
+
+def _decode(linear: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
+    n = features.shape[-1]
+    if _is_exact(features, dtype):
+        return linear[..., :n]
+    parts = linear[..., : n * _parts(dtype)].contiguous()
+    return parts.view(*parts.shape[:-1], _parts(dtype), n).sum(-2)
