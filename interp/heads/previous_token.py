@@ -1,0 +1,67 @@
+"""Previous-token heads: they look one position back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from headscope.interp.heads import sequences
+from headscope.interp.heads.passes import Text, target_scores
+from headscope.interp.scores import HeadScores
+
+
+def previous_token(
+    lm: Any,
+    *,
+    text: Text | None = None,
+    length: int = 50,
+    window: int = 256,
+    samples: int = 20,
+    bos: bool = True,
+    batch: int = 10,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> HeadScores:
+    """Score heads by the mass that queries put on the token before them.
+
+    The mean of A[i, i - 1] over all queries i >= 1. These heads let an induction head know what came before a key:
+    Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits" (section on two-layer models), and Olsson et
+    al. 2022 (arXiv 2209.11895). On [BOS] + n random tokens + the same n, where content gives no reason to look back, or
+    on text.
+
+    What it does not show: that the head carries the token's identity, or that anything reads it. The previous position
+    of query 1 is the first token, where sinks rest: one query in 2n.
+
+    Args:
+        lm: load_model's result, or what load_model takes.
+        text: read this text (or these) instead of random tokens, in consecutive windows, each with the tokenizer's
+            default special tokens before it; trials of one text are resampled together where there are several.
+        length: random tokens before the repetition.
+        window: tokens a window of text.
+        samples: sequences, each from a seed of its own, or windows of text at most; each is a trial.
+        bos: put the tokenizer's BOS token, if it has one, before the random tokens.
+        batch: samples in one forward pass; it changes nothing but memory and time.
+        out: folder for ``previous_token.json`` and ``.parquet`` and the journal that makes the run resumable.
+
+    Returns:
+        HeadScores with one trial (layer, head) a sample, in [0, 1]; its details say how many queries it averages.
+
+    Raises:
+        HeadscopeError: a setting out of range, a text shorter than ``window`` tokens, a sequence longer than the
+            model's context, no query with a target, a model that cannot be traced exactly or that gives NaN.
+    """
+    return target_scores(
+        "previous_token",
+        lm,
+        sequences.position_before,
+        text=text,
+        length=length,
+        window=window,
+        samples=samples,
+        bos=bos,
+        batch=batch,
+        seed=seed,
+        out=out,
+        progress=progress,
+    )
