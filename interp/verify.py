@@ -163,6 +163,6 @@ def _compare(found: Verification, call: AttentionCall, output: Tensor, run: Any)
 def _judge(found: Verification, call: AttentionCall, what: str, theirs: Tensor, ours: Tensor, bound: float) -> None:
     difference = float((theirs - ours).abs().max()) if theirs.numel() else 0.0
     found.largest_difference = max(found.largest_difference, difference)
-    found.worst = max(found.worst, difference / bound)
+    found.worst = max(found.worst, difference / max(bound, 1e-38))  # values that are all zero have the bound zero
     if not difference <= bound:
         found.problems.append(f"{what} of layer {call.layer} differs from ours by {difference:.2g}, bound {bound:.2g}")
