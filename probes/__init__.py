@@ -1,0 +1,44 @@
+"""What heads encode: linear probes on their outputs, with controls.
+
+Names are imported on first use (PEP 562), so that the command line starts without importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from headscope.probes.activations import head_outputs as head_outputs
+    from headscope.probes.dataset import Labelled as Labelled
+    from headscope.probes.dataset import load_labelled as load_labelled
+    from headscope.probes.dataset import subject_number as subject_number
+    from headscope.probes.dataset import truth as truth
+    from headscope.probes.linear import probe_activations as probe_activations
+    from headscope.probes.linear import probe_heads as probe_heads
+    from headscope.probes.result import Directions as Directions
+    from headscope.probes.result import ProbeResult as ProbeResult
+
+_HOME = {
+    "Directions": "result",
+    "Labelled": "dataset",
+    "ProbeResult": "result",
+    "head_outputs": "activations",
+    "load_labelled": "dataset",
+    "probe_activations": "linear",
+    "probe_heads": "linear",
+    "subject_number": "dataset",
+    "truth": "dataset",
+}
+
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)
