@@ -16,6 +16,7 @@ from headscope.interp.needle.text import (
     Needle,
     Needles,
     boundary_before,
+    insertion_point,
     load_haystack,
     load_needles,
     sentence_ends,
@@ -52,11 +53,11 @@ class NeedleTask:
     ``stem`` goes to ``rouge1_recall``. ``newline_stop`` ends an answer at its first newline, as the authors do: models
     that begin with a newline then answer nothing.
 
-    The needle is set as a line of its own at the sentence end at or before the depth; depth 100 appends it. Each
-    needle starts reading the haystack at another place, as the authors give each needle its own book; text that is
-    shorter than the prompt is repeated, as theirs is. What differs from their code: sentence ends and the needle's
-    span are found in the text (their period ids belong to one vocabulary, and their span may begin a token early);
-    the full prompt has exactly ``length`` tokens, not ``length`` - 200 and a bit.
+    The needle is set as a line of its own at the sentence end at or before the depth (a clause's end within a very
+    long sentence); depth 100 appends it. Each needle starts reading the haystack at another place, as the authors give
+    each needle its own book; text that is shorter than the prompt is repeated, as theirs is. What differs from their
+    code: sentence ends and the needle's span are found in the text (their period ids belong to one vocabulary, and
+    their span may begin a token early); the full prompt has exactly ``length`` tokens, not ``length`` - 200 and a bit.
     """
 
     lengths: Sequence[int] | None = None
@@ -160,12 +161,11 @@ class NeedleTask:
                 f"ask for at least {overhead + LEAST_HAYSTACK}"
             )
 
-        def make(tokens: int) -> tuple[str, int]:
-            context = _insert(source, stops, tokens, needle.needle, float(trial["depth"]))
-            text = self._prompt(lm, needle, context)
-            return text, len(encode(tokenizer, text)[0])
+        def make(cut: int, target: int) -> tuple[int, str]:
+            text = self._prompt(lm, needle, _insert(source[:cut], target, needle.needle))
+            return len(encode(tokenizer, text)[0]), text
 
-        text = _fit(make, length, length - overhead, len(stops))
+        text = _fit(make, stops, float(trial["depth"]), length, length - overhead)
         return _located(tokenizer, needle, text)
 
     def run(self, lm: Any, trial: Trial) -> dict[str, Any]:
@@ -223,36 +223,38 @@ def _token_ends(tokenizer: Any, text: str) -> list[int]:
     return [stop for _, stop in offsets]
 
 
-def _insert(source: str, stops: Sequence[int], tokens: int, needle: str, depth: float) -> str:
-    """The first ``tokens`` tokens of ``source`` with the needle at the sentence end at or before ``depth`` percent."""
-    context = source[: stops[tokens - 1]] if tokens > 0 else ""
-    target = int(tokens * depth / 100)
-    if depth >= 100:
-        at = len(context)
-    elif target == 0:
-        at = 0
-    else:
-        at = boundary_before(sentence_ends(context), stops[target - 1])
+def _insert(context: str, target: int, needle: str) -> str:
+    """``context`` with the needle as a line of its own at or before character ``target`` (see ``insertion_point``)."""
+    at = target if target in (0, len(context)) else insertion_point(context, target)
     before, after = context[:at].rstrip(), context[at:].lstrip()
     return (before + "\n" if before else "") + needle + ("\n" + after if after else "")
 
 
-def _fit(make: Callable[[int], tuple[str, int]], length: int, guess: int, most: int) -> str:
-    """The text that ``make`` builds of so many tokens of haystack that the whole has ``length`` tokens: the estimate
-    is corrected by its error, and its neighbours are tried; the longest that fits where none is exact."""
-    best: tuple[int, str] | None = None
-    tried: set[int] = set()
-    tokens = guess
-    while tokens not in tried and 0 < tokens <= most:
+def _fit(
+    make: Callable[[int, int], tuple[int, str]], stops: Sequence[int], depth: float, length: int, guess: int
+) -> str:
+    """The text that has ``length`` tokens, or the longest that fits where none is exact.
+
+    ``make`` builds a text from a cut of the haystack and the needle's place, in characters. The estimated cut is
+    corrected by its error in tokens; then, with the needle's place held, it moves character by character.
+    """
+    best, tried, tokens = (0, ""), set[int](), min(guess, len(stops))
+    while tokens not in tried:
         tried.add(tokens)
-        text, found = make(tokens)
-        if found <= length and (best is None or found > best[0]):
-            best = (found, text)
+        cut, inside = stops[tokens - 1], int(tokens * depth / 100)
+        target = cut if depth >= 100 else stops[inside - 1] if inside else 0
+        found, text = make(cut, target)
         if found == length:
-            break
-        tokens += length - found
-        tokens = next((n for n in (tokens, tokens - 1, tokens + 1, tokens - 2) if n not in tried), tokens)
-    if best is None:
+            return text
+        best = max(best, (found, text)) if found < length else best
+        tokens = min(max(tokens + length - found, 1), len(stops))
+    for step in (step for size in range(1, 25) for step in (size, -size)):
+        moved = max(cut + step, 1)
+        found, text = make(moved, moved if depth >= 100 else min(target, moved))
+        if found == length:
+            return text
+        best = max(best, (found, text)) if found < length else best
+    if not best[0]:
         raise HeadscopeError(f"the haystack cannot be cut so that the prompt has {length} tokens; use another length")
     return best[1]
 

@@ -17,6 +17,7 @@ from headscope.interp.errors import HeadscopeError
 # A full stop that ends a sentence: white space follows (none in Chinese and Japanese), and it closes no abbreviation.
 _END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)|[。！？][」』”’）]*")
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Esq|Jr|Sr|No|vs|etc|e\.g|i\.e|[A-Z])\.$")
+_CLAUSE = re.compile(r"(?:[,;:–—]|--)(?=\s|\w)|[，；：、]")
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
@@ -132,10 +133,21 @@ def _abbreviates(text: str, end: int) -> bool:
 
 
 def boundary_before(ends: Sequence[int], at: int) -> int:
-    """The last sentence end at or before character ``at``; the first one after it where there is none before."""
+    """The last of ``ends`` at or before character ``at``; the first one after it where there is none before."""
     if not ends:
         return at
     return ends[max(0, bisect_right(ends, at) - 1)]
+
+
+def insertion_point(text: str, at: int) -> int:
+    """Where a sentence may be set into ``text`` at character ``at``: the sentence end at or before it. In a sentence
+    that began more than 5 % of the text earlier (half the paper's step between depths), the last comma, semicolon,
+    colon or dash, so that two depths do not become one."""
+    end = boundary_before(sentence_ends(text), at)
+    if abs(at - end) <= 0.05 * len(text):
+        return end
+    clauses = [match.end() for match in _CLAUSE.finditer(text)]
+    return boundary_before(sorted({end, *clauses}), at)
 
 
 def rouge1_recall(answer: str, response: str, *, stem: Callable[[str], str] | None = None) -> float:
