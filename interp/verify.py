@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from headscope.interp.attention import AttentionCall, bare_model, model_device
+from headscope.interp.attention import AttentionCall, bare_model, model_device, origin
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import huggingface as site
 from headscope.interp.sites.hf_masks import LazyMask, lazy_mask
@@ -54,6 +54,10 @@ def verify_once(model: Any) -> Verification:
     Raises:
         HeadscopeError: the model does not route its attention, or disagrees; the message names the layer.
     """
+    if origin(model) == "transformer_lens":
+        from headscope.interp.sites import transformer_lens
+
+        return transformer_lens.verify_once(model)
     inner = bare_model(model)
     if inner not in _VERIFIED:
         found = verify(inner)

@@ -138,7 +138,7 @@ def refusal(model: nn.Module, why: str) -> str:
     )
 
 
-def parse_name(name: str, module: nn.Module) -> tuple[str, int]:
+def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
     """A module's site pattern and layer: "model.layers.3.self_attn" is ("model.layers.*.self_attn", 3)."""
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
     site = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=1)

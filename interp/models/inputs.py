@@ -1,0 +1,171 @@
+"""Small random inputs that a model accepts: text with padding, pixels, sound features, decoder tokens.
+
+What a model takes is read from its forward's signature; shapes that no signature tells (one image or several tiles,
+flattened patches) are tried in turn, and the number of image tokens is read from the model's own complaint.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.interp.errors import HeadscopeError
+
+LENGTH = 24
+_IMAGE_TOKEN = ("image_token_id", "image_token_index", "img_token_id", "media_token_id", "image_patch_id")
+
+
+def example_inputs(
+    model: Any, *, padding: bool = True, length: int = LENGTH, seed: int = 0, images: bool = True
+) -> dict[str, Tensor]:
+    """Inputs for two examples, checked by running the model on them once.
+
+    Text is ``length`` random tokens, the first example padded by three on the left and the second by two on the right
+    (with ``padding``). A model of images and text gets one image an example, before its text.
+
+    Raises:
+        HeadscopeError: no form of input that was tried runs; the message holds the model's own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    failure: Exception | None = None
+    for inputs in _candidates(model, padding, length, generator, images):
+        for _ in range(4):
+            try:
+                with torch.no_grad():
+                    model(**inputs)
+                return inputs
+            except HeadscopeError:
+                raise
+            except Exception as error:
+                failure = failure or error
+                missing = _wanted_image_tokens(error)
+                if missing is None or "input_ids" not in inputs or not _put_images(model, inputs, missing):
+                    break
+                failure = None
+    reason = str(failure).strip().splitlines()[0][:160] if str(failure).strip() else ""
+    raise HeadscopeError(f"{type(model).__name__} runs on none of our inputs: {type(failure).__name__}: {reason}")
+
+
+def _candidates(
+    model: Any, padding: bool, length: int, generator: torch.Generator, images: bool
+) -> Iterator[dict[str, Tensor]]:
+    names = inspect.signature(model.forward).parameters
+    text = _text(model, padding, length, generator, names)
+    pictures = list(_pictures(model, generator, names)) if images else []
+    sound = _sound(model, generator, names)
+    if sound:
+        yield {**sound, **_decoder(model, text, names)}
+    for picture in pictures:
+        yield {**text, **picture}
+    for picture in pictures if getattr(model, "main_input_name", "") != "input_ids" else ():
+        yield {**picture, **_decoder(model, text, names)}
+        yield picture
+    yield text
+    yield {k: v for k, v in text.items() if k != "attention_mask"}
+
+
+def _text(model: Any, padding: bool, length: int, generator: torch.Generator, names: Any) -> dict[str, Tensor]:
+    if "input_ids" not in names:
+        return {}
+    config = model.config
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocab = min(int(getattr(inner, "vocab_size", None) or 64), 100)
+    low = min(4, vocab - 1)
+    ids = torch.randint(low, vocab, (2, length), generator=generator)
+    text = {"input_ids": ids}
+    if "attention_mask" in names or "kwargs" in names:
+        mask = torch.ones_like(ids)
+        if padding:
+            mask[0, :3] = 0
+            mask[1, -2:] = 0
+        text["attention_mask"] = mask
+    return {**text, **_decoder(model, text, names)}
+
+
+def _decoder(model: Any, text: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
+    if "decoder_input_ids" not in names or not getattr(model.config, "is_encoder_decoder", True):
+        return {}
+    if "input_ids" in text:
+        return {"decoder_input_ids": text["input_ids"][:, :12].flip(0).contiguous()}
+    return {"decoder_input_ids": torch.arange(5, 17).repeat(2, 1) + torch.arange(2)[:, None]}
+
+
+def _sound(model: Any, generator: torch.Generator, names: Any) -> dict[str, Tensor]:
+    config = model.config
+    if "input_features" not in names or getattr(model, "main_input_name", "") != "input_features":
+        return {}
+    bins, frames = getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 50)
+    return {"input_features": torch.randn(2, bins, frames, generator=generator)}
+
+
+def _pictures(model: Any, generator: torch.Generator, names: Any) -> Iterator[dict[str, Tensor]]:
+    if "pixel_values" not in names:
+        return
+    vision = _vision_config(model.config)
+    size = getattr(vision, "image_size", None) or getattr(vision, "crop_size", None) or 32
+    high, wide = (size, size) if isinstance(size, int) else (size[0], size[1])
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
+    channels = channels if isinstance(channels, int) else 3
+    pixels = torch.randn(2, channels, high, wide, generator=generator)
+    if "image_grid_thw" in names or "grid_thw" in names:
+        yield _flat_patches(vision, channels, generator)
+    sizes = {"image_sizes": torch.tensor([[high, wide]] * 2)} if "image_sizes" in names else {}
+    yield {"pixel_values": pixels, **sizes}
+    tiles = pixels[:, None]
+    yield {"pixel_values": tiles, **sizes}
+    yield {"pixel_values": tiles.repeat(1, 2, 1, 1, 1), **sizes}
+    yield {"pixel_values": tiles.repeat(1, 3, 1, 1, 1), **sizes}
+    yield {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+
+
+def _vision_config(config: Any) -> Any:
+    for name in ("vision_config", "vision_model_config", "image_config", "vq_config"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return config
+
+
+def _flat_patches(vision: Any, channels: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Qwen-VL's form: every patch of every image in one row list, with each image's grid."""
+    patch = int(vision.patch_size)
+    time = int(getattr(vision, "temporal_patch_size", 1))
+    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
+    rows = int(grid.prod(-1).sum())
+    return {
+        "pixel_values": torch.randn(rows, channels * time * patch * patch, generator=generator),
+        "image_grid_thw": grid,
+    }
+
+
+def _wanted_image_tokens(error: Exception) -> int | None:
+    """How many image features a model says it has for the image tokens it found."""
+    found = re.search(r"tokens.*?(?:tokens)?: (\d+),? (?:and )?(?:image )?features:? (\d+)", str(error))
+    return int(found.group(2)) if found else None
+
+
+def _put_images(model: Any, inputs: dict[str, Tensor], features: int) -> bool:
+    """Prefix each example with its share of ``features`` image tokens."""
+    token = next((getattr(model.config, n) for n in _IMAGE_TOKEN if getattr(model.config, n, None) is not None), None)
+    ids = inputs["input_ids"]
+    if token is None or bool((ids == token).any()):
+        return False
+    if "image_grid_thw" in inputs:
+        patches = inputs["image_grid_thw"].prod(-1)
+        shares = (patches * features // patches.sum()).tolist()
+    else:
+        shares = [features // 2, features - features // 2]
+    width = max(shares)
+    rows = []
+    for row, share in zip(ids, shares, strict=True):
+        rest = row.repeat(1 + width // row.numel())[: width - share]
+        rows.append(torch.cat([row[:4], torch.full((share,), token), rest, row[4:]]))
+    inputs["input_ids"] = torch.stack(rows)
+    if "attention_mask" in inputs:
+        mask = inputs["attention_mask"]
+        inputs["attention_mask"] = torch.cat([mask[:, :4], torch.ones(2, width, dtype=mask.dtype), mask[:, 4:]], 1)
+    return True
