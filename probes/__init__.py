@@ -1,4 +1,4 @@
-"""What heads encode: linear probes on their outputs, with controls.
+"""What heads encode: linear probes on their outputs, with controls, and what they write towards the next token.
 
 Names are imported on first use (PEP 562), so that the command line starts without importing torch.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from headscope.probes.dataset import load_labelled as load_labelled
     from headscope.probes.dataset import subject_number as subject_number
     from headscope.probes.dataset import truth as truth
+    from headscope.probes.lens import logit_attribution as logit_attribution
     from headscope.probes.linear import probe_activations as probe_activations
     from headscope.probes.linear import probe_heads as probe_heads
     from headscope.probes.result import Directions as Directions
@@ -25,6 +26,7 @@ _HOME = {
     "ProbeResult": "result",
     "head_outputs": "activations",
     "load_labelled": "dataset",
+    "logit_attribution": "lens",
     "probe_activations": "linear",
     "probe_heads": "linear",
     "subject_number": "dataset",
