@@ -13,6 +13,8 @@ from headscope.kernels import attention as kernels
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 
+LOWEST = -1e30  # stands for -inf where a bias says "never": finite, so that 0 times it is 0
+
 __all__ = ["AttentionCall", "Handler", "Mask", "bare_model"]
 
 
@@ -22,7 +24,9 @@ class AttentionCall:
 
     ``query`` (batch, head, query, d_head), ``key`` and ``value`` (batch, kv_head, key, ·): after position embedding and
     QK-norm, after the cache update, key/value heads not repeated. ``layer`` is the layer's index within its tower,
-    ``site`` the tower's modules as a pattern such as ``"model.layers.*.self_attn"``.
+    ``site`` the tower's modules as a pattern such as ``"model.layers.*.self_attn"``. ``position_bias`` (batch or 1,
+    head or 1, query, key) is added to the scores (T5). ``cross``: queries and keys are of different sequences, so that
+    distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them.
     """
 
     query: Tensor
@@ -34,44 +38,40 @@ class AttentionCall:
     site: str
     softcap: float | None = None
     sinks: Tensor | None = None
+    position_bias: Tensor | None = None
+    cross: bool = False
+    gaps: bool = False
 
     def attend(self, request: Request) -> Attended:
         """Compute ``request``, sharing one pass."""
-        return kernels.attend(
-            self.query,
-            self.key,
-            self.value,
-            mask=self.mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            request=request,
-        )
+        seen = kernels.attend(**self._inputs(), request=request)
+        if seen.output is not None:
+            seen.output = seen.output.to(self.value.dtype)
+        return seen
 
     def output(self) -> Tensor:
         """The heads' outputs z (batch, head, query, d_value)."""
-        return kernels.output(
-            self.query,
-            self.key,
-            self.value,
-            mask=self.mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-        )
+        return kernels.output(**self._inputs()).to(self.value.dtype)
 
     def pattern(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """One exact tile of the pattern (batch, head, row, key), float32."""
-        return kernels.pattern(
-            self.query,
-            self.key,
-            mask=self.mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            rows=rows,
-            keys=keys,
-        )
+        inputs = self._inputs()
+        del inputs["v"]
+        return kernels.pattern(**inputs, rows=rows, keys=keys)
+
+    def _inputs(self) -> dict[str, Any]:
+        """The kernels' arguments. A position bias becomes ``key`` further dimensions: q.k + b = [q, b].[k, e]."""
+        q, k, v, scale = self.query, self.key, self.value, self.scale
+        if self.position_bias is not None:
+            if self.softcap is not None:
+                raise HeadscopeError("attention with both a softcap and a position bias is not supported")
+            batch, kv_heads, keys, _ = k.shape
+            wide = torch.promote_types(q.dtype, torch.float32)
+            bias = self.position_bias.to(wide).clamp(min=LOWEST).expand(batch, q.shape[1], q.shape[2], keys)
+            unit = torch.eye(keys, dtype=wide, device=k.device).expand(batch, kv_heads, -1, -1)
+            q, k, scale = torch.cat([q.to(wide) * scale, bias], -1), torch.cat([k.to(wide), unit], -1), 1.0
+            v = v.to(wide)
+        return {"q": q, "k": k, "v": v, "mask": self.mask, "scale": scale, "softcap": self.softcap, "sinks": self.sinks}
 
     def with_(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed."""
@@ -107,11 +107,23 @@ class Handler:
 
 def run_call(call: AttentionCall, handlers: list[Handler]) -> Tensor:
     """One attention call under ``handlers``: edits, attention with statistics, output edits, observation."""
+    return finish_call(edit_call(call, handlers), handlers)
+
+
+def edit_call(call: AttentionCall, handlers: list[Handler]) -> AttentionCall:
+    """``call`` after every handler's ``edit``, in order."""
     for handler in handlers:
         call = handler.edit(call)
+    return call
+
+
+def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None = None) -> Tensor:
+    """Attention with statistics, output edits and observation of an edited call.
+
+    ``z`` (batch, head, query, d_value) is what the call gives where the site has computed it already.
+    """
     requests = [handler.request(call) for handler in handlers]
     results: list[Attended | None] = []
-    z: Tensor | None = None
     for request in requests:
         if request is None:
             results.append(None)
@@ -130,8 +142,19 @@ def run_call(call: AttentionCall, handlers: list[Handler]) -> Tensor:
     return z
 
 
+def origin(model: Any) -> str:
+    """``"transformer_lens"`` for a bridge, ``"nnsight"`` for its wrappers, else ``""``; imports neither package."""
+    roots = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    return next((name for name in ("transformer_lens", "nnsight") if name in roots), "")
+
+
 def bare_model(model: Any) -> nn.Module:
-    """The Hugging Face module inside what ``load_model`` returns, or the module itself."""
+    """The Hugging Face module inside load_model's result, a bridge or an nnsight wrapper, or the module itself."""
+    site = origin(model)
+    if site == "nnsight" and getattr(model, "dispatched", True) is False:
+        raise HeadscopeError("this nnsight model has no weights here yet; call its dispatch() first")
+    if site:
+        model = model.original_model if site == "transformer_lens" else model._module
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         raise HeadscopeError(f"expected load_model's result or a Hugging Face model, got {type(model).__name__}")

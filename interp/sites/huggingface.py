@@ -140,6 +140,7 @@ def refusal(model: nn.Module, why: str) -> str:
 
 def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
     """A module's site pattern and layer: "model.layers.3.self_attn" is ("model.layers.*.self_attn", 3)."""
+    name = name.replace("._original_component", "")  # what a TransformerBridge puts between a layer and its parts
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
     site = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=1)
     layer = int(numbers[0]) if numbers else getattr(module, "layer_idx", None)

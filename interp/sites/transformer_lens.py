@@ -1,0 +1,322 @@
+"""The TransformerLens site: AttentionCalls from the hook points of a TransformerBridge (live or booted).
+
+The bridge computes attention itself, so statistics come from the queries and keys its hooks show, and nothing of the
+size (query, key) is kept. A changed query, key, mask or bias becomes the pattern at ``hook_pattern``, a changed value
+or head output replaces ``hook_z``; the bridge carries on with both, and its own caches show them.
+
+Everything is verified once per bridge against its own ``hook_pattern`` and ``hook_z``. Bridges whose attention modules
+attend natively (their ``hook_pattern`` fires too late for an edit to count) are traced by the Hugging Face site on the
+wrapped model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from headscope.interp.attention import Handler
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites import huggingface
+from headscope.interp.sites.tl_attention import HookFunction, Layer
+from headscope.kernels.masks import Mask
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What a forward pass was called with: positions already in the cache, and which positions are tokens."""
+
+    past: int
+    real: Tensor | None
+
+
+class Route:
+    """One bridge with our hooks on it: its layers and the handlers in order of entry."""
+
+    def __init__(self, bridge: Any, handlers: list[Handler], *, check: Any = None, standalone: bool = False) -> None:
+        self.bridge, self.model, self.handlers, self.check = bridge, bridge.original_model, handlers, check
+        self.standalone = standalone
+        self.state: _Pass | None = None
+        self._masks: dict[Any, Mask] = {}
+        self.layers = _layers(self, bridge)
+        self._added: list[tuple[Any, HookFunction, Any]] = []
+        self._torch_hooks: list[Any] = []
+
+    def open(self) -> None:
+        """Put the hooks on the bridge."""
+        self._add()
+        model = self.model
+        self._torch_hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._torch_hooks.append(model.register_forward_hook(self._end, always_call=True))
+        for layer in self.layers:
+            watch = partial(_watch_cache, layer)
+            self._torch_hooks.append(layer.attention.register_forward_pre_hook(watch, with_kwargs=True))
+
+    def close(self) -> None:
+        """Take them off."""
+        self._remove()
+        for handle in self._torch_hooks:
+            handle.remove()
+        self._torch_hooks.clear()
+
+    def _add(self) -> None:
+        for layer in self.layers:
+            for point, function in layer.hooks:
+                self._added.append((point, function, point.add_hook(function, is_permanent=True)))
+
+    def _remove(self) -> None:
+        for point, _, handle in self._added:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+        self._added.clear()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(not point.fwd_hooks or point.fwd_hooks[-1] is not handle for point, _, handle in self._added):
+            self._remove()  # hooks of the user's that came later must act before ours read
+            self._add()
+        inputs = dict(kwargs)
+        if args and "input_ids" not in inputs:
+            inputs["input_ids"] = args[0]
+        cache, padding = inputs.get("past_key_values"), inputs.get("attention_mask")
+        real = padding.bool() if isinstance(padding, Tensor) and padding.dim() == 2 else None
+        self.state = _Pass(0 if cache is None else int(cache.get_seq_length()), real)
+        self.begin(inputs)
+
+    def _end(self, *_: Any) -> None:
+        self.state = None
+        self._masks.clear()
+
+    def begin(self, inputs: dict[str, Any]) -> None:
+        """Tell the handlers that a forward pass begins."""
+        self._masks.clear()
+        for handler in self.handlers:
+            handler.begin_forward(inputs)
+
+    def is_shared(self, point: Any) -> bool:
+        """Whether a hook that is not ours is on this hook point."""
+        return len(point.fwd_hooks) > 1
+
+    def check_order(self, layer: Layer) -> None:
+        """Refuse a ``run_with_hooks`` whose later hooks would change what ours have read."""
+        if not self.standalone:
+            return
+        for point, function in layer.hooks:
+            if not point.fwd_hooks or point.fwd_hooks[-1].user_hook != function:
+                raise HeadscopeError(
+                    "put headscope's hooks last in fwd_hooks, once, and leave remove_batch_dim off; or use "
+                    "`with attached(bridge, handler)` around run_with_hooks"
+                )
+
+    def shared_mask(self, mask: Mask, queries: int, keys: int) -> Mask:
+        """One Mask object for all layers of a pass that say the same, so that what is planned once serves them all."""
+        if mask.rule is not None:
+            return mask
+        key = (queries, keys, mask.query_offset, mask.key_offset, mask.left, mask.right)
+        return self._masks.setdefault(key, mask)
+
+
+_ROUTES: WeakKeyDictionary[Any, Route] = WeakKeyDictionary()
+_VERIFIED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+@contextmanager
+def attached(bridge: Any, handler: Handler) -> Iterator[Any]:
+    """Have ``handler`` see every attention call of a TransformerBridge's language layers.
+
+    Contexts nest and compose with the bridge's own hooks, ``run_with_hooks`` and ``run_with_cache``; the last one to
+    leave takes everything off again.
+
+    Raises:
+        HeadscopeError: not a bridge, or an architecture that the bridge does not show exactly; the message names it.
+    """
+    require_bridge(bridge)
+    if _attends_natively(bridge):
+        with huggingface.attached(bridge.original_model, handler) as inner:
+            yield inner
+        return
+    route = _ROUTES.get(bridge)
+    if route is None:
+        route = Route(bridge, [])
+        try:
+            route.open()
+        except BaseException:
+            route.close()
+            raise
+        _ROUTES[bridge] = route
+    route.handlers.append(handler)
+    try:
+        yield route
+    finally:
+        route.handlers.remove(handler)
+        if not route.handlers:
+            _ROUTES.pop(bridge, None)
+            route.close()
+
+
+def fwd_hooks(bridge: Any, *handlers: Handler) -> list[tuple[str, HookFunction]]:
+    """``handlers`` (a Tracer, interventions) as a ``fwd_hooks`` list for ``bridge.run_with_hooks`` or ``bridge.hooks``.
+
+    Whole prompts only: a pass that continues a cache is refused. Padding is read from the bridge's masked scores. Put
+    the list after hooks of your own, and make one call for all handlers.
+
+    Raises:
+        HeadscopeError: not a bridge, or an architecture that the bridge does not show exactly.
+    """
+    require_bridge(bridge)
+    if _attends_natively(bridge):
+        raise HeadscopeError(
+            f"{type(bridge.original_model).__name__} attends natively in this bridge, where hooks cannot edit; use "
+            "`with trace(bridge, ...)` or `with apply(bridge, ...)`"
+        )
+    verify_once(bridge)
+    route = Route(bridge, list(handlers), standalone=True)
+
+    def begin(tokens: Tensor, *, hook: Any) -> None:
+        route.begin({"input_ids": tokens})
+
+    entry = bridge.hook_dict.get("embed.hook_in")
+    first = [] if entry is None else [(entry.name, begin)]
+    return first + [(point.name, function) for layer in route.layers for point, function in layer.hooks]
+
+
+def is_attached(bridge: Any) -> bool:
+    """Whether anything of ours is on the bridge now."""
+    return bridge in _ROUTES or huggingface.is_attached(bridge.original_model)
+
+
+def verify_once(bridge: Any) -> Any:
+    """Verify a bridge the first time it is seen; afterwards return what was found (``verify.Verification``).
+
+    Raises:
+        HeadscopeError: a layer's hooks do not show what it computes; the message names it.
+    """
+    if bridge not in _VERIFIED:
+        found = verify(bridge)
+        if not found.passed:
+            why = found.problems[0] if found.problems else "no attention layer was called"
+            raise HeadscopeError(
+                f"{type(bridge.original_model).__name__} cannot be traced exactly through its bridge: {why}; load it "
+                "with load_model or transformers and trace that"
+            )
+        _VERIFIED[bridge] = found
+    return _VERIFIED[bridge]
+
+
+def verify(bridge: Any, inputs: dict[str, Tensor] | None = None) -> Any:
+    """Compare pattern and z with ``hook_pattern`` and ``hook_z`` (default: a small padded batch of random tokens)."""
+    from headscope.interp import verify as hf_verify
+    from headscope.interp.sites.tl_verify import Check, judge_layers
+
+    require_bridge(bridge)
+    model = bridge.original_model
+    if _attends_natively(bridge):
+        return hf_verify.verify_once(model) if inputs is None else hf_verify.verify(model, inputs)
+    if bridge in _ROUTES:
+        return hf_verify.Verification(calls=1)  # verified when the first handler was attached
+    route = Route(bridge, [], check=Check())
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        route.open()
+        with torch.no_grad():
+            model.eval()
+            model(**(hf_verify.prompt(model) if inputs is None else inputs))
+    finally:
+        route.close()
+        for module, was in training:
+            module.training = was
+    return judge_layers(route.check, route.layers)
+
+
+def require_bridge(bridge: Any) -> None:
+    """Raise HeadscopeError unless ``bridge`` is a TransformerBridge around a model in this process."""
+    package = require()
+    if not isinstance(bridge, import_module(f"{package.__name__}.model_bridge").TransformerBridge):
+        raise HeadscopeError(f"expected a TransformerBridge, got {type(bridge).__name__}")
+    if getattr(bridge.original_model.config, "is_encoder_decoder", False):
+        name = type(bridge.original_model).__name__
+        raise HeadscopeError(f"{name} is an encoder-decoder; trace it as a Hugging Face model, not through a bridge")
+
+
+def require() -> Any:
+    """The transformer_lens package, or a HeadscopeError that says how to install it."""
+    try:
+        return import_module("transformer_lens")
+    except ImportError as error:
+        raise HeadscopeError("TransformerLens is not installed; pip install 'headscope[sites]'") from error
+
+
+def boot(name: str, model: Any, tokenizer: Any, **kwargs: Any) -> Any:
+    """A live TransformerBridge around a Hugging Face model, which it changes in place: give it a copy of its own.
+
+    Raises:
+        HeadscopeError: TransformerLens is not installed.
+    """
+    bridge = import_module(f"{require().__name__}.model_bridge").TransformerBridge
+    kwargs.setdefault("device", str(next(model.parameters()).device))
+    return bridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, **kwargs)
+
+
+def _components(bridge: Any) -> list[tuple[str, Any]]:
+    """The bridge's attention components with their paths in the wrapped model, language layers only."""
+    kind = import_module("transformer_lens.model_bridge.generalized_components.attention").AttentionBridge
+    found = [
+        (name.replace("._original_component", ""), module)
+        for name, module in bridge.original_model.named_modules()
+        if isinstance(module, kind) and str(module.hook_pattern.name).startswith("blocks.")
+    ]
+    if not found:
+        raise HeadscopeError(f"{type(bridge.original_model).__name__}'s bridge has no attention layers to trace")
+    return found
+
+
+def _attends_natively(bridge: Any) -> bool:
+    kind = import_module("transformer_lens.model_bridge.generalized_components.attention").AttentionBridge
+    native = [type(module).forward is kind.forward for _, module in _components(bridge)]
+    if any(native) and not all(native):
+        raise HeadscopeError(
+            f"{type(bridge.original_model).__name__}'s bridge attends natively in some layers only, so no site sees "
+            "all of it; load the model with load_model or transformers and trace that"
+        )
+    return all(native)
+
+
+def _layers(route: Route, bridge: Any) -> list[Layer]:
+    hooks = bridge.hook_dict
+    layers = []
+    for path, module in _components(bridge):
+        prefix = str(module.hook_pattern.name).removesuffix(".hook_pattern")
+        site, _ = huggingface.parse_name(path, module)
+        match = re.match(r"blocks\.(\d+)\.", prefix)
+        layers.append(Layer(route, module, prefix, hooks, site, int(match[1]) if match else 0))
+    return layers
+
+
+class _WatchedCache:
+    """A cache seen through: ``update`` tells a layer which keys and values it attends to."""
+
+    def __init__(self, cache: Any, layer: Layer) -> None:
+        self._cache, self._layer = cache, layer
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        _, offset = self._cache.get_mask_sizes(key.shape[2], layer_idx)
+        keys, values = self._cache.update(key, value, layer_idx, *args, **kwargs)
+        self._layer.cached(keys, values, int(offset))
+        return keys, values
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _watch_cache(layer: Layer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    return args, {
+        name: _WatchedCache(value, layer) if name in ("past_key_values", "layer_past") and value is not None else value
+        for name, value in kwargs.items()
+    }
