@@ -125,6 +125,16 @@ def _engine(engine: str, q: Tensor, v: Tensor) -> Callable[..., Attended]:
     raise ValueError(f"unknown engine {engine!r}; choose 'auto', 'reference', 'streaming' or 'triton'")
 
 
+def uses_triton(engine: str, q: Tensor, k: Tensor, mask: Mask) -> bool:
+    """Whether ``engine`` computes a reduction of ``q`` and ``k`` under ``mask`` by a Triton kernel."""
+    wanted = engine == "triton" or (engine == "auto" and _triton_takes(q, k))
+    if not wanted:
+        return False
+    from headscope.kernels import triton_engine  # triton is optional, and slow to import
+
+    return triton_engine.takes(q, k, mask)
+
+
 def _triton_takes(q: Tensor, v: Tensor) -> bool:
     fits = q.dtype in _HALF_TO_SINGLE and q.dtype == v.dtype and max(q.shape[-1], v.shape[-1]) <= 256
     return q.is_cuda and fits and find_spec("triton") is not None

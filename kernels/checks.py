@@ -74,6 +74,11 @@ class Case:
         s, p = self._scores(dtype).to(wide), self.pattern(dtype).to(wide)
         return reference.reduce(s, p, self.v.to(wide), mask=self.mask, sinks=self.sinks, request=request)
 
+    def score_size(self) -> float:
+        """The largest absolute score or lse: a float32 weight computed from them is off by this many roundings."""
+        s = self._scores(torch.float64)
+        return float(torch.cat([s[torch.isfinite(s)].abs(), s.new_ones(1)]).max())
+
     def _scores(self, dtype: torch.dtype) -> Tensor:
         q, k = self.q.to(dtype), self.k.to(dtype)
         return reference.scores(q, k, mask=self.mask, scale=self.scale, softcap=self.softcap, bias=self.bias)
@@ -117,8 +122,9 @@ def compare(ours: Attended, case: Case, request: Request, *, precision: torch.dt
             lossy = getattr(case.eager(request, case.q.dtype) if field.name == "output" else low, field.name)
             if field.name == "output":
                 lossy = lossy.to(case.v.dtype)
-            span = case.k.shape[2] if "distance" in field.name else 1  # a distance is a difference of positions
-            verdicts.append(Verdict(field.name, distance(got, want), allowed(lossy, want, size=span)))
+            # a distance is a difference of positions; a weight exp(s - lse) carries the roundings of s
+            size = case.k.shape[2] if "distance" in field.name else case.score_size()
+            verdicts.append(Verdict(field.name, distance(got, want), allowed(lossy, want, size=size)))
     return verdicts
 
 

@@ -133,6 +133,8 @@ class _Pass:
         batch, kv_heads, keys = call.q.shape[0], call.k.shape[1], call.k.shape[2]
         rows = self.rows.numel()
         if not rows or not keys or not batch:
+            if self.request.output and self.result.output is not None:
+                self.result.output.zero_()
             return
         per_head = call.group * keys * min(rows, 64)
         heads_per = max(1, min(kv_heads, tile // per_head))

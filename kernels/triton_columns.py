@@ -101,7 +101,7 @@ def _kernel(
             if PLAIN and masked == 0:
                 t = s * (score.scale * LOG2E) - norm[None, :]
             else:
-                s = biased(scored(s, score), score, b, h, j[:, None] + 0 * row[None, :], sizes.keys)
+                s = biased(scored(s, score), score, b, h, j[:, None], sizes.keys)
                 if masked:
                     s = tl.where(tl.trans(visible(position, j + rules.key_offset, b, rules)), s, HIDDEN)
                 t = s - norm[None, :]

@@ -101,11 +101,13 @@ def _kernel(
     if PACK:
         b, kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
         i, h, exists = r % sizes.rows, kv * sizes.group + r // sizes.rows, r < sizes.rows * sizes.group
+        bias_head = h[:, None]
         batches = tl.num_programs(1) // kv_heads
         first, last = row_positions(0, rules), row_positions(sizes.rows - 1, rules)
     else:
         b, kv = tl.program_id(1) // sizes.heads, tl.program_id(1) % sizes.heads // sizes.group
-        i, h, exists = r, r * 0 + tl.program_id(1) % sizes.heads, r < sizes.rows
+        bias_head = tl.program_id(1) % sizes.heads
+        i, h, exists = r, r * 0 + bias_head, r < sizes.rows
         batches = tl.num_programs(1) // sizes.heads
         first = row_positions(block * BM, rules)
         last = row_positions(tl.minimum(block * BM + BM, sizes.rows) - 1, rules)
@@ -156,7 +158,7 @@ def _kernel(
             kt = load_rows(k + step * strides[1].position, j, strides[1].position, left, d, D, masked == 0)
             s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
             if not (PLAIN and masked == 0):
-                s = biased(scored(s, score), score, b, h[:, None], (start + j)[None, :], sizes.keys)
+                s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
             if masked:
                 seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
                 s = tl.where(seen, s, HIDDEN)

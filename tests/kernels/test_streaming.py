@@ -37,7 +37,7 @@ def test_every_reduction_under_every_mask(kind: str, shape: str) -> None:
     case = random_case(kind, batch=batch, kv_heads=kv, group=group, queries=queries, keys=keys, d_head=d, d_value=dv)
     for subset in (False, True):
         request = everything(case, subset=subset)
-        for tile in (200, 5_000, None):
+        for tile in (2_000, None):
             assert not fails(case, request, functools.partial(streaming.attend, tile=tile))
 
 

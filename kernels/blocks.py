@@ -1,0 +1,155 @@
+"""The pattern pooled to blocks of queries x keys: a map of a head at any length.
+
+1. With lse known, p_ij = exp(s_ij - lse_i); pooling is a sum or a maximum over i in a query block, j in a key block.
+2. The heaviest key blocks of a query block are the largest entries of its row of that map; the mass that they leave out
+   is the row's sum less theirs, exactly, so that "how many blocks hold 95 % of this head" is a count, not an estimate.
+3. One row of blocks is held at a time when only the heaviest are kept: memory is linear in length.
+
+Definition: ``dense``. A padded query belongs to no block (``Mask.query_is_real``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from headscope.kernels import attention
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Request
+from headscope.kernels.weights import HELD, log_weights
+
+Pool = Literal["sum", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class TopBlocks:
+    """The heaviest key blocks of every query block.
+
+    ``mass`` (batch, head, query block, k): the share of the block's real queries' attention on each, heaviest first;
+    ``index`` (same shape) int64: which key block, -1 beyond those with any mass; ``residual`` (batch, head, query
+    block): the mass on all other blocks, so that mass and residual sum to the mean row mass (1 without sinks).
+    """
+
+    mass: Tensor
+    index: Tensor
+    residual: Tensor
+
+
+def dense(p: Tensor, mask: Mask, size: int, pool: Pool = "sum") -> Tensor:
+    """The definition: ``p`` (batch, head, query, key) pooled to (batch, head, query block, key block)."""
+    real = mask.query_is_real(torch.arange(p.shape[2], device=p.device))
+    if real is not None:
+        p = p * real[:, None, :, None]
+    down, across = -p.shape[2] % size, -p.shape[3] % size
+    x: Tensor = torch.nn.functional.pad(p, (0, across, 0, down)).unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    if pool == "max":
+        return x.amax((3, 5))
+    x = x.sum((3, 5))
+    return x / real_queries(mask, p.shape[2], size, p.device).clamp(min=1)[..., None] if pool == "mean" else x
+
+
+def real_queries(mask: Mask, queries: int, size: int, device: torch.device) -> Tensor:
+    """How many real queries each query block holds: (batch or 1, 1, query block)."""
+    rows = torch.arange(queries, device=device)
+    real = mask.query_is_real(rows)
+    real = torch.ones(1, queries, dtype=torch.bool, device=device) if real is None else real
+    held: Tensor = torch.nn.functional.pad(real, (0, -queries % size)).unflatten(1, (-1, size)).sum(-1)
+    return held[:, None]
+
+
+def blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    size: int,
+    pool: Pool = "sum",
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    lse: Tensor | None = None,
+    engine: attention.Engine = "auto",
+) -> Tensor:
+    """The pattern pooled to ``size`` x ``size`` blocks: (batch, head, query block, key block), float32.
+
+    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d). ``"sum"`` adds the weights up, ``"mean"`` divides by
+    the block's real queries (a row of blocks then sums to 1 without sinks), ``"max"`` is the largest single weight.
+    ``lse`` (batch, head, query), if known from an earlier pass, saves one. Raises ValueError for a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"a block holds at least one query and key; got size {size}")
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
+    if lse is None:
+        lse = _lse(q, k, sinks, engine, options)
+    if size >= 16 and size & (size - 1) == 0 and attention.uses_triton(engine, q, k, mask):
+        from headscope.kernels.triton_blocks import pooled  # triton is optional
+
+        out = pooled(q, k, lse, size=size, highest=pool == "max", **options)
+    else:
+        out = _stream(q, k, lse, size, pool, options)
+    if pool == "mean":
+        out /= real_queries(mask, q.shape[2], size, q.device).clamp(min=1)[..., None]
+    return out
+
+
+def top_blocks(
+    q: Tensor,
+    k: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    size: int,
+    top: int,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    engine: attention.Engine = "auto",
+    held: int = HELD,
+) -> TopBlocks:
+    """The ``top`` heaviest key blocks of every query block, with the exact mass of the rest; see ``TopBlocks``.
+
+    Rows of blocks are pooled a few at a time, ``held`` numbers of the map at once.
+    """
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
+    lse = _lse(q, k, sinks, engine, options)
+    across = -(-k.shape[2] // size)
+    rows = max(1, held // max(1, q.shape[0] * q.shape[1] * across)) * size
+    parts = []
+    for r0 in range(0, q.shape[2], rows):
+        here = {**options, "mask": replace(mask, query_offset=mask.query_offset + r0)}
+        piece, norm = q[:, :, r0 : r0 + rows], lse[:, :, r0 : r0 + rows]
+        pooled = blocks(piece, k, size=size, pool="mean", lse=norm, engine=engine, **here)
+        mass, index = pooled.topk(min(top, across), dim=-1)
+        residual = pooled.scatter(-1, index, 0.0).sum(-1)
+        parts.append((mass, index.masked_fill(mass <= 0, -1), residual))
+    return TopBlocks(*(torch.cat(x, 2) for x in zip(*parts, strict=True)))
+
+
+def _lse(q: Tensor, k: Tensor, sinks: Tensor | None, engine: attention.Engine, options: dict[str, Any]) -> Tensor:
+    request = Request(output=False, lse=True)
+    lse = attention.attend(q, k, k, sinks=sinks, request=request, engine=engine, **options).lse
+    assert lse is not None
+    return lse
+
+
+@torch.no_grad()
+def _stream(q: Tensor, k: Tensor, lse: Tensor, size: int, pool: Pool, options: dict[str, Any]) -> Tensor:
+    across, down = -(-k.shape[2] // size), -(-q.shape[2] // size)
+    out = lse.new_zeros(q.shape[0], q.shape[1], down, across)
+    for r0, r1, log_p in log_weights(q, k, lse, **options):
+        p = log_p.exp_()
+        rows = torch.arange(r0, r1, device=q.device)
+        real = options["mask"].query_is_real(rows)
+        if real is not None:
+            p *= real[:, None, :, None]
+        p = torch.nn.functional.pad(p, (0, -k.shape[2] % size)).unflatten(3, (-1, size))
+        p, block = (p.amax(-1) if pool == "max" else p.sum(-1)), rows // size
+        if pool == "max":
+            out.scatter_reduce_(2, block[None, None, :, None].expand_as(p), p, "amax")
+        else:
+            out.index_add_(2, block, p)
+    return out

@@ -1,0 +1,96 @@
+"""Distances between patterns against the dense float64 formulas, and against what they must be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headscope.kernels import reference
+from headscope.kernels.checks import MASKS, Case, allowed, distance, random_case
+from headscope.kernels.divergence import Divergence, dense, divergence, output_distance
+
+ENGINES = ["streaming", "triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def log_pattern(case: Case, dtype: torch.dtype) -> torch.Tensor:
+    s = reference.scores(case.q.to(dtype), case.k.to(dtype), mask=case.mask, scale=case.scale, softcap=case.softcap)
+    wide = s.to(torch.promote_types(dtype, torch.float32))
+    lse = reference._lse(wide, case.sinks)
+    return wide - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+
+
+def run(a: Case, b: Case, engine: str) -> Divergence:
+    options = {"mask": a.mask, "scale": a.scale, "softcap": a.softcap, "sinks": (a.sinks, b.sinks)}
+    return divergence((a.q, a.k), (b.q, b.k), engine=engine, **options)
+
+
+def wrong(a: Case, b: Case, engine: str) -> list[str]:
+    got = run(a, b, engine)
+    want = dense(log_pattern(a, torch.float64), log_pattern(b, torch.float64))
+    low = dense(log_pattern(a, a.q.dtype), log_pattern(b, b.q.dtype))
+    size = max(a.score_size(), b.score_size())
+    errors = [distance(x, y) for x, y in zip(got, want, strict=True)]
+    limits = [allowed(x, y, size=size) for x, y in zip(low, want, strict=True)]
+    return [name for name, error, limit in zip(Divergence._fields, errors, limits, strict=True) if not error <= limit]
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_runs_under_every_mask(kind: str, engine: str) -> None:
+    first = random_case(kind, kv_heads=1, queries=33, keys=40, seed=0, device=DEVICE)
+    second = replace(random_case(kind, kv_heads=1, queries=33, keys=40, seed=1, device=DEVICE), mask=first.mask)
+    assert not wrong(first, second, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_softcap_sinks_and_wide_heads(engine: str, dtype: torch.dtype) -> None:
+    options = {"queries": 33, "keys": 40, "softcap": 5.0, "sinks": True, "dtype": dtype, "device": DEVICE}
+    for d in (60, 96, 256):
+        first = random_case("causal", kv_heads=1, d_head=d, seed=0, **options)
+        second = random_case("causal", kv_heads=1, d_head=d, seed=1, **options)
+        assert not wrong(first, second, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_pattern_is_no_distance_from_itself(engine: str) -> None:
+    case = random_case("causal", kv_heads=1, device=DEVICE)
+    got = run(case, case, engine)
+    assert got.js.abs().max() < 1e-6 and got.kl.abs().max() < 1e-6 and got.tv.abs().max() == 0
+    assert (got.cosine - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_disjoint_patterns_are_as_far_apart_as_can_be(engine: str) -> None:
+    case = random_case("full", batch=1, kv_heads=1, group=1, queries=8, keys=8, d_head=16, device=DEVICE)
+    eye = 20.0 * torch.eye(8, 16, device=DEVICE)[None, None]
+    one = replace(case, q=eye, k=eye, scale=0.1)
+    other = replace(one, k=eye.roll(1, 2))
+    got = run(one, other, engine)
+    assert (got.js - math.log(2)).abs().max() < 1e-4 and (got.tv - 1).abs().max() < 1e-4
+    assert (got.kl - 40).abs().max() < 1e-3  # the logit that the other pattern lacks, though its weight is 1e-18
+
+
+def test_js_is_symmetric_and_kl_is_not() -> None:
+    first, second = (random_case("causal", seed=s) for s in (0, 1))
+    there, back = run(first, second, "streaming"), run(second, first, "streaming")
+    assert torch.allclose(there.js, back.js, atol=1e-6)
+    assert not torch.allclose(there.kl, back.kl, atol=1e-2)
+
+
+def test_patterns_over_different_keys_are_refused() -> None:
+    first, second = random_case("causal", keys=63), random_case("causal", keys=70)
+    with pytest.raises(ValueError, match="different shapes"):
+        run(first, second, "streaming")
+
+
+def test_output_distance_is_the_norm_of_the_difference() -> None:
+    a, b = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)
+    b[0, 1, 2] = torch.tensor([3.0, 0.0, 4.0, 0.0])
+    want = torch.zeros(1, 2, 3)
+    want[0, 1, 2] = 5.0
+    assert torch.equal(output_distance(a, b), want)

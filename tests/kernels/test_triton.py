@@ -1,0 +1,143 @@
+"""The Triton kernels against the float64 definition, in Triton's interpreter where there is no GPU.
+
+The interpreter has no bfloat16 arithmetic, so bfloat16 is checked on the GPU alone (``kernels/benchmarks/h100.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="the Triton engine is an optional extra")
+
+from headscope.kernels import attention, triton_engine, triton_rows, triton_tuning
+from headscope.kernels.checks import MASKS, Case, compare, everything, random_case
+from headscope.kernels.request import Attended, Request
+from headscope.kernels.triton_tuning import Tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIONS = {"softcap": 5.0, "sinks": True, "bias": True}
+SHAPES = {  # queries, keys, d_head, d_value
+    "63 queries": (63, 63, 32, 32),
+    "one query": (1, 70, 60, 48),
+    "cached keys": (33, 70, 16, 24),
+}
+
+
+def fails(case: Case, request: Request, engine: Callable[..., Attended] = triton_engine.attend) -> list:
+    return [v for v in compare(case.run(engine, request), case, request) if not v.holds]
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_reduction_under_every_mask(kind: str, shape: str) -> None:
+    queries, keys, d, dv = SHAPES[shape]
+    case = random_case(kind, kv_heads=1, queries=queries, keys=keys, d_head=d, d_value=dv, device=DEVICE)
+    assert not fails(case, everything(case, top=2))
+
+
+@pytest.mark.parametrize("kind", ["causal", "band", "right padding"])
+def test_subsets_of_rows_and_columns(kind: str) -> None:
+    case = random_case(kind, kv_heads=1, queries=40, keys=70, device=DEVICE)
+    assert not fails(case, everything(case, subset=True))
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "all three"])
+@pytest.mark.parametrize("queries", [1, 63])
+def test_logit_options(option: str, queries: int) -> None:
+    chosen = OPTIONS if option == "all three" else {option: OPTIONS[option]}
+    case = random_case("causal", queries=queries, keys=70, kv_heads=1, device=DEVICE, **chosen)
+    assert not fails(case, everything(case, top=0))
+
+
+@pytest.mark.parametrize("d, dv", [(16, 16), (80, 80), (96, 32), (128, 64), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_widths_and_precisions(d: int, dv: int, dtype: torch.dtype) -> None:
+    case = random_case(
+        "causal", batch=1, kv_heads=1, queries=40, keys=50, d_head=d, d_value=dv, dtype=dtype, device=DEVICE
+    )
+    assert not fails(case, everything(case, top=0))
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    kind=st.sampled_from(MASKS),
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    queries=st.integers(1, 40),
+    cached=st.integers(0, 40),
+    d_head=st.sampled_from([16, 20, 33]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    softcap=st.sampled_from([None, 2.0]),
+    sinks=st.booleans(),
+    bias=st.booleans(),
+    subset=st.booleans(),
+    seed=st.integers(0, 1_000),
+)
+def test_any_call(kind: str, queries: int, cached: int, subset: bool, seed: int, **options: object) -> None:
+    case = random_case(kind, queries=queries, keys=queries + cached, seed=seed, device=DEVICE, **options)  # type: ignore[arg-type]
+    assert not fails(case, everything(case, seed=seed, subset=subset, top=0))
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_split_keys_merge_to_the_same_rows(monkeypatch: pytest.MonkeyPatch, sinks: bool) -> None:
+    """Decoding splits keys over programs; some splits see no key of a short example."""
+    monkeypatch.setattr(triton_tuning, "decode_tiles", lambda *_: Tiles(16, 16, 4, 2))
+    monkeypatch.setattr(triton_tuning, "key_splits", lambda *_: 4)
+    for kind in ("causal", "window", "left padding", "empty rows", "right padding"):
+        case = random_case(kind, kv_heads=1, queries=3, keys=60, sinks=sinks, device=DEVICE)
+        assert not fails(case, everything(case, top=0))
+
+
+def test_a_negative_scale_reverses_the_scores() -> None:
+    case = replace(random_case("causal", kv_heads=1, queries=20, keys=20, device=DEVICE), scale=-0.3)
+    assert not fails(case, everything(case, top=0))
+
+
+def test_strided_inputs_are_read_in_place() -> None:
+    """A key/value cache is often a slice of a longer one, or (batch, position, head, d) transposed."""
+    case = random_case("causal", queries=20, keys=30, device=DEVICE)
+    long = torch.cat([case.k, case.k], 2)[:, :, :30]
+    swapped = case.v.transpose(1, 2).contiguous().transpose(1, 2)
+    strided = replace(case, k=long, v=swapped, q=case.q.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not strided.k.is_contiguous() and not strided.v.is_contiguous()
+    assert not fails(strided, everything(case, top=0))
+
+
+def test_features_that_half_precision_cannot_hold_stay_exact() -> None:
+    case = random_case("full", batch=1, kv_heads=1, group=1, queries=40, keys=40, dtype=torch.float16, device=DEVICE)
+    same = torch.full((40, 1), 1234.567, device=DEVICE)
+    got = case.run(triton_engine.attend, Request(output=False, linear=same)).linear
+    assert (
+        got is not None and (got - 1234.567).abs().max() < 1.0
+    )  # float16 alone is 0.4 off, times a mass of 1 +- 2^-11
+    decoded = triton_rows._decode(triton_rows._encode(same, torch.float16).float(), same, torch.float16)
+    assert (decoded - same).abs().max() < 1e-3
+
+
+def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window one key too narrow must show in every row result."""
+    case = random_case("window", kv_heads=1, device=DEVICE)
+    request = everything(case, top=0)
+
+    def narrower(*args: object, **options: object) -> Attended:
+        mask = replace(case.mask, left=case.mask.left - 1)  # type: ignore[operator]
+        return triton_engine.attend(*args, **{**options, "mask": mask})  # type: ignore[arg-type]
+
+    assert not fails(case, request)
+    assert {"lse", "entropy", "output", "key_sum", "distance"} <= {v.name for v in fails(case, request, narrower)}
+
+
+def test_auto_keeps_cpu_tensors_on_the_streaming_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Attended:
+        raise AssertionError("a CPU tensor reached Triton")
+
+    monkeypatch.setattr(triton_engine, "attend", refuse)
+    case = random_case("causal", queries=8, keys=8)
+    assert case.run(attention.attend, Request(lse=True)).lse is not None
