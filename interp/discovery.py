@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.estimate import begin
 from headscope.interp.journal import Journal
 from headscope.interp.progress import track
 from headscope.interp.provenance import provenance
@@ -32,6 +33,7 @@ def discover(
     *,
     parameters: dict[str, Any],
     seed: int,
+    tokens: Callable[[Trial], tuple[int, int]],
     group: str | None = None,
     out: str | Path | None = None,
     progress: bool = True,
@@ -42,6 +44,7 @@ def discover(
         method: the method's name; results are ``out/METHOD.json`` and ``.parquet``.
         model: load_model's result.
         trials: JSON-able descriptions; ``score`` turns one into scores (layer, head) and details.
+        tokens: a trial's prompt tokens and generated tokens, for estimates.
         parameters: the method's settings, kept in the provenance and compared when a run is resumed.
         group: the trial key whose equal values are resampled together in the bootstrap.
         out: folder for the results and the journal that makes the run resumable; None keeps everything in memory.
@@ -51,6 +54,7 @@ def discover(
     """
     if not trials:
         raise HeadscopeError(f"{method}: there is no trial to run; ask for at least one")
+    begin(map(tokens, trials), [f"{method}.json", f"{method}.parquet", f"{method}.trials.jsonl"] if out else [])
     made = provenance(model, seed=seed, **parameters)
     config = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
     config |= {"method": method, "trials": list(trials)}

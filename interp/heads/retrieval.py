@@ -16,12 +16,14 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.needle.run import answer_text, check_finite, decode, prefill
 from headscope.interp.needle.task import NeedlePrompt, NeedleTask, Trial
 from headscope.interp.needle.text import Needles, rouge1_recall
+from headscope.interp.queries import Last
 from headscope.interp.scores import HeadScores
-from headscope.interp.spans import Span
+from headscope.interp.spans import Span, encode
 from headscope.interp.statistics import TopKeys
 from headscope.interp.tracer import trace
 
 Count = Literal["counter", "set"]
+LEAD = "Answer:"  # begins a chat model's turn in the forced control, as the base prompt ends
 
 
 def retrieval(
@@ -60,7 +62,8 @@ def retrieval(
             distinct tokens, at most 1.
         paraphrased: the method ``retrieval_paraphrased``, a control beyond the paper. The question shares no content
             word with the needle, so no literal match (induction) leads to it. Small models fail most of these in
-            free generation; the answer is therefore not generated but teacher-forced, and every trial is kept.
+            free generation; the answer is therefore not generated but teacher-forced (after "Answer:", with which a
+            chat model's turn is made to begin), and every trial is kept.
         forced: which rows of the paraphrased control count. "first": the one that must emit the answer's first token,
             where nothing copied so far can lead a head to the needle. "all": also the rows that are fed the answer's
             own tokens, where plain induction finds each next one: those no longer tell retrieval from induction.
@@ -89,7 +92,9 @@ def retrieval(
         return _generated_trial(lm, task, trial, count, threshold)
 
     name = "retrieval_paraphrased" if paraphrased else "retrieval"
-    return discover(name, lm, trials, score, parameters=parameters, seed=0, group=group, out=out, progress=progress)
+    settings: dict[str, Any] = {"parameters": parameters, "seed": 0, "group": group, "out": out, "progress": progress}
+    new = 0 if paraphrased else max_new_tokens
+    return discover(name, lm, trials, score, tokens=lambda trial: (trial["length"], new), **settings)
 
 
 def copy_score(
@@ -136,10 +141,15 @@ def _forced_trial(lm: Any, task: NeedleTask, trial: Trial, count: Count, *, firs
     first, stop = prompt.span
     span = (first, first + 1 if first_only else stop)
     answer = list(prompt.ids[slice(*span)])
+    lead = encode(lm.tokenizer, LEAD, special_tokens=False)[0] if task.uses_chat(lm) else []
+    most = lm.info.context_length
+    if most is not None and len(prompt.ids) + len(lead) + len(answer) > most:
+        raise HeadscopeError(f"the prompt and its answer exceed the context of {lm.name} ({most}): shorten the prompt")
     cache = prefill(lm, prompt.ids[:-1])
-    fed = torch.tensor([[prompt.ids[-1], *answer[:-1]]], device=lm.device)
-    with trace(lm, [TopKeys(1)]) as tracer:
-        logits = lm.model(input_ids=fed, past_key_values=cache, use_cache=True).logits[0].float()
+    fed = torch.tensor([[prompt.ids[-1], *lead, *answer[:-1]]], device=lm.device)
+    with trace(lm, [TopKeys(1)], queries=Last(len(answer))) as tracer:
+        output = lm.model(input_ids=fed, past_key_values=cache, use_cache=True)
+    logits = output.logits[0, -len(answer) :].float()
     check_finite(lm, logits)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer, device=logits.device))
     record = tracer.record

@@ -88,9 +88,8 @@ def sinks(
 
     trials = [sample.trial for sample in found]
     score = in_batches(found, run, batch)
-    result = discover(
-        "sinks", lm, trials, score, parameters=parameters, seed=seed, group="sample", progress=progress, out=out
-    )
+    settings: dict[str, Any] = {"parameters": parameters, "seed": seed, "progress": progress, "out": out}
+    result = discover("sinks", lm, trials, score, tokens=lambda _: (length, 0), group="sample", **settings)
     rates = np.array([detail["sink_rate_percent"] for detail in result.details])
     result.provenance["sink_rate_percent"] = rates.mean(axis=0).tolist()
     if out is not None:

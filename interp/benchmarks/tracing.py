@@ -1,0 +1,156 @@
+"""What tracing costs and how exact it is, on SmolLM2-135M and this machine. Run: python interp/benchmarks/tracing.py
+
+1. Agreement: every statistic against the eager attention weights of an untouched copy of the model, float32; generated
+   tokens with and without tracing.
+2. Time: traced forward passes against untraced SDPA and eager ``output_attentions``, alternating in one process;
+   medians and their ratios. The language-model head runs on the last position only.
+3. Memory: peak resident size of a fresh process over its size with the model loaded, traced and untraced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics as stats
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.interp import load_model, trace
+from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, Statistic
+
+MODEL = "smollm2-135m"
+ROWS: tuple[Statistic, ...] = (LogSumExp(), Entropy(), SinkMass(4), Distance())
+SETS: dict[str, tuple[Statistic, ...]] = {"rows": ROWS, "rows and key mass": (*ROWS, KeyMass())}
+
+
+def prompt(length: int) -> Tensor:
+    """Random token ids (1, length), the same every time."""
+    return torch.randint(0, 49152, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+def agreement(length: int) -> dict[str, float]:
+    """Largest difference from eager weights over all layers, heads and queries; distance and key mass relative."""
+    lm, eager = load_model(MODEL), load_model(MODEL)
+    eager.model.set_attn_implementation("eager")
+    ids = prompt(length)
+    with torch.no_grad():
+        weights = torch.stack(eager.model(input_ids=ids, output_attentions=True).attentions, dim=1)  # (1, l, h, q, k)
+    with trace(lm, SETS["rows and key mass"]) as tracer:
+        lm.model(input_ids=ids)
+    record = {name: torch.from_numpy(tracer.record[name].to_numpy()) for name in tracer.record}
+    at = torch.arange(length)
+    truth = {
+        "entropy": torch.special.entr(weights).sum(-1),
+        "sink_mass": weights[..., :4].sum(-1),
+        "distance": (weights * (at[:, None] - at[None, :])).sum(-1),
+        "key_mass": weights.sum(-2),
+    }
+    worst = {name: float((record[name] - value).abs().max()) for name, value in truth.items()}
+    for name in ("distance", "key_mass"):
+        worst[f"{name} (relative to its largest value)"] = worst.pop(name) / float(truth[name].max())
+    plain = lm.model.generate(ids[:, :128], max_new_tokens=32, do_sample=False)
+    with trace(lm, SETS["rows and key mass"]):
+        traced = lm.model.generate(ids[:, :128], max_new_tokens=32, do_sample=False)
+    worst["generated tokens that differ, of 32"] = float((plain != traced).sum())
+    return worst
+
+
+def timing(length: int, repeats: int) -> dict[str, float]:
+    """Median seconds of a forward pass each way, measured in turn."""
+    lm = load_model(MODEL)
+    ids = prompt(length)
+    kinds: dict[str, Callable[[], Any]] = {
+        "untraced": nullcontext,
+        "attached, no statistic": lambda: trace(lm, [LogSumExp()], layers=[]),
+        **{name: (lambda chosen=chosen: trace(lm, chosen)) for name, chosen in SETS.items()},
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in [*kinds, "eager with weights"]}
+    for round_number in range(repeats + 1):
+        for name, context in kinds.items():
+            seconds[name].append(_once(lm, ids, context))
+        if round_number < 2:  # slow, and its ratio is far from its bound
+            lm.model.set_attn_implementation("eager")
+            seconds["eager with weights"].append(_once(lm, ids, nullcontext, output_attentions=True))
+            lm.model.set_attn_implementation("sdpa")
+    return {name: stats.median(values[1:]) for name, values in seconds.items()}
+
+
+def _once(lm: Any, ids: Tensor, context: Callable[[], Any], **kwargs: Any) -> float:
+    with torch.no_grad(), context():
+        begin = time.perf_counter()
+        lm.model(input_ids=ids, logits_to_keep=1, use_cache=False, **kwargs)
+        return time.perf_counter() - begin
+
+
+def memory(length: int) -> dict[str, float]:
+    """MiB a forward pass adds to the resident size of a fresh process, by kind of pass."""
+    return {name: _memory_of(name, length) for name in ["untraced", *SETS]}
+
+
+def _memory_of(name: str, length: int) -> float:
+    command = [sys.executable, __file__, "--peak-of", name, "--memory-length", str(length)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _peak(name: str, length: int) -> float:
+    lm = load_model(MODEL)
+    ids = prompt(length)
+    _once(lm, ids[:, :64], (lambda: trace(lm, SETS[name])) if name in SETS else nullcontext)
+    before = _resident()
+    _once(lm, ids, (lambda: trace(lm, SETS[name])) if name in SETS else nullcontext)
+    return _high_water() - before
+
+
+def _resident() -> float:
+    # the loader's own peak would hide a smaller forward pass: reset the high-water mark where the kernel lets us
+    Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return float(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def _high_water() -> float:
+    status = Path("/proc/self/status").read_text()
+    return float(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def main() -> None:
+    """Measure, print one table, and write it as JSON with ``--out``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--agreement-length", type=int, default=512)
+    parser.add_argument("--memory-length", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.peak_of:
+        print(_peak(chosen.peak_of, chosen.memory_length))
+        return
+    seconds = timing(chosen.length, chosen.repeats)
+    peaks = memory(chosen.memory_length)
+    result = {
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "agreement": agreement(chosen.agreement_length),
+        f"seconds at {chosen.length} tokens": seconds,
+        "ratio to untraced": {name: value / seconds["untraced"] for name, value in seconds.items()},
+        "ratio to eager with weights": {name: seconds[name] / seconds["eager with weights"] for name in SETS},
+        f"MiB added at {chosen.memory_length} tokens": peaks,
+        "MiB above untraced": {name: peaks[name] - peaks["untraced"] for name in SETS},
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if chosen.out:
+        chosen.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
