@@ -168,6 +168,14 @@ class NeedleTask:
         text = _fit(make, stops, float(trial["depth"]), length, length - overhead)
         return _located(tokenizer, needle, text)
 
+    def uses_chat(self, lm: Any) -> bool:
+        """Whether prompts go through the chat template."""
+        return bool(getattr(lm.tokenizer, "chat_template", None)) if self.chat is None else self.chat
+
+    def tokens(self, trial: Trial) -> tuple[int, int]:
+        """A trial's prompt tokens and the most that are generated."""
+        return int(trial["length"]), self.max_new_tokens
+
     def run(self, lm: Any, trial: Trial) -> dict[str, Any]:
         """``run_needle_trial`` with this task's settings."""
         from headscope.interp.needle.run import run_needle_trial
@@ -208,8 +216,7 @@ class NeedleTask:
 
     def _prompt(self, lm: Any, needle: Needle, context: str) -> str:
         question = needle.paraphrase if self.paraphrased else needle.question
-        chat = bool(getattr(lm.tokenizer, "chat_template", None)) if self.chat is None else self.chat
-        if chat:
+        if self.uses_chat(lm):
             return str(lm.chat(CHAT.format(context=context, question=question)))
         return BASE.format(context=context, question=question)
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,8 +15,10 @@ from headscope.interp import HeadscopeError, HeadScores
 from headscope.interp.attention import Handler
 from headscope.interp.heads.retrieval import copy_score, retrieval
 from headscope.interp.models import LanguageModel
-from headscope.interp.needle import NeedleTask, load_haystack, load_needles
+from headscope.interp.needle import NeedleTask, decode, load_haystack, load_needles, prefill
 from headscope.interp.sites import attached
+from headscope.interp.statistics import TopKeys
+from headscope.interp.tracer import trace
 
 SETTINGS = {"lengths": [260], "depths": [50], "needles": 1, "progress": False}
 
@@ -152,15 +149,19 @@ def test_scores_of_known_attention(scene, count):
     assert (trial["length"], trial["depth"], trial["tokens"], trial["position"]) == (260, 50, 260, first)
 
 
-def test_paraphrase_control_leaves_induction_out(tokenizer):
+@pytest.mark.parametrize("chat", [False, True])
+def test_paraphrase_control_leaves_induction_out(tokenizer, chat):
     """A head that finds the token after the last one fed (induction) scores under forced="all", never under "first"."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "[{{ messages[0]['content'] }}]" if chat else None
+    lead = [0] * len(tokenizer("Answer:")["input_ids"]) if chat else []
     lm = _llama(tokenizer)
     task = NeedleTask(lengths=[260], depths=[50], needles=1, paraphrased=True)
     prompt = task.build(lm, task.trials(lm)[0])
     assert "Golden Gate" in prompt.text and "best thing to do in San Francisco?" not in prompt.text
     first, stop = prompt.span
     place = list(range(first, stop))
-    targets = {(0, 1): [0, *place[1:]], (1, 2): place}  # induction; retrieval
+    targets = {(0, 1): [*lead, 0, *place[1:]], (1, 2): [*lead, *place]}  # induction; retrieval
     settings = {**SETTINGS, "paraphrased": True}
     with attached(lm, Aim(targets, len(prompt.ids))):
         first_only = retrieval(lm, **settings)
@@ -193,30 +194,6 @@ def test_needles_are_resampled_whole(tokenizer):
     assert len(set(by_needle.groups)) == 3 and len(set(by_text.groups)) == 6
 
 
-def _reference(lm: LanguageModel, task: NeedleTask, steps: int) -> tuple[np.ndarray, list[int]]:
-    """Eager attention maps of one growing prompt without a cache, and plain loops."""
-    prompt = task.build(lm, task.trials(lm)[0])
-    before = lm.model.config._attn_implementation
-    lm.model.set_attn_implementation("eager")
-    first, stop = prompt.span
-    ids, scores, said = list(prompt.ids), np.zeros((lm.info.layers, lm.info.heads)), []
-    try:
-        for _ in range(steps):
-            with torch.no_grad():
-                output = lm.model(torch.tensor([ids]), output_attentions=True, use_cache=False)
-            token = int(output.logits[0, -1].argmax())
-            for layer, pattern in enumerate(output.attentions):
-                for head in range(lm.info.heads):
-                    key = int(pattern[0, head, -1].argmax())
-                    if first <= key < stop and ids[key] == token:
-                        scores[layer, head] += 1 / (stop - first)
-            said.append(token)
-            ids.append(token)
-    finally:
-        lm.model.set_attn_implementation(before)
-    return scores, said
-
-
 def test_sliding_windows_keep_positions(tokenizer):
     """A cache that forgets old keys must not shift the positions of the others."""
     config = Gemma3TextConfig(
@@ -241,10 +218,6 @@ def test_sliding_windows_keep_positions(tokenizer):
     task = NeedleTask(lengths=[260], depths=[100], needles=1, max_new_tokens=6)
     prompt = task.build(lm, task.trials(lm)[0])
     assert prompt.span[0] > 260 - 120  # the needle is inside the window, and the window has moved
-    from headscope.interp.needle import decode, prefill
-    from headscope.interp.statistics import TopKeys
-    from headscope.interp.tracer import trace
-
     cache = prefill(lm, prompt.ids[:-1])
     with trace(lm, [TopKeys(1)]) as tracer:
         said = decode(lm, cache, prompt.ids[-1], 6)
@@ -274,50 +247,3 @@ def test_a_run_is_resumed_only_with_the_same_settings(scene, tmp_path):
     np.testing.assert_array_equal(read.mean, done.mean)
     with pytest.raises(HeadscopeError, match="other settings"):
         retrieval(lm, out=tmp_path, count="set", **SETTINGS)
-
-
-@pytest.mark.slow
-def test_smollm2_scores_equal_those_of_eager_maps(smollm2):
-    task = NeedleTask(lengths=[260], depths=[50], needles=1)
-    scores = retrieval(smollm2, **SETTINGS)
-    steps = 24
-    expected, said = _reference(smollm2, task, steps)
-    assert smollm2.tokenizer.eos_token_id in said  # the answer ended within the reference
-    np.testing.assert_allclose(scores.mean, expected, atol=1e-9)
-    assert (scores.mean > 0.1).sum() >= 5 and (scores.mean == 0).mean() > 0.4  # sparse, as the paper finds
-
-
-RUN = """
-import sys
-from headscope.interp import load_model
-from headscope.interp.heads.retrieval import retrieval
-retrieval(load_model("smollm2-135m"), lengths=[240], depths=3, needles=2, out=sys.argv[1], progress=False)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_where_it_stopped(smollm2, tmp_path):
-    journal = tmp_path / "retrieval.trials.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 300
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert not (tmp_path / "retrieval.json").exists()
-    kept = journal.read_bytes()
-    finished = kept.count(b"\n") - 1
-    assert 2 <= finished < 6
-    with open(journal, "ab") as file:
-        file.write(b'{"trial": 5, "resu')  # a line that the kill cut short
-    settings = {"lengths": [240], "depths": 3, "needles": 2, "progress": False}
-    resumed = retrieval(smollm2, out=tmp_path, **settings)
-    lines = journal.read_bytes()
-    assert lines.startswith(kept) and lines.count(b"\n") == 7
-    assert [json.loads(line)["trial"] for line in lines.splitlines()[1:]] == list(range(6))
-    whole = retrieval(smollm2, **settings)
-    np.testing.assert_allclose(resumed.trials, whole.trials)
-    assert [d["response"] for d in resumed.details] == [d["response"] for d in whole.details]
