@@ -20,7 +20,8 @@ def attached(model: Any, handler: Handler) -> AbstractContextManager[Any]:
     Raises:
         HeadscopeError: an architecture or an object that cannot be traced exactly.
     """
-    return _site(model).attached(model, handler)
+    context: AbstractContextManager[Any] = _site(model).attached(model, handler)
+    return context
 
 
 def is_attached(model: Any) -> bool:

@@ -170,7 +170,8 @@ class Layer:
             raise self.refuse(
                 "this pass continues a cache that hooks alone do not show; use `with attached(bridge, ...)`"
             )
-        return self.route.shared_mask(mask, queries, keys)
+        shared: Mask = self.route.shared_mask(mask, queries, keys)
+        return shared
 
     def _refuse_dropout(self) -> None:
         own = self.attention.original_component

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +26,10 @@ from headscope.interp.attention import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import huggingface
 from headscope.interp.sites.tl_attention import HookFunction, Layer
+from headscope.interp.sites.tl_bridge import attends_natively, boot, components, require, require_bridge, watch_cache
 from headscope.kernels.masks import Mask
+
+__all__ = ["attached", "boot", "fwd_hooks", "is_attached", "require", "verify", "verify_once"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class Route:
         self._torch_hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._torch_hooks.append(model.register_forward_hook(self._end, always_call=True))
         for layer in self.layers:
-            watch = partial(_watch_cache, layer)
+            watch = partial(watch_cache, layer)
             self._torch_hooks.append(layer.attention.register_forward_pre_hook(watch, with_kwargs=True))
 
     def close(self) -> None:
@@ -138,7 +140,7 @@ def attached(bridge: Any, handler: Handler) -> Iterator[Any]:
         HeadscopeError: not a bridge, or an architecture that the bridge does not show exactly; the message names it.
     """
     require_bridge(bridge)
-    if _attends_natively(bridge):
+    if attends_natively(bridge):
         with huggingface.attached(bridge.original_model, handler) as inner:
             yield inner
         return
@@ -171,7 +173,7 @@ def fwd_hooks(bridge: Any, *handlers: Handler) -> list[tuple[str, HookFunction]]
         HeadscopeError: not a bridge, or an architecture that the bridge does not show exactly.
     """
     require_bridge(bridge)
-    if _attends_natively(bridge):
+    if attends_natively(bridge):
         raise HeadscopeError(
             f"{type(bridge.original_model).__name__} attends natively in this bridge, where hooks cannot edit; use "
             "`with trace(bridge, ...)` or `with apply(bridge, ...)`"
@@ -217,7 +219,7 @@ def verify(bridge: Any, inputs: dict[str, Tensor] | None = None) -> Any:
 
     require_bridge(bridge)
     model = bridge.original_model
-    if _attends_natively(bridge):
+    if attends_natively(bridge):
         return hf_verify.verify_once(model) if inputs is None else hf_verify.verify(model, inputs)
     if bridge in _ROUTES:
         return hf_verify.Verification(calls=1)  # verified when the first handler was attached
@@ -235,88 +237,12 @@ def verify(bridge: Any, inputs: dict[str, Tensor] | None = None) -> Any:
     return judge_layers(route.check, route.layers)
 
 
-def require_bridge(bridge: Any) -> None:
-    """Raise HeadscopeError unless ``bridge`` is a TransformerBridge around a model in this process."""
-    package = require()
-    if not isinstance(bridge, import_module(f"{package.__name__}.model_bridge").TransformerBridge):
-        raise HeadscopeError(f"expected a TransformerBridge, got {type(bridge).__name__}")
-    if getattr(bridge.original_model.config, "is_encoder_decoder", False):
-        name = type(bridge.original_model).__name__
-        raise HeadscopeError(f"{name} is an encoder-decoder; trace it as a Hugging Face model, not through a bridge")
-
-
-def require() -> Any:
-    """The transformer_lens package, or a HeadscopeError that says how to install it."""
-    try:
-        return import_module("transformer_lens")
-    except ImportError as error:
-        raise HeadscopeError("TransformerLens is not installed; pip install 'headscope[sites]'") from error
-
-
-def boot(name: str, model: Any, tokenizer: Any, **kwargs: Any) -> Any:
-    """A live TransformerBridge around a Hugging Face model, which it changes in place: give it a copy of its own.
-
-    Raises:
-        HeadscopeError: TransformerLens is not installed.
-    """
-    bridge = import_module(f"{require().__name__}.model_bridge").TransformerBridge
-    kwargs.setdefault("device", str(next(model.parameters()).device))
-    return bridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, dtype=model.dtype, **kwargs)
-
-
-def _components(bridge: Any) -> list[tuple[str, Any]]:
-    """The bridge's attention components with their paths in the wrapped model, language layers only."""
-    kind = import_module("transformer_lens.model_bridge.generalized_components.attention").AttentionBridge
-    found = [
-        (name.replace("._original_component", ""), module)
-        for name, module in bridge.original_model.named_modules()
-        if isinstance(module, kind) and str(module.hook_pattern.name).startswith("blocks.")
-    ]
-    if not found:
-        raise HeadscopeError(f"{type(bridge.original_model).__name__}'s bridge has no attention layers to trace")
-    return found
-
-
-def _attends_natively(bridge: Any) -> bool:
-    kind = import_module("transformer_lens.model_bridge.generalized_components.attention").AttentionBridge
-    native = [type(module).forward is kind.forward for _, module in _components(bridge)]
-    if any(native) and not all(native):
-        raise HeadscopeError(
-            f"{type(bridge.original_model).__name__}'s bridge attends natively in some layers only, so no site sees "
-            "all of it; load the model with load_model or transformers and trace that"
-        )
-    return all(native)
-
-
 def _layers(route: Route, bridge: Any) -> list[Layer]:
     hooks = bridge.hook_dict
     layers = []
-    for path, module in _components(bridge):
+    for path, module in components(bridge):
         prefix = str(module.hook_pattern.name).removesuffix(".hook_pattern")
         site, _ = huggingface.parse_name(path, module)
         match = re.match(r"blocks\.(\d+)\.", prefix)
         layers.append(Layer(route, module, prefix, hooks, site, int(match[1]) if match else 0))
     return layers
-
-
-class _WatchedCache:
-    """A cache seen through: ``update`` tells a layer which keys and values it attends to."""
-
-    def __init__(self, cache: Any, layer: Layer) -> None:
-        self._cache, self._layer = cache, layer
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        _, offset = self._cache.get_mask_sizes(key.shape[2], layer_idx)
-        keys, values = self._cache.update(key, value, layer_idx, *args, **kwargs)
-        self._layer.cached(keys, values, int(offset))
-        return keys, values
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
-
-
-def _watch_cache(layer: Layer, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return args, {
-        name: _WatchedCache(value, layer) if name in ("past_key_values", "layer_past") and value is not None else value
-        for name, value in kwargs.items()
-    }
