@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,33 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall
+from headscope.interp.attention import AttentionCall, Mask
+from headscope.interp.errors import HeadscopeError
 from headscope.interp.record import missing
 from headscope.interp.statistics import KEY, OUTPUT, ROW, Statistic
 
 
 @dataclass(eq=False)
-class _Piece:
+class Piece:
+    """What one attention call leaves: query rows ``rows`` (n,) of ``queries`` from position ``offset``, and values by
+    kind (row, key, output) and name. ``mask`` says which positions are padding."""
+
+    layer: int
+    heads: int
+    queries: int
     offset: int
+    mask: Mask
+    cross: bool
     rows: Tensor
-    values: dict[str, Tensor]
+    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, call: AttentionCall, offset: int, rows: Tensor | None) -> Piece:
+        """The empty piece of a call; ``rows`` None means all."""
+        heads, queries = call.query.shape[1:3]
+        if rows is None:
+            rows = torch.arange(queries, device=call.query.device)
+        return cls(call.layer, heads, queries, offset, call.mask, call.cross, rows)
 
 
 class Session:
@@ -28,59 +45,86 @@ class Session:
 
     def __init__(self, statistics: tuple[Statistic, ...], site: str, batch: int) -> None:
         self.statistics, self.site, self.batch = statistics, site, batch
-        self._pieces: dict[int, list[_Piece]] = {}
+        self._pieces: dict[int, list[Piece]] = {}
         self._keys: dict[int, dict[str, Tensor]] = {}
         self._outputs: dict[int, dict[str, Tensor]] = {}
-        self._passes: dict[int, int] = {}
-        self._first_offset: dict[int, int] = {}
+        self._stop: dict[int, int] = {}
         self._tokens: list[tuple[int, Tensor]] = []
         self._start: Tensor | None = None
         self._end: dict[int, NDArray[np.int64]] = {}
         self._prompt_end: NDArray[np.int64] | None = None
+        self._heads: int | None = None
+        self._now: tuple[int, int] | None = None
 
-    def is_over(self, call: AttentionCall) -> bool:
+    @property
+    def continues(self) -> bool:
+        """Whether a pass came before the present one."""
+        return bool(self._stop)
+
+    def is_over(self, call: AttentionCall, offset: int) -> bool:
         """Whether ``call`` begins new examples: it starts again at position 0, or the batch changed."""
-        restarted = call.mask.query_offset == 0 and self._passes.get(call.layer, 0) > 0
-        return restarted or call.query.shape[0] != self.batch
+        return bool(self._stop) and (offset == 0 or call.query.shape[0] != self.batch)
 
-    def is_first_pass(self, call: AttentionCall) -> bool:
-        """Whether ``call`` belongs to the session's first forward pass."""
-        return self._first_offset.get(call.layer, call.mask.query_offset) == call.mask.query_offset
+    def is_prompt(self, call: AttentionCall) -> bool:
+        """Whether ``call`` reads the prompt: in the first pass, or in a later one of several tokens (chunked)."""
+        return not self._stop or call.query.shape[2] > 1
 
-    def skip(self, call: AttentionCall) -> None:
-        """Note a pass of which nothing is recorded."""
-        self._note(call)
+    def check(self, call: AttentionCall, offset: int) -> None:
+        """Refuse a call that does not fit the others of this session.
 
-    def add(self, call: AttentionCall, rows: Tensor | None, kinds: dict[str, dict[str, Tensor]]) -> None:
+        Raises:
+            HeadscopeError: another tower, other windows or heads, or positions that were recorded already.
+        """
+        if self.site != call.site:
+            raise HeadscopeError(
+                f"this model attends in several towers ({self.site} and {call.site}); choose one with site=..."
+            )
+        batch, heads, queries, _ = call.query.shape
+        if self._heads not in (None, heads):
+            raise HeadscopeError(
+                f"layers of {self.site} differ in their number of heads; choose alike ones by layers=..."
+            )
+        self._heads = heads
+        if offset < max(self._stop.values(), default=0):
+            raise HeadscopeError(
+                f"a pass at position {offset} repeats positions that were recorded (a cropped or shared cache); trace "
+                "each prompt from its start"
+            )
+        first = not self._stop or self._now is None or offset > self._now[0]
+        if batch != self.batch or (not first and self._now != (offset, queries)):
+            raise HeadscopeError(
+                "layers of this tower attend over different windows of the input, so they share no examples; choose "
+                "some with layers=..."
+            )
+        self._now = (offset, queries)
+
+    def add(self, piece: Piece) -> None:
         """Keep one call's statistics by kind (row, key, output)."""
-        self._note(call)
-        if ROW in kinds:
-            if rows is None:
-                rows = torch.arange(call.query.shape[2], device=call.query.device)
-            self._pieces.setdefault(call.layer, []).append(_Piece(call.mask.query_offset, rows, kinds[ROW]))
-        if KEY in kinds:
-            held = self._keys.setdefault(call.layer, {})
-            for name, value in kinds[KEY].items():
-                held[name] = _accumulate(held.get(name), value, call.mask.key_offset, highest=name == "key_max")
-        if OUTPUT in kinds:
-            self._outputs.setdefault(call.layer, {}).update(kinds[OUTPUT])
+        self._note(piece)
+        if ROW in piece.values:
+            self._pieces.setdefault(piece.layer, []).append(piece)
+        if KEY in piece.values:
+            held = self._keys.setdefault(piece.layer, {})
+            for name, value in piece.values[KEY].items():
+                held[name] = _accumulate(held.get(name), value, piece.mask.key_offset, highest=name == "key_max")
+        if OUTPUT in piece.values:
+            self._outputs.setdefault(piece.layer, {}).update(piece.values[OUTPUT])
 
     def add_tokens(self, offset: int, ids: Tensor) -> None:
         """Keep a pass's input token ids (batch, query)."""
         self._tokens.append((offset, ids))
 
-    def _note(self, call: AttentionCall) -> None:
-        mask, stop = call.mask, call.mask.query_offset + call.query.shape[2]
-        self._passes[call.layer] = self._passes.get(call.layer, 0) + 1
-        self._first_offset.setdefault(call.layer, mask.query_offset)
+    def _note(self, piece: Piece) -> None:
+        mask, stop = piece.mask, piece.offset + piece.queries
+        prompt = piece.queries > 1 or not self._end
+        self._stop[piece.layer] = stop
         if self._start is None and mask.start is not None:
             self._start = mask.start
         if stop not in self._end:
             whole = np.full(self.batch, stop)
-            end = whole if mask.end is None else np.minimum(mask.end.cpu().numpy(), stop)
-            self._end[stop] = end
-            if self._prompt_end is None:
-                self._prompt_end = end
+            self._end[stop] = whole if mask.end is None else np.minimum(mask.end.cpu().numpy(), stop)
+            if prompt:
+                self._prompt_end = self._end[stop]
 
     def dataset(self) -> xr.Dataset | None:
         """The session as a Dataset, or None if no layer recorded anything."""
@@ -136,7 +180,7 @@ class _Builder:
     def _extra(self, name: str) -> dict[str, list[Any]]:
         return next(s.coordinates for s in self.statistics if name in s.variables)
 
-    def rows(self, pieces: dict[int, list[_Piece]]) -> None:
+    def rows(self, pieces: dict[int, list[Piece]]) -> None:
         """Row statistics to (example, layer, head, query, ...); ``query_position`` says which those are."""
         if not pieces:
             return
@@ -151,10 +195,10 @@ class _Builder:
             position[b, : len(kept)] = kept
         self.coords["query"] = np.arange(width)
         self.coords["query_position"] = (("example", "query"), position)
-        for name in placed[0].values:
+        for name in placed[0].values[ROW]:
             array: NDArray[Any] | None = None
             for i, layer in enumerate(self.layers):
-                value = torch.cat([piece.values[name] for piece in pieces[layer][:passes]], dim=2).cpu().numpy()
+                value = torch.cat([piece.values[ROW][name] for piece in pieces[layer][:passes]], dim=2).cpu().numpy()
                 if array is None:
                     shape = (self.batch, len(self.layers), value.shape[1], width, *value.shape[3:])
                     array = np.full(shape, missing(value.dtype), dtype=value.dtype)

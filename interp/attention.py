@@ -104,6 +104,9 @@ class Handler:
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """The model is about to run a forward pass on these keyword arguments."""
 
+    def abort_forward(self) -> None:
+        """The forward pass that began did not come to its end (an exception, an interrupt)."""
+
 
 def run_call(call: AttentionCall, handlers: list[Handler]) -> Tensor:
     """One attention call under ``handlers``: edits, attention with statistics, output edits, observation."""

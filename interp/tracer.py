@@ -10,22 +10,28 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from headscope.interp.assemble import Session
-from headscope.interp.attention import AttentionCall, Handler
+from headscope.interp.assemble import Piece, Session
+from headscope.interp.attention import AttentionCall, Handler, bare_model
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.passes import Caches, check_repeats
 from headscope.interp.provenance import provenance
 from headscope.interp.queries import Queries
 from headscope.interp.record import concatenate
 from headscope.interp.sites import attached
-from headscope.interp.statistics import KEY, OUTPUT, Plan, Reader, Statistic
+from headscope.interp.sites.huggingface import sites_of
+from headscope.interp.sites.support import require_exact
+from headscope.interp.sites.towers import check_name, default_tower, selects, tower
+from headscope.interp.statistics import OUTPUT, ROW, Plan, Reader, Statistic
 from headscope.interp.verify import verify_once
+from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 
 
 class Tracer(Handler):
     """Collects statistics while attached. ``record`` assembles what was collected so far.
 
-    A forward pass at position 0 starts new examples; one that continues a cache extends the current ones.
+    A forward pass at position 0 starts new examples; one that continues a cache extends the current ones. A module that
+    attends several times in one pass goes through images or windows: each becomes an example of its own.
     """
 
     def __init__(
@@ -49,53 +55,106 @@ class Tracer(Handler):
         self._finished: list[xr.Dataset] = []
         self._pending_ids: Tensor | None = None
         self._plans: dict[Any, tuple[Any, Request, list[tuple[Statistic, Reader]], Tensor | None]] = {}
+        self._chosen: dict[str, bool] = {}
+        self._times: dict[int, int] = {}
+        self._pass: list[tuple[Session, Piece]] = []
+        self._decoder: Mask | None = None
+        self._caches = Caches()
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """Remember the tokens of the pass that begins."""
+        self._keep_pass()
         ids = inputs.get("input_ids")
         self._pending_ids = ids.detach() if isinstance(ids, Tensor) and ids.dim() == 2 else None
-        self._plans.clear()
+        self._decoder = None
+        self._caches.watch(inputs.get("past_key_values"))
+
+    def abort_forward(self) -> None:
+        """Forget what a pass recorded that did not come to its end."""
+        self._pass.clear()
+        self._keep_pass()
+        self._sessions = [session for session in self._sessions if session.continues]
+
+    def end(self, *, completed: bool) -> None:
+        """The block is left: nothing of ours stays on the model's caches."""
+        self._caches.release()
+        if completed:
+            self._keep_pass()
+        else:
+            self.abort_forward()
 
     def request(self, call: AttentionCall) -> Request | None:
         """The declared statistics as one request, or None where this call is not recorded."""
-        if (self.layers is not None and call.layer not in self.layers) or (self.site not in (None, call.site)):
+        inner = bare_model(self.model)
+        if not call.cross and tower(call.site, inner) in ("language", "decoder"):
+            self._decoder = call.mask
+        if (self.layers is not None and call.layer not in self.layers) or not self._is_chosen(call.site, inner):
             return None
-        session = self._session_of(call)
-        prompt = session.is_first_pass(call)
+        session, offset = self._session_of(call, inner)
+        require_exact(self.statistics, call, continues=session.continues)
+        prompt = session.is_prompt(call)
         _, request, _, rows = self._plan(call, prompt)
+        self._pass.append((session, Piece.of(call, offset, rows)))
         if rows is not None and rows.numel() == 0 and not request.wants_keys:
             if not any(statistic.kind == OUTPUT for statistic in self.statistics):
-                session.skip(call)
                 return None
         return request
 
     def observe(self, call: AttentionCall, attended: Attended) -> None:
         """Store this call's statistics on the layer's device."""
-        session = self._sessions[-1]
-        _, _, readers, rows = self._plan(call, session.is_first_pass(call))
-        kinds: dict[str, dict[str, Tensor]] = {}
+        session, piece = self._pass[-1]
+        prompt = session.is_prompt(call)
+        _, _, readers, rows = self._plan(call, prompt)
         for statistic, reader in readers:
-            if statistic.kind == OUTPUT and not session.is_first_pass(call):
+            if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
-            if statistic.kind != KEY and statistic.kind != OUTPUT and rows is not None and rows.numel() == 0:
-                continue
-            kinds.setdefault(statistic.kind, {}).update(reader(attended))
-        session.add(call, rows, kinds)
+            piece.values.setdefault(statistic.kind, {}).update(reader(attended))
 
-    def _session_of(self, call: AttentionCall) -> Session:
-        if not self._sessions or self._sessions[-1].is_over(call):
-            if self._sessions:
-                self._finish(self._sessions.pop())
+    def _is_chosen(self, site: str, model: torch.nn.Module) -> bool:
+        if site not in self._chosen:
+            name = default_tower(sites_of(model), model) if self.site is None else self.site
+            self._chosen[site] = selects(name, site, model)
+        return self._chosen[site]
+
+    def _session_of(self, call: AttentionCall, model: torch.nn.Module) -> tuple[Session, int]:
+        times = self._times.get(call.layer, 0)
+        self._times[call.layer] = times + 1
+        if times:
+            check_repeats(model, call)
+        offset = call.mask.query_offset if not call.cross else self._cross_offset()
+        if not self._pass and self._sessions and self._sessions[0].is_over(call, offset):
+            self._finish()
+        while len(self._sessions) <= times:
             self._sessions.append(Session(self.statistics, call.site, call.query.shape[0]))
-        session = self._sessions[-1]
-        if session.site != call.site:
+        session = self._sessions[times]
+        session.check(call, offset)
+        ids, self._pending_ids = self._pending_ids, None
+        if ids is not None and not call.cross and ids.shape == (call.query.shape[0], call.query.shape[2]):
+            session.add_tokens(offset, ids)
+        return session, offset
+
+    def _cross_offset(self) -> int:
+        """Where the decoder stands: the query positions of cross-attention are the decoder's."""
+        if self._decoder is None:
+            return 0
+        if self._decoder.start is not None or self._decoder.end is not None:
+            raise HeadscopeError("cross-attention of a padded decoder is not recorded; trace one example at a time")
+        return self._decoder.query_offset
+
+    def _keep_pass(self) -> None:
+        """The pass came to its end: what it recorded becomes part of the record."""
+        done, self._pass = self._pass, []
+        self._plans.clear()
+        self._times.clear()
+        layers: dict[int, set[int]] = {}
+        for session, piece in done:
+            session.add(piece)
+            layers.setdefault(id(session), set()).add(piece.layer)
+        if len({frozenset(found) for found in layers.values()}) > 1:
             raise HeadscopeError(
-                f"this model attends in several towers ({session.site} and {call.site}); choose one with site=..."
+                "layers of this tower attend over different windows of the input, so they share no examples; choose "
+                "some with layers=..."
             )
-        if self._pending_ids is not None:
-            session.add_tokens(call.mask.query_offset, self._pending_ids)
-            self._pending_ids = None
-        return session
 
     def _plan(
         self, call: AttentionCall, prompt: bool
@@ -110,10 +169,10 @@ class Tracer(Handler):
             self._plans[key] = (call.mask, plan.request(rows), readers, rows)
         return self._plans[key]
 
-    def _finish(self, session: Session) -> None:
-        dataset = session.dataset()
-        if dataset is not None:
-            self._finished.append(dataset)
+    def _finish(self) -> None:
+        made = (session.dataset() for session in self._sessions)
+        self._finished += [dataset for dataset in made if dataset is not None]
+        self._sessions.clear()
 
     @property
     def record(self) -> xr.Dataset:
@@ -122,7 +181,13 @@ class Tracer(Handler):
         Raises:
             HeadscopeError: nothing was recorded.
         """
+        self._keep_pass()
         open_sessions = [dataset for dataset in (s.dataset() for s in self._sessions) if dataset is not None]
+        if not self._finished and not open_sessions and not all(self._chosen.values()):
+            elsewhere = ", ".join(sorted(site for site, chosen in self._chosen.items() if not chosen))
+            raise HeadscopeError(
+                f"nothing was recorded in {self.site or 'the default tower'}; name a site: {elsewhere}"
+            )
         record = concatenate([*self._finished, *open_sessions])
         made = provenance(self.model, statistics=[str(s) for s in self.statistics], queries=str(self.queries))
         tokens = record["token"].to_numpy().tobytes() if "token" in record else b""
@@ -131,6 +196,7 @@ class Tracer(Handler):
 
     def clear(self) -> None:
         """Forget everything recorded."""
+        self._pass.clear()
         self._sessions.clear()
         self._finished.clear()
 
@@ -164,14 +230,22 @@ def trace(
         statistics: declarations from ``headscope.interp.statistics``.
         layers: record only these layers (all by default).
         queries: ``Last(n)``, ``Every(n)`` or ``Generated()`` limit the row statistics; None records every query.
-        site: which tower to record, where a model has several.
+        site: which tower to record where a model has several: ``"language"`` (the default where there is one),
+            ``"vision"``, ``"audio"``, ``"encoder"``, ``"decoder"``, ``"cross"``, ``"connector"``, or a pattern of
+            module names such as ``"model.layers.*.self_attn"``. One record holds one tower.
         verify: check once per model that our attention equals the model's own (see ``headscope.interp.verify``).
 
     Raises:
         HeadscopeError: an architecture that cannot be traced exactly, named, before anything runs.
     """
     tracer = Tracer(model, statistics, layers=layers, queries=queries, site=site)
+    check_name(site, sites_of(model))
     if verify:
         verify_once(model)
-    with attached(model, tracer), torch.no_grad():
-        yield tracer
+    completed = False
+    try:
+        with attached(model, tracer), torch.no_grad():
+            yield tracer
+        completed = True
+    finally:
+        tracer.end(completed=completed)

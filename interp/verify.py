@@ -6,13 +6,16 @@
    mask, window, softcap, sink and scale handling where attention weights cannot be asked for.
 3. The tile and the output are compared with those of the AttentionCall we make of the same call.
 
+A tower that the verification prompt does not reach (images, say) is checked when its first call comes.
+
 The bound is derived from the precision: a score s = scale q.k carries a rounding error of about eps |q||k| scale in the
 inputs' precision, and p changes by at most that factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +23,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import masking_utils
 
-from headscope.interp.attention import AttentionCall, bare_model, model_device, origin
+from headscope.interp.attention import AttentionCall, bare_model, model_device
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites import hf_calls
 from headscope.interp.sites import huggingface as site
 from headscope.interp.sites.hf_masks import LazyMask, lazy_mask
 
 NAME = "headscope-verify"
 LONGEST_WINDOW = 1024  # a sliding window up to this size is exceeded by the verification prompt
+LARGEST = 1 << 24  # query-key pairs of the largest call that is checked whole when it comes
 _VERIFIED: WeakKeyDictionary[nn.Module, Verification] = WeakKeyDictionary()
 
 
@@ -54,94 +58,174 @@ def verify_once(model: Any) -> Verification:
     Raises:
         HeadscopeError: the model does not route its attention, or disagrees; the message names the layer.
     """
-    if origin(model) == "transformer_lens":
-        from headscope.interp.sites import transformer_lens
-
-        return transformer_lens.verify_once(model)
     inner = bare_model(model)
     if inner not in _VERIFIED:
-        found = verify(inner)
+        try:
+            found = verify(inner)
+        except HeadscopeError as error:
+            named = type(inner).__name__ in str(error)
+            raise error if named else HeadscopeError(hf_calls.refusal(inner, str(error))) from error
         if not found.passed:
             why = found.problems[0] if found.problems else "its attention was never called"
-            raise HeadscopeError(site.refusal(inner, why))
-        _VERIFIED[inner] = found
+            raise HeadscopeError(hf_calls.refusal(inner, why))
     return _VERIFIED[inner]
 
 
 def verify(model: Any, inputs: dict[str, Tensor] | None = None) -> Verification:
-    """Run the check on ``inputs`` (default: a small padded batch of random tokens, longer than the sliding window)."""
+    """Run the check on ``inputs`` (default: a small padded batch of random tokens, longer than the sliding window).
+
+    A model that passes is known from then on to ``trace`` and to interventions.
+
+    Raises:
+        HeadscopeError: the architecture is not routed, or does not run on inputs of ours (give ``inputs`` then).
+    """
     inner = bare_model(model)
     if site.is_attached(inner):
-        return Verification(calls=1)  # verified when the first handler was attached
-    training = inner.training
+        return _VERIFIED.get(inner) or Verification(calls=1)  # verified when the first handler was attached
     found = Verification()
-    with _probing(inner, found), torch.no_grad():
-        inner.eval()
-        try:
-            inner(**(prompt(inner) if inputs is None else inputs))
-        finally:
-            inner.train(training)
-    for name, layers in found.layers.items():
-        if len(set(layers)) != len(layers):
-            found.problems.append(f"{name} attends more than once a layer")
+    if inputs is None:
+        _try(inner, found)
+    else:
+        _run(inner, found, inputs)
+    if found.passed:
+        _VERIFIED[inner] = found
+        site.set_check(inner, _Late(found))
     return found
 
 
-def prompt(model: nn.Module) -> dict[str, Tensor]:
+def _try(model: nn.Module, found: Verification) -> None:
+    """Verify on text; a model that does not run on text alone gets whatever else it takes."""
+    from headscope.interp.models.inputs import example_inputs
+
+    failure: Exception | None = None
+    if getattr(model, "main_input_name", "input_ids") == "input_ids":
+        try:
+            return _run(model, found, prompt(model))
+        except HeadscopeError:
+            raise
+        except Exception as error:
+            failure = error
+            found.__init__()  # type: ignore[misc]
+    try:
+        inputs = example_inputs(model)
+    except HeadscopeError as error:
+        raise HeadscopeError(
+            f"{type(model).__name__} cannot be verified on inputs of our own ({failure or error}); "
+            "run headscope.interp.verify.verify(model, inputs) on inputs of yours first"
+        ) from error
+    _run(model, found, inputs)
+
+
+def _run(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
+    training = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with _probing(model, found), torch.no_grad():
+            model(**inputs)
+    finally:
+        for part, was in training.items():
+            part.training = was
+
+
+def prompt(model: nn.Module) -> dict[str, Any]:
     """Two rows of random tokens, one padded on the left and one on the right."""
-    config = model.config.get_text_config()
-    windows = [w for w in (getattr(config, "sliding_window", None),) if w and w <= LONGEST_WINDOW]
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    windows = [w for w in (getattr(config, "sliding_window", None),) if isinstance(w, int) and 0 < w <= LONGEST_WINDOW]
     length = max([24, *(w + 8 for w in windows)])
     limit = getattr(config, "max_position_embeddings", None)
-    length = min(length, limit) if limit else length
+    length = min(length, limit) if isinstance(limit, int) and limit > 0 else length
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
+    special = _special_tokens(model.config)
+    ids = torch.where(torch.isin(ids, special), int(_first_plain(special)), ids)
     real = torch.ones_like(ids)
     real[0, :3] = 0
     real[1, -2:] = 0
     device = model_device(model)
-    return {"input_ids": ids.to(device), "attention_mask": real.to(device), "use_cache": False}  # type: ignore[dict-item]
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": real.to(device)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids[:, :12].flip(0).to(device)
+    return {**inputs, "use_cache": False}
+
+
+def _special_tokens(config: Any) -> Tensor:
+    """Tokens that stand for images or sound, which a prompt of text must not hold."""
+    found = [v for k, v in config.to_dict().items() if re.search(r"(token_id|token_index)$", k) and isinstance(v, int)]
+    return torch.tensor(found or [-1])
+
+
+def _first_plain(special: Tensor) -> int:
+    return next(i for i in range(3, 4096) if i not in special.tolist())
 
 
 @contextmanager
 def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
-    before = site.implementation(model)
-    route = site.Route(model, before)
-    places = {
-        module: site._Place(route, name, *site.parse_name(name, module)) for name, module in model.named_modules()
-    }
-    names = {id(module): before.get("", "eager") for module in places}
-    for sub in before:
-        for module in places if sub else ():
-            if getattr(module, "config", None) is getattr(model.config, sub, None):
-                names[id(module)] = before[sub]
-
-    def mask_function(**kwargs: Any) -> LazyMask:
-        lazy = lazy_mask(**kwargs)
-        config = kwargs.get("config")
-        sub = next((s for s in before if s and getattr(model.config, s, None) is config), "")
-        make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[before[sub]]
-        lazy.original = make(**{**kwargs, "allow_torch_fix": True})
-        return lazy
+    route = site.Route(model, site.implementations(model))
+    places = site.places(route)
 
     def function(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        real = site.original_function(module, names[id(module)])
-        call = site.make_call(
-            module, places[module], query, key, value, mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0), kwargs
+        place = places[module]
+        call = hf_calls.make_call(
+            module, place, query, key, value, mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0), kwargs
         )
-        original = mask.original if isinstance(mask, LazyMask) else mask
-        result = real(module, query, key, value, original, **kwargs)
-        _compare(found, call, result[0], lambda v: real(module, query, key, v, original, **kwargs)[0])
-        return result
+        return _check(found, module, place, call, mask, kwargs)
 
-    site.switch(model, NAME, function, mask_function)
+    site.switch(model, NAME, function, lazy_mask)
     try:
         yield
     finally:
-        site.restore(model, before, NAME)
+        site.restore(route.restore, NAME)
+    _check_layers(found, places)
 
 
-def _compare(found: Verification, call: AttentionCall, output: Tensor, run: Any) -> None:
+def _check_layers(found: Verification, places: dict[nn.Module, Any]) -> None:
+    """A module that attends again in one pass shares its weights between layers, unless it goes through images."""
+    towers = {place.site: place.tower for place in places.values()}
+    for name, layers in found.layers.items():
+        if len(set(layers)) != len(layers) and towers[name] not in ("vision", "audio"):
+            found.problems.append(f"{name} attends more than once a layer (layers share their weights)")
+
+
+class _Late:
+    """Checks the sites that the verification did not reach, at their first call."""
+
+    def __init__(self, found: Verification) -> None:
+        self.found = found
+        self.known = set(found.layers)
+
+    def __call__(
+        self, module: nn.Module, place: Any, call: AttentionCall, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        if call.site in self.known:
+            return
+        if call.query.shape[2] * call.key.shape[2] > LARGEST:
+            raise HeadscopeError(
+                f"{call.site} was not verified and this input is too long to do it now; run "
+                "headscope.interp.verify.verify(model, inputs) on a shorter input of the same kind first"
+            )
+        with torch.no_grad():
+            _check(self.found, module, place, call, mask, kwargs)
+        if self.found.problems:
+            raise HeadscopeError(hf_calls.refusal(place.route.model, self.found.problems.pop()))
+        self.known.add(call.site)
+
+
+def _check(
+    found: Verification, module: nn.Module, place: Any, call: AttentionCall, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Any:
+    """Compare one call with what the model's configured function computes, and return the latter's result."""
+    real = hf_calls.original_function(module, place.implementation)
+    original = mask.original(place.implementation) if isinstance(mask, LazyMask) else mask
+
+    def run(value: Tensor) -> Any:
+        return real(module, call.query, call.key, value, original, **kwargs)
+
+    result = run(call.value)
+    _compare(found, call, result[0], lambda value: run(value)[0])
+    return result
+
+
+def _compare(found: Verification, call: AttentionCall, output: Tensor, run: Callable[[Tensor], Tensor]) -> None:
     found.calls += 1
     found.layers.setdefault(call.site, []).append(call.layer)
     keys, width = call.key.shape[2], call.value.shape[-1]

@@ -43,6 +43,7 @@ _POSITIONS = (
     r"(\w+_)?(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|context_length|seq_length"
     r"|max_source_positions|max_target_positions|model_max_length|seq_len|max_(en|de)coder_position_embeddings)"
 )
+_PICKED = object()  # as many layers as were picked
 # (name, new size); the first that matches the whole name decides. A function receives the old value.
 RULES: tuple[tuple[str, Any], ...] = (
     (r"type_vocab_size|num_channels|in_channels|out_channels|num_labels|num_mel_bins|\w*kernel\w*|conv_L_cache", None),
@@ -79,7 +80,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"\w*patch_size", PATCH),
     (r"rotary_dim", HEAD // 2),
     (r"num_image_tokens|image_seq_length|mm_tokens_per_image|\w*soft_tokens_per_image", 4),
-    (_LAYERS, 2),
+    (_LAYERS, _PICKED),
     (_KV_HEADS, KV_HEADS),
     (_HEADS, HEADS),
     (_HEAD, HEAD),
@@ -128,10 +129,9 @@ class _Shrinker:
             return value
         if _TOKEN.fullmatch(key):
             return self._token(value)
-        if re.fullmatch(_LAYERS, key) and value > 0:
-            return len(picks)
         for pattern, new in _COMPILED:
             if pattern.fullmatch(key):
+                new = len(picks) if new is _PICKED else new
                 return value if new is None or value <= 0 else new(value) if callable(new) else new
         return value
 

@@ -24,12 +24,21 @@ class LazyMask(Tensor):
     """
 
     rule: Mask
-    original: Tensor | None
+    gaps: bool
+    arguments: dict[str, Any]
 
     @staticmethod
-    def __new__(cls, shape: tuple[int, ...], device: torch.device | str, rule: Mask, original: Any = None) -> LazyMask:
+    def __new__(
+        cls, shape: tuple[int, ...], device: torch.device | str, rule: Mask, arguments: dict[str, Any] | None = None
+    ) -> LazyMask:
         made: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
-        made.rule, made.original = rule, original
+        made.rule, made.gaps, made.arguments = rule, False, arguments or {}
+        return made
+
+    def original(self, implementation: str) -> Tensor | None:
+        """The mask that transformers makes for another attention implementation from the same arguments."""
+        make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+        made: Tensor | None = make(**self.arguments)
         return made
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -55,7 +64,7 @@ def lazy_mask(
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
-    **_: Any,
+    **others: Any,
 ) -> LazyMask:
     """A mask function for transformers' AttentionMaskInterface that keeps the rule and builds nothing.
 
@@ -64,9 +73,19 @@ def lazy_mask(
     rule = translate(mask_function, batch_size, vmap=use_vmap)
     rule = replace(rule, query_offset=int(q_offset), key_offset=int(kv_offset))
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, int(kv_offset))
+    before = rule
     if padding is not None:
         rule = with_padding(rule, padding.to(torch.bool), batch_size)
-    return LazyMask((batch_size, 1, q_length, kv_length), device, rule)
+    arguments = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": int(q_offset)}
+    arguments |= {"kv_offset": int(kv_offset), "mask_function": mask_function, "attention_mask": attention_mask}
+    made = LazyMask(
+        (batch_size, 1, q_length, kv_length),
+        device,
+        rule,
+        {**others, **arguments, "use_vmap": use_vmap, "device": device},
+    )
+    made.gaps = rule.rule is not before.rule
+    return made
 
 
 def with_padding(mask: Mask, real: Tensor, batch: int) -> Mask:
@@ -155,22 +174,25 @@ def _conjunction(parts: list[Mask | None]) -> Mask | None:
     return merged
 
 
-def from_dense(mask: Tensor, queries: int) -> Mask:
-    """The rule of a ready-made mask (batch, 1 or head, query, key) that a user passed: bool, or 0 and a large negative.
+def from_dense(mask: Tensor, queries: int) -> tuple[Mask, Tensor | None]:
+    """The rule of a ready-made mask (batch, 1 or head, query, key) that a user passed: bool, or added to the scores.
 
-    Raises:
-        HeadscopeError: an additive mask with other values, which would be a bias and not a mask.
+    Returns the rule and, where finite values other than 0 are added, those as a position bias.
     """
+    if mask.dim() != 4:
+        raise HeadscopeError(f"an attention mask of shape {tuple(mask.shape)} is not (batch, head, query, key)")
+    bias = None
     if mask.dtype != torch.bool:
         hidden = mask < torch.finfo(mask.dtype).min / 2
-        if bool((mask.masked_fill(hidden, 0) != 0).any()):
-            raise HeadscopeError("an additive attention bias is not a mask; pass a bool mask or 0 / -inf values")
+        added = mask.masked_fill(hidden, 0)
+        bias = added if bool((added != 0).any()) else None
         mask = ~hidden
     keys = mask.shape[-1]
     offset = keys - queries
-    heads = mask.shape[1]
+    heads, rows = mask.shape[1], mask.shape[2]
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return mask[b, h if heads > 1 else torch.zeros_like(h), q - offset, k]
+        row = q - offset if rows > 1 else torch.zeros_like(q)
+        return mask[b, h if heads > 1 else torch.zeros_like(h), row, k]
 
-    return Mask(query_offset=offset, right=None, rule=rule, examples=mask.shape[0])
+    return Mask(query_offset=offset, right=None, rule=rule, examples=mask.shape[0]), bias

@@ -7,8 +7,9 @@ registered or patched at import.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,24 +17,39 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from headscope.interp.attention import AttentionCall, Handler, bare_model, run_call
+from headscope.interp.attention import Handler, bare_model, run_call
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites.hf_masks import LazyMask, from_dense, lazy_mask
-from headscope.kernels.masks import Mask
+from headscope.interp.sites.hf_calls import make_call, original_function, refusal
+from headscope.interp.sites.hf_masks import lazy_mask
+from headscope.interp.sites.towers import tower
 
 NAME = "headscope"
+Check = Callable[..., None]
+__all__ = ["attached", "is_attached", "make_call", "original_function", "refusal"]
+
+
+@dataclass(frozen=True, eq=False)
+class Implementations:
+    """The attention implementation of every configuration object inside a model."""
+
+    named: dict[str, str]
+    configs: tuple[tuple[Any, str | None], ...]
 
 
 @dataclass(eq=False)
 class Route:
-    """One routed model: its handlers in order of entry and how to put it back."""
+    """One routed model: its handlers in order of entry and how to put it back.
+
+    ``check`` is called with every attention call before it is answered (see ``headscope.interp.verify``).
+    """
 
     model: nn.Module
-    restore: dict[str, str]
+    restore: Implementations
     handlers: list[Handler] = field(default_factory=list)
-    hook: Any = None
+    hooks: list[Any] = field(default_factory=list)
+    check: Check | None = None
+    inside: nn.Module | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +58,11 @@ class _Place:
     name: str
     site: str
     layer: int
+    tower: str
+    implementation: str
 
 
+_CHECKS: WeakKeyDictionary[nn.Module, Check] = WeakKeyDictionary()
 _ROUTES: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
 _PLACES: WeakKeyDictionary[nn.Module, _Place] = WeakKeyDictionary()
 
@@ -85,74 +104,149 @@ def _open(model: nn.Module) -> Route:
         raise HeadscopeError(
             f"{type(model).__name__} is not a Hugging Face model; load it with load_model or transformers"
         )
-    route = Route(model, implementation(model))
+    route = Route(model, implementations(model), check=_CHECKS.get(model))
+    made = places(route)
     switch(model, NAME, attention_function, lazy_mask)
-    for name, module in model.named_modules():
-        site, layer = parse_name(name, module)
-        _PLACES[module] = _Place(route, name, site, layer)
-    route.hook = model.register_forward_pre_hook(_begin, with_kwargs=True)
+    _PLACES.update(made)
     _ROUTES[model] = route
+    for part in {id(m): m for m in (model, getattr(model, "base_model", model))}.values():
+        route.hooks.append(part.register_forward_pre_hook(_Begin(route), with_kwargs=True))
+        route.hooks.append(part.register_forward_hook(_End(route), always_call=True))
     return route
+
+
+def places(route: Route) -> dict[nn.Module, _Place]:
+    """Every module of a model with its site, layer, tower and the attention implementation configured for it."""
+    configured = {id(config): impl for config, impl in route.restore.configs}
+    default = route.restore.named[""]
+    found: dict[nn.Module, _Place] = {}
+    ranks: dict[str, int] = {}
+    for name, module in route.model.named_modules():
+        site, layer = parse_name(name, module)
+        if site.count("*") > 1:  # a tower in stages: layers count through them
+            layer = ranks[site] = ranks.get(site, -1) + 1
+        impl = configured.get(id(getattr(module, "config", None))) or default
+        found[module] = _Place(route, name, site, layer, tower(site, route.model), impl)
+    return found
+
+
+def set_check(model: nn.Module, check: Check) -> None:
+    """Have ``check`` called with every attention call of ``model`` from now on, while anything is attached."""
+    _CHECKS[model] = check
+    if model in _ROUTES:
+        _ROUTES[model].check = check
+
+
+def sites_of(model: Any) -> set[str]:
+    """The patterns of the model's modules that stand in layers, attention or not."""
+    names = (parse_name(name, module)[0] for name, module in bare_model(model).named_modules())
+    return {name for name in names if "*" in name}
 
 
 def _close(route: Route) -> None:
     model = route.model
-    if route.hook is not None:
-        route.hook.remove()
+    for hook in route.hooks:
+        hook.remove()
     for module in model.modules():
         _PLACES.pop(module, None)
     _ROUTES.pop(model, None)
-    restore(model, route.restore, NAME, keep=bool(_ROUTES))
+    restore(route.restore, NAME, keep=bool(_ROUTES))
+
+
+def implementations(model: nn.Module) -> Implementations:
+    """What ``restore`` needs to put every configuration of the model back, however deep it is nested."""
+    found: dict[int, tuple[Any, str | None]] = {}
+    queue = [part.config for part in model.modules() if hasattr(part, "config")]
+    while queue:
+        config = queue.pop()
+        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        found[id(config)] = (config, config._attn_implementation_internal)
+        queue += [
+            x for x in (getattr(config, key, None) for key in getattr(config, "sub_configs", {})) if x is not None
+        ]
+    return Implementations(implementation(model), tuple(found.values()))
 
 
 def switch(model: nn.Module, name: str, function: Any, mask_function: Any) -> None:
     """Register an attention implementation and switch ``model`` to it, refusing a model that does not follow."""
-    before = implementation(model)
+    before = implementations(model)
+    kept = name in AttentionInterface._global_mapping
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
     try:
-        model.set_attn_implementation(name)
+        with _unlogged():
+            model.set_attn_implementation(name)  # type: ignore[operator]
     except Exception as error:
-        restore(model, before, name)
+        restore(before, name, keep=kept)
         raise HeadscopeError(refusal(model, str(error).splitlines()[0])) from error
     if name not in implementation(model).values():
-        restore(model, before, name)
+        restore(before, name, keep=kept)
         raise HeadscopeError(refusal(model, "it keeps its own attention code"))
 
 
-def restore(model: nn.Module, before: dict[str, str], name: str, *, keep: bool = False) -> None:
-    """Set every sub-config back and, unless ``keep``, unregister ``name``."""
-    if implementation(model) != before:
-        model.set_attn_implementation(before)
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """transformers warns of what ``switch`` finds out and says itself."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def restore(before: Implementations, name: str, *, keep: bool = False) -> None:
+    """Set every configuration back and, unless ``keep``, unregister ``name``."""
+    for config, impl in before.configs:
+        config._attn_implementation_internal = impl
     if not keep:
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def refusal(model: nn.Module, why: str) -> str:
-    """The one-line refusal of an architecture."""
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    return (
-        f"{type(model).__name__} ({kind}) does not route through transformers' attention interface ({why}); "
-        "tracing it would be silently empty, so it is refused. Use a model whose attention is routed"
-    )
-
-
 def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
-    """A module's site pattern and layer: "model.layers.3.self_attn" is ("model.layers.*.self_attn", 3)."""
-    name = name.replace("._original_component", "")  # what a TransformerBridge puts between a layer and its parts
+    """A module's site pattern and layer: "model.layers.3.self_attn" is ("model.layers.*.self_attn", 3).
+
+    A name with several numbers has the first one's layer here; ``places`` counts such layers through.
+    """
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
-    site = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=1)
+    site = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
     layer = int(numbers[0]) if numbers else getattr(module, "layer_idx", None)
     return site, 0 if layer is None else int(layer)
 
 
-def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    inputs = dict(kwargs)
-    if args and "input_ids" not in inputs:
-        inputs["input_ids"] = args[0]
-    for handler in _ROUTES[model].handlers:
-        handler.begin_forward(inputs)
+class _Begin:
+    """Tells the handlers that a forward pass begins: of the model, or of its base model called directly."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.route.inside is not None and model is not self.route.model:
+            return
+        inputs = dict(kwargs)
+        if args and "input_ids" not in inputs:
+            inputs["input_ids"] = args[0]
+        for handler in self.route.handlers:
+            if self.route.inside is not None:  # the last pass was interrupted where no hook could tell
+                handler.abort_forward()
+            handler.begin_forward(inputs)
+        self.route.inside = model
+
+
+class _End:
+    def __init__(self, route: Route) -> None:
+        self.route = route
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.route.inside is not model:
+            return
+        self.route.inside = None
+        if output is None:  # torch calls the hook also after an exception
+            for handler in self.route.handlers:
+                handler.abort_forward()
 
 
 def attention_function(
@@ -172,59 +266,10 @@ def attention_function(
             f"{type(module).__name__} attends outside the model that was traced; trace the whole model"
         )
     call = make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
+    if place.route.check is not None:
+        place.route.check(module, place, call, attention_mask, {**kwargs, "scaling": scaling, "dropout": dropout})
     z = run_call(call, place.route.handlers)
     return z.transpose(1, 2).contiguous(), None
-
-
-def make_call(
-    module: nn.Module,
-    place: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> AttentionCall:
-    """The AttentionCall of one call of transformers' interface, or a refusal where it holds more than one can say."""
-    if dropout:
-        raise HeadscopeError("attention dropout is active; call model.eval() before tracing or editing")
-    for name in ("position_bias", "cache"):
-        if kwargs.get(name) is not None:
-            raise HeadscopeError(refusal(place.route.model, f"its attention takes {name!r}, which is not supported"))
-    return AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        mask=_mask_of(module, query, key, attention_mask, kwargs),
-        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        layer=place.layer,
-        site=place.site,
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
-
-
-def _mask_of(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Mask:
-    queries, keys = query.shape[2], key.shape[2]
-    if isinstance(mask, LazyMask):
-        return mask.rule
-    if mask is not None:
-        return from_dense(mask, queries)
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", False) if causal is None else causal
-    if not causal or queries == 1:
-        return Mask.full() if queries > 1 else Mask(query_offset=keys - 1, right=None)
-    return Mask.causal(keys - queries)
-
-
-def original_function(module: nn.Module, name: str) -> Any:
-    """The attention function that ``module`` would call under implementation ``name``."""
-    if name == "eager":
-        namespace = __import__(type(module).__module__, fromlist=["eager_attention_forward"])
-        return namespace.eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def release_all() -> None:
