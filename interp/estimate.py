@@ -64,7 +64,9 @@ def estimate(lm: Any, work: Work) -> dict[str, Any]:
     parameters = max(1, info.parameters - info.vocab_size * info.d_model)
     seconds = 0.0
     for tokens, new in work.passes:
-        attention = 2.0 * info.layers * info.heads * info.d_head * tokens / (2.0 * parameters)  # against the linear part
+        attention = (
+            2.0 * info.layers * info.heads * info.d_head * tokens / (2.0 * parameters)
+        )  # against the linear part
         seconds += prefill * tokens * (1.0 + attention) + step * new
     longest = max((tokens + new for tokens, new in work.passes), default=0)
     bytes_each = torch.finfo(bare_model(lm).dtype).bits // 8

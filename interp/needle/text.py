@@ -66,27 +66,40 @@ Needles = int | str | Path | Sequence[Needle | dict[str, Any]] | None
 
 def load_needles(needles: Needles = None) -> tuple[Needle, ...]:
     """The bundled needles (None: the first three, the paper's number; an int: the first so many), those of a JSON
-    lines file, or the given ones. Names must differ.
+    lines file, or the given ones, a bundled one by its name. Names must differ.
 
     Raises:
         HeadscopeError: a file that cannot be read, a broken needle, or no needle at all.
     """
     if needles is None or isinstance(needles, int):
-        bundled = files("headscope.interp").joinpath("data/needles.jsonl").read_text(encoding="utf-8").splitlines()
+        bundled = list(_bundled().values())
         count = 3 if needles is None else needles
         if not 0 < count <= len(bundled):
             raise HeadscopeError(f"there are {len(bundled)} bundled needles; {count} were asked for")
-        found = [Needle.from_dict(json.loads(line)) for line in bundled[:count]]
+        found = bundled[:count]
     elif isinstance(needles, str | Path):
         found = _read_needles(Path(needles))
     else:
-        found = [n if isinstance(n, Needle) else Needle.from_dict(n) for n in needles]
+        found = [_needle(n) for n in needles]
     if not found:
         raise HeadscopeError("there is no needle to hide; give at least one")
     twice = [name for name, n in Counter(needle.name for needle in found).items() if n > 1]
     if twice:
         raise HeadscopeError(f"two needles are called {twice[0]!r}; give each its own name")
     return tuple(found)
+
+
+def _bundled() -> dict[str, Needle]:
+    lines = files("headscope.interp").joinpath("data/needles.jsonl").read_text(encoding="utf-8").splitlines()
+    return {needle.name: needle for needle in (Needle.from_dict(json.loads(line)) for line in lines)}
+
+
+def _needle(given: Any) -> Needle:
+    if isinstance(given, str):
+        if given not in _bundled():
+            raise HeadscopeError(f"no bundled needle is called {given!r}; there are {', '.join(_bundled())}")
+        return _bundled()[given]
+    return given if isinstance(given, Needle) else Needle.from_dict(given)
 
 
 def _read_needles(path: Path) -> list[Needle]:

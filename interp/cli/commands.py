@@ -1,0 +1,299 @@
+"""What the commands do: settings from the command line, the library's own functions, results saved and shown."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from headscope.interp.cli import console
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.estimate import Work, dry_run, estimate
+from headscope.interp.files import write_atomically
+from headscope.interp.models import load_model
+from headscope.interp.provenance import provenance
+
+
+def prompts(given: list[str], file: Path | None) -> list[str]:
+    """Prompts from the command line and from a file's lines."""
+    found = list(given)
+    if file is not None:
+        found += [line for line in _read(file).splitlines() if line.strip()]
+    if not found:
+        raise HeadscopeError("give at least one --prompt, or --file with one prompt a line")
+    return found
+
+
+def run_trace(
+    model: str, texts: list[str], out: Path, settings: dict[str, Any], as_json: bool, dry: bool, device: Any, dtype: Any
+) -> None:
+    """Trace prompts one batch a prompt, and save the record."""
+    from headscope.interp import statistics as catalogue
+    from headscope.interp.queries import Last
+    from headscope.interp.record import save_record
+    from headscope.interp.tracer import trace
+
+    known = {cls.name: cls for cls in catalogue.Statistic.__subclasses__() if _needs_nothing(cls)}
+    names = [name.strip() for name in settings["statistics"].split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise HeadscopeError(f"unknown statistic {unknown[0]!r}; choose from {', '.join(sorted(known))}")
+    layers = None if settings["layers"] is None else numbers(settings["layers"], int, "--layers")
+    queries = None if settings["last"] is None else Last(settings["last"])
+    lm = load_model(model, device=device, dtype=dtype)
+    if dry:
+        lengths = [int(lm.encode([text])["input_ids"].shape[1]) for text in texts]
+        _show_estimate(lm, Work([(length, 0) for length in lengths], [str(out)]), as_json)
+        return
+    with trace(lm, [known[name]() for name in names], layers=layers, queries=queries) as tracer:
+        for text in texts:
+            lm([text])
+    record = tracer.record
+    save_record(record, out)
+    save_config(out, "trace", {"model": model, **settings})
+    rows = [
+        {
+            "statistic": str(name),
+            "mean": float(variable.mean()),
+            "low": float(variable.min()),
+            "high": float(variable.max()),
+        }
+        for name, variable in record.data_vars.items()
+        if variable.dtype.kind == "f"
+    ]
+    console.show_rows(rows, f"{len(texts)} prompts, record in {out}", as_json, key="statistics")
+
+
+def _needs_nothing(cls: type) -> bool:
+    try:
+        cls()
+    except HeadscopeError:
+        return False
+    return bool(getattr(cls, "name", "")) and cls.__name__ != "HeadOutput"
+
+
+def run_discover(
+    method: str,
+    model: str,
+    out: Path | None,
+    given: dict[str, Any],
+    top: int,
+    as_json: bool,
+    dry: bool,
+    device: Any,
+    dtype: Any,
+) -> None:
+    """Run a discovery method and show its highest-scoring heads."""
+    from headscope.interp import heads
+
+    function = heads.method(method)
+    settings = _settings(function, method, given)
+    lm = load_model(model, device=device, dtype=dtype)
+    if dry:
+        with dry_run() as work:
+            function(lm, out=out, **settings)
+        _show_estimate(lm, work, as_json)
+        return
+    if out is not None:
+        save_config(out, f"discover {method}", {"model": model, **settings})
+    scores = function(lm, out=out, **settings)
+    best = scores.to_frame().head(top).to_dict("records")
+    made = scores.provenance
+    title = f"{scores.method}: top {len(best)} of {scores.layers * scores.heads} heads, {made['kept']} of {made['trials']} trials kept"
+    if as_json:
+        console.show_json({"method": scores.method, "heads": scores.to_frame().to_dict("records"), "provenance": made})
+    else:
+        console.show_rows(best, title, False)
+
+
+def run_probe(
+    dataset: str,
+    model: str,
+    out: Path | None,
+    setting: list[str],
+    top: int,
+    as_json: bool,
+    dry: bool,
+    device: Any,
+    dtype: Any,
+) -> None:
+    """Probe every head and show the best, beside what chance and the words alone reach."""
+    from headscope.probes import load_labelled, probe_heads
+
+    settings = _settings(probe_heads, "probe", {"set": setting})
+    lm = load_model(model, device=device, dtype=dtype)
+    if dry:
+        lengths = [len(ids) for ids in lm.tokenizer(list(load_labelled(dataset).texts))["input_ids"]]
+        files = ["probe_*.json", "probe_*.parquet", "probe_*.safetensors", "control/"] if out else []
+        _show_estimate(lm, Work([(length, 0) for length in lengths], files), as_json)
+        return
+    if out is not None:
+        save_config(out, f"probe {dataset}", {"model": model, **settings})
+    result = probe_heads(lm, dataset, out=out, **settings)
+    summary = result.summary()
+    summary = summary.to_dict("records") if hasattr(summary, "to_dict") else [dict(summary)]
+    if as_json:
+        console.show_json({"summary": summary, "heads": result.to_frame().to_dict("records")})
+    else:
+        console.show_rows(result.to_frame().head(top).to_dict("records"), f"probe {dataset}: best heads", False)
+        console.show_rows(
+            [{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in summary], "summary", False
+        )
+
+
+def run_evaluate(
+    task: str,
+    model: str,
+    edit: dict[str, Any],
+    given: dict[str, Any],
+    controls: int,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+    dry: bool,
+    device: Any,
+    dtype: Any,
+) -> None:
+    """Evaluate tasks with and without an ablation, and show the comparison."""
+    from headscope.interp.scores import HeadScores
+    from headscope.interventions import AblateHeads, evaluate, head_means
+    from headscope.interventions.tasks import TASKS
+
+    names = [name.strip() for name in task.split(",")]
+    for name in names:
+        if name not in TASKS:
+            raise HeadscopeError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    heads = None if edit["ablate"] is None else HeadScores.load(edit["ablate"]).top(edit["top"])
+    tasks = [TASKS[name](**_settings(TASKS[name], name, _for(TASKS[name], given))) for name in names]
+    lm = load_model(model, device=device, dtype=dtype)
+    interventions = []
+    if heads is not None:
+        means = head_means(lm, _passages(lm)) if edit["how"] == "mean" else None
+        interventions = [AblateHeads(heads, edit["how"], during=edit["during"], means=means)]
+    arguments: dict[str, Any] = {"controls": controls, "seed": seed, "out": out}
+    if dry:
+        with dry_run() as work:
+            evaluate(lm, tasks, interventions, **arguments)
+        _show_estimate(lm, work, as_json)
+        return
+    if out is not None:
+        save_config(out, f"evaluate {task}", {"model": model, **edit, **given, "controls": controls, "seed": seed})
+    result = evaluate(lm, tasks, interventions, **arguments)
+    if as_json:
+        document = {"summary": result.summary(), "contrasts": result.contrasts()}
+        console.show_json({key: frame.to_dict("records") for key, frame in document.items()})
+    else:
+        show_evaluation(result)
+
+
+def show_evaluation(result: Any) -> None:
+    """The conditions and, against their random heads, the interventions."""
+    summary = result.summary()
+    shown = summary[summary["kind"] != "control"].drop(columns=["of"])
+    console.show_rows(shown.to_dict("records"), "evaluation, 95 % paired bootstrap intervals", False)
+    contrasts = result.contrasts()
+    if len(contrasts):
+        console.show_rows(contrasts.to_dict("records"), "against layer-matched random heads", False)
+
+
+def run_report(folder: Path, out: Path | None, prompt: str | None, model: str | None, as_json: bool) -> None:
+    """Write the report of a results folder."""
+    from headscope.interp.cli.reporting import Results
+
+    results = Results.find(folder)
+    path = results.report(prompt, model).save(out or folder / "report.html")
+    if as_json:
+        console.show_json({"report": str(path), "summary": results.summary()})
+        return
+    console.show_rows(results.summary(), f"results in {folder}", False)
+    for result in results.evaluations.values():
+        show_evaluation(result)
+    console.note(f"report: {path}")
+
+
+def numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
+    """Comma-separated numbers."""
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise HeadscopeError(f"{option} takes comma-separated numbers, e.g. {option} 1,2; got {text!r}") from error
+
+
+def save_config(out: Path, command: str, settings: dict[str, Any]) -> None:
+    """Keep the configuration beside the results."""
+    document = {"command": command, "settings": settings, **provenance()}
+    name = f"{command.replace(' ', '-').replace('/', '-')}.config.json"
+    write_atomically(out / name, json.dumps(document, indent=1, default=str).encode())
+
+
+def _settings(function: Callable[..., Any], name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Command-line settings as keyword arguments of ``function``, refusing what it does not take."""
+    known = inspect.signature(function).parameters
+    settings: dict[str, Any] = {}
+    if given.get("lengths") is not None:
+        settings["lengths"] = numbers(given["lengths"], int, "--lengths")
+    if given.get("depths") is not None:
+        depths = numbers(given["depths"], float, "--depths")
+        settings["depths"] = int(depths[0]) if len(depths) == 1 else depths
+    if given.get("samples") is not None:
+        settings["samples"] = given["samples"]
+    if given.get("text") is not None:
+        if "haystack" in known:
+            settings["haystack"] = given["text"]
+        else:
+            settings["texts" if "texts" in known else "text"] = _read(given["text"])
+    for item in given.get("set", []):
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise HeadscopeError(f"--set takes NAME=VALUE, got {item!r}")
+        settings[key] = _value(value)
+    for key in settings:
+        if key not in known:
+            hidden = {"lm", "model", "out", "progress", "seed", *_POSITIONAL}
+            raise HeadscopeError(
+                f"{name} has no setting {key!r}; it takes {', '.join(k for k in known if k not in hidden)}"
+            )
+    if "seed" in known and "seed" in given:
+        settings["seed"] = given["seed"]
+    return settings
+
+
+_POSITIONAL = ("name", "metric")
+
+
+def _for(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Of settings shared by several tasks, those that this one takes."""
+    known = inspect.signature(function).parameters
+    shared = {key: value for key, value in given.items() if key in ("lengths", "depths") and key in known}
+    return {**shared, "set": [item for item in given["set"] if item.partition("=")[0] in known]}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HeadscopeError(f"cannot read {file} as text ({error}); give a UTF-8 text file") from error
+
+
+def _passages(lm: Any) -> list[str]:
+    from headscope.interp.needle import load_haystack
+
+    paragraphs = [p for p in load_haystack(None).split("\n\n") if len(p) > 200]
+    return paragraphs[:: max(1, len(paragraphs) // 32)][:32]
+
+
+def _show_estimate(lm: Any, work: Work, as_json: bool) -> None:
+    found = estimate(lm, work)
+    if as_json:
+        console.show_json(found)
+    else:
+        console.show_rows([{**found, "files": ", ".join(found["files"]) or "none"}], "dry run: nothing was run", False)
