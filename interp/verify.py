@@ -24,7 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from headscope.interp.attention import AttentionCall, bare_model, model_device
+from headscope.interp.attention import AttentionCall, bare_model, model_device, origin
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import hf_calls
 from headscope.interp.sites import huggingface as site
@@ -58,6 +58,10 @@ def verify_once(model: Any) -> Verification:
     Raises:
         HeadscopeError: the model does not route its attention, or disagrees; the message names the layer.
     """
+    if origin(model) == "transformer_lens":
+        from headscope.interp.sites import transformer_lens
+
+        return transformer_lens.verify_once(model)
     inner = bare_model(model)
     if inner not in _VERIFIED:
         try:

@@ -211,6 +211,7 @@ def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
 
     A name with several numbers has the first one's layer here; ``places`` counts such layers through.
     """
+    name = name.replace("._original_component", "")  # what a TransformerBridge puts between a layer and its parts
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
     site = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
     layer = int(numbers[0]) if numbers else getattr(module, "layer_idx", None)

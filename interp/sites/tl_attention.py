@@ -10,12 +10,13 @@ Which keys are visible is read from the bridge's masked scores at every call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall, edit_call, finish_call
+from headscope.interp.attention import AttentionCall, Handler, edit_call, finish_call
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.dense_masks import rule_of
 from headscope.kernels.masks import Mask
@@ -24,6 +25,15 @@ HookFunction = Callable[..., Any]
 QUERY = ("hook_q", "hook_q_normed", "hook_rot_q")
 KEY = ("hook_k", "hook_k_normed", "hook_rot_k")
 ROTARY = ("hook_cos", "hook_sin")
+
+
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """One function of ours on one hook point. Functions that only read stay behind hooks that the user adds later."""
+
+    point: Any
+    function: HookFunction
+    stays_last: bool
 
 
 class Layer:
@@ -36,8 +46,9 @@ class Layer:
         functions |= {name: self._rotary for name in ROTARY}
         functions |= {"hook_attn_scores": self._scores, "hook_pattern": self._pattern, "hook_z": self._z}
         found = {name: hooks[f"{prefix}.{name}"] for name in functions if f"{prefix}.{name}" in hooks}
-        self.hooks: list[tuple[Any, HookFunction]] = [(found[name], functions[name]) for name in found]
-        self.watched = [found[name] for name in found if name not in ("hook_in", "hook_z")]
+        self.hooks = [Hook(found[name], functions[name], name not in ("hook_pattern", "hook_z")) for name in found]
+        if "hook_pattern" in found:
+            self.hooks.append(Hook(found["hook_pattern"], self._seal, True))
         self.fired = 0
         self._forget()
 
@@ -49,6 +60,7 @@ class Layer:
         self._angles: list[Tensor] = []
         self._visible: Tensor | None = None
         self._call: AttentionCall | None = None
+        self._left: Tensor | None = None
         self._own_z = False
 
     def cached(self, key: Tensor, value: Tensor, key_offset: int) -> None:
@@ -73,7 +85,7 @@ class Layer:
     def _scores(self, scores: Tensor, *, hook: Any) -> None:
         if self._q is None or scores.dim() != 4:
             return
-        heads = slice(None) if self.route.is_shared(hook) else slice(0, 1)
+        heads = slice(None) if len(hook.fwd_hooks) > 1 else slice(0, 1)  # another hook may hide keys from one head
         self._visible = scores[:, heads] > torch.finfo(scores.dtype).min / 2
 
     def _pattern(self, pattern: Tensor, *, hook: Any) -> Tensor | None:
@@ -84,13 +96,24 @@ class Layer:
         self.fired += 1
         if self.route.check is not None:
             self.route.check.pattern(call, pattern)
-        elif any(self.route.is_shared(point) for point in self.watched):
-            self._refuse_foreign_edit(call, pattern)
         self._call = edited = edit_call(call, self.route.handlers)
-        if edited is call:
-            return None
         self._own_z = edited.value is not call.value
-        return edited.pattern().to(pattern.dtype)
+        ours = {own.point: 1 + (own.point is hook) for own in self.hooks if own.function != self._z}
+        foreign = any(len(point.fwd_hooks) > count for point, count in ours.items())
+        if foreign and (edited is not call or self._reads()) and not self._is_ours(call, pattern):
+            raise self._foreign_edit()
+        self._left = pattern if edited is call else edited.pattern().to(pattern.dtype)
+        return None if edited is call else self._left
+
+    def _seal(self, pattern: Tensor, *, hook: Any) -> None:
+        left, self._left = self._left, None
+        if left is None or pattern is left or not (self._own_z or self._reads()):
+            return
+        if not torch.equal(pattern, left):
+            raise self._foreign_edit()
+
+    def _reads(self) -> bool:
+        return any(type(handler).request is not Handler.request for handler in self.route.handlers)
 
     def _z(self, z: Tensor, *, hook: Any) -> Tensor | None:
         call, own = self._call, self._own_z
@@ -180,19 +203,20 @@ class Layer:
             if any(getattr(rate, "p", rate) not in (None, 0, 0.0) for rate in rates):
                 raise HeadscopeError("attention dropout is active; call bridge.eval() before tracing or editing")
 
-    def _refuse_foreign_edit(self, call: AttentionCall, pattern: Tensor) -> None:
+    def _is_ours(self, call: AttentionCall, pattern: Tensor) -> bool:
         from headscope.interp.sites.tl_verify import bound_of
 
-        rows = torch.arange(pattern.shape[2], device=pattern.device)
-        real = call.mask.query_is_real(rows)
-        kept = torch.ones_like(pattern[:, 0, :, 0], dtype=torch.bool) if real is None else real
-        kept = kept.expand(pattern.shape[0], -1)
-        ours, theirs = (x.transpose(1, 2).float()[kept] for x in (call.pattern(), pattern))
-        if not float((ours - theirs).abs().max()) <= bound_of(call):
-            raise HeadscopeError(
-                f"another hook changes the scores or the pattern of {self.prefix}, so statistics from its queries and "
-                "keys would be wrong; make that change as a headscope intervention, or record it in a run of its own"
-            )
+        real = call.mask.query_is_real(torch.arange(pattern.shape[2], device=pattern.device))
+        difference = (call.pattern() - pattern.float()).abs().amax((1, 3))
+        difference = difference if real is None else difference.masked_fill(~real, 0.0)
+        return float(difference.max()) <= bound_of(call)
+
+    def _foreign_edit(self) -> HeadscopeError:
+        return HeadscopeError(
+            f"another hook changes the scores or the pattern of {self.prefix}, which statistics from queries and keys "
+            "or a headscope edit of attention would miss; make that change as a headscope intervention, or in a run of "
+            "its own"
+        )
 
     def refuse(self, why: str) -> HeadscopeError:
         """The error that names this layer, its architecture and its bridge class."""

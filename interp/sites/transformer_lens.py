@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from headscope.interp.attention import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import huggingface
-from headscope.interp.sites.tl_attention import HookFunction, Layer
+from headscope.interp.sites.tl_attention import Hook, HookFunction, Layer
 from headscope.interp.sites.tl_bridge import attends_natively, boot, components, require, require_bridge, watch_cache
 from headscope.kernels.masks import Mask
 
@@ -49,7 +49,7 @@ class Route:
         self.state: _Pass | None = None
         self._masks: dict[Any, Mask] = {}
         self.layers = _layers(self, bridge)
-        self._added: list[tuple[Any, HookFunction, Any]] = []
+        self._added: dict[Hook, Any] = {}
         self._torch_hooks: list[Any] = []
 
     def open(self) -> None:
@@ -64,26 +64,32 @@ class Route:
 
     def close(self) -> None:
         """Take them off."""
-        self._remove()
+        for hook in list(self._added):
+            self._remove(hook)
         for handle in self._torch_hooks:
             handle.remove()
         self._torch_hooks.clear()
 
     def _add(self) -> None:
         for layer in self.layers:
-            for point, function in layer.hooks:
-                self._added.append((point, function, point.add_hook(function, is_permanent=True)))
+            for hook in layer.hooks:
+                self._added[hook] = hook.point.add_hook(hook.function, is_permanent=True)
 
-    def _remove(self) -> None:
-        for point, _, handle in self._added:
-            handle.hook.remove()
-            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
-        self._added.clear()
+    def _remove(self, hook: Hook) -> None:
+        handle = self._added.pop(hook)
+        handle.hook.remove()
+        hook.point.fwd_hooks[:] = [other for other in hook.point.fwd_hooks if other is not handle]
+
+    def _put_last(self) -> None:
+        """Read behind the hooks that were added since, and put back what a reset took away."""
+        for hook, handle in list(self._added.items()):
+            held = hook.point.fwd_hooks
+            if handle not in held or (hook.stays_last and held[-1] is not handle):
+                self._remove(hook)
+                self._added[hook] = hook.point.add_hook(hook.function, is_permanent=True)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if any(not point.fwd_hooks or point.fwd_hooks[-1] is not handle for point, _, handle in self._added):
-            self._remove()  # hooks of the user's that came later must act before ours read
-            self._add()
+        self._put_last()
         inputs = dict(kwargs)
         if args and "input_ids" not in inputs:
             inputs["input_ids"] = args[0]
@@ -102,16 +108,13 @@ class Route:
         for handler in self.handlers:
             handler.begin_forward(inputs)
 
-    def is_shared(self, point: Any) -> bool:
-        """Whether a hook that is not ours is on this hook point."""
-        return len(point.fwd_hooks) > 1
-
     def check_order(self, layer: Layer) -> None:
         """Refuse a ``run_with_hooks`` whose later hooks would change what ours have read."""
         if not self.standalone:
             return
-        for point, function in layer.hooks:
-            if not point.fwd_hooks or point.fwd_hooks[-1].user_hook != function:
+        for hook in layer.hooks:
+            held = hook.point.fwd_hooks
+            if hook.stays_last and (not held or held[-1].user_hook != hook.function):
                 raise HeadscopeError(
                     "put headscope's hooks last in fwd_hooks, once, and leave remove_batch_dim off; or use "
                     "`with attached(bridge, handler)` around run_with_hooks"
@@ -186,7 +189,7 @@ def fwd_hooks(bridge: Any, *handlers: Handler) -> list[tuple[str, HookFunction]]
 
     entry = bridge.hook_dict.get("embed.hook_in")
     first = [] if entry is None else [(entry.name, begin)]
-    return first + [(point.name, function) for layer in route.layers for point, function in layer.hooks]
+    return first + [(hook.point.name, hook.function) for layer in route.layers for hook in layer.hooks]
 
 
 def is_attached(bridge: Any) -> bool:
