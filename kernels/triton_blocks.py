@@ -31,6 +31,7 @@ from headscope.kernels.triton_device import (
     rules,
     score,
     scored,
+    signed,
     strides,
     visible,
 )
@@ -80,7 +81,7 @@ def _kernel(
         for tile in range((STRIP // TILE) * (STRIP // TILE)):
             row = begin + tile // (STRIP // TILE) * TILE + tl.arange(0, TILE)
             key = strip * STRIP + tile % (STRIP // TILE) * TILE + tl.arange(0, TILE)
-            qt = load_rows(q, row, strides[0].position, sizes.queries, d, D, False)
+            qt = signed(load_rows(q, row, strides[0].position, sizes.queries, d, D, False), score)
             kt = load_rows(k, key, strides[1].position, sizes.keys, d, D, False)
             norm = tl.load(lse + row, mask=row < sizes.queries, other=float("inf"))
             norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)

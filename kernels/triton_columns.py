@@ -23,6 +23,7 @@ from headscope.kernels.triton_device import (
     HIDDEN,
     LOG2E,
     biased,
+    key_tile,
     last_dim_contiguous,
     launch,
     load_rows,
@@ -31,7 +32,9 @@ from headscope.kernels.triton_device import (
     rules,
     score,
     scored,
+    signed,
     strides,
+    tma,
     visible,
 )
 
@@ -62,16 +65,17 @@ def _kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    PLAIN: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     b, h = tl.program_id(1) // sizes.heads, tl.program_id(1) % sizes.heads
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     begin = tl.program_id(0) * BN
     j = begin + tl.arange(0, BN)
-    q += b64 * strides[0].batch + h64 * strides[0].head
+    if not TMA:
+        q += b64 * strides[0].batch + h64 * strides[0].head
     k += b64 * strides[1].batch + (h // sizes.group).to(tl.int64) * strides[1].head
     lse += (b64 * sizes.heads + h64) * sizes.queries
-    kt = load_rows(k, j, strides[1].position, sizes.keys, d, D, False)
+    kt = signed(load_rows(k, j, strides[1].position, sizes.keys, d, D, False), score)
     lo, hi, full_lo, full_hi = query_range(begin, BN, b, sizes.first, sizes.stop, sizes.keys, rules, BM)
     total = tl.zeros([BN], tl.float32)
     highest = tl.zeros([BN], tl.float32)
@@ -90,7 +94,7 @@ def _kernel(
             row = tl.arange(0, BM)
             position = start + row + rules.query_offset
             step = start.to(tl.int64)
-            qt = load_rows(q + step * strides[0].position, row, strides[0].position, hi - start, d, D, masked == 0)
+            qt = key_tile(q, b, h, start, hi - start, strides[0].position, d, D, BM, masked == 0, TMA)
             norm = tl.load(lse + step + row, mask=row < hi - start, other=float("inf"))
             norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
             if rules.start is not None:
@@ -98,7 +102,7 @@ def _kernel(
             if rules.end is not None:
                 norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
             s = tl.dot(kt, tl.trans(qt), input_precision="ieee")
-            if PLAIN and masked == 0:
+            if score.softcap is None and score.bias is None and masked == 0:
                 t = s * (score.scale * LOG2E) - norm[None, :]
             else:
                 s = biased(scored(s, score), score, b, h, j[:, None], sizes.keys)
@@ -144,11 +148,12 @@ def columns(
         return sums, most
     q, k, lse = last_dim_contiguous(q), last_dim_contiguous(k), lse.contiguous()
     tiles = triton_tuning.column_tiles(padded(d), q.dtype)
+    queries_at = tma(q, tiles.rows, padded(d)) if tiles.copy_engine else None
     launch(
         _kernel,
         (triton.cdiv(keys, tiles.keys), batch * heads),
         q,
-        q,
+        q if queries_at is None else queries_at,
         k,
         lse,
         sums,
@@ -156,12 +161,12 @@ def columns(
         (strides(q), strides(k)),
         Sizes(heads, heads // k.shape[1], n, first, stop, keys),
         rules(mask, batch),
-        score(scale, softcap, bias),
+        score(scale, softcap, bias, registers=tiles.registers),
         d=d,
         D=padded(d),
         BM=tiles.rows,
         BN=tiles.keys,
-        PLAIN=softcap is None and bias is None,
+        TMA=queries_at is not None,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headscope.kernels.masks import Mask
 
@@ -53,6 +54,7 @@ class Score(NamedTuple):
     bias: Tensor | None  # (batch or 1, head or 1, key), float32, contiguous
     bias_batch: int
     bias_head: int
+    sign: float | None  # multiplies the operand that stays: see ``signed``
 
 
 def rules(mask: Mask, batch: int, positions: Tensor | None = None) -> Rules:
@@ -81,13 +83,15 @@ def rules(mask: Mask, batch: int, positions: Tensor | None = None) -> Rules:
     )
 
 
-def score(scale: float, softcap: float | None, bias: Tensor | None) -> Score:
+def score(scale: float, softcap: float | None, bias: Tensor | None, *, registers: bool = False) -> Score:
     """The kernel argument for ``scale``, ``softcap`` and a key bias (batch or 1, head or 1, key)."""
+    sign = math.copysign(1.0, scale) if registers or scale < 0 else None
+    scale = abs(scale)  # a maximum commutes with positive scales only
     if bias is None:
-        return Score(scale, softcap, None, 0, 0)
+        return Score(scale, softcap, None, 0, 0, sign)
     bias = bias.float().contiguous()
     batch, head = (0 if bias.shape[d] == 1 else bias.stride(d) for d in (0, 1))
-    return Score(scale, softcap, bias, batch, head)
+    return Score(scale, softcap, bias, batch, head, sign)
 
 
 def padded(d: int) -> int:
@@ -114,6 +118,19 @@ def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options:
     """Run ``kernel`` on ``grid`` on the device of ``x``."""
     with on_device(x):
         kernel[grid](*args, **options)
+
+
+def tma(x: Tensor, rows: int, width: int) -> Any | None:
+    """A descriptor by which Hopper's copy engine fetches ``rows`` x ``width`` of ``x`` (batch, head, position, d).
+
+    None where it cannot: every stride must be a multiple of 16 bytes. Beyond the tensor it delivers zeros.
+    """
+    if not x.is_cuda or x.numel() == 0 or torch.cuda.get_device_capability(x.device)[0] < 9:
+        return None
+    bytes_ = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
+    if x.stride(-1) != 1 or any(b % 16 or b == 0 for b in bytes_):
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width])
 
 
 @triton.jit
@@ -251,6 +268,42 @@ def load_rows(x, index, stride, count, d: tl.constexpr, D: tl.constexpr, WHOLE: 
         return tl.load(at, mask=(column < d)[None, :], other=0.0)
     else:
         return tl.load(at, mask=(index < count)[:, None] & (column < d)[None, :], other=0.0)
+
+
+@triton.jit
+def key_tile(
+    x,
+    b,
+    h,
+    start,
+    left,
+    stride,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    BN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Keys ``start : start + BN`` of one head, (BN, D): by the copy engine, or by pointers from that head's base."""
+    if TMA:
+        return tl.reshape(x.load([b, h, start, 0]), [BN, D])
+    else:
+        base = x + start.to(tl.int64) * stride
+        return load_rows(base, tl.arange(0, BN), stride, left, d, D, WHOLE)
+
+
+@triton.jit
+def signed(x, score):
+    """The operand that stays through the loop, with the sign of the scale.
+
+    Triton feeds the matrix unit from shared memory where an operand is a plain load, from registers where it was
+    computed:
+    the multiplication, by a 1.0 that the compiler cannot see, is also how a kernel asks for registers.
+    """
+    if score.sign is not None:
+        return (x * score.sign).to(x.dtype)
+    else:
+        return x
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from headscope.kernels.triton_device import (
     rules,
     score,
     scored,
+    signed,
     strides,
     visible,
 )
@@ -69,8 +70,8 @@ def _kernel(
     k += b64 * strides[1].batch + kv * strides[1].head
     u += b64 * strides[2].batch + h64 * strides[2].head
     w += b64 * strides[3].batch + kv * strides[3].head
-    qt = load_rows(q, row, strides[0].position, sizes.queries, d, D, False)
-    ut = load_rows(u, row, strides[2].position, sizes.queries, d, D, False)
+    qt = signed(load_rows(q, row, strides[0].position, sizes.queries, d, D, False), score)
+    ut = signed(load_rows(u, row, strides[2].position, sizes.queries, d, D, False), score)
     base = (b64 * sizes.heads + h64) * sizes.queries
     norm = tl.load(lse + base + row, mask=exists, other=0.0) * LOG2E
     other = tl.load(lse_other + base + row, mask=exists, other=0.0) * LOG2E

@@ -13,7 +13,7 @@ beside the denominator. For one block of queries, over tiles of keys, in units o
    lse becomes lse', and the entropy mass (H + lse' - lse).
 
 Tiles that every query of the block sees whole (``key_range``) skip the mask. For few queries (decoding) the rows of a
-block are the queries of all heads of a key/value head, and the keys are split over programs, whose results ``combine``
+block are the queries of all heads of a key/value head, and the keys are split over programs, whose results ``_merge``
 merges: each split is to the others what a sink is to a row.
 """
 
@@ -37,6 +37,7 @@ from headscope.kernels.triton_device import (
     LOG2E,
     biased,
     key_range,
+    key_tile,
     last_dim_contiguous,
     launch,
     load_rows,
@@ -45,7 +46,9 @@ from headscope.kernels.triton_device import (
     rules,
     score,
     scored,
+    signed,
     strides,
+    tma,
     visible,
 )
 
@@ -91,7 +94,7 @@ def _kernel(
     NF: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    PLAIN: tl.constexpr,
+    TMA: tl.constexpr,
     PACK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -117,8 +120,9 @@ def _kernel(
     at = h64 * strides[0].head + i.to(tl.int64) * strides[0].position
     whole = exists[:, None] & (column < d)[None, :]
     qt = tl.load(q + b64 * strides[0].batch + at[:, None] + column[None, :], mask=whole, other=0.0)
-    k += b64 * strides[1].batch + kv64 * strides[1].head
-    if results.output is not None:
+    qt = signed(qt, score)
+    if not TMA:
+        k += b64 * strides[1].batch + kv64 * strides[1].head
         v += b64 * strides[2].batch + kv64 * strides[2].head
     if results.linear is not None:
         f += b64 * strides[3].batch
@@ -155,14 +159,16 @@ def _kernel(
             step = start.to(tl.int64)
             j = tl.arange(0, BN)
             left = sizes.keys - start
-            kt = load_rows(k + step * strides[1].position, j, strides[1].position, left, d, D, masked == 0)
+            kt = key_tile(k, b, kv, start, left, strides[1].position, d, D, BN, masked == 0, TMA)
             s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
-            if not (PLAIN and masked == 0):
+            if not (score.softcap is None and score.bias is None and masked == 0):
                 s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
             if masked:
                 seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
                 s = tl.where(seen, s, HIDDEN)
-            if PLAIN and masked == 0:  # the scale is folded into one multiply-add
+            if (
+                score.softcap is None and score.bias is None and masked == 0
+            ):  # the scale is folded into one multiply-add
                 new = tl.maximum(m, tl.max(s, 1) * (score.scale * LOG2E))
                 t = s * (score.scale * LOG2E) - new[:, None]
             else:
@@ -182,7 +188,7 @@ def _kernel(
                 ft = load_rows(f + step * strides[3].position, j, strides[3].position, left, NF, NF, masked == 0)
                 linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision="ieee")
             if results.output is not None:
-                vt = load_rows(v + step * strides[2].position, j, strides[2].position, left, dv, DV, masked == 0)
+                vt = key_tile(v, b, kv, start, left, strides[2].position, dv, DV, BN, masked == 0, TMA)
                 output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision="ieee")
 
     some = l > 0.0
@@ -218,6 +224,47 @@ def _kernel(
         tl.store(results.output + row[:, None] * dv + c[None, :], out, mask=whole)
 
 
+@triton.jit
+def _merge(
+    parts, merged, sinks, count, sizes, dv: tl.constexpr, DV: tl.constexpr, NF: tl.constexpr, SPLITS: tl.constexpr
+):
+    """One row's results over disjoint sets of keys (split, ·), each normalised over its own keys, into one.
+
+    With w = exp(lse_part - lse): sums are weighted by w, and the entropy is sum w (H_part + lse - lse_part).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SPLITS).to(tl.int64) * count + row
+    lse = tl.load(parts.lse + at)
+    top = tl.max(lse, 0)
+    some = top > float("-inf")
+    top = tl.where(some, top, 0.0)
+    whole = top + tl.log(tl.where(some, tl.sum(tl.exp(lse - top), 0), 1.0))
+    if sinks is not None:
+        z = tl.load(sinks + (row // sizes.rows) % sizes.heads).to(tl.float32)
+        top = tl.maximum(whole, z)
+        whole = top + tl.log(tl.exp(whole - top) + tl.exp(z - top))
+    live = lse > float("-inf")
+    behind = tl.where(live, whole - lse, 0.0)
+    w = tl.where(live, tl.exp(-behind), 0.0)
+    if merged.lse is not None:
+        tl.store(merged.lse + row, tl.where(some, whole, float("-inf")))
+    if merged.max is not None:
+        tl.store(merged.max + row, tl.max(tl.load(parts.max + at), 0))
+    if merged.entropy is not None:
+        tl.store(merged.entropy + row, tl.sum(w * (tl.load(parts.entropy + at) + behind), 0))
+    if merged.distance is not None:
+        tl.store(merged.distance + row, tl.sum(w * tl.load(parts.distance + at), 0))
+    if merged.linear is not None:
+        n = tl.arange(0, NF)
+        x = tl.load(parts.linear + at[:, None] * NF + n[None, :])
+        tl.store(merged.linear + row * NF + n, tl.sum(w[:, None] * x, 0))
+    if merged.output is not None:
+        c = tl.arange(0, DV)
+        x = tl.load(parts.output + at[:, None] * dv + c[None, :], mask=(c < dv)[None, :], other=0.0)
+        x = tl.sum(w[:, None] * x, 0)
+        tl.store(merged.output + row * dv + c, x.to(merged.output.dtype.element_ty), mask=c < dv)
+
+
 def rows(
     q: Tensor,
     k: Tensor,
@@ -238,12 +285,10 @@ def rows(
     (row,) ascending absolute positions of the rows, where they are not consecutive from the mask's query offset.
     """
     batch, heads, n, d = q.shape
-    if scale < 0:
-        q, scale = -q, -scale  # the maximum commutes with positive scales only
     sizes = Sizes(heads, heads // k.shape[1], n, k.shape[2])
     d_value = v.shape[3] if v is not None else 0
-    if batch == 0 or n == 0 or heads == 0:
-        return _allocate(q, v, wants, features, 1, d_value=d_value)._replace(linear=None)
+    if batch == 0 or n == 0:
+        return _first(_allocate(q, v, wants, features, 1, d_value=d_value))
     pack = n * sizes.group <= FEW_ROWS
     width, width_v = padded(d), padded(d_value) if "output" in wants else 16
     columns = None if features is None else _encode(features, q.dtype)
@@ -253,27 +298,32 @@ def rows(
         splits = triton_tuning.key_splits(programs, sizes.keys, tiles.keys)
         grid = (1, programs, splits)
     else:
-        tiles = triton_tuning.row_tiles(width, width_v if "output" in wants else 0, q.dtype)
+        tiles = triton_tuning.row_tiles(
+            width, width_v if "output" in wants else 0, 0 if columns is None else 1, q.dtype
+        )
         splits, grid = 1, (triton.cdiv(n, tiles.rows), batch * heads, 1)
     inner = wants | ({"lse"} if splits > 1 else set())
     results = _allocate(q, v, inner, columns, splits, d_value=d_value)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
     v = k if v is None else last_dim_contiguous(v)
     f = k if columns is None else columns
+    keys_at, values_at = tma(k, tiles.keys, width), tma(v, tiles.keys, width_v)
+    if keys_at is None or values_at is None or not tiles.copy_engine:
+        keys_at = values_at = None
     launch(
         _kernel,
         grid,
         q,
         q,
-        k,
-        v,
+        k if keys_at is None else keys_at,
+        v if values_at is None else values_at,
         f,
         sinks if splits == 1 else None,
         results,
         (strides(q), strides(k), strides(v), strides(f)),
         sizes,
         rules(mask, batch, positions),
-        score(scale, softcap, bias),
+        score(scale, softcap, bias, registers=tiles.registers),
         d=d,
         D=width,
         dv=d_value,
@@ -281,13 +331,19 @@ def rows(
         NF=16 if columns is None else columns.shape[-1],
         BM=tiles.rows,
         BN=tiles.keys,
-        PLAIN=softcap is None and bias is None,
+        TMA=keys_at is not None and values_at is not None,
         PACK=pack,
         SPLITS=splits,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    merged = combine(results, sinks, None if v is None else v.dtype) if splits > 1 else _first(results)
+    if splits > 1:
+        merged = _allocate(q, v, wants, columns, 1, d_value=d_value)
+        count = batch * heads * n
+        options = {"dv": d_value, "DV": width_v, "NF": 16 if columns is None else columns.shape[-1], "SPLITS": splits}
+        launch(_merge, (count,), q, results, merged, sinks, count, sizes, **options)
+        results = merged
+    merged = _first(results)
     linear = None if features is None or merged.linear is None else _decode(merged.linear, features, q.dtype)
     return merged._replace(linear=linear, lse=merged.lse if "lse" in wants else None)
 
@@ -313,36 +369,6 @@ def _allocate(
 
 def _first(results: Rows) -> Rows:
     return Rows(*(None if x is None else x[0] for x in results))
-
-
-def combine(parts: Rows, sinks: Tensor | None, dtype: torch.dtype | None) -> Rows:
-    """Merge results over disjoint sets of keys (split, batch, head, row, ·), each normalised over its own keys.
-
-    With w = exp(lse_part - lse): sums are weighted by w, and the entropy is sum w (H_part + lse - lse_part).
-    """
-    assert parts.lse is not None
-    lse = torch.logsumexp(parts.lse, 0)
-    if sinks is not None:
-        z = sinks.float()[None, :, None]
-        lse = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, z))
-    behind = torch.where(parts.lse == -torch.inf, torch.inf, lse - parts.lse)
-    w = torch.exp(-behind)
-
-    def weigh(x: Tensor | None) -> Tensor | None:
-        return None if x is None else (x * w.view(*w.shape, *[1] * (x.dim() - w.dim()))).sum(0)
-
-    entropy = None
-    if parts.entropy is not None:
-        entropy = (w * (parts.entropy + behind.masked_fill(w == 0, 0.0))).sum(0)
-    out = weigh(parts.output)
-    return Rows(
-        lse=lse,
-        max=None if parts.max is None else parts.max.amax(0),
-        entropy=entropy,
-        distance=weigh(parts.distance),
-        linear=weigh(parts.linear),
-        output=out if out is None or dtype is None else out.to(dtype),
-    )
 
 
 def _parts(dtype: torch.dtype) -> int:

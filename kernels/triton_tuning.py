@@ -14,16 +14,22 @@ class Tiles(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: bool = False  # the operand that stays: in registers, not in shared memory
+    copy_engine: bool = True  # fetch tiles by Hopper's copy engine (where it can), not by the threads
 
 
-def row_tiles(d: int, d_value: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of the row kernel for padded widths ``d`` and ``d_value`` (0: no output)."""
+def row_tiles(d: int, d_value: int, features: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the row kernel for padded widths ``d`` and ``d_value`` (0: no output), and ``features`` columns."""
     wide = max(d, d_value)
     if dtype == torch.float32:  # exact float32 products run outside the tensor cores
         return Tiles(32, 32, 4, 2) if wide <= 128 else Tiles(16, 32, 4, 2)
+    if wide > 128:
+        return Tiles(64, 64, 8 if d_value else 4, 2)
     if d_value:
-        return Tiles(128, 128, 8, 3) if wide <= 64 else Tiles(128, 64, 8, 3) if wide <= 128 else Tiles(64, 64, 8, 2)
-    return Tiles(64, 128, 4, 3) if d <= 128 else Tiles(64, 64, 4, 2)
+        return Tiles(128, 64, 4, 3, registers=True) if wide <= 64 else Tiles(128, 128, 8, 2)
+    if d <= 64:
+        return Tiles(64, 64, 4, 3)
+    return Tiles(128, 64, 8, 3) if features else Tiles(128, 64, 8, 2)
 
 
 def decode_tiles(d: int, rows: int, dtype: torch.dtype) -> Tiles:
@@ -37,9 +43,12 @@ def column_tiles(d: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the column kernel: ``keys`` stay, ``rows`` stream."""
     if dtype == torch.float32:
         return Tiles(32, 32, 4, 2) if d <= 128 else Tiles(16, 32, 4, 2)
-    return Tiles(64, 128, 4, 3) if d <= 128 else Tiles(64, 64, 4, 2)
+    if d <= 64:
+        return Tiles(128, 64, 4, 3)
+    return Tiles(128, 128, 4, 2, copy_engine=False) if d <= 128 else Tiles(64, 64, 4, 2)
 
 
 def key_splits(programs: int, keys: int, tile: int) -> int:
-    """Over how many programs to split the keys so that about four a multiprocessor run."""
-    return max(1, min(4 * 132 // max(1, programs), -(-keys // (4 * tile)), 256))
+    """Over how many programs, a power of two, to split the keys so that about four a multiprocessor run."""
+    splits = max(1, min(4 * 132 // max(1, programs), -(-keys // (4 * tile)), 128))
+    return 1 << (splits.bit_length() - 1)
