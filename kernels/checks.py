@@ -68,6 +68,12 @@ class Case:
         s = self._scores(dtype)
         return reference.normalise(s.to(torch.promote_types(dtype, torch.float32)), self.sinks).to(dtype)
 
+    def log_pattern(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The logarithm of the pattern, its scores rounded to ``dtype``; -inf at hidden keys."""
+        s = self._scores(dtype).to(torch.promote_types(dtype, torch.float32))
+        lse = reference.log_total(s, self.sinks)
+        return s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+
     def eager(self, request: Request, dtype: torch.dtype = torch.float64) -> Attended:
         """Every reduction of the pattern that eager attention computes in ``dtype`` (float64: the definition)."""
         wide = torch.promote_types(dtype, torch.float32)

@@ -68,11 +68,12 @@ def pattern(
 
 def normalise(s: Tensor, sinks: Tensor | None) -> Tensor:
     """The softmax of scores ``s`` over keys; empty rows are 0."""
-    lse = _lse(s, sinks)
+    lse = log_total(s, sinks)
     return torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
 
 
-def _lse(s: Tensor, sinks: Tensor | None) -> Tensor:
+def log_total(s: Tensor, sinks: Tensor | None) -> Tensor:
+    """The lse of every row of scores ``s``, a sink logit included; -inf for an empty row."""
     lse = torch.logsumexp(s, dim=-1)
     if sinks is None:
         return lse
@@ -120,7 +121,7 @@ def _rows(
 ) -> None:
     gap = (rows + mask.query_offset)[:, None] - (torch.arange(p.shape[-1], device=p.device) + mask.key_offset)[None, :]
     if request.lse:
-        result.lse = _lse(s, sinks)
+        result.lse = log_total(s, sinks)
     if request.max:
         result.max = s.amax(-1)
     if request.entropy:

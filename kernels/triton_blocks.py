@@ -23,18 +23,16 @@ from headscope.kernels.triton_device import (
     HIDDEN,
     LOG2E,
     biased,
-    key_range,
     last_dim_contiguous,
     launch,
     load_rows,
     padded,
-    rules,
     score,
     scored,
     signed,
     strides,
-    visible,
 )
+from headscope.kernels.triton_masks import key_range, rules, visible
 
 
 class Sizes(NamedTuple):

@@ -28,15 +28,13 @@ from headscope.kernels.triton_device import (
     launch,
     load_rows,
     padded,
-    query_range,
-    rules,
     score,
     scored,
     signed,
     strides,
     tma,
-    visible,
 )
+from headscope.kernels.triton_masks import query_range, rules, visible
 
 
 class Sizes(NamedTuple):

@@ -20,18 +20,16 @@ from headscope.kernels.masks import Mask
 from headscope.kernels.triton_device import (
     LN2,
     LOG2E,
-    key_range,
     last_dim_contiguous,
     launch,
     load_rows,
     padded,
-    rules,
     score,
     scored,
     signed,
     strides,
-    visible,
 )
+from headscope.kernels.triton_masks import key_range, rules, visible
 
 
 class Sizes(NamedTuple):

@@ -13,8 +13,8 @@ beside the denominator. For one block of queries, over tiles of keys, in units o
    lse becomes lse', and the entropy mass (H + lse' - lse).
 
 Tiles that every query of the block sees whole (``key_range``) skip the mask. For few queries (decoding) the rows of a
-block are the queries of all heads of a key/value head, and the keys are split over programs, whose results ``_merge``
-merges: each split is to the others what a sink is to a row.
+block are the queries of all heads of a key/value head, and the keys are split over programs, whose results
+``triton_merge`` merges: each split is to the others what a sink is to a row.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headscope.kernels import triton_tuning
+from headscope.kernels.features import decode, encode
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton_device import (
     FLOOR,
@@ -36,21 +37,19 @@ from headscope.kernels.triton_device import (
     LN2,
     LOG2E,
     biased,
-    key_range,
     key_tile,
     last_dim_contiguous,
     launch,
     load_rows,
     padded,
-    row_positions,
-    rules,
     score,
     scored,
     signed,
     strides,
     tma,
-    visible,
 )
+from headscope.kernels.triton_masks import key_range, row_positions, rules, visible
+from headscope.kernels.triton_merge import merge_kernel
 
 FEW_ROWS = 64  # up to this many queries of a key/value head share a program
 
@@ -224,47 +223,6 @@ def _kernel(
         tl.store(results.output + row[:, None] * dv + c[None, :], out, mask=whole)
 
 
-@triton.jit
-def _merge(
-    parts, merged, sinks, count, sizes, dv: tl.constexpr, DV: tl.constexpr, NF: tl.constexpr, SPLITS: tl.constexpr
-):
-    """One row's results over disjoint sets of keys (split, ·), each normalised over its own keys, into one.
-
-    With w = exp(lse_part - lse): sums are weighted by w, and the entropy is sum w (H_part + lse - lse_part).
-    """
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SPLITS).to(tl.int64) * count + row
-    lse = tl.load(parts.lse + at)
-    top = tl.max(lse, 0)
-    some = top > float("-inf")
-    top = tl.where(some, top, 0.0)
-    whole = top + tl.log(tl.where(some, tl.sum(tl.exp(lse - top), 0), 1.0))
-    if sinks is not None:
-        z = tl.load(sinks + (row // sizes.rows) % sizes.heads).to(tl.float32)
-        top = tl.maximum(whole, z)
-        whole = top + tl.log(tl.exp(whole - top) + tl.exp(z - top))
-    live = lse > float("-inf")
-    behind = tl.where(live, whole - lse, 0.0)
-    w = tl.where(live, tl.exp(-behind), 0.0)
-    if merged.lse is not None:
-        tl.store(merged.lse + row, tl.where(some, whole, float("-inf")))
-    if merged.max is not None:
-        tl.store(merged.max + row, tl.max(tl.load(parts.max + at), 0))
-    if merged.entropy is not None:
-        tl.store(merged.entropy + row, tl.sum(w * (tl.load(parts.entropy + at) + behind), 0))
-    if merged.distance is not None:
-        tl.store(merged.distance + row, tl.sum(w * tl.load(parts.distance + at), 0))
-    if merged.linear is not None:
-        n = tl.arange(0, NF)
-        x = tl.load(parts.linear + at[:, None] * NF + n[None, :])
-        tl.store(merged.linear + row * NF + n, tl.sum(w[:, None] * x, 0))
-    if merged.output is not None:
-        c = tl.arange(0, DV)
-        x = tl.load(parts.output + at[:, None] * dv + c[None, :], mask=(c < dv)[None, :], other=0.0)
-        x = tl.sum(w[:, None] * x, 0)
-        tl.store(merged.output + row * dv + c, x.to(merged.output.dtype.element_ty), mask=c < dv)
-
-
 def rows(
     q: Tensor,
     k: Tensor,
@@ -291,7 +249,7 @@ def rows(
         return _first(_allocate(q, v, wants, features, 1, d_value=d_value))
     pack = n * sizes.group <= FEW_ROWS
     width, width_v = padded(d), padded(d_value) if "output" in wants else 16
-    columns = None if features is None else _encode(features, q.dtype)
+    columns = None if features is None else encode(features, q.dtype)
     if pack:
         tiles = triton_tuning.decode_tiles(width, 1 << (n * sizes.group - 1).bit_length(), q.dtype)
         programs = batch * k.shape[1]
@@ -341,10 +299,10 @@ def rows(
         merged = _allocate(q, v, wants, columns, 1, d_value=d_value)
         count = batch * heads * n
         options = {"dv": d_value, "DV": width_v, "NF": 16 if columns is None else columns.shape[-1], "SPLITS": splits}
-        launch(_merge, (count,), q, results, merged, sinks, count, sizes, **options)
+        launch(merge_kernel, (count,), q, results, merged, sinks, count, sizes, **options)
         results = merged
     merged = _first(results)
-    linear = None if features is None or merged.linear is None else _decode(merged.linear, features, q.dtype)
+    linear = None if features is None or merged.linear is None else decode(merged.linear, features, q.dtype)
     return merged._replace(linear=linear, lse=merged.lse if "lse" in wants else None)
 
 
@@ -369,34 +327,3 @@ def _allocate(
 
 def _first(results: Rows) -> Rows:
     return Rows(*(None if x is None else x[0] for x in results))
-
-
-def _parts(dtype: torch.dtype) -> int:
-    return {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}[dtype]
-
-
-def _is_exact(features: Tensor, dtype: torch.dtype) -> bool:
-    if dtype == torch.float32 or features.dtype in (torch.bool, torch.uint8, torch.int8, dtype):
-        return True
-    return bool((features.to(dtype).to(features.dtype) == features).all())
-
-
-def _encode(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns in ``dtype``, padded to a tile's width. Values it cannot hold become a sum of columns that it can."""
-    if _is_exact(features, dtype):
-        columns = [features.to(dtype)]
-    else:
-        rest, columns = features.float(), []
-        for _ in range(_parts(dtype)):
-            columns.append(rest.to(dtype))
-            rest = rest - columns[-1].float()
-    x = torch.cat(columns, -1)
-    return torch.nn.functional.pad(x, (0, padded(x.shape[-1]) - x.shape[-1])).contiguous()
-
-
-def _decode(linear: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
-    n = features.shape[-1]
-    if _is_exact(features, dtype):
-        return linear[..., :n]
-    parts = linear[..., : n * _parts(dtype)].contiguous()
-    return parts.view(*parts.shape[:-1], _parts(dtype), n).sum(-2)

@@ -13,8 +13,9 @@ import json
 import multiprocessing as mp
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,86 +23,21 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from headscope.kernels import attention, triton_engine, triton_rows, triton_tuning
-from headscope.kernels.checks import MASKS, compare, everything, random_case
+from headscope.kernels import attention, triton_rows, triton_tuning
+from headscope.kernels.benchmarks.gpu_check import WORKERS, check
+from headscope.kernels.blocks import blocks, top_blocks
+from headscope.kernels.divergence import divergence
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.triton_columns import columns
 from headscope.kernels.triton_tuning import Tiles
 
 HEADS, KV_HEADS = 32, 8
-WORKERS = 12
 TILES = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 128, 4)]
 CANDIDATES = {
     kind: [Tiles(*tile, stages, registers) for tile in TILES for stages in (2, 3) for registers in (False, True)]
     for kind in ("rows: lse, entropy", "rows", "fused", "columns: sum")
 }
-
-
-def cases() -> list[dict[str, Any]]:
-    """Calls that reach every branch: each mask, dtype, awkward width and logit option; one and few queries."""
-    options = {"softcap": 5.0, "sinks": True, "bias": True}
-    base = {"dtype": torch.bfloat16, "d_head": 64, "queries": 333, "keys": 333}
-    every: list[dict[str, Any]] = [{**base, "kind": kind} for kind in MASKS]
-    every += [{**base, "kind": kind, "queries": 1, "keys": 700} for kind in ("causal", "window", "left padding")]
-    every += [{**base, "kind": kind, "queries": 5, "keys": 1500, **options} for kind in ("causal", "chunks")]
-    for d, dv in ((16, 16), (60, 60), (80, 80), (96, 128), (128, 128), (128, 64), (256, 256)):
-        every.append({**base, "kind": "causal", "d_head": d, "d_value": dv, "queries": 200, "keys": 457})
-    for dtype in (torch.float16, torch.float32):
-        every += [{**base, "kind": kind, "dtype": dtype} for kind in ("causal", "window", "right padding", "segments")]
-        every.append({**base, "kind": "causal", "dtype": dtype, "d_head": 256, "queries": 63, "keys": 130})
-        every.append({**base, "kind": "causal", "dtype": dtype, "queries": 1, "keys": 3000})
-    for name in options:
-        every.append({**base, "kind": "causal", name: options[name]})
-    every += [{**base, "kind": kind, **options} for kind in ("causal", "window", "full")]
-    return every
-
-
-def check_one(spec: dict[str, Any]) -> list[str]:
-    """What is wrong with one case, as lines; empty if nothing is."""
-    wrong = []
-    for subset in (False, True):
-        case = random_case(**spec, device="cuda")
-        request = everything(case, subset=subset, top=0)
-        got = case.run(triton_engine.attend, request)
-        again = case.run(triton_engine.attend, request)
-        for verdict in compare(got, case, request):
-            if not verdict.holds:
-                wrong.append(f"{spec} subset={subset}: {verdict}")
-        for name, x in vars(got).items():
-            if isinstance(x, torch.Tensor) and not torch.equal(x, getattr(again, name)):
-                wrong.append(f"{spec} subset={subset}: {name} differs between two runs")
-    return wrong
-
-
-def _guarded(spec: dict[str, Any]) -> list[str]:
-    torch.set_num_threads(1)
-    _poison()
-    try:
-        return check_one(spec)
-    except Exception as error:  # one broken case must not hide the others
-        return [f"{spec}: {type(error).__name__}: {str(error)[:600]}"]
-
-
-def _poison() -> None:
-    allocate = torch.empty
-
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        x = allocate(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    torch.empty = poisoned
-
-
-def check() -> bool:
-    """Run every case, several at a time (compilation dominates)."""
-    began, every = time.time(), cases()
-    with mp.get_context("spawn").Pool(WORKERS) as pool:
-        wrong = [line for lines in pool.imap_unordered(_guarded, every) for line in lines]
-    for line in wrong:
-        print("WRONG", line)
-    print(f"checked {2 * len(every)} calls in {time.time() - began:.0f} s: {len(wrong)} results out of bounds")
-    return not wrong
 
 
 def median(run: Callable[[], Any], budget: float = 1.0) -> float:
@@ -143,7 +79,7 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
     statistics_ = {"lse", "entropy", "linear"}
     every: dict[str, Callable[[], Any]] = {
         "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True),
-        "rows: lse": rows({"lse"}),
+        "rows: lse": rows({"lse"}),  # the least a statistic costs
         "rows: lse, entropy": rows({"lse", "entropy"}),
         "rows": rows(statistics_),
         "output": rows({"output"}, v),
@@ -154,6 +90,13 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
         assert lse is not None
         every["columns: sum"] = lambda: columns(q, k, lse, **call)
         every["columns: sum, max"] = lambda: columns(q, k, lse, highest=True, **call)
+        every["blocks of 128"] = lambda: blocks(q, k, size=128, lse=lse, **call)
+        every["top 16 blocks of 128"] = lambda: top_blocks(q, k, size=128, top=16, **call)
+        every["divergence"] = lambda: divergence((q, k), (q, v), **call)
+        if find_spec("flash_colreduce"):
+            flash_colreduce = import_module("flash_colreduce").flash_colreduce
+            wide = k.repeat_interleave(HEADS // KV_HEADS, dim=1)  # it takes one key head a query head
+            every["flash-colreduce"] = lambda: flash_colreduce(q, wide, "sum", is_causal=True, scale=scale)
         request = Request(output=False, key_sum=True)
         every["columns incl. lse"] = lambda: attention.attend(q, k, v, request=request, **call)
     return every
@@ -169,13 +112,43 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
+def eager_maps() -> list[dict[str, Any]]:
+    """Row and column statistics from dense maps, one head at a time, against ours: time and peak memory."""
+    q, k, v, flags = tensors(16384, 16384, 128)
+    mask = Mask.causal()
+
+    def eager() -> None:
+        hidden = torch.ones(16384, 16384, dtype=torch.bool, device="cuda").triu_(1)
+        for h in range(HEADS):
+            s = (q[0, h] @ k[0, h * KV_HEADS // HEADS].T).float() * 128**-0.5
+            p = s.masked_fill_(hidden, -torch.inf).softmax(-1)
+            torch.special.entr(p).sum(-1), p.sum(0), p.to(torch.bfloat16) @ flags
+
+    def ours() -> None:
+        request = Request(output=False, lse=True, entropy=True, linear=flags, key_sum=True)
+        attention.attend(q, k, v, mask=mask, scale=128**-0.5, request=request)
+
+    table = []
+    for name, run in (("eager maps", eager), ("ours", ours)):
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+        table.append({"queries": 16384, "keys": 16384, "d": 128, "kind": name, "ms": median(run), "extra MiB": extra})
+        print(f"{name:<12} {table[-1]['ms']:9.3f} ms, {extra:9.1f} MiB beyond the inputs", flush=True)
+    return table
+
+
 def measure() -> list[dict[str, Any]]:
     """Times of every kind at every shape, with the ratio to SDPA on the same tensors."""
     table = []
     for queries, keys, d in ((16384, 16384, 128), (65536, 65536, 128), (16384, 16384, 64), (1, 131072, 128)):
         base, every = 0.0, kinds(*tensors(queries, keys, d))
         if queries == 1:  # launches outweigh the work: time the work by replaying a graph, too
-            every |= {f"{name}, graph": graphed(run) for name, run in every.items()}
+            every |= {f"{name}, graph": graphed(run) for name, run in list(every.items())}
         for name, run in every.items():
             ms = median(run)
             base = ms if name.startswith("sdpa") else base
@@ -247,7 +220,7 @@ def main() -> int:
     if args.tune:
         tune()
     if args.time:
-        table = measure()
+        table = measure() + eager_maps()
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             name = torch.cuda.get_device_name().lower().replace(" ", "-")

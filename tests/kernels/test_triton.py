@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
-from headscope.kernels import attention, triton_engine, triton_rows, triton_tuning
+from headscope.kernels import attention, triton_engine, triton_tuning
 from headscope.kernels.checks import MASKS, Case, compare, everything, random_case
+from headscope.kernels.features import decode, encode
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.triton_tuning import Tiles
 
@@ -117,7 +118,7 @@ def test_features_that_half_precision_cannot_hold_stay_exact() -> None:
     assert (
         got is not None and (got - 1234.567).abs().max() < 1.0
     )  # float16 alone is 0.4 off, times a mass of 1 +- 2^-11
-    decoded = triton_rows._decode(triton_rows._encode(same, torch.float16).float(), same, torch.float16)
+    decoded = decode(encode(same, torch.float16).float(), same, torch.float16)
     assert (decoded - same).abs().max() < 1e-3
 
 

@@ -1,0 +1,115 @@
+"""Every Triton kernel on the GPU against the float64 definition, on poisoned memory, twice."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from headscope.kernels import triton_engine
+from headscope.kernels.blocks import Pool, blocks, dense
+from headscope.kernels.checks import MASKS, Case, allowed, compare, distance, everything, random_case
+from headscope.kernels.divergence import dense as dense_divergence
+from headscope.kernels.divergence import divergence
+
+WORKERS = 12
+
+
+def cases() -> list[dict[str, Any]]:
+    """Calls that reach every branch: each mask, dtype, awkward width and logit option; one and few queries."""
+    options = {"softcap": 5.0, "sinks": True, "bias": True}
+    base = {"dtype": torch.bfloat16, "d_head": 64, "queries": 333, "keys": 333}
+    every: list[dict[str, Any]] = [{**base, "kind": kind} for kind in MASKS]
+    every += [{**base, "kind": kind, "queries": 1, "keys": 700} for kind in ("causal", "window", "left padding")]
+    every += [{**base, "kind": kind, "queries": 5, "keys": 1500, **options} for kind in ("causal", "chunks")]
+    for d, dv in ((16, 16), (60, 60), (80, 80), (96, 128), (128, 128), (128, 64), (256, 256)):
+        every.append({**base, "kind": "causal", "d_head": d, "d_value": dv, "queries": 200, "keys": 457})
+    for dtype in (torch.float16, torch.float32):
+        every += [{**base, "kind": kind, "dtype": dtype} for kind in ("causal", "window", "right padding", "segments")]
+        every.append({**base, "kind": "causal", "dtype": dtype, "d_head": 256, "queries": 63, "keys": 130})
+        every.append({**base, "kind": "causal", "dtype": dtype, "queries": 1, "keys": 3000})
+    for name in options:
+        every.append({**base, "kind": "causal", name: options[name]})
+    every += [{**base, "kind": kind, **options} for kind in ("causal", "window", "full")]
+    return every
+
+
+def check_one(spec: dict[str, Any]) -> list[str]:
+    """What is wrong with one case, as lines; empty if nothing is."""
+    wrong = []
+    for subset in (False, True):
+        case = random_case(**spec, device="cuda")
+        request = everything(case, subset=subset, top=0)
+        got = case.run(triton_engine.attend, request)
+        again = case.run(triton_engine.attend, request)
+        for verdict in compare(got, case, request):
+            if not verdict.holds:
+                wrong.append(f"{spec} subset={subset}: {verdict}")
+        for name, x in vars(got).items():
+            if isinstance(x, torch.Tensor) and not torch.equal(x, getattr(again, name)):
+                wrong.append(f"{spec} subset={subset}: {name} differs between two runs")
+    return wrong
+
+
+def check_pairs(spec: dict[str, Any]) -> list[str]:
+    """The same for block maps and for the distance from a second call under the same mask."""
+    a = random_case(**spec, device="cuda")
+    b = replace(random_case(**spec, seed=1, device="cuda"), mask=a.mask, sinks=a.sinks)
+    size, wrong = max(a.score_size(), b.score_size()), []
+
+    def hold(name: str, got: torch.Tensor, want: torch.Tensor, low: torch.Tensor) -> None:
+        error, limit = distance(got, want), allowed(low, want, size=size)
+        if not error <= limit:
+            wrong.append(f"{spec}: {name} is off by {error}, allowed {limit}")
+
+    pools: tuple[tuple[Pool, int], ...] = (("sum", 16), ("max", 64), ("mean", 256))
+    for pool, width in pools:
+        got = blocks(a.q, a.k, size=width, pool=pool, lse=None, **_options(a))
+        patterns = (a.pattern(), a.pattern(a.q.dtype).double())
+        want, low = (dense(p, a.mask, width, pool) for p in patterns)
+        hold(f"blocks {pool} {width}", got, want, low)
+    if a.bias is None:
+        call: dict[str, Any] = {"mask": a.mask, "scale": a.scale, "softcap": a.softcap, "sinks": (a.sinks, b.sinks)}
+        apart = divergence((a.q, a.k), (b.q, b.k), **call)
+        exact = dense_divergence(a.log_pattern(), b.log_pattern())
+        eager = dense_divergence(a.log_pattern(a.q.dtype), b.log_pattern(b.q.dtype))
+        for name, x, y, z in zip(apart._fields, apart, exact, eager, strict=True):
+            hold(name, x, y, z)
+    return wrong
+
+
+def _options(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias")}
+
+
+def _guarded(spec: dict[str, Any]) -> list[str]:
+    torch.set_num_threads(1)
+    _poison()
+    try:
+        return check_one(spec) + check_pairs(spec)
+    except Exception as error:  # one broken case must not hide the others
+        return [f"{spec}: {type(error).__name__}: {str(error)[:600]}"]
+
+
+def _poison() -> None:
+    allocate = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x = allocate(*args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    torch.empty = poisoned
+
+
+def check() -> bool:
+    """Run every case, several at a time (compilation dominates)."""
+    began, every = time.time(), cases()
+    with mp.get_context("spawn").Pool(WORKERS) as pool:
+        wrong = [line for lines in pool.imap_unordered(_guarded, every) for line in lines]
+    for line in wrong:
+        print("WRONG", line)
+    print(f"checked {3 * len(every)} calls in {time.time() - began:.0f} s: {len(wrong)} results out of bounds")
+    return not wrong
