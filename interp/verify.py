@@ -61,14 +61,11 @@ def verify_once(model: Any) -> Verification:
     if origin(model) == "transformer_lens":
         from headscope.interp.sites import transformer_lens
 
-        return transformer_lens.verify_once(model)
+        bridged: Verification = transformer_lens.verify_once(model)
+        return bridged
     inner = bare_model(model)
     if inner not in _VERIFIED:
-        try:
-            found = verify(inner)
-        except HeadscopeError as error:
-            named = type(inner).__name__ in str(error)
-            raise error if named else HeadscopeError(hf_calls.refusal(inner, str(error))) from error
+        found = verify(inner)
         if not found.passed:
             why = found.problems[0] if found.problems else "its attention was never called"
             raise HeadscopeError(hf_calls.refusal(inner, why))
@@ -126,6 +123,9 @@ def _run(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
     try:
         with _probing(model, found), torch.no_grad():
             model(**inputs)
+    except HeadscopeError as error:
+        named = type(model).__name__ in str(error)
+        raise error if named else HeadscopeError(hf_calls.refusal(model, str(error))) from error
     finally:
         for part, was in training.items():
             part.training = was
@@ -167,12 +167,12 @@ def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
     route = site.Route(model, site.implementations(model))
     places = site.places(route)
 
-    def function(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        place = places[module]
-        call = hf_calls.make_call(
-            module, place, query, key, value, mask, kwargs.get("scaling"), kwargs.get("dropout", 0.0), kwargs
-        )
-        return _check(found, module, place, call, mask, kwargs)
+    def function(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        place, scaling, dropout = places[module], kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+        call = hf_calls.make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
+        return _check(found, module, place, call, attention_mask, kwargs)
 
     site.switch(model, NAME, function, lazy_mask)
     try:

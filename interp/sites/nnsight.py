@@ -112,7 +112,12 @@ def run(model: Any, *inputs: Any, handlers: Sequence[Handler] = (), remote: Any 
                         projection.input = entering * edit[0].to(entering) + edit[1].to(entering)
                 seen.append((*positional[1:4], id(mask), kept, z, gap))
             logits = save(model.output.logits)
-    _observe(at, edits, seen, masks, asked, handlers)
+    try:
+        _observe(at, edits, seen, masks, asked, handlers)
+    except BaseException:
+        for handler in handlers:
+            handler.abort_forward()
+        raise
     result: Tensor = logits
     return result
 

@@ -10,13 +10,13 @@ Which keys are visible is read from the bridge's masked scores at every call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall, Handler, edit_call, finish_call
+from headscope.interp.attention import AttentionCall, edit_call, finish_call
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.dense_masks import rule_of
 from headscope.kernels.masks import Mask
@@ -61,7 +61,7 @@ class Layer:
         self._visible: Tensor | None = None
         self._call: AttentionCall | None = None
         self._left: Tensor | None = None
-        self._own_z = False
+        self._own_z = self._foreign = False
 
     def cached(self, key: Tensor, value: Tensor, key_offset: int) -> None:
         """The cache returned these keys and values (batch, kv_head, key, ·) for this pass."""
@@ -100,23 +100,21 @@ class Layer:
         self._own_z = edited.value is not call.value
         ours = {own.point: 1 + (own.point is hook) for own in self.hooks if own.function != self._z}
         foreign = any(len(point.fwd_hooks) > count for point, count in ours.items())
-        if foreign and (edited is not call or self._reads()) and not self._is_ours(call, pattern):
-            raise self._foreign_edit()
+        self._foreign = foreign and self.route.check is None and not self._is_ours(call, pattern)
+        if self._foreign and edited is not call:
+            raise HeadscopeError(_foreign_edit(self.prefix))
         self._left = pattern if edited is call else edited.pattern().to(pattern.dtype)
         return None if edited is call else self._left
 
     def _seal(self, pattern: Tensor, *, hook: Any) -> None:
         left, self._left = self._left, None
-        if left is None or pattern is left or not (self._own_z or self._reads()):
-            return
-        if not torch.equal(pattern, left):
-            raise self._foreign_edit()
-
-    def _reads(self) -> bool:
-        return any(type(handler).request is not Handler.request for handler in self.route.handlers)
+        if left is not None and pattern is not left and not torch.equal(pattern, left):
+            self._foreign = True
+            if self._own_z:
+                raise HeadscopeError(_foreign_edit(self.prefix))
 
     def _z(self, z: Tensor, *, hook: Any) -> Tensor | None:
-        call, own = self._call, self._own_z
+        call, own, foreign = self._call, self._own_z, self._foreign
         self._forget()
         if call is None:
             raise self.refuse("it attends natively: hook_pattern fires after the attention or never, and drops edits")
@@ -127,6 +125,8 @@ class Layer:
         theirs = flat.view(*flat.shape[:2], heads, -1).transpose(1, 2)
         if self.route.check is not None:
             self.route.check.output(call, theirs)
+        if foreign:
+            call = _Unreadable(**{field.name: getattr(call, field.name) for field in fields(call)})
         before = call.output() if own else theirs
         after = finish_call(call, self.route.handlers, before)
         return None if after is theirs else after.transpose(1, 2).reshape(z.shape)
@@ -211,13 +211,6 @@ class Layer:
         difference = difference if real is None else difference.masked_fill(~real, 0.0)
         return float(difference.max()) <= bound_of(call)
 
-    def _foreign_edit(self) -> HeadscopeError:
-        return HeadscopeError(
-            f"another hook changes the scores or the pattern of {self.prefix}, which statistics from queries and keys "
-            "or a headscope edit of attention would miss; make that change as a headscope intervention, or in a run of "
-            "its own"
-        )
-
     def refuse(self, why: str) -> HeadscopeError:
         """The error that names this layer, its architecture and its bridge class."""
         model = self.route.model
@@ -226,6 +219,22 @@ class Layer:
             f"{self.prefix} of {type(model).__name__} ({kind}, {type(self.attention).__name__}) cannot be traced "
             f"through the bridge: {why}; load the model with load_model or transformers and trace that"
         )
+
+
+def _foreign_edit(where: str) -> str:
+    return (
+        f"another hook changes the scores or the pattern of {where}, which statistics from queries and keys or a "
+        "headscope edit of attention would miss; make that change as a headscope intervention, or in a run of its own"
+    )
+
+
+class _Unreadable(AttentionCall):
+    """A call whose pattern a hook of the user's has changed: its head outputs may be edited, nothing may be read."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise HeadscopeError(_foreign_edit(f"blocks.{self.layer}.attn"))
+
+    attend = pattern = output = _refuse
 
 
 def _by_head(x: Tensor, heads_first: bool, heads: int) -> Tensor:

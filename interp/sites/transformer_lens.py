@@ -98,8 +98,11 @@ class Route:
         self.state = _Pass(0 if cache is None else int(cache.get_seq_length()), real)
         self.begin(inputs)
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.state = None
+        if output is None:  # torch calls the hook also after an exception
+            for handler in self.handlers:
+                handler.abort_forward()
         self._masks.clear()
 
     def begin(self, inputs: dict[str, Any]) -> None:
