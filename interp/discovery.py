@@ -56,7 +56,7 @@ def discover(
         raise HeadscopeError(f"{method}: there is no trial to run; ask for at least one")
     begin(map(tokens, trials), [f"{method}.json", f"{method}.parquet", f"{method}.trials.jsonl"] if out else [])
     made = provenance(model, seed=seed, **parameters)
-    config = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
+    config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
     config |= {"method": method, "trials": list(trials)}
     journal = Journal(None if out is None else Path(out) / f"{method}.trials.jsonl", config)
     waiting = [index for index in range(len(trials)) if index not in journal]

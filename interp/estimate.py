@@ -64,12 +64,10 @@ def estimate(lm: Any, work: Work) -> dict[str, Any]:
     parameters = max(1, info.parameters - info.vocab_size * info.d_model)
     seconds = 0.0
     for tokens, new in work.passes:
-        attention = (
-            2.0 * info.layers * info.heads * info.d_head * tokens / (2.0 * parameters)
-        )  # against the linear part
+        attention = info.layers * info.heads * info.d_head * tokens / parameters  # against the linear part
         seconds += prefill * tokens * (1.0 + attention) + step * new
     longest = max((tokens + new for tokens, new in work.passes), default=0)
-    bytes_each = torch.finfo(bare_model(lm).dtype).bits // 8
+    bytes_each = next(bare_model(lm).parameters()).element_size()
     cache = 2 * info.layers * info.kv_heads * info.d_head * longest * bytes_each
     activations = 8 * longest * info.d_model * bytes_each
     return {

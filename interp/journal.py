@@ -38,7 +38,7 @@ class Journal:
         lines = self.path.read_bytes().split(b"\n")
         whole, torn = lines[:-1], lines[-1]
         try:
-            found = json.loads(whole[0])["headscope_run"]
+            found = dict(json.loads(whole[0])["headscope_run"])
             entries = [json.loads(line) for line in whole[1:]]
             self.entries = {int(entry["trial"]): entry["result"] for entry in entries}
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -58,11 +58,10 @@ class Journal:
 
     def add(self, trial: int, result: dict[str, Any]) -> None:
         """Record a finished trial; on disk before this returns."""
+        if self.path is not None:
+            line = json.dumps({"trial": trial, "result": result}).encode() + b"\n"
+            with open(self.path, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
         self.entries[trial] = result
-        if self.path is None:
-            return
-        line = json.dumps({"trial": trial, "result": result}).encode() + b"\n"
-        with open(self.path, "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())

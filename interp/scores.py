@@ -25,8 +25,8 @@ class HeadScores:
     """Per-head scores of one discovery method.
 
     ``trials`` (trial, layer, head) holds one score per trial; NaN where a trial says nothing about a head. A head's
-    score is the mean over its trials; the interval is a percentile bootstrap over trials (``level`` 0.95, ``resamples`` 2000,
-    seeded), which describes these trials' sampling only, not other prompts or models.
+    score is the mean over its trials; the interval is a percentile bootstrap over trials (``level`` 0.95,
+    ``resamples`` 2000, seeded), which describes these trials' sampling only, not other prompts or models.
 
     ``groups`` (trial,) names what was drawn independently (a seed, a needle): where given, whole groups are resampled.
     ``details`` describes every trial that was run, kept or not (length, depth, what the model answered ...).
@@ -58,23 +58,27 @@ class HeadScores:
 
     @cached_property
     def mean(self) -> NDArray[np.float64]:
-        """Scores (layer, head)."""
-        return np.nanmean(self.trials, axis=0)
+        """Scores (layer, head); NaN for a head without trials."""
+        with np.errstate(invalid="ignore"):  # 0 / 0: NaN where a head has no trial
+            mean: NDArray[np.float64] = np.nansum(self.trials, axis=0) / self.n
+        return mean
 
     @cached_property
     def n(self) -> NDArray[np.int64]:
         """Trials behind each score (layer, head)."""
-        return np.sum(~np.isnan(self.trials), axis=0)
+        count: NDArray[np.int64] = np.sum(~np.isnan(self.trials), axis=0)
+        return count
 
     @cached_property
     def interval(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Bootstrap bounds (low, high), each (layer, head); NaN with a single trial (or group)."""
+        """Bootstrap bounds (low, high), each (layer, head); NaN for a head with a single trial (or group)."""
         return bootstrap_mean(self.trials, self.groups, level=self.level, resamples=self.resamples)
 
     def top(self, k: int) -> HeadSet:
-        """The ``k`` highest-scoring heads in descending order, weighted by their scores."""
-        if not 0 < k <= self.mean.size:
-            raise HeadscopeError(f"top({k}) asks for heads that do not exist; choose 1 to {self.mean.size}")
+        """The ``k`` highest-scoring heads in descending order (ties in model order), weighted by their scores."""
+        scored = int((self.n > 0).sum())
+        if not 0 < k <= scored:
+            raise HeadscopeError(f"top({k}) asks for heads that have no score; choose 1 to {scored}")
         order = np.argsort(-self.mean, axis=None, kind="stable")[:k]
         pairs = [(int(i) // self.heads, int(i) % self.heads) for i in order]
         weights = tuple(float(self.mean[pair]) for pair in pairs)
@@ -88,28 +92,35 @@ class HeadScores:
     def to_frame(self) -> pd.DataFrame:
         """A tidy table: layer, head, score, ci_low, ci_high, n, one row a head, highest score first."""
         low, high = self.interval
-        layer, head = np.indices(self.mean.shape)
-        columns = {"layer": layer, "head": head, "score": self.mean, "ci_low": low, "ci_high": high, "n": self.n}
+        layer, head = (np.asarray(index) for index in np.indices(self.mean.shape))
+        columns: dict[str, NDArray[Any]] = {
+            "layer": layer,
+            "head": head,
+            "score": self.mean,
+            "ci_low": low,
+            "ci_high": high,
+            "n": self.n,
+        }
         frame = pd.DataFrame({name: values.ravel() for name, values in columns.items()})
         return frame.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``METHOD.json`` and ``METHOD.parquet`` (every trial), each atomically; returns the JSON's path."""
         folder = Path(folder)
-        rows = self.to_frame().to_dict("records")
-        rows = [{key: _plain(value) for key, value in row.items()} for row in rows]
         document = {
             "format": FORMAT,
             "method": self.method,
             "layers": self.layers,
             "heads_per_layer": self.heads,
-            "heads": rows,
+            "level": self.level,
+            "resamples": self.resamples,
+            "heads": self.to_frame().to_dict("records"),
             "provenance": self.provenance,
             "trials": list(self.details),
         }
         write_atomically(folder / f"{self.method}.parquet", self._trial_frame().to_parquet(index=False))
         path = folder / f"{self.method}.json"
-        write_atomically(path, json.dumps(document, indent=1, allow_nan=False).encode())
+        write_atomically(path, json.dumps(_plain(document), indent=1, allow_nan=False).encode())
         return path
 
     def _trial_frame(self) -> pd.DataFrame:
@@ -134,7 +145,10 @@ class HeadScores:
             shape = (-1, int(document["layers"]), int(document["heads_per_layer"]))
             trials = frame["score"].to_numpy(dtype=np.float64).reshape(shape)
             groups = frame["group"].to_numpy(dtype=np.int64).reshape(shape)[:, 0, 0]
-            return cls(document["method"], trials, document["provenance"], groups, tuple(document["trials"]))
+            interval = {key: document[key] for key in ("level", "resamples") if key in document}
+            return cls(
+                document["method"], trials, document["provenance"], groups, tuple(document["trials"]), **interval
+            )
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise HeadscopeError(
                 f"{path} is not a head-score file of headscope ({error}); run `headscope discover`"
@@ -154,6 +168,11 @@ def _find_scores(path: Path) -> Path:
 
 
 def _plain(value: Any) -> Any:
+    """JSON without NaN and infinities (null instead) and without numpy's scalars."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
@@ -168,22 +187,23 @@ def bootstrap_mean(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Percentile bootstrap interval of the mean over axis 0, resampling whole groups where given.
 
-    Returns (low, high) with the shape of one trial; NaN where fewer than two trials (or groups) exist. NaN entries are
-    left out of a head's mean. The resampling is multinomial weights times the per-group sums, which is the same
-    bootstrap as drawing rows, in one matrix product.
+    Returns (low, high) with the shape of one trial; NaN for a head that fewer than two trials (or groups) say something
+    about. NaN entries are left out of a head's mean. The resampling is multinomial weights times the per-group sums,
+    which is the same bootstrap as drawing rows, in one matrix product.
     """
     flat = trials.reshape(len(trials), -1)
     labels = np.arange(len(trials)) if groups is None else np.unique(groups, return_inverse=True)[1]
     count = int(labels.max()) + 1
-    if count < 2:
-        nothing = np.full(trials.shape[1:], np.nan)
-        return nothing, nothing.copy()
     sums, sizes = np.zeros((count, flat.shape[1])), np.zeros((count, flat.shape[1]))
     np.add.at(sums, labels, np.nan_to_num(flat))
     np.add.at(sizes, labels, ~np.isnan(flat))
+    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
+    known = (sizes > 0).sum(axis=0) >= 2
+    if not known.any():
+        return low.reshape(trials.shape[1:]), high.reshape(trials.shape[1:])
     draws = stats.multinomial(count, np.full(count, 1.0 / count), seed=np.random.default_rng(seed)).rvs(resamples)
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = (draws @ sums) / (draws @ sizes)
+        means = (draws @ sums[:, known]) / (draws @ sizes[:, known])
     tail = 50.0 * (1.0 - level)
-    low, high = np.nanpercentile(means, [tail, 100.0 - tail], axis=0)
+    low[known], high[known] = np.nanpercentile(means, [tail, 100.0 - tail], axis=0)
     return low.reshape(trials.shape[1:]), high.reshape(trials.shape[1:])

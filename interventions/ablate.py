@@ -14,7 +14,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.headset import HeadSet
 from headscope.interp.statistics import HeadOutput
 from headscope.interp.tracer import trace
-from headscope.interventions.base import Intervention
+from headscope.interventions.base import Intervention, size
 
 How = Literal["zero", "mean", "uniform"]
 During = Literal["always", "prefill", "decode"]
@@ -53,6 +53,8 @@ class AblateHeads(Intervention):
             raise HeadscopeError(f"AblateHeads: strength must be between 0 and 1, not {strength}")
         if how == "mean" and means is None:
             raise HeadscopeError("AblateHeads(how='mean') needs means=head_means(lm, texts), the heads' mean outputs")
+        if how != "mean" and means is not None:
+            raise HeadscopeError(f"AblateHeads(how={how!r}) takes no means; mean ablation is how='mean'")
         self.heads: HeadSet = HeadSet.of(heads)
         if not len(self.heads):
             raise HeadscopeError("AblateHeads was given no heads")
@@ -75,9 +77,10 @@ class AblateHeads(Intervention):
     def check(self, layers: int, heads: int) -> None:
         """Raise HeadscopeError for a head the model lacks, or means of another model."""
         super().check(layers, heads)
-        if self.means is not None and tuple(self.means.shape[:2]) != (layers, heads):
+        if self.means is not None and (self.means.dim() != 3 or tuple(self.means.shape[:2]) != (layers, heads)):
             raise HeadscopeError(
-                f"means are for {self.means.shape[0]} x {self.means.shape[1]} heads, the model has {layers} x {heads}"
+                f"means have the shape {tuple(self.means.shape)}, the model needs ({layers}, {heads}, d_head); "
+                "make them with head_means on this model"
             )
 
     def _heads_of(self, call: AttentionCall) -> list[int]:
@@ -91,6 +94,11 @@ class AblateHeads(Intervention):
         heads = self._heads_of(call) if self.how == "uniform" else []
         if not heads:
             return call
+        if call.position_bias is not None:
+            raise HeadscopeError(
+                "a zeroed query does not attend uniformly in a model that adds a position bias to its scores; "
+                "use how='zero' or how='mean'"
+            )
         query = call.query.clone()
         query[:, heads] *= 1.0 - self.strength
         return call.with_(query=query)
@@ -103,6 +111,11 @@ class AblateHeads(Intervention):
         z = z.clone()
         z[:, heads] *= 1.0 - self.strength
         if self.means is not None:
+            if self.means.shape[2] != z.shape[3]:
+                raise HeadscopeError(
+                    f"means have {self.means.shape[2]} dimensions a head, layer {call.layer} has {z.shape[3]}; "
+                    "make them with head_means on this model"
+                )
             mean = self.means[call.layer, heads].to(device=z.device, dtype=z.dtype)
             z[:, heads] += self.strength * mean[None, :, None]
         return z
@@ -110,6 +123,8 @@ class AblateHeads(Intervention):
 
 def head_means(model: Any, texts: Sequence[str]) -> Tensor:
     """Each head's mean output over every token of ``texts``: float32 (layer, head, d_head), for mean ablation.
+
+    Layers without attention have zeros.
 
     Raises:
         HeadscopeError: no text.
@@ -122,8 +137,10 @@ def head_means(model: Any, texts: Sequence[str]) -> Tensor:
         length = int(model.encode([text])["input_ids"].shape[1])
         with trace(model, [HeadOutput(tuple(range(length)))]) as tracer:
             model([text])
-        z = torch.from_numpy(tracer.record["z"].to_numpy())[0]  # (layer, head, position, d_head)
-        total = z.double().sum(2) if total is None else total + z.double().sum(2)
+        z = tracer.record["z"].isel(example=0).transpose("layer", "head", "position", "d_head")
+        if total is None:
+            total = torch.zeros(size(model)[0], z.sizes["head"], z.sizes["d_head"], dtype=torch.float64)
+        total[z["layer"].to_numpy()] += torch.tensor(z.to_numpy(), dtype=torch.float64).sum(2)
         count += length
     assert total is not None
     return (total / count).float()

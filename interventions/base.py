@@ -7,12 +7,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from headscope.interp.attention import Handler, bare_model
+from headscope.interp.attention import AttentionCall, Handler, bare_model
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.headset import HeadSet
 from headscope.interp.sites import attached
+from headscope.interp.sites.huggingface import sites_of
+from headscope.interp.sites.towers import default_tower, selects
 from headscope.interp.verify import verify_once
+from headscope.kernels.request import Attended, Request
 
 
 class Intervention(Handler):
@@ -39,22 +43,56 @@ class Intervention(Handler):
             self.heads.check(layers, heads)
 
 
+def size(model: Any) -> tuple[int, int]:
+    """Layers of the tower that reads or writes text, and query heads a layer."""
+    config: Any = bare_model(model).config
+    text = config.get_text_config()
+    return int(text.num_hidden_layers), int(text.num_attention_heads)
+
+
+class _InTextTower(Handler):
+    """``inner`` where the tower that reads or writes text attends: head (0, 0) of a vision tower is another head."""
+
+    def __init__(self, inner: Handler, model: nn.Module) -> None:
+        self.inner, self.model = inner, model
+        self.tower = default_tower(sites_of(model), model)
+
+    def _is_here(self, call: AttentionCall) -> bool:
+        return selects(self.tower, call.site, self.model)
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        return self.inner.edit(call) if self._is_here(call) else call
+
+    def request(self, call: AttentionCall) -> Request | None:
+        return self.inner.request(call) if self._is_here(call) else None
+
+    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
+        return self.inner.edit_output(call, z) if self._is_here(call) else z
+
+    def observe(self, call: AttentionCall, attended: Attended) -> None:
+        self.inner.observe(call, attended)
+
+    def begin_forward(self, inputs: dict[str, Any]) -> None:
+        self.inner.begin_forward(inputs)
+
+
 @contextmanager
 def apply(model: Any, *interventions: Intervention) -> Iterator[None]:
     """Put ``interventions`` in force, in order, for every forward pass and ``generate`` inside the block.
 
-    Composes with ``trace`` (a tracer entered later sees the edited model) and with itself. The model is as it was after
-    the block, also after an exception.
+    Edits are of the tower that reads or writes text, where a model has several. Composes with ``trace`` (a tracer
+    entered later sees the edited model) and with itself. The model is as it was after the block, also after an
+    exception.
 
     Raises:
         HeadscopeError: an architecture that cannot be edited exactly, or a head that does not exist.
     """
-    config = bare_model(model).config.get_text_config()
+    layers, heads = size(model)
     for intervention in interventions:
-        intervention.check(config.num_hidden_layers, config.num_attention_heads)
+        intervention.check(layers, heads)
     verify_once(model)
     with ExitStack() as stack:
         for intervention in interventions:
-            stack.enter_context(attached(model, intervention))
+            stack.enter_context(attached(model, _InTextTower(intervention, bare_model(model))))
         stack.enter_context(torch.no_grad())
         yield

@@ -15,6 +15,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.files import write_atomically
 from headscope.interp.scores import bootstrap_mean
 
+FORMAT = 1
 LEVEL, RESAMPLES = 0.95, 4000
 
 
@@ -117,7 +118,7 @@ class Evaluation:
         """Write ``evaluation.json`` (summary, contrasts, provenance) and ``evaluation.parquet`` (trials)."""
         folder = Path(folder)
         document = {
-            "format": 1,
+            "format": FORMAT,
             "metrics": self.metrics,
             "summary": json.loads(self.summary().to_json(orient="records")),
             "contrasts": json.loads(self.contrasts().to_json(orient="records")),
@@ -138,8 +139,14 @@ class Evaluation:
         folder = Path(folder)
         try:
             document = json.loads((folder / "evaluation.json").read_text())
-            return cls(pd.read_parquet(folder / "evaluation.parquet"), document["metrics"], document["provenance"])
-        except (OSError, ValueError, KeyError) as error:
+            if document["format"] != FORMAT:
+                raise HeadscopeError(f"{folder}: an evaluation of format {document['format']}, this reads {FORMAT}")
+            trials = pd.read_parquet(folder / "evaluation.parquet")
+            missing = {"task", "condition", "kind", "of", "trial", "score"} - set(trials)
+            if missing:
+                raise ValueError(f"no column {', '.join(sorted(missing))}")
+            return cls(trials, dict(document["metrics"]), document["provenance"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise HeadscopeError(f"{folder} holds no evaluation ({error}); run `headscope evaluate` first") from error
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headscope.interp.attention import bare_model
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.estimate import begin
+from headscope.interp.headset import HeadSet
 from headscope.interp.journal import Journal
 from headscope.interp.progress import track
 from headscope.interp.provenance import provenance
-from headscope.interventions.base import Intervention, apply
+from headscope.interventions.base import Intervention, apply, size
 from headscope.interventions.comparison import Evaluation
 from headscope.interventions.tasks import Task, Trial, resolve
 
@@ -55,13 +55,14 @@ def evaluate(
         out: folder for ``evaluation.json``, the per-trial table and the journal that makes the run resumable.
 
     Raises:
-        HeadscopeError: unknown task, a head that does not exist, layers with too few heads for a control.
+        HeadscopeError: unknown task, two tasks of one name, a head that does not exist, layers with too few heads for a
+            control.
     """
     chosen = resolve(tasks)
     conditions = plan(model, interventions, controls, seed)
     trials = {task.name: task.trials(model) for task in chosen}
     made = provenance(model, seed=seed, tasks={task.name: task.parameters for task in chosen}, controls=controls)
-    config = {key: made[key] for key in ("model", "parameters", "seed")}
+    config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed")}
     config |= {"conditions": [c.describe() for c in conditions], "trials": trials}
     work = _schedule(chosen, conditions, trials)
     begin((task.tokens(trial) for task, _, trial in work), list(FILES) if out is not None else [])
@@ -73,13 +74,10 @@ def evaluate(
             journal.add(index, task.run(model, trial))
     rows = [
         {
-            "task": task.name,
-            "condition": c.name,
-            "kind": c.kind,
-            "of": c.of,
-            "trial": number,
+            **(own := {"task": task.name, "condition": c.name, "kind": c.kind, "of": c.of, "trial": number}),
             **_scalars(trial),
             **result,
+            **own,  # a task's own keys do not replace these
         }
         for (task, c, trial), number, result in zip(
             work, _numbers(work), (journal.entries[i] for i in range(len(work))), strict=True
@@ -97,11 +95,11 @@ def plan(
 ) -> list[Condition]:
     """The conditions: no edit first, then each intervention followed by its controls."""
     conditions = [Condition("no edit", BASELINE)]
-    config = bare_model(model).config.get_text_config()
+    layers, heads = size(model)
     for item in interventions:
         edits = (item,) if isinstance(item, Intervention) else tuple(item)
         for edit in edits:
-            edit.check(config.num_hidden_layers, config.num_attention_heads)
+            edit.check(layers, heads)
         name = " + ".join(edit.name for edit in edits)
         if name in {condition.name for condition in conditions}:
             name = f"{name} #{len(conditions)}"
@@ -111,13 +109,26 @@ def plan(
         if controls < 1:
             raise HeadscopeError("a head intervention is reported beside random heads; set controls to at least 1")
         for number in range(controls):
-            drawn = tuple(_control(edit, config.num_attention_heads, seed + number) for edit in edits)
+            drawn = _control(edits, heads, seed + number)
             conditions.append(Condition(f"random {number} for {name}", CONTROL, drawn, of=name))
     return conditions
 
 
-def _control(edit: Intervention, heads: int, seed: int) -> Intervention:
-    return edit if edit.heads is None else edit.with_heads(edit.heads.matched_random(heads, seed))
+def _control(edits: tuple[Intervention, ...], heads: int, seed: int) -> tuple[Intervention, ...]:
+    """The same edits on random heads: each head that any of them names is replaced by one of its layer that none names.
+
+    A head that several edits name is replaced by the same head in all of them, and different heads by different ones.
+    """
+    named = HeadSet(tuple(dict.fromkeys(head for edit in edits for head in edit.heads or ())))
+    ordered = [(layer, head) for layer, mine in sorted(named.by_layer().items()) for head in mine]
+    instead = dict(zip(ordered, named.matched_random(heads, seed), strict=True))
+    drawn = []
+    for edit in edits:
+        if edit.heads is not None:
+            pairs = tuple(instead[head] for head in edit.heads)
+            edit = edit.with_heads(HeadSet(pairs, edit.heads.weights, name=f"random (seed {seed})"))
+        drawn.append(edit)
+    return tuple(drawn)
 
 
 def _schedule(

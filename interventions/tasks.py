@@ -18,8 +18,13 @@ Trial = dict[str, Any]
 class Task(Protocol):
     """What ``evaluate`` needs of a task. ``trials`` are JSON-able; ``run`` returns at least ``{"score": float}``."""
 
-    name: str
-    metric: str
+    @property
+    def name(self) -> str:
+        """What results call it; two tasks of one evaluation have different names."""
+
+    @property
+    def metric(self) -> str:
+        """What a score means, with its unit."""
 
     def trials(self, model: Any) -> list[Trial]:
         """The trials for this model, the same at every call."""
@@ -58,6 +63,8 @@ class TextLoss:
 
     def trials(self, model: Any) -> list[Trial]:
         """One trial a passage: its token ids."""
+        if self.passages < 1 or self.length < 2:
+            raise HeadscopeError("text_loss needs at least 1 passage of at least 2 tokens")
         ids = model.tokenizer(self._text(), verbose=False)["input_ids"]
         if len(ids) < self.length:
             raise HeadscopeError(f"text_loss needs {self.length} tokens of text and was given {len(ids)}")
@@ -81,9 +88,9 @@ TASKS: dict[str, Callable[..., Task]] = {"needle": NeedleTask, "text_loss": Text
 
 
 def resolve(tasks: Sequence[str | Task]) -> list[Task]:
-    """Tasks from names (with default settings) or task objects."""
+    """Tasks from names (with default settings) or task objects; a single name stands for a list of it."""
     found: list[Task] = []
-    for task in tasks:
+    for task in [tasks] if isinstance(tasks, str) else tasks:
         if not isinstance(task, str):
             found.append(task)
         elif task in TASKS:
@@ -92,4 +99,7 @@ def resolve(tasks: Sequence[str | Task]) -> list[Task]:
             raise HeadscopeError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
     if not found:
         raise HeadscopeError("name at least one task to evaluate, e.g. tasks=['needle']")
+    names = [task.name for task in found]
+    if len(set(names)) < len(names):
+        raise HeadscopeError(f"two tasks have the same name ({', '.join(sorted(names))}); evaluate them separately")
     return found

@@ -1,0 +1,42 @@
+"""Tiny random models from configurations, with a tokenizer of words: no download."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from headscope.interp.models.language_model import LanguageModel
+
+WORDS = 60
+LAYERS, HEADS, D_HEAD = 2, 4, 8
+
+
+def build(kind: str) -> LanguageModel:
+    """Two layers of four heads of width 8, float32, with attention far from uniform (wide weights)."""
+    torch.manual_seed(1)
+    common = dict(vocab_size=64, bos_token_id=None, eos_token_id=None, pad_token_id=None, initializer_range=0.3)
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_layer=LAYERS, n_head=HEADS, n_embd=32, n_positions=128, **common))
+    else:
+        sizes = dict(hidden_size=32, intermediate_size=48, head_dim=D_HEAD, max_position_embeddings=128)
+        groups = dict(num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **groups, **common))
+    vocabulary = {"<pad>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(WORDS)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
+    return LanguageModel.wrap(model.eval(), tokenizer, name=f"tiny {kind}", revision="seed 1")
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def lm(request: pytest.FixtureRequest) -> LanguageModel:
+    """A llama with grouped key/value heads, and a GPT-2, whose projections are transposed."""
+    return build(request.param)
+
+
+@pytest.fixture
+def llama() -> LanguageModel:
+    """The llama alone, where the architecture does not matter."""
+    return build("llama")
