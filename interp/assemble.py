@@ -51,6 +51,7 @@ class Session:
         self._stop: dict[int, int] = {}
         self._tokens: list[tuple[int, Tensor]] = []
         self._start: Tensor | None = None
+        self._cross = False
         self._end: dict[int, NDArray[np.int64]] = {}
         self._prompt_end: NDArray[np.int64] | None = None
         self._heads: int | None = None
@@ -90,13 +91,16 @@ class Session:
                 f"a pass at position {offset} repeats positions that were recorded (a cropped or shared cache); trace "
                 "each prompt from its start"
             )
-        first = not self._stop or self._now is None or offset > self._now[0]
-        if batch != self.batch or (not first and self._now != (offset, queries)):
+        if batch != self.batch or self._now not in (None, (offset, queries)):
             raise HeadscopeError(
                 "layers of this tower attend over different windows of the input, so they share no examples; choose "
                 "some with layers=..."
             )
         self._now = (offset, queries)
+
+    def end_pass(self) -> None:
+        """The calls that follow are of another pass."""
+        self._now = None
 
     def add(self, piece: Piece) -> None:
         """Keep one call's statistics by kind (row, key, output)."""
@@ -118,6 +122,7 @@ class Session:
         mask, stop = piece.mask, piece.offset + piece.queries
         prompt = piece.queries > 1 or not self._end
         self._stop[piece.layer] = stop
+        self._cross = piece.cross
         if self._start is None and mask.start is not None:
             self._start = mask.start
         if stop not in self._end:
@@ -135,7 +140,7 @@ class Session:
         length = self._end[max(self._end)] - start
         builder = _Builder(self.statistics, layers, self.batch, start, length)
         builder.rows(self._pieces)
-        builder.keys(self._keys)
+        builder.keys(self._keys, cross=self._cross)
         builder.outputs(self._outputs)
         builder.tokens(self._tokens)
         coords: dict[str, Any] = {
@@ -217,11 +222,15 @@ class _Builder:
         self.coords["head"] = np.arange(array.shape[2])
         self.coords.update(extra)
 
-    def keys(self, held: dict[int, dict[str, Tensor]]) -> None:
-        """Column statistics to (example, layer, head, key)."""
+    def keys(self, held: dict[int, dict[str, Tensor]], *, cross: bool) -> None:
+        """Column statistics to (example, layer, head, key); all keys of cross-attention, which are another sequence."""
         if not held:
             return
-        width = int(self.length.max())
+        start, length = self.start, self.length
+        if cross:
+            widest = max(value.shape[-1] for values in held.values() for value in values.values())
+            start, length = np.zeros_like(start), np.full_like(length, widest)
+        width = int(length.max())
         for statistic in self.statistics:
             if statistic.kind != KEY:
                 continue
@@ -230,7 +239,7 @@ class _Builder:
                 [_key_statistic(name, held[layer]).float().cpu() for layer in self.layers], dim=1
             ).numpy()
             array = np.full((*stacked.shape[:3], width), np.nan, dtype=np.float32)
-            for b, (s, n) in enumerate(zip(self.start, self.length, strict=True)):
+            for b, (s, n) in enumerate(zip(start, length, strict=True)):
                 array[b, ..., :n] = stacked[b, ..., s : s + n]
             self.coords["key"] = np.arange(width)
             self._put(name, array, "key")

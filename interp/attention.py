@@ -26,7 +26,8 @@ class AttentionCall:
     QK-norm, after the cache update, key/value heads not repeated. ``layer`` is the layer's index within its tower,
     ``site`` the tower's modules as a pattern such as ``"model.layers.*.self_attn"``. ``position_bias`` (batch or 1,
     head or 1, query, key) is added to the scores (T5). ``cross``: queries and keys are of different sequences, so that
-    distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them.
+    distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them. ``dense``: the
+    mask came as a tensor, which may hold padding without saying so.
     """
 
     query: Tensor
@@ -41,6 +42,7 @@ class AttentionCall:
     position_bias: Tensor | None = None
     cross: bool = False
     gaps: bool = False
+    dense: bool = False
 
     def attend(self, request: Request) -> Attended:
         """Compute ``request``, sharing one pass."""

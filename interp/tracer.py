@@ -59,6 +59,7 @@ class Tracer(Handler):
         self._times: dict[int, int] = {}
         self._pass: list[tuple[Session, Piece]] = []
         self._decoder: Mask | None = None
+        self._padded = False
         self._caches = Caches()
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
@@ -67,6 +68,8 @@ class Tracer(Handler):
         ids = inputs.get("input_ids")
         self._pending_ids = ids.detach() if isinstance(ids, Tensor) and ids.dim() == 2 else None
         self._decoder = None
+        padding = inputs.get("attention_mask")
+        self._padded = isinstance(padding, Tensor) and padding.dim() == 2 and not bool(padding.all())
         self._caches.watch(inputs.get("past_key_values"))
 
     def abort_forward(self) -> None:
@@ -88,6 +91,11 @@ class Tracer(Handler):
         inner = bare_model(self.model)
         if not call.cross and tower(call.site, inner) in ("language", "decoder"):
             self._decoder = call.mask
+            if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
+                raise HeadscopeError(
+                    "this model makes a dense mask of its own from the padding, which hides where examples begin and "
+                    "end; trace prompts of one length, or one at a time"
+                )
         if (self.layers is not None and call.layer not in self.layers) or not self._is_chosen(call.site, inner):
             return None
         session, offset = self._session_of(call, inner)
@@ -146,6 +154,8 @@ class Tracer(Handler):
         done, self._pass = self._pass, []
         self._plans.clear()
         self._times.clear()
+        for session in self._sessions:
+            session.end_pass()
         layers: dict[int, set[int]] = {}
         for session, piece in done:
             session.add(piece)

@@ -168,7 +168,12 @@ def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
     places = site.places(route)
 
     def function(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         place, scaling, dropout = places[module], kwargs.get("scaling"), kwargs.get("dropout", 0.0)
         call = hf_calls.make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)

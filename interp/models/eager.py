@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from headscope.interp.errors import HeadscopeError
@@ -22,8 +23,8 @@ Weights = list[tuple[str, Tensor]]
 def eager_weights(model: nn.Module) -> Iterator[Weights]:
     """Inside the block the model attends eagerly and the list fills with (module name, weights) of every call.
 
-    Weights have shape (batch, head, query, key): what the softmax over keys gave, a sink's share left out. The model's
-    own implementations are restored at the end.
+    Weights have shape (batch, head, query, key): what every key's value is multiplied by, a sink's share left out. The
+    model's own implementations are restored at the end.
 
     Raises:
         HeadscopeError: the model has no eager attention.
@@ -33,32 +34,33 @@ def eager_weights(model: nn.Module) -> Iterator[Weights]:
     names = {id(module): name for name, module in model.named_modules()}
     seen: Weights = []
     before = implementation(model)
-    patched: list[tuple[Any, Any]] = []
+    patched: list[tuple[Any, str, Any]] = []
     files = {type(module).__module__ for module in model.modules()}
     try:
         for file in files:
             namespace = sys.modules[file]
-            real = getattr(namespace, "eager_attention_forward", None)
-            if real is not None:
-                patched.append((namespace, real))
-                namespace.eager_attention_forward = _listening(real, names, seen)  # type: ignore[attr-defined]
+            for name in [name for name in vars(namespace) if "eager" in name and name.endswith("attention_forward")]:
+                real = getattr(namespace, name)
+                patched.append((namespace, name, real))
+                setattr(namespace, name, _listening(real, names, seen))
         try:
             model.set_attn_implementation("eager")  # type: ignore[operator]
         except Exception as error:
             raise HeadscopeError(f"{type(model).__name__} has no eager attention to compare with: {error}") from error
         yield seen
     finally:
-        for namespace, real in patched:
-            namespace.eager_attention_forward = real
+        for namespace, name, real in patched:
+            setattr(namespace, name, real)
         if implementation(model) != before:
             model.set_attn_implementation(before)  # type: ignore[operator]
 
 
 def _listening(real: Any, names: dict[int, str], seen: Weights) -> Any:
-    def listening(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = real(module, *args, **kwargs)
-        if result[1] is not None:
-            seen.append((names.get(id(module), "?"), result[1].detach()))
-        return result
+    def listening(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # what the values are really multiplied by: some functions scale the output after the weights they return
+        unit = torch.eye(key.shape[2], dtype=value.dtype, device=value.device).expand(*key.shape[:2], -1, -1)
+        applied = real(module, query, key, unit, *args, **kwargs)[0].transpose(1, 2)
+        seen.append((names.get(id(module), "?"), applied.detach()))
+        return real(module, query, key, value, *args, **kwargs)
 
     return listening

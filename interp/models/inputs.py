@@ -43,7 +43,7 @@ def example_inputs(
                 raise
             except Exception as error:
                 failure = failure or error
-                missing = _wanted_image_tokens(error)
+                missing = _wanted_image_tokens(model, error)
                 if missing is None or "input_ids" not in inputs or not _put_images(model, inputs, missing):
                     break
                 failure = None
@@ -84,6 +84,8 @@ def _text(model: Any, padding: bool, length: int, generator: torch.Generator, na
             mask[0, :3] = 0
             mask[1, -2:] = 0
         text["attention_mask"] = mask
+    if "mm_token_type_ids" in names:
+        text["mm_token_type_ids"] = torch.zeros_like(ids)
     return {**text, **_decoder(model, text, names)}
 
 
@@ -142,10 +144,13 @@ def _flat_patches(vision: Any, channels: int, generator: torch.Generator) -> dic
     }
 
 
-def _wanted_image_tokens(error: Exception) -> int | None:
-    """How many image features a model says it has for the image tokens it found."""
+def _wanted_image_tokens(model: Any, error: Exception) -> int | None:
+    """How many image features a model says it has for the image tokens it found; some count single numbers."""
     found = re.search(r"tokens.*?(?:tokens)?: (\d+),? (?:and )?(?:image )?features:? (\d+)", str(error))
-    return int(found.group(2)) if found else None
+    if found is None:
+        return None
+    features, width = int(found.group(2)), int(getattr(model.config.get_text_config(), "hidden_size", 1))
+    return features // width if features >= 8 * width else features
 
 
 def _put_images(model: Any, inputs: dict[str, Tensor], features: int) -> bool:
@@ -165,6 +170,8 @@ def _put_images(model: Any, inputs: dict[str, Tensor], features: int) -> bool:
         rest = row.repeat(1 + width // row.numel())[: width - share]
         rows.append(torch.cat([row[:4], torch.full((share,), token), rest, row[4:]]))
     inputs["input_ids"] = torch.stack(rows)
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == token).long()
     if "attention_mask" in inputs:
         mask = inputs["attention_mask"]
         inputs["attention_mask"] = torch.cat([mask[:, :4], torch.ones(2, width, dtype=mask.dtype), mask[:, 4:]], 1)

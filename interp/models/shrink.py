@@ -16,11 +16,21 @@ EXPERTS = 4
 
 # Only where a configuration's own validation or a size that no name tells demands it.
 HINTS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},  # by default every layer is recurrent
+    "llama4_vision_model": {"intermediate_size": 4 * WIDTH},  # pixel shuffle joins four patches before it
+    "granitemoehybrid": {
+        "layers_block_type": ["mamba", "attention"],
+        "layer_types": ["mamba", "attention"],
+    },  # as bamba
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},  # a cycle of three would not reach attention
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},  # its own validation
+    "xmod": {"default_language": "en_XX"},  # demanded by its forward
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # must multiply out to the number of layers
 }
 
 # Sizes that a configuration leaves open and some models then read.
-DEFAULTS = {"head_dim": HEAD, "num_key_value_heads": HEADS}
+RECOMPUTED = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")  # follow the depth
+DEFAULTS = {"head_dim": HEAD, "num_key_value_heads": HEADS, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
 
 _LAYERS = (
     r"(\w+_)?(num_hidden_layers|n_layers?|num_layers|num_encoder_layers|num_decoder_layers|encoder_layers"
@@ -72,7 +82,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"topk_group", 1),
     (r"index_n_heads", HEADS),
     (r"index_topk", 1024),
-    (r"\w*vocab_size\w*|vocab_offset", lambda old: min(old, VOCAB)),
+    (r"\w*vocab_size\w*|vocab_offset|\w+_vocab", lambda old: min(old, VOCAB)),
     (r"spatial_merge_size|temporal_patch_size|scale_factor", lambda old: min(old, 2)),
     (r"\w*sliding_window|sliding_window_size|attention_window\w*|local_attention|attention_chunk_size", WINDOW),
     (r"window_size", lambda old: min(old, 2 * PATCH)),
@@ -109,6 +119,8 @@ class _Shrinker:
         grouped = _is_grouped(old)
         new: dict[str, Any] = {}
         for key, value in old.items():
+            if key in RECOMPUTED:
+                continue
             new[key] = self._value(str(key), value, layers, picks)
             if re.fullmatch(_KV_HEADS, str(key)) and isinstance(value, int) and not isinstance(value, bool):
                 new[key] = 1 if value == 1 else KV_HEADS if grouped else HEADS
@@ -139,9 +151,11 @@ class _Shrinker:
         if not value or isinstance(value[0], str | bool | float) or key in ("no_rope_layers", "intermediate_size"):
             by_layer = layers is not None and len(value) == layers
             return [self._value(key, value[i], layers, picks) for i in picks] if by_layer else value
+        if key == "image_grid_pinpoints":
+            return [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]
         if not all(isinstance(x, int) for x in value):
             return [self._list(key, list(x), None, []) if isinstance(x, list | tuple) else x for x in value]
-        if key == "image_grid_pinpoints" or key.endswith("ratios") or key.endswith("multiplier"):
+        if key.endswith("ratios") or key.endswith("multiplier"):
             return value
         if _TOKEN.fullmatch(key):
             return [self._token(x) for x in value]
@@ -198,7 +212,7 @@ def _rotary(config: dict[str, Any]) -> None:
         for key in ("long_factor", "short_factor"):
             if isinstance(rope.get(key), list):
                 rope[key] = (rope[key] * frequencies)[:frequencies]
-        section = rope.get("mrope_section")
-        if isinstance(section, list) and section:
+        section = rope.get("mrope_section", [0, 0, 0] if "rope_theta" in rope else None)
+        if isinstance(section, list) and section:  # models that read it have a default for their own head's width
             rest = [frequencies // 4] * (len(section) - 1)
             rope["mrope_section"] = [frequencies - sum(rest), *rest]

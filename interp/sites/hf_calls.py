@@ -64,6 +64,7 @@ def make_call(
         position_bias=given if bias is None else bias if given is None else given + bias,
         cross=cross,
         gaps=isinstance(attention_mask, LazyMask) and attention_mask.gaps,
+        dense=attention_mask is not None and not isinstance(attention_mask, LazyMask),
     )
 
 
@@ -113,13 +114,25 @@ def _of_keys_only(mask: Mask) -> Mask:
 
 
 def original_function(module: nn.Module, name: str) -> Any:
-    """The attention function that ``module`` would call under implementation ``name``."""
+    """The attention function that ``module`` would call under implementation ``name``.
+
+    Raises:
+        HeadscopeError: there is none.
+    """
     function = None if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name)
-    if function is None:
-        for kind in type(module).__mro__:
-            function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
-            if function is not None:
-                break
+    function = _own_eager(module) if function is None else function
     if function is None:
         raise HeadscopeError(f"{type(module).__name__} has no attention function {name!r} to compare with")
     return function
+
+
+def _own_eager(module: nn.Module) -> Any:
+    """The eager function that the module's forward names; modeling files may hold several."""
+    for kind in type(module).__mro__:
+        namespace = vars(sys.modules[kind.__module__])
+        code = getattr(vars(kind).get("forward"), "__code__", None)
+        named = [name for name in (code.co_names if code else ()) if "eager" in name and name in namespace]
+        for name in (*named, "eager_attention_forward"):
+            if name in namespace:
+                return namespace[name]
+    return None

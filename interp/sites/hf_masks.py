@@ -190,6 +190,8 @@ def from_dense(mask: Tensor, queries: int) -> tuple[Mask, Tensor | None]:
     keys = mask.shape[-1]
     offset = keys - queries
     heads, rows = mask.shape[1], mask.shape[2]
+    if heads == rows == 1 and queries == keys:  # padding, the same for every query
+        return with_padding(Mask.full(), mask[:, 0, 0], mask.shape[0]), bias
 
     def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         row = q - offset if rows > 1 else torch.zeros_like(q)
