@@ -21,9 +21,16 @@ def provenance(
         "parameters": parameters,
     }
     if model is not None:
-        inner = getattr(model, "model", model)
+        from headscope.interp.attention import bare_model
+        from headscope.interp.errors import HeadscopeError
+
+        try:
+            inner = bare_model(model)
+        except HeadscopeError:
+            inner = getattr(model, "model", model)
+        name = getattr(model, "name", None)
         record["model"] = {
-            "name": getattr(model, "name", None)
+            "name": (name if isinstance(name, str) else None)
             or getattr(getattr(inner, "config", None), "name_or_path", "")
             or type(inner).__name__,
             "revision": getattr(model, "revision", None),

@@ -94,9 +94,24 @@ def run(model: Any, *inputs: Any, handlers: Sequence[Handler] = (), remote: Any 
     at = places(model)
     layers = [(place.envoy, place.operation, _projection(place)) for place in at]
     edits = [_affine(handlers, place, model._module.config.get_text_config()) for place in at]
-    plain, options = (*PLAIN, *REFUSED), {} if remote is False else {"remote": remote}
+    options = {} if remote is False else {"remote": remote}
+    seen, masks, asked, logits = _through_graph(model, inputs, {**kwargs, **options}, layers, edits, save)
+    try:
+        _observe(at, edits, seen, masks, asked, handlers)
+    except BaseException:
+        for handler in handlers:
+            handler.abort_forward()
+        raise
+    return logits
+
+
+def _through_graph(
+    model: Any, inputs: tuple[Any, ...], options: dict[str, Any], layers: list[Any], edits: list[Affine], save: Any
+) -> tuple[list[Any], dict[int, Any], Any, Tensor]:
+    """What every layer attends with and gives, the masks, the model's inputs, and the logits."""
+    plain = (*PLAIN, *REFUSED)
     with torch.no_grad():
-        with model.trace(*inputs, **kwargs, **options):  # its body travels: nnsight, torch and plain values only
+        with model.trace(*inputs, **options):  # its body travels: nnsight, torch and plain values only
             seen, masks, asked = save([]), save({}), save(model.inputs)
             for (envoy, operation, projection), edit in zip(layers, edits, strict=True):
                 positional, named = envoy.source.node(operation).inputs
@@ -112,14 +127,7 @@ def run(model: Any, *inputs: Any, handlers: Sequence[Handler] = (), remote: Any 
                         projection.input = entering * edit[0].to(entering) + edit[1].to(entering)
                 seen.append((*positional[1:4], id(mask), kept, z, gap))
             logits = save(model.output.logits)
-    try:
-        _observe(at, edits, seen, masks, asked, handlers)
-    except BaseException:
-        for handler in handlers:
-            handler.abort_forward()
-        raise
-    result: Tensor = logits
-    return result
+    return seen, masks, asked, logits
 
 
 def require(model: Any) -> Any:
