@@ -215,7 +215,9 @@ class _Late:
         with torch.no_grad():
             _check(self.found, module, place, call, mask, kwargs)
         if self.found.problems:
-            raise HeadscopeError(hf_calls.refusal(place.route.model, self.found.problems.pop()))
+            why = self.found.problems[0]
+            self.found.problems.clear()
+            raise HeadscopeError(hf_calls.refusal(place.route.model, why))
         self.known.add(call.site)
 
 

@@ -39,7 +39,8 @@ def tiny_config(model_type: str) -> Any:
         raise HeadscopeError(f"transformers {transformers.__version__} has no model type {model_type!r}")
     kind = transformers.CONFIG_MAPPING[model_type]
     try:
-        return kind.from_dict(shrink(kind().to_dict()))
+        with _quiet():
+            return kind.from_dict(shrink(kind().to_dict()))
     except Exception as error:
         raise HeadscopeError(_failure(f"the configuration of {model_type}", error)) from error
 

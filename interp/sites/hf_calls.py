@@ -22,8 +22,8 @@ def refusal(model: nn.Module, why: str) -> str:
     """The one-line refusal of an architecture."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     return (
-        f"{type(model).__name__} ({kind}) is refused: {why}. What could be traced of it would be empty or wrong; "
-        "use a model whose attention goes through transformers' attention interface"
+        f"{type(model).__name__} ({kind}) is refused: {why}. A trace of it would be empty or wrong; use a model whose "
+        "attention goes through transformers' attention interface"
     )
 
 

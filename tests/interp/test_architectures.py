@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.eager import eager_weights
 from headscope.interp.models.inputs import example_inputs

@@ -1,0 +1,135 @@
+"""Records on disk: what comes back, what is refused, what an interrupted write leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.record import append_record, concatenate, load_record, save_record
+
+
+def record(examples: int = 2, length: int = 5, *, heads: int = 3, offset: float = 0.0) -> xr.Dataset:
+    """A record of ``examples`` examples: query statistics, key statistics and integer positions."""
+    shape = (examples, 2, heads, length)
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) + np.float32(offset)
+    return xr.Dataset(
+        {
+            "entropy": (("example", "layer", "head", "query"), values),
+            "key_mass": (("example", "layer", "head", "key"), values + 1),
+            "top_keys": (("example", "layer", "head", "query", "rank"), values.astype(np.int64)[..., None]),
+        },
+        {
+            "example": np.arange(examples),
+            "layer": [0, 1],
+            "head": np.arange(heads),
+            "query": np.arange(length),
+            "key": np.arange(length),
+            "rank": [0],
+            "length": ("example", np.full(examples, length)),
+        },
+        attrs={"site": "model.layers.*.self_attn", "headscope": json.dumps({"seed": 0})},
+    )
+
+
+def test_a_record_comes_back_as_it_was(tmp_path):
+    made = record()
+    assert save_record(made, tmp_path / "r") == tmp_path / "r"
+    back = load_record(tmp_path / "r")
+    xr.testing.assert_identical(back, made)
+    assert back["entropy"].dtype == np.float32 and back["top_keys"].dtype == np.int64
+
+
+def test_appended_examples_follow_and_are_padded_with_missing_values(tmp_path):
+    long, short = record(2, 5), record(1, 3, offset=100)
+    append_record(long, tmp_path / "r")
+    append_record(short, tmp_path / "r")
+    back = load_record(tmp_path / "r")
+    assert dict(back.sizes) | {} == {"example": 3, "layer": 2, "head": 3, "query": 5, "key": 5, "rank": 1}
+    assert back["example"].to_numpy().tolist() == [0, 1, 2]
+    assert back["length"].to_numpy().tolist() == [5, 5, 3]
+    np.testing.assert_array_equal(back["entropy"][:2], long["entropy"])
+    np.testing.assert_array_equal(back["entropy"][2, ..., :3], short["entropy"][0])
+    assert np.isnan(back["entropy"][2, ..., 3:]).all()
+    assert (back["top_keys"][2, ..., 3:, :] == -1).all()
+    assert back["top_keys"].dtype == np.int64
+    assert back.attrs == long.attrs
+
+
+def test_concatenation_of_ragged_records_keeps_every_value_in_place():
+    parts = [record(1, n, offset=10 * n) for n in (4, 2, 7)]
+    joined = concatenate(parts)
+    assert joined.sizes["query"] == joined.sizes["key"] == 7
+    for i, part in enumerate(parts):
+        n = part.sizes["query"]
+        np.testing.assert_array_equal(joined["entropy"][i, ..., :n], part["entropy"][0])
+        assert np.isnan(joined["key_mass"][i, ..., n:]).all()
+    assert joined["query"].to_numpy().tolist() == list(range(7))
+
+
+def test_records_of_different_models_or_statistics_are_not_joined(tmp_path):
+    with pytest.raises(HeadscopeError, match="cannot be joined"):
+        concatenate([record(), record(heads=4)])
+    with pytest.raises(HeadscopeError, match="cannot be joined"):
+        concatenate([record(), record().drop_vars("key_mass")])
+    with pytest.raises(HeadscopeError, match="nothing was recorded"):
+        concatenate([])
+    append_record(record(), tmp_path / "r")
+    with pytest.raises(HeadscopeError, match="other statistics or layers"):
+        append_record(record().drop_vars("key_mass"), tmp_path / "r")
+
+
+def test_saving_does_not_overwrite(tmp_path):
+    save_record(record(), tmp_path / "r")
+    with pytest.raises(HeadscopeError, match="already exists"):
+        save_record(record(), tmp_path / "r")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(HeadscopeError, match="already exists"):
+        save_record(record(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("manifest", [None, "not json", "[]", '{"kind": "other"}', '{"kind": "headscope record"}'])
+def test_foreign_folders_are_refused(tmp_path, manifest):
+    if manifest is not None:
+        (tmp_path / "record.json").write_text(manifest)
+    with pytest.raises(HeadscopeError, match="is not a headscope record"):
+        load_record(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    save_record(record(), tmp_path / "r")
+    manifest = json.loads((tmp_path / "r" / "record.json").read_text())
+    (tmp_path / "r" / "record.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(HeadscopeError, match="format 99"):
+        load_record(tmp_path / "r")
+
+
+def test_damaged_parts_are_named(tmp_path):
+    save_record(record(), tmp_path / "r")
+    part = next((tmp_path / "r").glob("part-*"))
+    (part / "zarr.json").write_text("{")
+    with pytest.raises(HeadscopeError, match=f"{part.name}.*damaged"):
+        load_record(tmp_path / "r")
+    shutil.rmtree(part)
+    with pytest.raises(HeadscopeError, match=f"{part.name}.*damaged"):
+        load_record(tmp_path / "r")
+
+
+def test_an_interrupted_append_leaves_the_record_as_it_was(tmp_path, monkeypatch):
+    append_record(record(), tmp_path / "r")
+    before = load_record(tmp_path / "r")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(xr.Dataset, "to_zarr", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            append_record(record(1), tmp_path / "r")
+    xr.testing.assert_identical(load_record(tmp_path / "r"), before)
+    assert len(list((tmp_path / "r").glob("part-*"))) == 1
