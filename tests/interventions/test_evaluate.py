@@ -1,0 +1,467 @@
+"""Evaluation: its conditions, its numbers against the formulas written out, and runs that were interrupted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.estimate import dry_run
+from headscope.interp.headset import HeadSet
+from headscope.interp.journal import Journal
+from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.sites import is_attached
+from headscope.interventions import AblateHeads, Evaluation, Intervention, TextLoss, evaluate
+from headscope.interventions.comparison import _interval, _two_way_interval
+from headscope.interventions.evaluation import plan
+from headscope.interventions.tasks import TASKS, resolve
+
+PICKED = [(0, 1), (1, 0), (1, 3)]
+LAYERS, HEADS = 2, 4
+
+
+@dataclass
+class Alive:
+    """A task that says how far the edited heads are from the unedited ones: the sum of the logits of a prompt."""
+
+    prompts: tuple[str, ...] = ("w1 w2 w3", "w4 w5 w6 w7", "w8")
+    fail_at: int | None = None
+    name: str = "alive"
+    metric: str = "a logit"
+    ran: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"prompts": list(self.prompts)}
+
+    def trials(self, model: Any) -> list[dict[str, Any]]:
+        return [{"prompt": prompt, "words": len(prompt.split())} for prompt in self.prompts]
+
+    def tokens(self, trial: dict[str, Any]) -> tuple[int, int]:
+        return trial["words"], 2
+
+    def run(self, model: Any, trial: dict[str, Any]) -> dict[str, Any]:
+        if self.fail_at is not None and len(self.ran) == self.fail_at:
+            raise InterruptedError("the power went out")
+        self.ran.append(trial["prompt"])
+        return {"score": self.value(model, trial["prompt"]), "said": trial["prompt"].upper()}
+
+    @staticmethod
+    def value(model: Any, prompt: str) -> float:
+        return float(model(prompt).logits[0, -1, 0])
+
+
+def table(scores: dict[str, list[float]], controls_of: str = "edit") -> Evaluation:
+    """An evaluation of made-up scores: "no edit", "edit" and controls."""
+    kinds = {"no edit": "baseline", controls_of: "intervention"}
+    rows = [
+        {
+            "task": "made up",
+            "condition": condition,
+            "kind": kinds.get(condition, "control"),
+            "of": "" if condition in kinds else controls_of,
+            "trial": trial,
+            "score": score,
+        }
+        for condition, values in scores.items()
+        for trial, score in enumerate(values)
+    ]
+    return Evaluation.from_rows(rows, {"made up": "points"}, {"seed": 0})
+
+
+# -- conditions ------------------------------------------------------------------------------------------------------
+
+
+def test_baseline_first_then_each_intervention_and_its_controls(llama: LanguageModel) -> None:
+    found = plan(llama, [AblateHeads(PICKED), AblateHeads(PICKED[:1], "uniform")], controls=2, seed=0)
+    assert [c.name for c in found] == [
+        "no edit",
+        "ablate 3 heads (zero)",
+        "random 0 for ablate 3 heads (zero)",
+        "random 1 for ablate 3 heads (zero)",
+        "ablate 1 heads (uniform)",
+        "random 0 for ablate 1 heads (uniform)",
+        "random 1 for ablate 1 heads (uniform)",
+    ]
+    assert [c.kind for c in found] == ["baseline", *(["intervention", "control", "control"] * 2)]
+    assert found[0].edits == () and [c.of for c in found[1:4]] == ["", found[1].name, found[1].name]
+
+
+def test_equal_interventions_get_names_of_their_own(llama: LanguageModel) -> None:
+    found = plan(llama, [AblateHeads(PICKED), AblateHeads([(0, 0), (0, 2), (1, 1)])], controls=1, seed=0)
+    names = [c.name for c in found]
+    assert len(set(names)) == len(names) == 5
+    assert found[4].of == found[3].name != found[1].name
+
+
+def heads_of(edits: tuple[Intervention, ...]) -> list[tuple[int, int]]:
+    return [head for edit in edits for head in edit.heads or ()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_controls_are_layer_matched_and_hold_no_ablated_head(llama: LanguageModel, seed: int) -> None:
+    first = AblateHeads([(0, 1), (1, 2)], "uniform", strength=0.5, during="decode")
+    pair = [first, AblateHeads([(1, 0), (0, 3)])]
+    for edits in ([first], pair):
+        conditions = plan(llama, [edits], controls=3, seed=seed)
+        for control in conditions[2:]:
+            drawn, ablated = heads_of(control.edits), heads_of(tuple(edits))
+            assert not set(drawn) & set(ablated)
+            assert [layer for layer, _ in drawn] == [layer for layer, _ in ablated]
+            assert len(set(drawn)) == len(drawn), "two edits' controls fell on the same head"
+            HeadSet.of(drawn).check(LAYERS, HEADS)
+            settings = {k: v for k, v in control.edits[0].describe().items() if k != "heads"}
+            assert settings == {k: v for k, v in first.describe().items() if k != "heads"}
+
+
+def test_edits_of_the_same_head_have_the_same_control_head(llama: LanguageModel) -> None:
+    prompt, steps = AblateHeads([(0, 1)], during="prefill"), AblateHeads([(1, 2), (0, 1)], "uniform", during="decode")
+    for control in plan(llama, [[prompt, steps]], controls=5, seed=0)[2:]:
+        one, two = (list(edit.heads or ()) for edit in control.edits)
+        assert one == two[1:] and one[0] != (0, 1)
+
+
+def test_controls_keep_weights_and_cover_the_layer(llama: LanguageModel) -> None:
+    heads = HeadSet(((1, 2), (0, 1)), (3.0, 2.0))
+    conditions = plan(llama, [AblateHeads(heads)], controls=40, seed=0)
+    sets = [control.edits[0].heads for control in conditions[2:]]
+    assert all(drawn is not None and drawn.weights == (3.0, 2.0) for drawn in sets)
+    drawn = {head for control in sets if control is not None for head in control}
+    assert drawn == {(layer, head) for layer in range(LAYERS) for head in range(HEADS)} - set(heads)
+
+
+def test_seeds_decide_the_controls(llama: LanguageModel) -> None:
+    def drawn(seed: int) -> list[list[tuple[int, int]]]:
+        return [heads_of(c.edits) for c in plan(llama, [AblateHeads([(0, 1), (1, 2)])], controls=6, seed=seed)[2:]]
+
+    assert drawn(0) == drawn(0) and drawn(0)[3:] == drawn(3)[:3] and drawn(0) != drawn(6)
+
+
+def test_an_edit_without_heads_has_no_control(llama: LanguageModel) -> None:
+    class Nudge(Intervention):
+        name = "nudge"
+
+    assert [c.kind for c in plan(llama, [Nudge()], controls=0, seed=0)] == ["baseline", "intervention"]
+
+
+def test_bad_conditions_are_refused(llama: LanguageModel) -> None:
+    with pytest.raises(HeadscopeError, match="set controls to at least 1"):
+        plan(llama, [AblateHeads(PICKED)], controls=0, seed=0)
+    with pytest.raises(HeadscopeError, match="L7H0 does not exist"):
+        plan(llama, [AblateHeads([(7, 0)])], controls=1, seed=0)
+    with pytest.raises(HeadscopeError, match="layer 0 has 1 heads left for a control of 3"):
+        plan(llama, [AblateHeads([(0, 0), (0, 1), (0, 2)])], controls=1, seed=0)
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_condition_runs_every_trial_under_its_edit(lm: LanguageModel) -> None:
+    task = Alive()
+    edit = AblateHeads(PICKED)
+    result = evaluate(lm, [task], [edit], controls=2, progress=False)
+    scores = result.scores("alive")
+    conditions = plan(lm, [edit], controls=2, seed=0)
+    assert list(scores.columns) == [c.name for c in conditions] and list(scores.index) == [0, 1, 2]
+    for condition in conditions:
+        for trial, prompt in enumerate(task.prompts):
+            expected = by_hand(lm, prompt, heads_of(condition.edits))
+            assert scores.loc[trial, condition.name] == pytest.approx(expected, abs=2e-5)
+    assert len({round(x, 3) for x in scores.loc[0]}) == 4, "conditions do not differ, so the test shows nothing"
+    assert (result.trials["said"] == result.trials["prompt"].str.upper()).all()
+    assert list(result.trials["words"][:3]) == [3, 4, 1]
+    assert not is_attached(lm)
+
+
+def by_hand(lm: LanguageModel, prompt: str, heads: list[tuple[int, int]]) -> float:
+    """The task's score with ``heads`` zeroed by plain hooks on the output projections."""
+    hooks = []
+    for layer, block in enumerate(
+        getattr(lm.model, "transformer", lm.model).h if hasattr(lm.model, "transformer") else lm.model.model.layers
+    ):
+        module = block.attn.c_proj if hasattr(block, "attn") else block.self_attn.o_proj
+
+        def zero(module: Any, args: tuple[Tensor, ...], layer: int = layer) -> tuple[Tensor, ...]:
+            x = args[0].clone()
+            for at, head in heads:
+                if at == layer:
+                    x[..., head * 8 : head * 8 + 8] = 0
+            return (x,)
+
+        hooks.append(module.register_forward_pre_hook(zero))
+    try:
+        return Alive.value(lm, prompt)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_tasks_own_keys_do_not_replace_the_tables(llama: LanguageModel) -> None:
+    class Clash(Alive):
+        def trials(self, model: Any) -> list[dict[str, Any]]:
+            return [{"kind": "mine", "trial": 7, "prompt": "w1", "words": 1} for _ in range(2)]
+
+    result = evaluate(llama, [Clash()], [], progress=False)
+    assert list(result.trials["kind"]) == ["baseline"] * 2 and list(result.trials["trial"]) == [0, 1]
+
+
+def test_tasks_by_name_and_errors(llama: LanguageModel) -> None:
+    assert [task.name for task in resolve(["needle", "text_loss"])] == list(TASKS)
+    assert [task.name for task in resolve("needle")] == ["needle"]
+    with pytest.raises(HeadscopeError, match="unknown task 'nedle'; known: needle, text_loss"):
+        resolve(["nedle"])
+    with pytest.raises(HeadscopeError, match="at least one task"):
+        resolve([])
+    with pytest.raises(HeadscopeError, match="same name"):
+        evaluate(llama, [Alive(), Alive(prompts=("w9",))])
+
+
+def test_text_loss_is_the_cross_entropy_of_every_token_after_the_first(lm: LanguageModel) -> None:
+    text = " ".join(f"w{(7 * i) % 50}" for i in range(60))
+    task = TextLoss(passages=2, length=20, text=text)
+    trials = task.trials(lm)
+    ids = lm.tokenizer(text)["input_ids"]
+    assert [trial["ids"] for trial in trials] == [ids[0:20], ids[30:50]]
+    logits = lm.model(input_ids=torch.tensor([trials[1]["ids"]])).logits[0].double().detach()
+    losses = [-logits[i].log_softmax(-1)[trials[1]["ids"][i + 1]] for i in range(19)]
+    assert task.run(lm, trials[1])["score"] == pytest.approx(float(sum(losses) / 19), rel=1e-6)
+    assert task.tokens(trials[0]) == (20, 0)
+    assert len(TextLoss(passages=9, length=20, text=text).trials(lm)) == 3, "passages overlap"
+
+
+def test_text_loss_needs_enough_text(llama: LanguageModel) -> None:
+    with pytest.raises(HeadscopeError, match="needs 20 tokens of text and was given 2"):
+        TextLoss(length=20, text="w1 w2").trials(llama)
+    for broken in (dict(passages=0), dict(length=1)):
+        with pytest.raises(HeadscopeError, match="at least 1 passage of at least 2 tokens"):
+            TextLoss(text="w1 w2 w3", **broken).trials(llama)
+
+
+# -- numbers ---------------------------------------------------------------------------------------------------------
+
+BASE = [0.9, 0.4, 0.7, 1.0, 0.2, 0.6]
+EDIT = [0.3, 0.1, 0.7, 0.2, 0.2, 0.5]
+RANDOM = {"random 0": [0.8, 0.4, 0.6, 1.0, 0.1, 0.7], "random 1": [0.3, 0.0, 0.7, 0.2, 0.0, 0.3]}
+
+
+def test_summary_is_means_and_paired_differences() -> None:
+    summary = table({"no edit": BASE, "edit": EDIT, **RANDOM}).summary().set_index("condition")
+    assert list(summary.index) == ["no edit", "edit", "random 0", "random 1"]
+    for name, values in {"no edit": BASE, "edit": EDIT, **RANDOM}.items():
+        row = summary.loc[name]
+        assert row["mean"] == pytest.approx(sum(values) / 6)
+        assert row["delta"] == pytest.approx(sum(values) / 6 - sum(BASE) / 6)
+        assert row["n"] == 6
+    assert (summary.loc["no edit", ["delta", "delta_low", "delta_high"]] == 0).all()
+    # All 6^6 resamples are the bootstrap's exact distribution. A bound drawn from 4,000 resamples has, in it, a
+    # probability below it of 2.5 % with a standard error of sqrt(0.025 * 0.975 / 4000) = 0.25 %; 4 of those are 1 %.
+    draws = np.array(list(itertools.product(range(6), repeat=6)))
+    for column, values in {"ci": np.array(EDIT), "delta": np.array(EDIT) - np.array(BASE)}.items():
+        means = values[draws].mean(1)
+        low, high = summary.loc["edit", f"{column}_low"], summary.loc["edit", f"{column}_high"]
+        assert np.quantile(means, 0.015) - 1e-9 <= low <= np.quantile(means, 0.035) + 1e-9
+        assert np.quantile(means, 0.965) - 1e-9 <= high <= np.quantile(means, 0.985) + 1e-9
+
+
+def test_differences_are_paired_not_of_independent_samples() -> None:
+    base = np.linspace(0, 100, 12)
+    summary = table({"no edit": list(base), "edit": list(base - 1)}).summary().set_index("condition")
+    row = summary.loc["edit"]
+    assert row["delta_low"] == pytest.approx(-1) and row["delta_high"] == pytest.approx(-1)
+    assert row["ci_high"] - row["ci_low"] > 20
+
+
+def test_contrasts_are_against_the_mean_of_the_controls() -> None:
+    row = table({"no edit": BASE, "edit": EDIT, **RANDOM}).contrasts().iloc[0]
+    random = np.array(list(RANDOM.values()))  # (control, trial)
+    assert row["intervention"] == pytest.approx(2.0 / 6)
+    assert row["random"] == pytest.approx(random.mean())
+    assert row["difference"] == pytest.approx(2.0 / 6 - random.mean())
+    assert (row["rank"], row["controls"], row["n"]) == (1, 2, 6)  # random 1, with 0.25, is below the edit's 0.333
+    assert row["p_lower"] == pytest.approx(2 / 3)
+    assert row["low"] < row["difference"] < row["high"]
+
+
+def test_a_control_of_the_same_score_counts_against_the_intervention() -> None:
+    row = table({"no edit": BASE, "edit": EDIT, "random 0": EDIT}).contrasts().iloc[0]
+    assert row["rank"] == 1 and row["p_lower"] == 1.0 and row["difference"] == 0
+
+
+def test_contrasts_of_each_intervention_use_its_own_controls(llama: LanguageModel) -> None:
+    edits = [AblateHeads([(0, 1)]), AblateHeads([(1, 2)], "uniform")]
+    result = evaluate(llama, [Alive(), Alive(name="again", prompts=("w5 w6", "w7"))], edits, controls=3, progress=False)
+    contrasts = result.contrasts()
+    assert len(contrasts) == 4 and list(contrasts["n"]) == [3, 3, 2, 2]
+    for _, row in contrasts.iterrows():
+        scores = result.scores(row["task"])
+        own = scores[[c for c in scores if c.endswith(f"for {row['condition']}")]]
+        assert own.shape[1] == row["controls"] == 3
+        assert row["random"] == pytest.approx(own.to_numpy().mean())
+        assert row["rank"] == int((own.mean() <= scores[row["condition"]].mean()).sum())
+
+
+def test_one_trial_has_no_interval() -> None:
+    result = table({"no edit": [0.5], "edit": [0.2], "random 0": [0.4]})
+    assert result.summary()[["ci_low", "ci_high", "delta_low", "delta_high"]].isna().all(axis=None)
+    assert result.contrasts()[["low", "high"]].isna().all(axis=None)
+
+
+def test_no_intervention_is_a_plain_evaluation(llama: LanguageModel, tmp_path: Path) -> None:
+    result = evaluate(llama, [Alive()], [], out=tmp_path, progress=False)
+    assert len(result.summary()) == 1 and len(result.contrasts()) == 0
+    assert len(Evaluation.load(tmp_path).trials) == 3
+
+
+def test_paired_intervals_cover_the_true_difference() -> None:
+    """Of 300 samples of 40 trials, the 95 % interval holds the true mean difference in about 95 %.
+
+    The percentile bootstrap of a mean of 40 covers about 94 %; the number of hits then has a standard deviation of
+    sqrt(300 * 0.94 * 0.06) = 4.1, so [267, 297] is 282 -15/+15, over 3.5 of them.
+    """
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        base = rng.normal(0, 5, 40)
+        edited = base - 0.3 + rng.normal(0, 1, 40)
+        low, high = _interval(edited - base)
+        hits += low <= -0.3 <= high
+    assert 267 <= hits <= 297
+
+
+def test_contrast_intervals_cover_where_controls_and_trials_vary() -> None:
+    """The interval for (edit - control) resamples trials and control sets: both vary here, by known amounts.
+
+    Differences are mu + trial effect + control effect + noise. Resampling two crossed factors is conservative where
+    noise dominates and close to nominal where the factors do (Owen 2007, arXiv 0711.1598, "pigeonhole bootstrap"); with
+    20 control sets it covers about 93 %. Of 150, at least 135 must hold mu, and resampling trials only must not.
+    """
+    rng = np.random.default_rng(1)
+    both = trials_only = 0
+    for _ in range(150):
+        differences = -0.2 + rng.normal(0, 1, (40, 1)) + rng.normal(0, 1, (1, 20)) + rng.normal(0, 0.5, (40, 20))
+        low, high = _two_way_interval(differences)
+        both += low <= -0.2 <= high
+        means = differences.mean(1)
+        error = 1.96 * means.std(ddof=1) / np.sqrt(len(means))
+        trials_only += means.mean() - error <= -0.2 <= means.mean() + error
+    assert both >= 135
+    assert trials_only < 120, "the case does not tell the two apart"
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(llama: LanguageModel, tmp_path: Path) -> None:
+    edit = AblateHeads([(0, 1), (1, 2)])
+    whole = evaluate(llama, [Alive()], [edit], controls=2, out=tmp_path / "whole", progress=False)
+    broken = Alive(fail_at=5)
+    with pytest.raises(InterruptedError):
+        evaluate(llama, [broken], [edit], controls=2, out=tmp_path / "run", progress=False)
+    assert not is_attached(llama)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["evaluation.trials.jsonl"]
+    rest = Alive()
+    result = evaluate(llama, [rest], [edit], controls=2, out=tmp_path / "run", progress=False)
+    assert len(broken.ran) == 5 and len(rest.ran) == 12 - 5
+    pd.testing.assert_frame_equal(result.trials, whole.trials)
+    again = Alive()
+    evaluate(llama, [again], [edit], controls=2, out=tmp_path / "run", progress=False)
+    assert again.ran == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(seed=1),
+        dict(controls=3),
+        dict(interventions=[AblateHeads([(0, 2)])]),
+        dict(interventions=[AblateHeads([(0, 1)], strength=0.5)]),
+        dict(tasks=[Alive(prompts=("w1", "w2"))]),
+        dict(tasks=[Alive(name="other")]),
+    ],
+)
+def test_other_settings_are_refused(llama: LanguageModel, tmp_path: Path, change: dict[str, Any]) -> None:
+    settings: dict[str, Any] = dict(tasks=[Alive()], interventions=[AblateHeads([(0, 1)])], controls=1, seed=0)
+    evaluate(llama, **settings, out=tmp_path, progress=False)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(HeadscopeError, match="belongs to a run with other settings"):
+        evaluate(llama, **{**settings, **change}, out=tmp_path, progress=False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_model_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
+    evaluate(llama, [Alive()], out=tmp_path, progress=False)
+    other = LanguageModel.wrap(llama.model, llama.tokenizer, name=llama.name, revision="seed 2")
+    with pytest.raises(HeadscopeError, match=re.escape("other settings (model)")):
+        evaluate(other, [Alive()], out=tmp_path, progress=False)
+
+
+def test_a_dry_run_runs_nothing_and_writes_nothing(llama: LanguageModel, tmp_path: Path) -> None:
+    task = Alive()
+    with dry_run() as planned:
+        evaluate(llama, [task], [AblateHeads([(0, 1)])], controls=2, out=tmp_path / "run", progress=False)
+        raise AssertionError("went on after the plan")
+    assert task.ran == [] and not (tmp_path / "run").exists()
+    assert planned.passes == [(3, 2), (4, 2), (1, 2)] * 4
+    evaluate(llama, [task], [AblateHeads([(0, 1)])], controls=2, out=tmp_path / "run", progress=False)
+    assert len(task.ran) == len(planned.passes)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(planned.files)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded(llama: LanguageModel, tmp_path: Path) -> None:
+    tasks = [Alive(), TextLoss(passages=2, length=8, text=" ".join(["w1 w2 w5"] * 8))]
+    result = evaluate(llama, tasks, [AblateHeads([(0, 1)])], controls=2, seed=3, out=tmp_path, progress=False)
+    loaded = Evaluation.load(tmp_path)
+    pd.testing.assert_frame_equal(loaded.summary(), result.summary())
+    pd.testing.assert_frame_equal(loaded.contrasts(), result.contrasts())
+    assert loaded.metrics == {"alive": "a logit", "text_loss": "nats per token"}
+    document = json.loads((tmp_path / "evaluation.json").read_text())
+    assert document["provenance"] == loaded.provenance == json.loads(json.dumps(result.provenance))
+    assert document["provenance"]["seed"] == 3 and document["provenance"]["model"]["revision"] == "seed 1"
+    assert [c["kind"] for c in document["provenance"]["conditions"]] == ["baseline", "intervention", *["control"] * 2]
+    assert document["summary"][1]["mean"] == pytest.approx(result.summary()["mean"][1])
+
+
+def test_a_trial_without_interval_is_valid_json(llama: LanguageModel, tmp_path: Path) -> None:
+    evaluate(llama, [Alive(prompts=("w1",))], [AblateHeads([(0, 1)])], controls=1, out=tmp_path, progress=False)
+    document = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert document["summary"][0]["ci_low"] is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "metrics": {}}', "\x00\xff"])
+def test_files_that_are_no_evaluation(llama: LanguageModel, tmp_path: Path, content: str) -> None:
+    with pytest.raises(HeadscopeError, match="holds no evaluation"):
+        Evaluation.load(tmp_path / "nowhere")
+    evaluate(llama, [Alive()], out=tmp_path, progress=False)
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(HeadscopeError, match="holds no evaluation|an evaluation of format 2"):
+        Evaluation.load(tmp_path)
+
+
+def test_trials_that_are_no_evaluation(llama: LanguageModel, tmp_path: Path) -> None:
+    evaluate(llama, [Alive()], out=tmp_path, progress=False)
+    pd.DataFrame({"task": ["alive"]}).to_parquet(tmp_path / "evaluation.parquet")
+    with pytest.raises(HeadscopeError, match="no column condition"):
+        Evaluation.load(tmp_path)
+    (tmp_path / "evaluation.parquet").write_bytes(b"PAR1")
+    with pytest.raises(HeadscopeError, match="holds no evaluation"):
+        Evaluation.load(tmp_path)
+
+
+def test_the_journal_is_a_plain_journal(llama: LanguageModel, tmp_path: Path) -> None:
+    evaluate(llama, [Alive()], out=tmp_path, progress=False)
+    path = tmp_path / "evaluation.trials.jsonl"
+    config = json.loads(path.read_text().splitlines()[0])["headscope_run"]
+    assert sorted(Journal(path, config).entries) == [0, 1, 2]
