@@ -1,0 +1,144 @@
+"""CONTRIBUTING.md's examples run as they stand and give what they say, against eager attention and plain hooks.
+
+Tolerance: float32 through two layers with scores up to about 10: 1e-5, as derived in tests/interp/test_heads.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from headscope.interp import heads, trace
+from headscope.interp.headset import HeadSet
+from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.sites import support
+from headscope.interventions import apply, evaluate
+from headscope.interventions.tasks import TextLoss
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+EXAMPLES = {
+    match[1]: match[0] for match in re.findall(r"^```python\n(# (\S+\.py)\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+}
+TEXTS = ["w1 w5 w9 w2 w7 w7 w3 w1 w5", "w4 w8 w8 w2", "w6 w1 w1 w1 w0 w3"]
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    vocabulary = {f"w{i}": i for i in range(24)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    common = dict(vocab_size=24, num_hidden_layers=2, initializer_range=0.3, max_position_embeddings=64)
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(bos_token_id=None, eos_token_id=None, **sizes, **common)).eval()
+    return LanguageModel.wrap(model, tokenizer, name="tiny llama")
+
+
+@pytest.fixture
+def example() -> Iterator[Any]:
+    """Import an example as the module its first line names, and forget it afterwards."""
+    made: list[str] = []
+
+    def load(path: str) -> types.ModuleType:
+        name = "headscope.example." + Path(path).stem
+        module = types.ModuleType(name)
+        sys.modules[name] = module
+        made.append(name)
+        exec(compile(EXAMPLES[path], path, "exec"), module.__dict__)
+        return module
+
+    yield load
+    for name in made:
+        del sys.modules[name]
+
+
+def patterns(lm: LanguageModel, text: str) -> np.ndarray:
+    """The untouched model's own weights: (layer, head, query, key)."""
+    model = copy.deepcopy(lm.model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(**lm.encode(text), output_attentions=True).attentions
+    return torch.cat(found).double().numpy()
+
+
+def test_there_is_an_example_of_each_kind() -> None:
+    assert list(EXAMPLES) == ["interp/heads/first_token.py", "interp/statistics.py", "interventions/scale.py"]
+
+
+def test_the_head_method(lm: LanguageModel, example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = example("interp/heads/first_token.py")
+    line = re.search(r'`"(first_token)": "([\w.]+)",`', PAGE)
+    assert line is not None and line[2] == "headscope.interp.heads.first_token"
+    monkeypatch.setitem(heads.METHODS, line[1], module.__name__)
+    scores = heads.method("first-token")(lm, texts=TEXTS, out=tmp_path, progress=False)
+    expected = np.stack([patterns(lm, text)[:, :, 1:, 0].mean(-1) for text in TEXTS])
+    np.testing.assert_allclose(scores.trials, expected, atol=TOLERANCE)
+    assert expected.std() > 0.01
+    assert (tmp_path / "first_token.json").exists() and (scores.n == len(TEXTS)).all()
+
+
+def test_the_statistic(lm: LanguageModel, example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = example("interp/statistics.py")
+    assert '`"EffectiveKeys": {},`' in PAGE
+    monkeypatch.setitem(support.REFUSED, "EffectiveKeys", {})
+    with trace(lm, [module.EffectiveKeys()]) as tracer:
+        lm(TEXTS[0])
+    found = tracer.record["effective_keys"].isel(example=0).transpose("layer", "head", "query").to_numpy()
+    p = patterns(lm, TEXTS[0])
+    expected = np.exp(-(p * np.log(np.where(p > 0, p, 1))).sum(-1))
+    np.testing.assert_allclose(found, expected, rtol=2 * TOLERANCE)
+    assert expected.min() >= 1 and expected[..., -1].max() > 2
+
+
+def test_the_intervention(lm: LanguageModel, example: Any) -> None:
+    module = example("interventions/scale.py")
+    edit = module.ScaleHeads(HeadSet(((0, 1), (1, 3))), 0.25)
+    before = lm(TEXTS[0]).logits
+    with apply(lm, edit):
+        found = lm(TEXTS[0]).logits
+    assert torch.equal(lm(TEXTS[0]).logits, before)
+
+    def by_hand(head: int) -> Any:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            z = args[0].clone()
+            z[..., head * 8 : head * 8 + 8] *= 0.25
+            return (z,)
+
+        return hook
+
+    blocks = lm.model.model.layers
+    for layer, head in edit.heads:
+        blocks[layer].self_attn.o_proj.register_forward_pre_hook(by_hand(head))
+    expected = lm(TEXTS[0]).logits
+    scale = float(expected.abs().max())
+    assert float((expected - before).abs().max()) > 1e-2 * scale
+    assert float((found - expected).abs().max()) <= TOLERANCE * scale
+
+
+def test_the_intervention_has_controls(lm: LanguageModel, example: Any) -> None:
+    module = example("interventions/scale.py")
+    task = TextLoss(passages=2, length=8, text=" ".join(TEXTS))
+    result = evaluate(lm, [task], [module.ScaleHeads(HeadSet(((0, 1),)), 0.0)], controls=3, progress=False)
+    assert list(result.contrasts()["controls"]) == [3]
+    assert result.provenance["conditions"][2]["edits"][0]["factor"] == 0.0
+
+
+def test_what_the_page_names_exists() -> None:
+    """Files and folders of the repository that the text mentions, apart from the examples' own."""
+    named = set(re.findall(r"`((?:interp|kernels|probes|interventions|tests)/[\w/.]*)`", PAGE)) - set(EXAMPLES)
+    assert len(named) > 8
+    assert {name for name in named if not (ROOT / name).exists()} == set()
