@@ -61,7 +61,7 @@ class Needle:
         return {**asdict(self), "keywords": list(self.keywords)}
 
 
-Needles = int | str | Path | Sequence[Needle | dict[str, Any]] | None
+Needles = int | str | Path | Sequence[Needle | dict[str, Any] | str] | None
 
 
 def load_needles(needles: Needles = None) -> tuple[Needle, ...]:
