@@ -18,80 +18,12 @@ from torch import Tensor
 
 from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.kernels.request import Attended, Request
+from headscope.interp.plan import Plan as Plan
+from headscope.interp.plan import concatenate
+from headscope.kernels.request import Attended
 
 Reader = Callable[[Attended], dict[str, Tensor]]
 ROW, KEY, OUTPUT = "row", "key", "output"
-
-
-class Plan:
-    """Collects what the declared statistics need from one attention call into a single request."""
-
-    def __init__(self, call: AttentionCall) -> None:
-        self.call = call
-        self._fields: dict[str, Any] = {}
-        self._columns: list[Tensor] = []
-        self._targets: list[Tensor] = []
-        self._windows: list[int] = []
-
-    @property
-    def key_positions(self) -> Tensor:
-        """Position of each key from its example's first token: (batch or 1, key); negative in left padding."""
-        return self._positions(self.call.key.shape[2], self.call.mask.key_offset)
-
-    @property
-    def query_positions(self) -> Tensor:
-        """Position of each query row from its example's first token: (batch or 1, query)."""
-        return self._positions(self.call.query.shape[2], self.call.mask.query_offset)
-
-    def _positions(self, count: int, offset: int) -> Tensor:
-        device = self.call.query.device
-        at = torch.arange(count, device=device)[None] + offset
-        start = self.call.mask.start
-        return at if start is None else at - start[:, None]
-
-    def flag(self, name: str) -> None:
-        """Ask for a reduction of ``Request`` that is on or off."""
-        self._fields[name] = True
-
-    def linear(self, columns: Tensor) -> slice:
-        """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Attended.linear``."""
-        first = sum(c.shape[-1] for c in self._columns)
-        self._columns.append(columns.to(torch.float32))
-        return slice(first, first + columns.shape[-1])
-
-    def window(self, size: int) -> int:
-        """Ask for the window sums of ``size`` tokens; returns their place."""
-        if size not in self._windows:
-            self._windows.append(size)
-        return self._windows.index(size)
-
-    def top(self, k: int) -> slice:
-        """Ask for the ``k`` heaviest keys."""
-        self._fields["top"] = max(k, self._fields.get("top", 0))
-        return slice(0, k)
-
-    def targets(self, positions: Tensor) -> slice:
-        """Ask for the mass on key positions (batch or 1, query, t) from each example's start; negative means none."""
-        start = self.call.mask.start
-        absolute = positions if start is None else positions + start[:, None, None]
-        first = sum(t.shape[-1] for t in self._targets)
-        self._targets.append(torch.where(positions < 0, -1, absolute))
-        return slice(first, first + positions.shape[-1])
-
-    def request(self, rows: Tensor | None) -> Request:
-        """The merged request for query rows ``rows`` (None: all)."""
-        fields = dict(self._fields)
-        if self._columns:
-            fields["linear"] = _concatenate(self._columns)
-        if self._targets:
-            fields["targets"] = _concatenate(self._targets)
-        return Request(windows=tuple(self._windows), query_rows=rows, **fields)
-
-
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    batch = max(part.shape[0] for part in parts)
-    return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -116,28 +48,31 @@ class Statistic:
         return (self.name,)
 
 
-def _simple(name: str, fieldname: str) -> Callable[[Statistic, Plan], Reader]:
-    def ask(self: Statistic, plan: Plan) -> Reader:
-        plan.flag(fieldname)
-        return lambda seen: {name: getattr(seen, fieldname)}
+@dataclass(frozen=True)
+class _Simple(Statistic):
+    """A statistic that is one field of ``Attended``."""
 
-    return ask
+    fieldname: ClassVar[str] = ""
+
+    def ask(self, plan: Plan) -> Reader:
+        plan.flag(self.fieldname)
+        return lambda seen: {self.name: _need(getattr(seen, self.fieldname))}
 
 
 @dataclass(frozen=True)
-class LogSumExp(Statistic):
+class LogSumExp(_Simple):
     """logsumexp of a query's visible scores, in nats, a sink logit included: (example, layer, head, query)."""
 
     name: ClassVar[str] = "logsumexp"
-    ask = _simple("logsumexp", "lse")
+    fieldname: ClassVar[str] = "lse"
 
 
 @dataclass(frozen=True)
-class Entropy(Statistic):
+class Entropy(_Simple):
     """Entropy of a query's pattern over its keys, in nats (0: one key; log n: uniform over n)."""
 
     name: ClassVar[str] = "entropy"
-    ask = _simple("entropy", "entropy")
+    fieldname: ClassVar[str] = "entropy"
 
 
 @dataclass(frozen=True)
@@ -175,7 +110,7 @@ class SpanMass(Statistic):
     def ask(self, plan: Plan) -> Reader:
         at = plan.key_positions
         columns = [self._inside(at, span, plan.call.query.shape[0]) for span in self.spans.values()]
-        place = plan.linear(_concatenate(columns))
+        place = plan.linear(concatenate(columns))
         return lambda seen: {self.name: _linear(seen)[..., place]}
 
     def _inside(self, at: Tensor, span: Any, batch: int) -> Tensor:
@@ -186,11 +121,11 @@ class SpanMass(Statistic):
 
 
 @dataclass(frozen=True)
-class Distance(Statistic):
+class Distance(_Simple):
     """Mean attention distance sum_s A[t,s] (t - s), in tokens (Li et al. 2025, arXiv 2510.13554, head span)."""
 
     name: ClassVar[str] = "distance"
-    ask = _simple("distance", "distance")
+    fieldname: ClassVar[str] = "distance"
 
 
 @dataclass(frozen=True)
@@ -269,7 +204,7 @@ class TargetMass(Statistic):
     def ask(self, plan: Plan) -> Reader:
         at = plan.query_positions
         columns = [self._keys(target, at)[..., None] for target in self.targets.values()]
-        place = plan.targets(_concatenate(columns))
+        place = plan.targets(concatenate(columns))
         return lambda seen: {self.name: _need(seen.target_mass)[..., place]}
 
     def _keys(self, target: Callable[[Tensor], Tensor] | Tensor, at: Tensor) -> Tensor:
@@ -315,7 +250,7 @@ class KeyMass(Statistic):
 
 @dataclass(frozen=True)
 class HeadOutput(Statistic):
-    """The heads' outputs z at chosen prompt positions: ``z`` (example, layer, head, position, d_head), any edits applied.
+    """The heads' outputs z at chosen prompt positions: ``z`` (example, layer, head, position, d_head), after any edits.
 
     ``positions`` count from the example's first token, or from its end where negative (-1: the last prompt token). Read
     from the first forward pass of a prompt.

@@ -99,7 +99,10 @@ def _decoder(model: Any, text: dict[str, Tensor], names: Any) -> dict[str, Tenso
 
 def _sound(model: Any, generator: torch.Generator, names: Any) -> dict[str, Tensor]:
     config = model.config
-    if "input_features" not in names or getattr(model, "main_input_name", "") != "input_features":
+    reads = getattr(model, "main_input_name", "")
+    if reads == "input_values" and reads in names:
+        return {"input_values": torch.randn(2, 4000, generator=generator)}
+    if reads != "input_features" or reads not in names:
         return {}
     bins, frames = getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 50)
     return {"input_features": torch.randn(2, bins, frames, generator=generator)}

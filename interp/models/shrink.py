@@ -25,12 +25,22 @@ HINTS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},  # a cycle of three would not reach attention
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},  # its own validation
     "xmod": {"default_language": "en_XX"},  # demanded by its forward
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # open by default, and read
+    "chameleon": {"vocabulary_map": {"<image>": 3}},  # knows its image token by name only
+    "emu3": {"vocabulary_map": {"<image>": 3}},  # the same
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # must multiply out to the number of layers
 }
 
 # Sizes that a configuration leaves open and some models then read.
 RECOMPUTED = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")  # follow the depth
-DEFAULTS = {"head_dim": HEAD, "num_key_value_heads": HEADS, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2}
+DEFAULTS = {
+    "head_dim": HEAD,
+    "num_key_value_heads": HEADS,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "vocab_size": VOCAB,
+}
 
 _LAYERS = (
     r"(\w+_)?(num_hidden_layers|n_layers?|num_layers|num_encoder_layers|num_decoder_layers|encoder_layers"
@@ -85,9 +95,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"\w*vocab_size\w*|vocab_offset|\w+_vocab", lambda old: min(old, VOCAB)),
     (r"spatial_merge_size|temporal_patch_size|scale_factor", lambda old: min(old, 2)),
     (r"\w*sliding_window|sliding_window_size|attention_window\w*|local_attention|attention_chunk_size", WINDOW),
-    (r"window_size", lambda old: min(old, 2 * PATCH)),
+    (r"window_size", lambda old: 2 * PATCH if old > 2 * PATCH else min(old, IMAGE // PATCH)),
+    (r"num_frames|max_temporal_embeddings", lambda old: min(old, 2)),
     (r"\w*image_size|resolution|crop_size", IMAGE),
-    (r"\w*patch_size", PATCH),
+    (r"\w*patch_size", lambda old: min(old, PATCH)),
     (r"rotary_dim", HEAD // 2),
     (r"num_image_tokens|image_seq_length|mm_tokens_per_image|\w*soft_tokens_per_image", 4),
     (_LAYERS, _PICKED),

@@ -31,7 +31,7 @@ class LazyMask(Tensor):
     def __new__(
         cls, shape: tuple[int, ...], device: torch.device | str, rule: Mask, arguments: dict[str, Any] | None = None
     ) -> LazyMask:
-        made: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+        made: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         made.rule, made.gaps, made.arguments = rule, False, arguments or {}
         return made
 
@@ -45,7 +45,7 @@ class LazyMask(Tensor):
         return f"LazyMask(shape={tuple(self.shape)}, rule={self.rule})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias):
             return args[0]
         raise HeadscopeError(
@@ -76,7 +76,12 @@ def lazy_mask(
     before = rule
     if padding is not None:
         rule = with_padding(rule, padding.to(torch.bool), batch_size)
-    arguments = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": int(q_offset)}
+    arguments: dict[str, Any] = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": int(q_offset),
+    }
     arguments |= {"kv_offset": int(kv_offset), "mask_function": mask_function, "attention_mask": attention_mask}
     made = LazyMask(
         (batch_size, 1, q_length, kv_length),
@@ -133,10 +138,11 @@ def _recognise(function: HFRule) -> Mask | None:
         return Mask.causal()
     if function is masking_utils.bidirectional_mask_function:
         return Mask.full()
-    if getattr(function, "__module__", "") != masking_utils.__name__ or not getattr(function, "__closure__", None):
+    cells = getattr(function, "__closure__", None)
+    if getattr(function, "__module__", "") != masking_utils.__name__ or not cells:
         return None
     maker = function.__qualname__.split(".")[0]
-    held = dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
+    held = dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))
     full = Mask.full()
     if maker == "sliding_window_overlay":
         return replace(full, left=int(held["sliding_window"]) - 1)
@@ -163,7 +169,8 @@ def _conjunction(parts: list[Mask | None]) -> Mask | None:
             return None
         for name in ("left", "right"):
             values = [x for x in (getattr(merged, name), getattr(part, name)) if x is not None]
-            merged = replace(merged, **{name: min(values) if values else None})
+            nearest: dict[str, Any] = {name: min(values) if values else None}
+            merged = replace(merged, **nearest)
         for name in ("chunk", "origin", "segments"):
             value = getattr(part, name)
             if value is None:

@@ -89,7 +89,7 @@ def attached(model: Any, handler: Handler) -> Iterator[Route]:
 
 def implementation(model: nn.Module) -> dict[str, str]:
     """The attention implementation configured now, by sub-config name ("" is the model's own config)."""
-    config = model.config
+    config: Any = model.config
     found = {"": config._attn_implementation}
     for name in getattr(config, "sub_configs", {}):
         sub = getattr(config, name, None)
@@ -156,7 +156,7 @@ def _close(route: Route) -> None:
 def implementations(model: nn.Module) -> Implementations:
     """What ``restore`` needs to put every configuration of the model back, however deep it is nested."""
     found: dict[int, tuple[Any, str | None]] = {}
-    queue = [part.config for part in model.modules() if hasattr(part, "config")]
+    queue: list[Any] = [part.config for part in model.modules() if hasattr(part, "config")]
     while queue:
         config = queue.pop()
         if id(config) in found or not hasattr(config, "_attn_implementation_internal"):

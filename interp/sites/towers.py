@@ -32,7 +32,7 @@ def tower(site: str, model: nn.Module) -> str:
     if _AUDIO.search(site):
         return "audio"
     if getattr(config, "is_encoder_decoder", False):
-        return "encoder" if re.search(r"(^|\.)encoder\.", site) else "decoder"
+        return "encoder" if re.search(r"(^|[._])encoder\.", site) else "decoder"
     reads = getattr(model, "main_input_name", "input_ids")
     if reads == "pixel_values" and not hasattr(config, "text_config"):
         return "vision"

@@ -1,0 +1,81 @@
+"""The plan of one attention call: what the declared statistics ask for, merged into a single request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.interp.attention import AttentionCall
+from headscope.kernels.request import Request
+
+
+class Plan:
+    """Collects what the declared statistics need from one attention call into a single request."""
+
+    def __init__(self, call: AttentionCall) -> None:
+        self.call = call
+        self._fields: dict[str, Any] = {}
+        self._columns: list[Tensor] = []
+        self._targets: list[Tensor] = []
+        self._windows: list[int] = []
+
+    @property
+    def key_positions(self) -> Tensor:
+        """Position of each key from its example's first token: (batch or 1, key); negative in left padding."""
+        return self._positions(self.call.key.shape[2], self.call.mask.key_offset)
+
+    @property
+    def query_positions(self) -> Tensor:
+        """Position of each query row from its example's first token: (batch or 1, query)."""
+        return self._positions(self.call.query.shape[2], self.call.mask.query_offset)
+
+    def _positions(self, count: int, offset: int) -> Tensor:
+        device = self.call.query.device
+        at = torch.arange(count, device=device)[None] + offset
+        start = self.call.mask.start
+        return at if start is None else at - start[:, None]
+
+    def flag(self, name: str) -> None:
+        """Ask for a reduction of ``Request`` that is on or off."""
+        self._fields[name] = True
+
+    def linear(self, columns: Tensor) -> slice:
+        """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Attended.linear``."""
+        first = sum(c.shape[-1] for c in self._columns)
+        self._columns.append(columns.to(torch.float32))
+        return slice(first, first + columns.shape[-1])
+
+    def window(self, size: int) -> int:
+        """Ask for the window sums of ``size`` tokens; returns their place."""
+        if size not in self._windows:
+            self._windows.append(size)
+        return self._windows.index(size)
+
+    def top(self, k: int) -> slice:
+        """Ask for the ``k`` heaviest keys."""
+        self._fields["top"] = max(k, self._fields.get("top", 0))
+        return slice(0, k)
+
+    def targets(self, positions: Tensor) -> slice:
+        """Ask for the mass on key positions (batch or 1, query, t) from each example's start; negative means none."""
+        start = self.call.mask.start
+        absolute = positions if start is None else positions + start[:, None, None]
+        first = sum(t.shape[-1] for t in self._targets)
+        self._targets.append(torch.where(positions < 0, -1, absolute))
+        return slice(first, first + positions.shape[-1])
+
+    def request(self, rows: Tensor | None) -> Request:
+        """The merged request for query rows ``rows`` (None: all)."""
+        fields = dict(self._fields)
+        if self._columns:
+            fields["linear"] = concatenate(self._columns)
+        if self._targets:
+            fields["targets"] = concatenate(self._targets)
+        return Request(windows=tuple(self._windows), query_rows=rows, **fields)
+
+
+def concatenate(parts: list[Tensor]) -> Tensor:
+    batch = max(part.shape[0] for part in parts)
+    return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=-1)
