@@ -251,11 +251,11 @@ def test_a_tracer_sees_the_edited_model(lm: LanguageModel, tracer_first: bool) -
     else:
         with apply(lm, edit), tracing as tracer:
             logits(lm, ids)
-    z = torch.tensor(tracer.record["z"].to_numpy())  # example, layer, head, position, d_head
+    z = torch.from_numpy(tracer.record["z"].to_numpy().copy())  # example, layer, head, position, d_head
     assert torch.equal(z[:, 0, 1], MEANS[0, 1].expand(2, 2, D_HEAD))
     with trace(lm, statistics) as tracer:
         logits(lm, ids)
-    plain = torch.tensor(tracer.record["z"].to_numpy())
+    plain = torch.from_numpy(tracer.record["z"].to_numpy().copy())
     assert torch.equal(z[:, 0, 0], plain[:, 0, 0]), "another head of the same layer changed"
     assert not torch.equal(z[:, 1], plain[:, 1]), "the next layer did not see the edit"
 
