@@ -140,7 +140,7 @@ def head_means(model: Any, texts: Sequence[str]) -> Tensor:
         z = tracer.record["z"].isel(example=0).transpose("layer", "head", "position", "d_head")
         if total is None:
             total = torch.zeros(size(model)[0], z.sizes["head"], z.sizes["d_head"], dtype=torch.float64)
-        total[z["layer"].to_numpy()] += torch.from_numpy(z.to_numpy().astype("float64")).sum(2)
+        total[z["layer"].to_numpy().tolist()] += torch.from_numpy(z.to_numpy().astype("float64")).sum(2)
         count += length
     assert total is not None
     return (total / count).float()
