@@ -59,8 +59,8 @@ def patterns(
     need = len(layers) * lm.info.heads * len(tokens) ** 2 * 4 / 2**20
     if need > limit_mib:
         raise HeadscopeError(
-            f"these maps take {need:.0f} MiB, more than the limit of {limit_mib:.0f}: ask for one head with head_pattern, "
-            "record statistics instead, or raise limit_mib"
+            f"these maps take {need:.0f} MiB, more than the limit of {limit_mib:.0f}: ask for one head with "
+            "head_pattern, record statistics instead, or raise limit_mib"
         )
     found = _run(lm, prompt, dict.fromkeys(layers))
     stacked = np.stack([found[index] for index in layers])

@@ -200,7 +200,3 @@ def main(arguments: list[str] | None = None) -> Any:
     except BrokenPipeError:  # the reader of our output has gone (| head)
         sys.stderr.close()
         sys.exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -35,7 +35,7 @@ def run_trace(
     from headscope.interp.record import save_record
     from headscope.interp.tracer import trace
 
-    known = {cls.name: cls for cls in catalogue.Statistic.__subclasses__() if _needs_nothing(cls)}
+    known = {cls.name: cls for cls in _below(catalogue.Statistic) if _needs_nothing(cls)}
     names = [name.strip() for name in settings["statistics"].split(",") if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -64,6 +64,10 @@ def run_trace(
         if variable.dtype.kind == "f"
     ]
     console.show_rows(rows, f"{len(texts)} prompts, record in {out}", as_json, key="statistics")
+
+
+def _below(cls: type) -> list[Any]:
+    return [each for sub in cls.__subclasses__() for each in (sub, *_below(sub))]
 
 
 def _needs_nothing(cls: type) -> bool:
@@ -96,12 +100,14 @@ def run_discover(
             function(lm, out=out, **settings)
         _show_estimate(lm, work, as_json)
         return
+    scores = function(lm, out=out, **settings)
     if out is not None:
         save_config(out, f"discover {method}", {"model": model, **settings})
-    scores = function(lm, out=out, **settings)
     best = scores.to_frame().head(top).to_dict("records")
     made = scores.provenance
-    title = f"{scores.method}: top {len(best)} of {scores.layers * scores.heads} heads, {made['kept']} of {made['trials']} trials kept"
+    title = (
+        f"{scores.method}: top {len(best)} of {scores.mean.size} heads, {made['kept']} of {made['trials']} trials kept"
+    )
     if as_json:
         console.show_json({"method": scores.method, "heads": scores.to_frame().to_dict("records"), "provenance": made})
     else:
@@ -129,9 +135,9 @@ def run_probe(
         files = ["probe_*.json", "probe_*.parquet", "probe_*.safetensors", "control/"] if out else []
         _show_estimate(lm, Work([(length, 0) for length in lengths], files), as_json)
         return
+    result = probe_heads(lm, dataset, out=out, **settings)
     if out is not None:
         save_config(out, f"probe {dataset}", {"model": model, **settings})
-    result = probe_heads(lm, dataset, out=out, **settings)
     summary = result.summary()
     summary = summary.to_dict("records") if hasattr(summary, "to_dict") else [dict(summary)]
     if as_json:
@@ -178,9 +184,9 @@ def run_evaluate(
             evaluate(lm, tasks, interventions, **arguments)
         _show_estimate(lm, work, as_json)
         return
+    result = evaluate(lm, tasks, interventions, **arguments)
     if out is not None:
         save_config(out, f"evaluate {task}", {"model": model, **edit, **given, "controls": controls, "seed": seed})
-    result = evaluate(lm, tasks, interventions, **arguments)
     if as_json:
         document = {"summary": result.summary(), "contrasts": result.contrasts()}
         console.show_json({key: frame.to_dict("records") for key, frame in document.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from headscope.interp.scores import HeadScores
 
 MEANING = {
     "sinks": "Mean attention received by the first token from the rows that see it (Gu et al. 2024).",
-    "induction": "On repeated random tokens: attention to the token after the previous occurrence (Olsson et al. 2022).",
+    "induction": "On repeated random tokens: attention to the token after the last occurrence (Olsson et al. 2022).",
     "previous_token": "Attention to the token just before.",
     "duplicate_token": "Attention to an earlier occurrence of the same token.",
     "retrieval": "While answering: how much of the needle the head's heaviest key copies (Wu et al. 2024).",
@@ -32,6 +33,7 @@ class Results:
     scores: dict[str, HeadScores]
     evaluations: dict[str, Any]
     records: dict[str, Any]
+    model: str = ""  # as it was named on the command line that made the results
 
     @classmethod
     def find(cls, folder: Path) -> Results:
@@ -58,7 +60,9 @@ class Results:
         records = {str(p.parent.relative_to(folder)): load_record(p.parent) for p in sorted(folder.rglob(MANIFEST))}
         if not (scores or evaluations or records):
             raise HeadscopeError(f"{folder} holds no results; run `headscope discover`, `probe`, `trace` or `evaluate`")
-        return cls(scores, evaluations, records)
+        configs = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.config.json"))]
+        model = next((c["settings"]["model"] for c in configs if c.get("settings", {}).get("model")), "")
+        return cls(scores, evaluations, records, model)
 
     def summary(self) -> list[dict[str, Any]]:
         """One row a method: its best head and how many heads pass 0.1."""
@@ -99,7 +103,7 @@ class Results:
                         plots.statistic_map(record, str(variable)), f"{variable}: mean over examples and queries"
                     )
         if prompt is not None:
-            _add_patterns(page, self.scores, prompt, model or name)
+            _add_patterns(page, self.scores, prompt, model or self.model)
         page.provenance({found.method: found.provenance for found in self.scores.values()} or made)
         return page
 

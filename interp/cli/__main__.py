@@ -1,0 +1,5 @@
+"""``python -m headscope.interp.cli``."""
+
+from headscope.interp.cli import main
+
+main()
