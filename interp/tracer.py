@@ -55,7 +55,7 @@ class Tracer(Handler):
         self._finished: list[xr.Dataset] = []
         self._pending_ids: Tensor | None = None
         self._plans: dict[Any, tuple[Any, Request, list[tuple[Statistic, Reader]], Tensor | None]] = {}
-        self._chosen: dict[str, bool] = {}
+        self._roles: dict[str, tuple[bool, bool]] = {}
         self._times: dict[int, int] = {}
         self._pass: list[tuple[Session, Piece]] = []
         self._decoder: Mask | None = None
@@ -88,17 +88,17 @@ class Tracer(Handler):
 
     def request(self, call: AttentionCall) -> Request | None:
         """The declared statistics as one request, or None where this call is not recorded."""
-        inner = bare_model(self.model)
-        if not call.cross and tower(call.site, inner) in ("language", "decoder"):
+        chosen, reads = self._role_of(call.site)
+        if reads and not call.cross:
             self._decoder = call.mask
             if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
                 raise HeadscopeError(
                     "this model makes a dense mask of its own from the padding, which hides where examples begin and "
                     "end; trace prompts of one length, or one at a time"
                 )
-        if (self.layers is not None and call.layer not in self.layers) or not self._is_chosen(call.site, inner):
+        if not chosen or (self.layers is not None and call.layer not in self.layers):
             return None
-        session, offset = self._session_of(call, inner)
+        session, offset = self._session_of(call)
         require_exact(self.statistics, call, continues=session.continues)
         prompt = session.is_prompt(call)
         _, request, _, rows = self._plan(call, prompt)
@@ -118,17 +118,19 @@ class Tracer(Handler):
                 continue
             piece.values.setdefault(statistic.kind, {}).update(reader(attended))
 
-    def _is_chosen(self, site: str, model: torch.nn.Module) -> bool:
-        if site not in self._chosen:
-            name = default_tower(sites_of(model), model) if self.site is None else self.site
-            self._chosen[site] = selects(name, site, model)
-        return self._chosen[site]
+    def _role_of(self, site: str) -> tuple[bool, bool]:
+        """Whether a site is recorded, and whether it is of the tower that reads or writes text."""
+        if site not in self._roles:
+            inner = bare_model(self.model)
+            name = default_tower(sites_of(inner), inner) if self.site is None else self.site
+            self._roles[site] = selects(name, site, inner), tower(site, inner) in ("language", "decoder")
+        return self._roles[site]
 
-    def _session_of(self, call: AttentionCall, model: torch.nn.Module) -> tuple[Session, int]:
+    def _session_of(self, call: AttentionCall) -> tuple[Session, int]:
         times = self._times.get(call.layer, 0)
         self._times[call.layer] = times + 1
         if times:
-            check_repeats(model, call)
+            check_repeats(bare_model(self.model), call)
         offset = call.mask.query_offset if not call.cross else self._cross_offset()
         if not self._pass and self._sessions and self._sessions[0].is_over(call, offset):
             self._finish()
@@ -193,8 +195,8 @@ class Tracer(Handler):
         """
         self._keep_pass()
         open_sessions = [dataset for dataset in (s.dataset() for s in self._sessions) if dataset is not None]
-        if not self._finished and not open_sessions and not all(self._chosen.values()):
-            elsewhere = ", ".join(sorted(site for site, chosen in self._chosen.items() if not chosen))
+        elsewhere = ", ".join(sorted(site for site, (chosen, _) in self._roles.items() if not chosen))
+        if not self._finished and not open_sessions and elsewhere:
             raise HeadscopeError(
                 f"nothing was recorded in {self.site or 'the default tower'}; name a site: {elsewhere}"
             )

@@ -64,12 +64,13 @@ def verify_once(model: Any) -> Verification:
         bridged: Verification = transformer_lens.verify_once(model)
         return bridged
     inner = bare_model(model)
-    if inner not in _VERIFIED:
-        found = verify(inner)
-        if not found.passed:
-            why = found.problems[0] if found.problems else "its attention was never called"
-            raise HeadscopeError(hf_calls.refusal(inner, why))
-    return _VERIFIED[inner]
+    if inner in _VERIFIED:
+        return _VERIFIED[inner]
+    found = verify(inner)
+    if not found.passed:
+        why = found.problems[0] if found.problems else "its attention was never called"
+        raise HeadscopeError(hf_calls.refusal(inner, why))
+    return found
 
 
 def verify(model: Any, inputs: dict[str, Tensor] | None = None) -> Verification:
