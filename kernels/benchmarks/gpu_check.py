@@ -14,6 +14,9 @@ from headscope.kernels.blocks import Pool, blocks, dense
 from headscope.kernels.checks import MASKS, Case, allowed, compare, distance, everything, random_case
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
+from headscope.kernels.masks import Mask
+from headscope.kernels.triton_columns import columns
+from headscope.kernels.triton_rows import rows
 
 WORKERS = 12
 
@@ -102,6 +105,44 @@ def _poison() -> None:
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
     torch.empty = poisoned
+
+
+def check_few() -> bool:
+    """Every ninth case, in this process: what ``compute-sanitizer`` can follow."""
+    _poison()
+    wrong = [line for spec in cases()[::9] for line in check_one(spec) + check_pairs(spec)]
+    print("\n".join(wrong) or f"checked {3 * len(cases()[::9])} calls: none out of bounds")
+    return not wrong
+
+
+def check_long() -> bool:
+    """A million tokens, more than 2^31 numbers in q: the last rows and columns against float64."""
+    n, heads, d, last = 1 << 20, 32, 64, 256
+    gen = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(1, heads, n, d, generator=gen, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(1, 8, n, d, generator=gen, device="cuda", dtype=torch.bfloat16)
+    call: dict[str, Any] = {"mask": Mask.causal(), "scale": d**-0.5}
+    began = time.time()
+    got = rows(q, k, None, wants=frozenset({"lse", "entropy"}), **call)
+    assert got.lse is not None and got.entropy is not None
+    sums, _ = columns(q, k, got.lse, queries=(n - last, n), **call)
+    assert sums is not None
+    torch.cuda.synchronize()
+    took, right = time.time() - began, True
+    for h in (0, heads - 1):
+        s = (q[0, h, -last:].double() @ k[0, h // 4].double().T) * d**-0.5
+        s.masked_fill_(torch.arange(n, device="cuda") > torch.arange(n - last, n, device="cuda")[:, None], -torch.inf)
+        lse = torch.logsumexp(s, -1)
+        p = (s - lse[:, None]).exp_()
+        apart = {
+            "lse": distance(got.lse[0, h, -last:], lse),
+            "entropy": distance(got.entropy[0, h, -last:], torch.special.entr(p).sum(-1)),
+            "columns": distance(sums[0, h], p.sum(0)) / float(p.sum(0).max()),
+        }
+        right &= all(error < 1e-4 for error in apart.values())
+        print(f"{n} tokens, {heads} heads, d {d}, head {h}: {apart}")
+    print(f"rows of {n} tokens and columns over the last {last} queries, compilation included: {took:.1f} s")
+    return right
 
 
 def check() -> bool:
