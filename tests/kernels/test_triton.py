@@ -48,8 +48,7 @@ def test_subsets_of_rows_and_columns(kind: str) -> None:
     assert not fails(case, everything(case, subset=True))
 
 
-@pytest.mark.parametrize("option", [*OPTIONS, "all three"])
-@pytest.mark.parametrize("queries", [1, 34])
+@pytest.mark.parametrize("option, queries", [*((name, 1) for name in OPTIONS), ("all three", 1), ("all three", 34)])
 def test_logit_options(option: str, queries: int) -> None:
     chosen = OPTIONS if option == "all three" else {option: OPTIONS[option]}
     case = random_case("causal", queries=queries, keys=40, kv_heads=1, device=DEVICE, **chosen)
