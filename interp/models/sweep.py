@@ -86,6 +86,8 @@ def check_type(kind: str, model_type: str) -> Finding:
     if any(one.refused for site, one in seen.items() if tower(site, model) == main):
         outcome = "refused"
     notes = [f"{site}: layers see different windows, trace them by layers=" for site, one in seen.items() if one.alone]
+    if kind == "image-text" and not any("pixel" in name or "image" in name for name in inputs):
+        notes.append("on text alone: none of our images fits it, so its other towers were not reached")
     towers = {site: sorted(set(found.layers[site])) for site, one in seen.items() if not one.refused}
     why = "; ".join(wrong or [*refused, *notes])
     return Finding(kind, model_type, "wrong" if wrong else outcome, why, towers, any(o.eager for o in seen.values()))
