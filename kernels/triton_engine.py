@@ -23,6 +23,7 @@ from headscope.kernels.triton_rows import Rows, rows
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
+AT_ONCE = 20  # linear columns in a pass: three times as many, where half precision needs three to hold a value
 
 
 def takes(q: Tensor, v: Tensor, mask: Mask) -> bool:
@@ -93,8 +94,23 @@ class _Call:
             "bias": self.bias,
         }
 
+    def _wide(self, got: Rows, where: Tensor | None) -> Rows:
+        """More linear columns than one pass holds take further passes."""
+        linear = self.want.linear
+        if linear is None or linear.shape[-1] <= AT_ONCE:
+            return got
+        starts = range(AT_ONCE, linear.shape[-1], AT_ONCE)
+        rest = [self._pass({"linear"}, where=where, features=slice(n, n + AT_ONCE)).linear for n in starts]
+        return got._replace(linear=torch.cat([x for x in (got.linear, *rest) if x is not None], -1))
+
     def _pass(
-        self, wants: set[str], *, where: Tensor | None = None, mask: Mask | None = None, sinks: bool = True
+        self,
+        wants: set[str],
+        *,
+        where: Tensor | None = None,
+        mask: Mask | None = None,
+        sinks: bool = True,
+        features: slice = slice(None),
     ) -> Rows:
         """The row kernel on rows ``where`` (None: all)."""
         q = self.q if where is None else self.q[:, :, where]
@@ -107,7 +123,7 @@ class _Call:
             softcap=self.softcap,
             sinks=self.sinks if sinks else None,
             bias=self.bias,
-            features=self.want.linear if "linear" in wants else None,
+            features=self.want.linear[..., features] if self.want.linear is not None and "linear" in wants else None,
             wants=frozenset(wants),
             positions=None if where is None else (where + self.mask.query_offset).to(torch.int32),
         )
@@ -125,7 +141,7 @@ class _Call:
             return
         if want.output and where is None:
             wants |= {"output"}
-        got = self._pass(wants, where=where)
+        got = self._wide(self._pass(wants, where=where, features=slice(0, AT_ONCE)), where)
         for name, wanted in asked.items():
             if wanted:
                 setattr(self.result, name, getattr(got, name))

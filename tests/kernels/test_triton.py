@@ -86,6 +86,12 @@ def test_any_call(kind: str, queries: int, cached: int, subset: bool, seed: int,
     assert not fails(case, everything(case, seed=seed, subset=subset, top=0))
 
 
+def test_many_linear_columns_take_several_passes() -> None:
+    case = random_case("causal", batch=1, kv_heads=1, queries=20, keys=20, dtype=torch.float16, device=DEVICE)
+    request = Request(entropy=True, linear=torch.randn(20, 45, device=DEVICE), key_sum=True)
+    assert not fails(case, request)
+
+
 @pytest.mark.parametrize("sinks", [False, True])
 def test_split_keys_merge_to_the_same_rows(monkeypatch: pytest.MonkeyPatch, sinks: bool) -> None:
     """Decoding splits keys over programs; some splits see no key of a short example."""
