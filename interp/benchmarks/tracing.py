@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def timing(length: int, repeats: int) -> dict[str, float]:
     ids = prompt(length)
     kinds: dict[str, Callable[[], Any]] = {
         "untraced": nullcontext,
-        "attached, no statistic": lambda: trace(lm, [LogSumExp()], layers=[]),
-        **{name: (lambda chosen=chosen: trace(lm, chosen)) for name, chosen in SETS.items()},
+        "attached, no statistic": partial(trace, lm, [LogSumExp()], layers=[]),
+        **{name: partial(trace, lm, chosen) for name, chosen in SETS.items()},
     }
     seconds: dict[str, list[float]] = {name: [] for name in [*kinds, "eager with weights"]}
     for round_number in range(repeats + 1):
@@ -104,9 +105,10 @@ def _memory_of(name: str, length: int) -> float:
 def _peak(name: str, length: int) -> float:
     lm = load_model(MODEL)
     ids = prompt(length)
-    _once(lm, ids[:, :64], (lambda: trace(lm, SETS[name])) if name in SETS else nullcontext)
+    context: Callable[[], Any] = partial(trace, lm, SETS[name]) if name in SETS else nullcontext
+    _once(lm, ids[:, :64], context)
     before = _resident()
-    _once(lm, ids, (lambda: trace(lm, SETS[name])) if name in SETS else nullcontext)
+    _once(lm, ids, context)
     return _high_water() - before
 
 

@@ -66,8 +66,11 @@ def run_trace(
     console.show_rows(rows, f"{len(texts)} prompts, record in {out}", as_json, key="statistics")
 
 
-def _below(cls: type) -> list[Any]:
-    return [each for sub in cls.__subclasses__() for each in (sub, *_below(sub))]
+def _below(cls: Any) -> list[Any]:
+    found: list[Any] = []
+    for child in cls.__subclasses__():
+        found += [child, *_below(child)]
+    return found
 
 
 def _needs_nothing(cls: type) -> bool:
@@ -138,15 +141,12 @@ def run_probe(
     result = probe_heads(lm, dataset, out=out, **settings)
     if out is not None:
         save_config(out, f"probe {dataset}", {"model": model, **settings})
-    summary = result.summary()
-    summary = summary.to_dict("records") if hasattr(summary, "to_dict") else [dict(summary)]
     if as_json:
-        console.show_json({"summary": summary, "heads": result.to_frame().to_dict("records")})
+        console.show_json({"summary": result.summary(), "heads": result.to_frame().to_dict("records")})
     else:
         console.show_rows(result.to_frame().head(top).to_dict("records"), f"probe {dataset}: best heads", False)
-        console.show_rows(
-            [{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in summary], "summary", False
-        )
+        flat = {key: value for key, value in result.summary().items() if not isinstance(value, dict | list)}
+        console.show_rows([{**flat, **result.summary()["baselines"]}], "beside chance and the words alone", False)
 
 
 def run_evaluate(
