@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from headscope.interp.models.load import load_model
     from headscope.interp.models.packages import AvailableModel, available_models
     from headscope.interp.models.projections import output_projections
+    from headscope.interp.models.tiny import tiny_model
 
 _HOME = {
     "AvailableModel": "packages",
@@ -22,6 +23,7 @@ _HOME = {
     "available_models": "packages",
     "load_model": "load",
     "output_projections": "projections",
+    "tiny_model": "tiny",
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "available_models",
     "load_model",
     "output_projections",
+    "tiny_model",
 ]
 
 
