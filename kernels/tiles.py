@@ -113,7 +113,9 @@ class Block:
     def _buffer(self, which: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
         need = math.prod(shape)
         if self.buffers[which].numel() < need:
-            self.buffers[which] = torch.empty(need, dtype=self.k.dtype, device=self.k.device)
+            # once for every key: growing tile by tile under a causal mask leaves the allocator's heap in pieces
+            most = shape[0] * shape[1] * self.k.shape[1]
+            self.buffers[which] = torch.empty(most, dtype=self.k.dtype, device=self.k.device)
         buffer: Tensor = self.buffers[which][:need].view(shape)
         return buffer
 

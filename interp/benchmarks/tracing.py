@@ -1,16 +1,19 @@
 """What tracing costs and how exact it is, on SmolLM2-135M and this machine. Run: python interp/benchmarks/tracing.py
 
-1. Agreement: every statistic against the eager attention weights of an untouched copy of the model, float32; generated
+1. Agreement, on prose: every statistic against the eager attention weights of an untouched copy of the model, float32; generated
    tokens with and without tracing.
 2. Time: traced forward passes against untraced SDPA and eager ``output_attentions``, alternating in one process;
    medians and their ratios. The language-model head runs on the last position only.
-3. Memory: peak resident size of a fresh process over its size with the model loaded, traced and untraced.
+3. Memory: peak resident size of a fresh process over its size with the model loaded, traced and untraced. glibc's
+   heap keeps freed blocks below later ones, which moves the peak by hundreds of MiB from run to run; the allocator is
+   therefore told to give every block above 64 KiB back at once (MALLOC_MMAP_THRESHOLD_), and both are reported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics as stats
 import subprocess
@@ -26,6 +29,7 @@ import torch
 from torch import Tensor
 
 from headscope.interp import load_model, trace
+from headscope.interp.needle import load_haystack
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, Statistic
 
 MODEL = "smollm2-135m"
@@ -42,7 +46,7 @@ def agreement(length: int) -> dict[str, float]:
     """Largest difference from eager weights over all layers, heads and queries; distance and key mass relative."""
     lm, eager = load_model(MODEL), load_model(MODEL)
     eager.model.set_attn_implementation("eager")
-    ids = prompt(length)
+    ids = torch.tensor([lm.tokenizer(load_haystack(None)[: 8 * length])["input_ids"][:length]])
     with torch.no_grad():
         weights = torch.stack(eager.model(input_ids=ids, output_attentions=True).attentions, dim=1)  # (1, l, h, q, k)
     with trace(lm, SETS["rows and key mass"]) as tracer:
@@ -92,14 +96,20 @@ def _once(lm: Any, ids: Tensor, context: Callable[[], Any], **kwargs: Any) -> fl
         return time.perf_counter() - begin
 
 
-def memory(length: int) -> dict[str, float]:
-    """MiB a forward pass adds to the resident size of a fresh process, by kind of pass."""
-    return {name: _memory_of(name, length) for name in ["untraced", *SETS]}
+def memory(length: int, runs: int = 3) -> dict[str, dict[str, float]]:
+    """MiB a forward pass adds to the resident size of a fresh process, by kind of pass; largest of several runs."""
+    settings = {"blocks given back at once": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "glibc's default heap": {}}
+    return {
+        title: {name: max(_memory_of(name, length, extra) for _ in range(runs)) for name in ["untraced", *SETS]}
+        for title, extra in settings.items()
+    }
 
 
-def _memory_of(name: str, length: int) -> float:
+def _memory_of(name: str, length: int, extra: dict[str, str]) -> float:
     command = [sys.executable, __file__, "--peak-of", name, "--memory-length", str(length)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    environment = {**os.environ, **extra}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(done.stdout.split()[-1])
 
 
 def _peak(name: str, length: int) -> float:
@@ -146,7 +156,9 @@ def main() -> None:
         "ratio to untraced": {name: value / seconds["untraced"] for name, value in seconds.items()},
         "ratio to eager with weights": {name: seconds[name] / seconds["eager with weights"] for name in SETS},
         f"MiB added at {chosen.memory_length} tokens": peaks,
-        "MiB above untraced": {name: peaks[name] - peaks["untraced"] for name in SETS},
+        "MiB above untraced": {
+            title: {name: found[name] - found["untraced"] for name in SETS} for title, found in peaks.items()
+        },
     }
     text = json.dumps(result, indent=1)
     print(text)

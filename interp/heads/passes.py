@@ -108,7 +108,13 @@ def target_scores(
         group = "text" if len(texts) > 1 else group
     score = in_batches(found, lambda chunk: _target_masses(lm, targets, chunk), batch)
     trials = [sample.trial for sample in found]
-    settings: dict[str, Any] = {"parameters": parameters, "seed": seed, "group": group, "out": out, "progress": progress}
+    settings: dict[str, Any] = {
+        "parameters": parameters,
+        "seed": seed,
+        "group": group,
+        "out": out,
+        "progress": progress,
+    }
     return discover(method, lm, trials, score, tokens=lambda _: (len(found[0].ids), 0), **settings)
 
 
