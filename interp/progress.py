@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 
 
 def track(items: Sequence[Item], description: str, *, enabled: bool = True, done: int = 0) -> Iterator[Item]:
-    """Yield ``items`` behind a progress bar; ``done`` of them were finished before and are already gone from ``items``."""
+    """Yield ``items`` behind a progress bar; ``done`` were finished before and are already gone from ``items``."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),

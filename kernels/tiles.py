@@ -226,14 +226,14 @@ class Block:
     def _windows(self, p: Tensor, rows: Tensor, first: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         shift, group = self.mask.query_offset - self.mask.key_offset, self.call.group
         p = p.view(p.shape[0], group, rows.numel(), hi - lo)
-        whole = p.sum(-1)
         masses, distances = [], []
         for w in self.want.windows:
             c = min(max(lo, first + shift - w + 1), hi)
             gap = (rows + shift)[:, None] - torch.arange(c, hi, device=p.device)[None, :]
             near = p[..., c - lo :]
             masses.append((near * ((gap >= 0) & (gap < w))).sum(-1))
-            distances.append(w * whole + (near * torch.clamp(gap - w, max=0)).sum(-1))
+            # a sum of like signs: w * mass minus what is nearer would cancel
+            distances.append(w * p[..., : c - lo].sum(-1) + (near * torch.clamp(gap, max=w)).sum(-1))
         return tuple(torch.stack(x, dim=-1).flatten(1, 2) for x in (masses, distances))  # type: ignore[return-value]
 
     def _targets(self, p: Tensor, rows: Tensor, lo: int, hi: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What tracing costs and how exact it is, on SmolLM2-135M and this machine. Run: python interp/benchmarks/tracing.py
 
-1. Agreement, on prose: every statistic against the eager attention weights of an untouched copy of the model, float32; generated
-   tokens with and without tracing.
+1. Agreement, on prose: every statistic against the eager attention weights of an untouched copy of the model, float32;
+   generated tokens with and without tracing.
 2. Time: traced forward passes against untraced SDPA and eager ``output_attentions``, alternating in one process;
    medians and their ratios. The language-model head runs on the last position only.
 3. Memory: peak resident size of a fresh process over its size with the model loaded, traced and untraced. glibc's
