@@ -27,16 +27,17 @@ demo: $(READY)
 		--set passages=2 --controls 10 --out $(DEMO)/evaluation
 	$(BIN)/headscope report $(DEMO) --prompt 'The brass key is under the flowerpot. Where is the brass key? The brass key is under'
 
+test: export OMP_NUM_THREADS := 1
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest --durations=15
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --durations=15
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 # the fast tier: no downloaded model, a few minutes
 fast: $(READY)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m 'not slow'
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -110,7 +110,7 @@ def plan(
             raise HeadscopeError("a head intervention is reported beside random heads; set controls to at least 1")
         for number in range(controls):
             drawn = _control(edits, heads, seed + number)
-            conditions.append(Condition(f"random {number} for {name}", CONTROL, drawn, of=name))
+            conditions.append(Condition(f"random for {name} (seed {seed + number})", CONTROL, drawn, of=name))
     return conditions
 
 

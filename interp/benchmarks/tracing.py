@@ -96,7 +96,7 @@ def _once(lm: Any, ids: Tensor, context: Callable[[], Any], **kwargs: Any) -> fl
         return time.perf_counter() - begin
 
 
-def memory(length: int, runs: int = 3) -> dict[str, dict[str, float]]:
+def memory(length: int, runs: int = 2) -> dict[str, dict[str, float]]:
     """MiB a forward pass adds to the resident size of a fresh process, by kind of pass; largest of several runs."""
     settings = {"blocks given back at once": {"MALLOC_MMAP_THRESHOLD_": "65536"}, "glibc's default heap": {}}
     return {

@@ -87,11 +87,11 @@ def test_baseline_first_then_each_intervention_and_its_controls(llama: LanguageM
     assert [c.name for c in found] == [
         "no edit",
         "ablate 3 heads (zero)",
-        "random 0 for ablate 3 heads (zero)",
-        "random 1 for ablate 3 heads (zero)",
+        "random for ablate 3 heads (zero) (seed 0)",
+        "random for ablate 3 heads (zero) (seed 1)",
         "ablate 1 heads (uniform)",
-        "random 0 for ablate 1 heads (uniform)",
-        "random 1 for ablate 1 heads (uniform)",
+        "random for ablate 1 heads (uniform) (seed 0)",
+        "random for ablate 1 heads (uniform) (seed 1)",
     ]
     assert [c.kind for c in found] == ["baseline", *(["intervention", "control", "control"] * 2)]
     assert found[0].edits == () and [c.of for c in found[1:4]] == ["", found[1].name, found[1].name]
