@@ -27,12 +27,11 @@ demo: $(READY)
 		--set passages=2 --controls 10 --out $(DEMO)/evaluation
 	$(BIN)/headscope report $(DEMO) --prompt 'The brass key is under the flowerpot. Where is the brass key? The brass key is under'
 
-test: export OMP_NUM_THREADS := 1
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --durations=15
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=15
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 # the fast tier: no downloaded model, a few minutes

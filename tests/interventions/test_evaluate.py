@@ -304,7 +304,7 @@ def test_contrasts_of_each_intervention_use_its_own_controls(llama: LanguageMode
     assert len(contrasts) == 4 and list(contrasts["n"]) == [3, 3, 2, 2]
     for _, row in contrasts.iterrows():
         scores = result.scores(row["task"])
-        own = scores[[c for c in scores if c.endswith(f"for {row['condition']}")]]
+        own = scores[[c for c in scores if c.startswith(f"random for {row['condition']} (seed")]]
         assert own.shape[1] == row["controls"] == 3
         assert row["random"] == pytest.approx(own.to_numpy().mean())
         assert row["rank"] == int((own.mean() <= scores[row["condition"]].mean()).sum())
