@@ -13,6 +13,7 @@ from torch import Tensor
 from headscope.interp.assemble import Piece, Session
 from headscope.interp.attention import AttentionCall, Handler, bare_model
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.heap import give_back
 from headscope.interp.passes import Caches, check_repeats
 from headscope.interp.provenance import provenance
 from headscope.interp.queries import Queries
@@ -117,6 +118,8 @@ class Tracer(Handler):
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
             piece.values.setdefault(statistic.kind, {}).update(reader(attended))
+        if call.query.device.type == "cpu":
+            give_back(call.query.shape[2], call.key.shape[2])
 
     def _role_of(self, site: str) -> tuple[bool, bool]:
         """Whether a site is recorded, and whether it is of the tower that reads or writes text."""
