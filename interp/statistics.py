@@ -20,6 +20,7 @@ from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.plan import Plan as Plan
 from headscope.interp.plan import concatenate
+from headscope.interp.spans import members
 from headscope.kernels.request import Attended
 
 Reader = Callable[[Attended], dict[str, Tensor]]
@@ -92,8 +93,8 @@ class SinkMass(Statistic):
 class SpanMass(Statistic):
     """Mass on named spans of tokens, dimension ``span``.
 
-    ``spans`` maps a name to ``(first, stop)`` positions, the same for all examples, or to a list with one pair an
-    example (in the order the examples are traced within a batch). See ``headscope.interp.spans``.
+    ``spans`` maps a name to ``(first, stop)`` positions, the same for all examples, or to a list with one pair, or one
+    list of pairs, an example (in the order the examples are traced within a batch). See ``headscope.interp.spans``.
     """
 
     spans: Mapping[str, Any] = field(default_factory=dict)
@@ -109,15 +110,9 @@ class SpanMass(Statistic):
 
     def ask(self, plan: Plan) -> Reader:
         at = plan.key_positions
-        columns = [self._inside(at, span, plan.call.query.shape[0]) for span in self.spans.values()]
+        columns = [members(span, at, plan.call.query.shape[0])[..., None] for span in self.spans.values()]
         place = plan.linear(concatenate(columns))
         return lambda seen: {self.name: _linear(seen)[..., place]}
-
-    def _inside(self, at: Tensor, span: Any, batch: int) -> Tensor:
-        bounds = torch.as_tensor(span, device=at.device).reshape(-1, 2)
-        if bounds.shape[0] not in (1, batch):
-            raise HeadscopeError(f"a span was given for {bounds.shape[0]} examples, but the batch has {batch}")
-        return ((at >= bounds[:, :1]) & (at < bounds[:, 1:]))[..., None].to(torch.float32)
 
 
 @dataclass(frozen=True)
