@@ -56,7 +56,8 @@ def attend(
     Raises:
         ValueError: shapes that do not belong together, or an unknown engine.
     """
-    _check(q, k, v, sinks, bias, request)
+    _check(q, k, v, sinks, bias)
+    _check_request(q, k, request)
     run = _engine(engine, q, v)
     if request.output and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         out = _differentiable_output(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
@@ -81,12 +82,11 @@ def output(
     bias: Tensor | None = None,
 ) -> Tensor:
     """The attention output alone (batch, head, query, d_value), by PyTorch's own kernel wherever it has one."""
-    request = Request()
-    _check(q, k, v, sinks, bias, request)
+    _check(q, k, v, sinks, bias)
     plain = softcap is None and sinks is None and bias is None
     if plain and (library.covers(mask, q.shape[2], k.shape[2]) or not _triton_takes(q, v)):
         return library.attention(q, k, v, mask=mask, scale=scale)
-    out = attend(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=request).output
+    out = attend(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=Request()).output
     assert out is not None
     return out
 
@@ -179,7 +179,7 @@ def pattern(
     return out if seen is None else out.masked_fill_(~seen, 0.0)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, request: Request) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None) -> None:
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x.shape) for x in (q, k, v)]}")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
@@ -190,6 +190,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor |
         raise ValueError(f"sinks must have one logit a head, shape ({q.shape[1]},); got {tuple(sinks.shape)}")
     if bias is not None and (bias.dim() != 3 or bias.shape[2] != k.shape[2] or bias.shape[1] not in (1, q.shape[1])):
         raise ValueError(f"bias must be (batch or 1, {q.shape[1]} or 1, {k.shape[2]}); got {tuple(bias.shape)}")
+
+
+def _check_request(q: Tensor, k: Tensor, request: Request) -> None:
     linear = request.linear
     if linear is not None and (linear.dim() not in (2, 3) or linear.shape[-2] != k.shape[2]):
         raise ValueError(

@@ -39,6 +39,8 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor
     out = v.new_zeros(q.shape[0], q.shape[1], q.shape[2], v.shape[-1])
     heads = torch.arange(q.shape[1], device=q.device)
     step = max(1, min(q.shape[2], (1 << 22) // max(1, k.shape[2] * q.shape[0])))
+    if mask.left is not None:  # short blocks skip the keys before the window
+        step = min(step, max(128, mask.left))
     for r0 in range(0, q.shape[2], step):
         r1 = min(r0 + step, q.shape[2])
         lo, hi = mask.key_bounds(r0, r1, k.shape[2])
