@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
 
 
 def scores(
@@ -21,11 +22,12 @@ def scores(
     scale: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
 ) -> Tensor:
     """Masked attention scores (batch, head, query, key) with ``-inf`` at invisible keys.
 
     ``q`` (batch, head, query, d_head), ``k`` (batch, kv_head, key, d_head). Softcap is Gemma 2's ``c tanh(s / c)``;
-    ``bias`` (batch or 1, head or 1, key) is added after it.
+    ``bias`` (batch or 1, head or 1, key) is added after it, and ``edit`` changes what then stands there.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     s = scale * (q @ k.transpose(-1, -2))
@@ -33,6 +35,9 @@ def scores(
         s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias[:, :, None].to(s.dtype)
+    if edit is not None and s.numel():
+        examples, heads, rows, keys = (torch.arange(n, device=s.device) for n in s.shape)
+        s = edit.tile(s, examples, heads, rows + mask.query_offset, keys + mask.key_offset)
     visible = dense_mask(mask, q.shape, k.shape[2], q.device)
     return s.masked_fill(~visible, float("-inf"))
 
@@ -57,13 +62,14 @@ def pattern(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
 ) -> Tensor:
     """The attention pattern (batch, head, query, key).
 
     Rows sum to 1, to less than 1 with sink logits ``sinks`` (head,) (gpt-oss: one extra logit in the denominator), and
     to 0 for a query that sees no key.
     """
-    return normalise(scores(q, k, mask=mask, scale=scale, softcap=softcap, bias=bias), sinks)
+    return normalise(scores(q, k, mask=mask, scale=scale, softcap=softcap, bias=bias, edit=edit), sinks)
 
 
 def normalise(s: Tensor, sinks: Tensor | None) -> Tensor:
@@ -91,6 +97,7 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     request: Request,
 ) -> Attended:
     """Every reduction of ``request`` from the dense pattern, in the inputs' precision (at least float32).
@@ -99,7 +106,7 @@ def attend(
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    s = scores(q, k, mask=mask, scale=scale, softcap=softcap, bias=bias)
+    s = scores(q, k, mask=mask, scale=scale, softcap=softcap, bias=bias, edit=edit)
     return reduce(s, normalise(s, sinks), v, mask=mask, sinks=sinks, request=request)
 
 
@@ -108,7 +115,7 @@ def reduce(s: Tensor, p: Tensor, v: Tensor, *, mask: Mask, sinks: Tensor | None,
     result = Attended()
     if request.output:
         result.output = p @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1)
-    _columns(result, p, s, mask, request)
+    _columns(result, p, mask, request)
     rows = torch.arange(p.shape[2], device=p.device)
     if request.query_rows is not None:
         rows = request.query_rows
@@ -156,11 +163,12 @@ def pad_top(mass: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return mass, keys
 
 
-def _columns(result: Attended, p: Tensor, s: Tensor, mask: Mask, request: Request) -> None:
+def _columns(result: Attended, p: Tensor, mask: Mask, request: Request) -> None:
     first, stop = request.key_queries or (0, p.shape[2])
     rows = torch.arange(first, stop, device=p.device)
     real = mask.query_is_real(rows)
-    p, seen = p[:, :, first:stop], s[:, :, first:stop] > float("-inf")
+    seen = dense_mask(mask, p.shape, p.shape[3], p.device)[:, :, first:stop]
+    p = p[:, :, first:stop]
     if real is not None:
         p, seen = p * real[:, None, :, None], seen & real[:, None, :, None]
     if request.key_sum:

@@ -24,7 +24,8 @@ class Request:
         ``query_rows``: query row indices (n,) ascending to which row statistics are limited; None means all.
 
     Columns (one number per key), over the real (not padded) queries of rows ``key_queries = (first, stop)``:
-        ``key_sum``: ``sum_i p_ij``; ``key_max``: ``max_i p_ij``; ``key_count``: how many of them see key ``j``.
+        ``key_sum``: ``sum_i p_ij``; ``key_max``: ``max_i p_ij``; ``key_count``: how many of them
+        the mask lets see key ``j``.
 
     ``output``: also return ``sum_j p_ij v_j``.
 

@@ -26,6 +26,7 @@ from headscope.kernels import library
 from headscope.kernels.counts import count_queries
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.tiles import Block, Call
 
 CPU_TILE = 400_000  # scores in a tile: 1.6 MB in float32, measured fastest on 1 MB L2 caches
@@ -42,6 +43,7 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     request: Request,
     tile: int | None = None,
 ) -> Attended:
@@ -50,13 +52,13 @@ def attend(
     ``tile`` is the number of scores held at a time. Statistics are float32 (float64 for float64 input), whatever the
     inputs' dtype; the output has the value's dtype.
     """
-    call = Call(q, k, v, mask, scale, softcap, sinks, bias)
+    call = Call(q, k, v, mask, scale, softcap, sinks, bias, edit)
     tile = tile or (CPU_TILE if q.device.type == "cpu" else GPU_TILE)
     result = Attended()
     for rows, part in _passes(request, q.shape[2], q.device):
         _Pass(call, rows, part, result).run(tile)
     if request.output and result.output is None:
-        if softcap is None and sinks is None and bias is None:
+        if softcap is None and sinks is None and bias is None and edit is None:
             result.output = library.attention(q, k, v, mask=mask, scale=scale)
         else:
             _Pass(call, torch.arange(q.shape[2], device=q.device), Request(), result).run(tile)

@@ -11,6 +11,7 @@ from torch import Tensor
 from headscope.kernels.masks import Mask
 from headscope.kernels.reference import pad_top
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
 
 LOG2E = 1.0 / math.log(2.0)
 HIDDEN = -1e30  # a hidden key's score: exp gives exactly 0, and 0 * HIDDEN is 0 where 0 * -inf would be NaN
@@ -29,6 +30,7 @@ class Call:
     softcap: float | None
     sinks: Tensor | None
     bias: Tensor | None
+    edit: ScoreEdit | None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,20 +125,33 @@ class Block:
         call, n = self.call, rows.numel()
         q = call.q[self.examples, self.heads]
         q = q[:, :, first : last + 1] if last - first + 1 == n else q[:, :, rows]
-        unit = call.scale if call.softcap is not None else call.scale * LOG2E
-        q = (q.to(call.dtype) * unit).reshape(self.nb * self.nh, call.group * n, q.shape[-1])
+        unit = LOG2E if call.edit is None else 1.0  # an edit is told scores in nats
+        q = (q.to(call.dtype) * (call.scale if call.softcap is not None else call.scale * unit)).reshape(
+            self.nb * self.nh, call.group * n, q.shape[-1]
+        )
         s = self._buffer(0, (q.shape[0], q.shape[1], hi - lo))
         torch.bmm(q, self.k[:, lo:hi].transpose(1, 2), out=s)
         if call.softcap is not None:
-            s.div_(call.softcap).tanh_().mul_(call.softcap * LOG2E)
+            s.div_(call.softcap).tanh_().mul_(call.softcap * unit)
         if call.bias is not None:
-            s.view(self.nb, self.nh, call.group, n, hi - lo).add_(self._bias(call.bias)[..., lo:hi])
+            s.view(self.nb, self.nh, call.group, n, hi - lo).add_(self._bias(call.bias, unit)[..., lo:hi])
+        if call.edit is not None:
+            self._edit(call.edit, s.view(self.nb, self.nh * call.group, n, hi - lo), rows, lo)
         self._hide(s.view(self.nb, self.nh, call.group, n, hi - lo), rows, first, last, lo, hi)
         return s
 
-    def _bias(self, bias: Tensor) -> Tensor:
-        """The key bias of this block (batch or 1, kv_head or 1, group or 1, 1, key), in units of ln 2."""
-        bias = bias.to(self.k.dtype) * LOG2E
+    def _edit(self, edit: ScoreEdit, s: Tensor, rows: Tensor, lo: int) -> None:
+        """Apply a score edit to ``s`` (batch, head, row, key) in nats, and put it in units of ln 2."""
+        device = s.device
+        examples = torch.arange(self.examples.start, self.examples.stop, device=device)
+        heads = torch.arange(self.heads.start, self.heads.stop, device=device)
+        keys = torch.arange(lo, lo + s.shape[-1], device=device) + self.mask.key_offset
+        edited = edit.tile(s, examples, heads, rows + self.mask.query_offset, keys)
+        torch.mul(edited, LOG2E, out=s).clamp_(min=HIDDEN)  # an edit may hide a key by -inf
+
+    def _bias(self, bias: Tensor, unit: float) -> Tensor:
+        """The key bias of this block (batch or 1, kv_head or 1, group or 1, 1, key), in ``unit``s a nat."""
+        bias = bias.to(self.k.dtype) * unit
         if bias.shape[0] > 1:
             bias = bias[self.examples]
         if bias.shape[1] == 1:
