@@ -4,8 +4,8 @@ A span is ``(first, stop)``: token positions counted from the example's first to
 takes them. A statistic takes one pair for all examples, one pair an example, or, where something stands in several
 places (an image in rows), one list of pairs an example.
 
-Spans come from the tokenizer's own character offsets, or, where it has none, from decoding: never from comparing bags of
-token ids, which can be off by one (Wu et al. 2024's code takes any window that shares 90 % of the needle's ids). Spans
+Spans come from the tokenizer's own character offsets, or, where it has none, from decoding: never from comparing bags
+of token ids, which can be off by one (Wu et al. 2024's code takes any window with 90 % of the needle's ids). Spans
 of a chat with images: ``headscope.interp.vision``.
 """
 
