@@ -1,7 +1,8 @@
 """The public reductions of attention. Each function picks the engine; all engines compute what ``reference`` defines.
 
 Engines: ``"reference"`` (dense: short sequences, and the definition), ``"streaming"`` (plain PyTorch, any device),
-``"triton"`` (GPU kernels; what they do not compute falls to streaming inside the same call).
+``"triton"`` (GPU kernels) and ``"flex"`` (FlexAttention, for edited scores); what these two do not compute falls to
+streaming inside the same call.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +18,9 @@ from torch import Tensor
 from headscope.kernels import library, reference, streaming
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
 
-Engine = Literal["auto", "reference", "streaming", "triton"]
+Engine = Literal["auto", "reference", "streaming", "triton", "flex"]
 _HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -32,13 +34,14 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     request: Request,
     engine: Engine = "auto",
 ) -> Attended:
     """One attention call: its output and every reduction in ``request``, in as few passes as the engine can.
 
     Statistics carry no gradient. The output does where an input requires one: it is then computed apart, by the
-    library or, with softcap, sinks or bias, densely.
+    library or, with softcap, sinks, bias or edit, densely.
 
     Args:
         q: queries (batch, head, query, d_head), after position embedding and any normalisation.
@@ -50,6 +53,9 @@ def attend(
         sinks: one extra logit a head (head,) in the softmax denominator.
         bias: a logit added to each key's score after softcap (batch or 1, head or 1, key). Adding ``log c`` multiplies
             the key's weight by ``c`` before renormalisation; statistics are those of the edited pattern.
+        edit: changes the scores last, after softcap and bias, of the pairs that the mask shows; statistics are those
+            of the edited pattern. Streaming evaluates it tile by tile on any device; the output and lse come from
+            FlexAttention on a GPU, where it takes the call.
         request: what to compute.
         engine: ``"auto"`` picks the fastest engine for the device.
 
@@ -58,14 +64,15 @@ def attend(
     """
     _check(q, k, v, sinks, bias)
     _check_request(q, k, request)
-    run = _engine(engine, q, v)
+    run = _engine(engine, q, v, edit)
+    call = {"mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks, "bias": bias, "edit": edit}
     if request.output and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        out = _differentiable_output(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
+        out = _differentiable_output(q, k, v, call)
         request = replace(request, output=False)
     else:
         out = None
     with torch.no_grad():
-        result = run(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=request)
+        result = run(q, k, v, **call, request=request)
     result.output = result.output if out is None else out
     return result
 
@@ -80,40 +87,41 @@ def output(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
 ) -> Tensor:
     """The attention output alone (batch, head, query, d_value), by PyTorch's own kernel wherever it has one."""
     _check(q, k, v, sinks, bias)
-    plain = softcap is None and sinks is None and bias is None
-    if plain and (library.covers(mask, q.shape[2], k.shape[2]) or not _triton_takes(q, v)):
+    call: dict[str, Any] = {
+        "mask": mask,
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": sinks,
+        "bias": bias,
+        "edit": edit,
+    }
+    if _is_plain(call) and (library.covers(mask, q.shape[2], k.shape[2]) or not _triton_takes(q, v)):
         return library.attention(q, k, v, mask=mask, scale=scale)
-    out = attend(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=Request()).output
+    out = attend(q, k, v, **call, request=Request()).output
     assert out is not None
     return out
 
 
-def _differentiable_output(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    if softcap is None and sinks is None and bias is None:
-        return library.attention(q, k, v, mask=mask, scale=scale)
-    out = reference.attend(
-        q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=Request()
-    ).output
+def _is_plain(call: dict[str, Any]) -> bool:
+    """Whether nothing but a mask and a scale stands between q.k and softmax."""
+    return all(call[name] is None for name in ("softcap", "sinks", "bias", "edit"))
+
+
+def _differentiable_output(q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]) -> Tensor:
+    if _is_plain(call):
+        return library.attention(q, k, v, mask=call["mask"], scale=call["scale"])
+    out = reference.attend(q, k, v, **call, request=Request()).output
     assert out is not None
     return out.to(v.dtype)
 
 
-def _engine(engine: str, q: Tensor, v: Tensor) -> Callable[..., Attended]:
+def _engine(engine: str, q: Tensor, v: Tensor, edit: ScoreEdit | None) -> Callable[..., Attended]:
     if engine == "auto":
-        engine = "triton" if _triton_takes(q, v) else "streaming"
+        engine = "flex" if edit is not None and q.is_cuda else "triton" if _triton_takes(q, v) else "streaming"
     if engine == "reference":
         return reference.attend
     if engine == "streaming":
@@ -122,7 +130,11 @@ def _engine(engine: str, q: Tensor, v: Tensor) -> Callable[..., Attended]:
         from headscope.kernels import triton_engine  # triton is optional, and slow to import
 
         return triton_engine.attend
-    raise ValueError(f"unknown engine {engine!r}; choose 'auto', 'reference', 'streaming' or 'triton'")
+    if engine == "flex":
+        from headscope.kernels import flex  # slow to import
+
+        return flex.attend
+    raise ValueError(f"unknown engine {engine!r}; choose 'auto', 'reference', 'streaming', 'triton' or 'flex'")
 
 
 def uses_triton(engine: str, q: Tensor, k: Tensor, mask: Mask) -> bool:
@@ -150,6 +162,7 @@ def pattern(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     rows: slice = slice(None),
     keys: slice = slice(None),
 ) -> Tensor:
@@ -165,7 +178,15 @@ def pattern(
         return out
     at = torch.arange(r0, r1, device=q.device)
     request = Request(output=False, lse=True, query_rows=at)
-    lse = attend(q, k, k, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=request).lse
+    call: dict[str, Any] = {
+        "mask": mask,
+        "scale": scale,
+        "softcap": softcap,
+        "sinks": sinks,
+        "bias": bias,
+        "edit": edit,
+    }
+    lse = attend(q, k, k, **call, request=request).lse
     assert lse is not None
     head_keys = k[:, :, k0:k1].to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     torch.matmul(q[:, :, r0:r1].to(dtype) * scale, head_keys.transpose(-1, -2), out=out)
@@ -173,9 +194,13 @@ def pattern(
         out.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
         out.add_(bias[:, :, None, k0:k1])
-    out.sub_(lse[..., None]).exp_()
-    heads = torch.arange(q.shape[1], device=q.device)
-    seen = mask.tile(at, torch.arange(k0, k1, device=q.device), heads)
+    heads, columns = torch.arange(q.shape[1], device=q.device), torch.arange(k0, k1, device=q.device)
+    if edit is not None:
+        examples = torch.arange(q.shape[0], device=q.device)
+        out = edit.tile(out, examples, heads, at + mask.query_offset, columns + mask.key_offset)
+    norm = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # an edit or a bias may hide every key
+    out = torch.sub(out, norm).exp_() if edit is not None else out.sub_(norm).exp_()
+    seen = mask.tile(at, columns, heads)
     return out if seen is None else out.masked_fill_(~seen, 0.0)
 
 

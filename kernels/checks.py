@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from headscope.kernels import reference
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
 
 ROUNDINGS = 8 * torch.finfo(torch.float32).eps
 MASKS = (
@@ -48,6 +50,7 @@ class Case:
     softcap: float | None = None
     sinks: Tensor | None = None
     bias: Tensor | None = None
+    edit: ScoreEdit | None = None
 
     def run(self, engine: Callable[..., Attended], request: Request) -> Attended:
         """The call under ``engine``."""
@@ -60,6 +63,7 @@ class Case:
             softcap=self.softcap,
             sinks=self.sinks,
             bias=self.bias,
+            edit=self.edit,
             request=request,
         )
 
@@ -87,7 +91,8 @@ class Case:
 
     def _scores(self, dtype: torch.dtype) -> Tensor:
         q, k = self.q.to(dtype), self.k.to(dtype)
-        return reference.scores(q, k, mask=self.mask, scale=self.scale, softcap=self.softcap, bias=self.bias)
+        options: dict[str, Any] = {"softcap": self.softcap, "bias": self.bias, "edit": self.edit}
+        return reference.scores(q, k, mask=self.mask, scale=self.scale, **options)
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,28 @@ def random_case(
         sinks=normal(heads) if sinks else None,
         bias=normal(batch, heads, keys) if bias else None,
     )
+
+
+def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
+    """Score edits of every kind for ``case``, by name."""
+    gen = torch.Generator().manual_seed(seed)
+    heads, device = case.q.shape[1], case.q.device
+    last = case.k.shape[2] + abs(case.mask.key_offset)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=gen).to(device)
+
+    slope = distance_slope(uniform(heads) / 8)
+    scale = key_scale(0.5 + uniform(1, last))
+    table = by_distance(scale=0.5 + uniform(heads, 20), bias=uniform(1, 9))
+    hide = ScoreEdit(lambda s, b, h, q, k: torch.where((k + b) % 4 == h % 4, -torch.inf, s))
+    return {
+        "distance slope": slope,
+        "key scale": scale,
+        "distance table": table,
+        "hidden keys": hide,
+        "two, on some heads": table.then(scale).on_heads(range(1, heads, 2), heads, device=device),
+    }
 
 
 def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5) -> Request:

@@ -26,10 +26,10 @@ class ScoreEdit:
     """A change of the scores of one attention call, the ``edit`` of ``headscope.kernels.attention.attend``.
 
     ``function`` maps (score, example, head, query, key) to the new score, element by element: scores in nats, absolute
-    positions as in ``Mask`` (query row ``i`` at ``query_offset + i``), head and example indices of the whole call. It is
-    given tensors that broadcast to one another here, single elements by FlexAttention, so it must be made of pointwise
-    operations and of look-ups in tensors that it holds (``slope[head]``). ``-inf`` hides a key. What it returns for a
-    pair that the mask hides does not matter.
+    positions as in ``Mask`` (query row ``i`` at ``query_offset + i``), example and head indices of the whole call. Here
+    it is given tensors that broadcast to one another, by FlexAttention single elements, so it must be made of pointwise
+    operations and of look-ups in tensors that it holds (``slope[head]``). ``-inf`` takes a key's weight away. What it
+    returns for a pair that the mask hides does not matter.
     """
 
     function: ScoreFunction
@@ -77,8 +77,8 @@ def by_distance(scale: Tensor | None = None, bias: Tensor | None = None) -> Scor
     """s' = scale[head, distance] s + bias[head, distance], tables (head or 1, distance) on the call's device.
 
     The distance is query - key in tokens; beyond a table's end its last column holds, and its first for keys ahead of
-    the query. A measured positional bias is taken out by subtracting it (calibration: Hsieh et al. 2024, arXiv
-    2406.16008, subtract one per document; here it may depend on distance and head).
+    the query. A measured positional bias is taken out by subtracting it: what Hsieh et al. 2024 (arXiv 2406.16008) do
+    with the weights of whole documents after softmax, here with scores.
     """
 
     def read(table: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

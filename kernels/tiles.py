@@ -126,9 +126,8 @@ class Block:
         q = call.q[self.examples, self.heads]
         q = q[:, :, first : last + 1] if last - first + 1 == n else q[:, :, rows]
         unit = LOG2E if call.edit is None else 1.0  # an edit is told scores in nats
-        q = (q.to(call.dtype) * (call.scale if call.softcap is not None else call.scale * unit)).reshape(
-            self.nb * self.nh, call.group * n, q.shape[-1]
-        )
+        factor = call.scale if call.softcap is not None else call.scale * unit
+        q = (q.to(call.dtype) * factor).reshape(self.nb * self.nh, call.group * n, q.shape[-1])
         s = self._buffer(0, (q.shape[0], q.shape[1], hi - lo))
         torch.bmm(q, self.k[:, lo:hi].transpose(1, 2), out=s)
         if call.softcap is not None:

@@ -2,7 +2,7 @@
 
 Kernels: lse, max, entropy, distance, linear, output (rows), key_sum and key_max (columns). Without a kernel of its
 own: a window is the row kernel under a narrower mask, and target masses need only lse. To streaming go: any mask with
-an index ``rule`` or inputs the kernels do not take (the whole call), and top keys.
+an index ``rule``, an ``edit`` of the scores, or inputs the kernels do not take (the whole call), and top keys.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from headscope.kernels import library, streaming
 from headscope.kernels.counts import count_queries
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.targets import target_mass
 from headscope.kernels.triton_columns import columns
 from headscope.kernels.triton_rows import Rows, rows
@@ -41,12 +42,13 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     request: Request,
 ) -> Attended:
     """Compute ``request``; shapes and meaning as in ``headscope.kernels.attention.attend``."""
-    if not takes(q, v, mask):
+    if not takes(q, v, mask) or edit is not None:
         return streaming.attend(
-            q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, request=request
+            q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, edit=edit, request=request
         )
     return _Call(q, k, v, mask, scale, softcap, sinks, bias, request).run()
 

@@ -1,0 +1,167 @@
+"""Edited scores: the definition by hand, and every engine on a CPU against it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headscope.kernels import attention, reference, streaming
+from headscope.kernels.checks import MASKS, Case, compare, everything, random_case, random_edits
+from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
+
+EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads")
+ALL_THREE = {"softcap": 5.0, "sinks": True, "bias": True}
+
+
+def edited(kind: str, name: str, **options: object) -> Case:
+    case = random_case(kind, **options)  # type: ignore[arg-type]
+    return replace(case, edit=random_edits(case)[name])
+
+
+def options(case: Case) -> dict:
+    return {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias", "edit")}
+
+
+def fails(case: Case, got: Attended, request: Request) -> list:
+    return [v for v in compare(got, case, request, precision=torch.float32) if not v.holds]
+
+
+def test_the_definition_is_the_formula_on_every_single_pair() -> None:
+    """Softcap, then bias, then the edit at absolute positions, then the mask: written out, one score at a time."""
+    case = random_case("shifted keys", batch=2, kv_heads=1, queries=5, keys=6, d_head=8, **ALL_THREE)
+    slopes, factors = torch.rand(2), torch.rand(2, 20)
+    edit = key_scale(factors).then(distance_slope(slopes))
+    got = reference.scores(case.q, case.k, mask=case.mask, scale=0.4, softcap=5.0, bias=case.bias, edit=edit)
+    assert case.bias is not None and case.mask.query_offset == 10 and case.mask.key_offset == 11
+    for b, h, i, j in torch.cartesian_prod(*(torch.arange(n) for n in (2, 2, 5, 6))).tolist():
+        s = 5.0 * torch.tanh(0.4 * (case.q[b, h, i] @ case.k[b, 0, j]) / 5.0) + case.bias[b, h, j]
+        s = s * factors[h, 11 + j] - slopes[h] * ((10 + i) - (11 + j))
+        want = s if 11 + j <= 10 + i + 2 else torch.tensor(-torch.inf)
+        assert torch.isclose(
+            got[b, h, i, j], want, rtol=1e-5, atol=1e-5
+        )  # a dozen float32 roundings of numbers below 10
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("name", EDITS)
+def test_streaming_is_the_definition(kind: str, name: str) -> None:
+    for queries, extra in ((33, {}), (3, ALL_THREE)):
+        case = edited(kind, name, queries=queries, keys=50, **extra)
+        for subset, tile in ((False, None), (True, 2_000)):
+            request = everything(case, subset=subset)
+            got = streaming.attend(case.q, case.k, case.v, **options(case), request=request, tile=tile)
+            assert not fails(case, got, request)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_are_edited_in_float32(dtype: torch.dtype) -> None:
+    case = edited("causal", "distance table", dtype=dtype)
+    assert not fails(case, case.run(attention.attend, everything(case)), everything(case))
+
+
+@pytest.mark.parametrize("kind", ["causal", "left padding", "rule", "empty rows"])
+@pytest.mark.parametrize("name", EDITS)
+def test_output_and_pattern_follow_the_edit(kind: str, name: str) -> None:
+    case = edited(kind, name, queries=21, keys=30, **ALL_THREE)
+    want = case.eager(Request()).output
+    assert want is not None
+    assert (attention.output(case.q, case.k, case.v, **options(case)) - want).abs().max() < 1e-5
+    tile = attention.pattern(case.q, case.k, rows=slice(2, 19), keys=slice(3, 27), **options(case))
+    assert (tile - case.pattern()[:, :, 2:19, 3:27]).abs().max() < 1e-5
+
+
+def test_a_slope_over_distance_is_a_key_bias_up_to_a_constant_of_each_row() -> None:
+    case = random_case("causal", queries=40, keys=40)
+    slopes = torch.rand(4)
+    got = replace(case, edit=distance_slope(slopes)).run(attention.attend, Request(entropy=True, lse=True))
+    same = replace(case, bias=(slopes[:, None] * torch.arange(40))[None]).run(
+        attention.attend, Request(entropy=True, lse=True)
+    )
+    assert got.lse is not None and same.lse is not None and got.entropy is not None and same.entropy is not None
+    assert (got.entropy - same.entropy).abs().max() < 1e-4  # scores up to 40: 1e-4 is 20 of their roundings
+    assert (got.lse - (same.lse - slopes[:, None] * torch.arange(40))).abs().max() < 1e-4
+
+
+def test_scaled_scores_are_scaled_keys() -> None:
+    case = random_case("window", group=1)
+    factors = torch.rand(1, 63)
+    got = replace(case, edit=key_scale(factors)).run(attention.attend, everything(case))
+    scaled = replace(case, k=case.k * factors[0][:, None])
+    assert not fails(scaled, got, everything(case))
+
+
+def test_minus_infinity_hides_as_a_rule_does() -> None:
+    case = random_case("causal")
+    edit = ScoreEdit(lambda s, b, h, q, k: torch.where((q - k) % 3 == 1, -torch.inf, s))
+    mask = replace(case.mask, rule=lambda b, h, q, k: (q - k) % 3 != 1)
+    request = replace(everything(case), key_count=False)  # the mask's own count knows nothing of an edit
+    assert not fails(replace(case, mask=mask), replace(case, edit=edit).run(attention.attend, request), request)
+
+
+def test_a_table_of_distances_holds_at_its_ends() -> None:
+    table = torch.tensor([[1.0, 2.0, 4.0]])
+    case = random_case("full", queries=6, keys=6, batch=1, kv_heads=1, group=1)
+    got = reference.scores(case.q, case.k, mask=case.mask, scale=1.0, edit=by_distance(bias=table))
+    change = got - reference.scores(case.q, case.k, mask=case.mask, scale=1.0)
+    want = table[0][(torch.arange(6)[:, None] - torch.arange(6)).clamp(0, 2)]
+    assert torch.allclose(change[0, 0], want, atol=1e-5)
+
+
+def test_other_heads_keep_their_numbers_to_the_bit() -> None:
+    case = random_case("causal")
+    edit = distance_slope(torch.ones(4)).on_heads([2], 4)
+    plain = case.run(attention.attend, Request(entropy=True)).entropy
+    same = replace(case, edit=ScoreEdit(lambda s, b, h, q, k: s)).run(attention.attend, Request(entropy=True)).entropy
+    got = replace(case, edit=edit).run(attention.attend, Request(entropy=True)).entropy
+    assert plain is not None and same is not None and got is not None
+    assert torch.equal(got[:, [0, 1, 3]], same[:, [0, 1, 3]]) and (got[:, 2] - plain[:, 2]).abs().max() > 0.1
+
+
+def test_the_gradient_passes_through_an_edit() -> None:
+    case = edited("causal", "distance table", dtype=torch.float64, queries=9, keys=9)
+    leaf = case.q.clone().requires_grad_()
+    got = replace(case, q=leaf).run(attention.attend, Request(lse=True)).output
+    assert got is not None
+    got.square().sum().backward()
+    assert leaf.grad is not None
+    step = torch.zeros_like(case.q)
+    step[0, 1, 5, 3] = 1e-6
+    ends = [replace(case, q=case.q + x).eager(Request()).output for x in (step, -step)]
+    slope = (ends[0].square().sum() - ends[1].square().sum()) / 2e-6  # type: ignore[union-attr]
+    assert abs(float(leaf.grad[0, 1, 5, 3] - slope)) < 1e-6 * max(1.0, abs(float(slope)))
+
+
+def test_an_edit_of_another_shape_is_refused() -> None:
+    case = replace(random_case("causal", queries=5, keys=5), edit=ScoreEdit(lambda s, b, h, q, k: s.sum(-1)))
+    with pytest.raises(ValueError, match="returned"):
+        case.run(attention.attend, Request(lse=True))
+
+
+@pytest.mark.parametrize("engine", ["streaming", "triton"])
+def test_engines_without_a_kernel_for_it_compute_it_by_streaming(engine: str) -> None:
+    if engine == "triton":
+        pytest.importorskip("triton")
+    case = edited("causal", "distance slope")
+    got = attention.attend(
+        case.q,
+        case.k,
+        case.v,
+        **options(case),
+        request=everything(case),
+        engine=engine,  # type: ignore[arg-type]
+    )
+    assert not fails(case, got, everything(case))
+
+
+def test_a_planted_bug_shows() -> None:
+    case = random_case("causal")
+    wrong = replace(case, edit=distance_slope(torch.full((4,), 0.051)))
+    right = replace(case, edit=distance_slope(torch.full((4,), 0.05)))
+    request = everything(case)
+    assert not fails(right, right.run(attention.attend, request), request)
+    assert {"lse", "entropy", "output", "key_sum"} <= {
+        v.name for v in fails(right, wrong.run(attention.attend, request), request)
+    }
