@@ -139,7 +139,7 @@ def span_in(
     if at < 0:
         raise HeadscopeError(f"{_short(part)} does not occur in the text; check its spelling and white space")
     if offsets is not None:
-        span = _by_offsets(offsets, at, at + len(part))
+        span = by_offsets(offsets, at, at + len(part))
     else:
         span = _by_decoding(tokenizer, list(ids), part)
     if span is None or not _survives(tokenizer, list(ids[span[0] : span[1]]), part):
@@ -155,7 +155,8 @@ def span_in(
     return span
 
 
-def _by_offsets(offsets: Sequence[tuple[int, int]], first: int, stop: int) -> Span | None:
+def by_offsets(offsets: Sequence[tuple[int, int]], first: int, stop: int) -> Span | None:
+    """The tokens with at least one of the characters ``first`` to ``stop``, from each token's own; None without any."""
     inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > first and a < b]
     return (inside[0], inside[-1] + 1) if inside else None
 

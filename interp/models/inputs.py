@@ -17,7 +17,22 @@ from torch import Tensor
 from headscope.interp.errors import HeadscopeError
 
 LENGTH = 24
-_IMAGE_TOKEN = ("image_token_id", "image_token_index", "img_token_id", "media_token_id", "image_patch_id")
+_MEDIA_TOKEN = {
+    "image": ("image_token_id", "image_token_index", "img_token_id", "media_token_id", "image_patch_id"),
+    "video": ("video_token_id", "video_token_index"),
+    "audio": ("audio_token_id", "audio_token_index"),
+}
+
+
+def media_tokens(config: Any) -> dict[str, int]:
+    """The token ids at whose positions a model puts image, video or audio features, where its configuration says."""
+    found = {}
+    for kind, names in _MEDIA_TOKEN.items():
+        ids = (getattr(config, name, None) for name in names)
+        token = next((one for one in ids if one is not None), None)
+        if token is not None:
+            found[kind] = int(token)
+    return found
 
 
 def example_inputs(
@@ -158,7 +173,7 @@ def _wanted_image_tokens(model: Any, error: Exception) -> int | None:
 
 def _put_images(model: Any, inputs: dict[str, Tensor], features: int) -> bool:
     """Prefix each example with its share of ``features`` image tokens."""
-    token = next((getattr(model.config, n) for n in _IMAGE_TOKEN if getattr(model.config, n, None) is not None), None)
+    token = media_tokens(model.config).get("image")
     ids = inputs["input_ids"]
     if token is None or bool((ids == token).any()):
         return False
