@@ -113,6 +113,8 @@ def test_template_words_are_not_taken_for_the_users(vision_model, picture):
 
 def test_what_cannot_be_placed_is_refused(vision_model, picture, template):
     model, made = vision_model("llava")
+    real = made.tokenizer
+    assert vision_prompt(model, made, chat(picture(0))).inputs and made.tokenizer is real
     bare = copy.copy(made)
     bare.chat_template = None
     with pytest.raises(HeadscopeError, match="no chat template.*chat_template="):
@@ -131,5 +133,3 @@ def test_what_cannot_be_placed_is_refused(vision_model, picture, template):
         vision_prompt(model, made, chat(picture(0), question="b"))
     with pytest.raises(HeadscopeError, match="at least one message"):
         vision_prompt(model, made, [])
-    real = made.tokenizer
-    assert vision_prompt(model, made, chat(picture(0))).inputs and made.tokenizer is real
