@@ -88,6 +88,13 @@ class Handler:
     the edited attention and the edited outputs.
     """
 
+    def concerns(self, site: str, layer: int) -> bool:
+        """Whether this layer's calls are read or changed at all, the same answer while attached.
+
+        Where no handler is concerned, a site may leave the layer to the model's own attention and call none of them.
+        """
+        return True
+
     def edit(self, call: AttentionCall) -> AttentionCall:
         """Change what the layer computes with."""
         return call

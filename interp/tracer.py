@@ -87,6 +87,11 @@ class Tracer(Handler):
         else:
             self.abort_forward()
 
+    def concerns(self, site: str, layer: int) -> bool:
+        """The recorded layers; and, for another tower's sake, those that say where the decoder stands."""
+        chosen, reads = self._role_of(site)
+        return (chosen and (self.layers is None or layer in self.layers)) or (reads and self.site is not None)
+
     def request(self, call: AttentionCall) -> Request | None:
         """The declared statistics as one request, or None where this call is not recorded."""
         chosen, reads = self._role_of(call.site)

@@ -83,6 +83,10 @@ class AblateHeads(Intervention):
                 "make them with head_means on this model"
             )
 
+    def concerns(self, site: str, layer: int) -> bool:
+        """The layers that hold a head of the set."""
+        return layer in self._layers
+
     def _heads_of(self, call: AttentionCall) -> list[int]:
         decoding = call.mask.query_offset > 0
         if self.during != "always" and decoding != (self.during == "decode"):

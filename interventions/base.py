@@ -60,6 +60,9 @@ class _InTextTower(Handler):
     def _is_here(self, call: AttentionCall) -> bool:
         return selects(self.tower, call.site, self.model)
 
+    def concerns(self, site: str, layer: int) -> bool:
+        return selects(self.tower, site, self.model) and self.inner.concerns(site, layer)
+
     def edit(self, call: AttentionCall) -> AttentionCall:
         return self.inner.edit(call) if self._is_here(call) else call
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from headscope.kernels.masks import Mask
 
 # Arguments that choose keys or change weights in ways an AttentionCall cannot say.
 _UNKNOWN = ("cache", "indices", "block_indices")
+SMALL = 1 << 18  # query-key pairs: a decoding step over 262,144 keys, a prompt of 512 tokens
 
 
 def refusal(model: nn.Module, why: str) -> str:
@@ -113,6 +115,30 @@ def _of_keys_only(mask: Mask) -> Mask:
     return replace(mask, start=None, end=None, rule=rule, examples=batch)
 
 
+def leave(
+    module: nn.Module,
+    implementation: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """What the model's own attention function gives on its own mask: for a layer that nobody reads or changes.
+
+    None for the implementations and sizes where our attention is at least as good: the mask or the scores would be a
+    large (query, key) tensor, and beside that many the few microseconds that our bookkeeping takes do not show.
+    """
+    lazy = isinstance(attention_mask, LazyMask)
+    if implementation not in ("sdpa", "eager") or not (lazy or attention_mask is None):
+        return None
+    if query.shape[0] * query.shape[2] * key.shape[2] > SMALL:
+        return None
+    mask = attention_mask.original(implementation) if lazy else None  # type: ignore[union-attr]
+    result: Tensor = original_function(module, implementation)(module, query, key, value, mask, **kwargs)[0]
+    return result
+
+
 def original_function(module: nn.Module, name: str) -> Any:
     """The attention function that ``module`` would call under implementation ``name``.
 
@@ -120,15 +146,16 @@ def original_function(module: nn.Module, name: str) -> Any:
         HeadscopeError: there is none.
     """
     function = None if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name)
-    function = _own_eager(module) if function is None else function
+    function = _own_eager(type(module)) if function is None else function
     if function is None:
         raise HeadscopeError(f"{type(module).__name__} has no attention function {name!r} to compare with")
     return function
 
 
-def _own_eager(module: nn.Module) -> Any:
+@cache
+def _own_eager(owner: type[nn.Module]) -> Any:
     """The eager function that the module's forward names; modeling files may hold several."""
-    for kind in type(module).__mro__:
+    for kind in owner.__mro__:
         namespace = vars(sys.modules[kind.__module__])
         code = getattr(vars(kind).get("forward"), "__code__", None)
         named = [name for name in (code.co_names if code else ()) if "eager" in name and name in namespace]

@@ -26,20 +26,22 @@ class LazyMask(Tensor):
     rule: Mask
     gaps: bool
     arguments: dict[str, Any]
+    originals: dict[str, Tensor | None]
 
     @staticmethod
     def __new__(
         cls, shape: tuple[int, ...], device: torch.device | str, rule: Mask, arguments: dict[str, Any] | None = None
     ) -> LazyMask:
         made: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
-        made.rule, made.gaps, made.arguments = rule, False, arguments or {}
+        made.rule, made.gaps, made.arguments, made.originals = rule, False, arguments or {}, {}
         return made
 
     def original(self, implementation: str) -> Tensor | None:
-        """The mask that transformers makes for another attention implementation from the same arguments."""
-        make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-        made: Tensor | None = make(**self.arguments)
-        return made
+        """The mask that transformers makes for another attention implementation from the same arguments; made once."""
+        if implementation not in self.originals:
+            make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+            self.originals[implementation] = make(**self.arguments)
+        return self.originals[implementation]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyMask(shape={tuple(self.shape)}, rule={self.rule})"

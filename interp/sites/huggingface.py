@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from headscope.interp.attention import Handler, bare_model, run_call
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites.hf_calls import make_call, original_function, refusal
+from headscope.interp.sites.hf_calls import leave, make_call, original_function, refusal
 from headscope.interp.sites.hf_masks import lazy_mask
 from headscope.interp.sites.towers import tower
 
@@ -50,6 +50,14 @@ class Route:
     hooks: list[Any] = field(default_factory=list)
     check: Check | None = None
     inside: nn.Module | None = None
+    busy: dict[tuple[str, int], bool] = field(default_factory=dict)
+
+    def is_busy(self, site: str, layer: int) -> bool:
+        """Whether any handler in force reads or changes a layer; ``busy`` remembers while they are the same."""
+        found = self.busy.get((site, layer))
+        if found is None:
+            found = self.busy[site, layer] = any(handler.concerns(site, layer) for handler in self.handlers)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +87,12 @@ def attached(model: Any, handler: Handler) -> Iterator[Route]:
     inner = bare_model(model)
     route = _ROUTES.get(inner) or _open(inner)
     route.handlers.append(handler)
+    route.busy.clear()
     try:
         yield route
     finally:
         route.handlers.remove(handler)
+        route.busy.clear()
         if not route.handlers:
             _close(route)
 
@@ -266,6 +276,11 @@ def attention_function(
         raise HeadscopeError(
             f"{type(module).__name__} attends outside the model that was traced; trace the whole model"
         )
+    if not place.route.is_busy(place.site, place.layer):
+        options = {**kwargs, "scaling": scaling, "dropout": dropout}
+        own = leave(module, place.implementation, query, key, value, attention_mask, **options)
+        if own is not None:
+            return own, None
     call = make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
     if place.route.check is not None:
         place.route.check(module, place, call, attention_mask, {**kwargs, "scaling": scaling, "dropout": dropout})

@@ -189,8 +189,10 @@ def test_a_tower_is_verified_when_its_first_call_comes(monkeypatch):
         return call.with_(scale=call.scale * 1.01) if place.tower == "vision" else call
 
     monkeypatch.setattr(huggingface, "make_call", wrong_vision)
-    with trace(model, [Entropy()]) as tracer:  # text alone does not reach the vision tower
-        model(input_ids=inputs["input_ids"][:, -8:])
+    with trace(model, [Entropy()]) as tracer:  # nobody reads the vision tower, so it runs the model's own attention
+        model(**inputs)
+    assert tracer.record["layer"].to_numpy().tolist() == [0, 1]
+    with trace(model, [Entropy()], site="vision"):
+        model(input_ids=inputs["input_ids"][:, -8:])  # text alone does not reach the vision tower
         with pytest.raises(HeadscopeError, match="Llava.*pattern of layer 0"):
             model(**inputs)
-    assert tracer.record["layer"].to_numpy().tolist() == [0, 1]
