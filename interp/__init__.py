@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from headscope.interp.models import load_model as load_model
     from headscope.interp.record import append_record as append_record
     from headscope.interp.record import load_record as load_record
+    from headscope.interp.record import open_record as open_record
     from headscope.interp.record import save_record as save_record
     from headscope.interp.scores import HeadScores as HeadScores
+    from headscope.interp.sweeps import sweep as sweep
     from headscope.interp.tracer import Tracer as Tracer
     from headscope.interp.tracer import trace as trace
 
@@ -29,7 +31,9 @@ _HOME = {
     "append_record": "record",
     "load_model": "models",
     "load_record": "record",
+    "open_record": "record",
     "save_record": "record",
+    "sweep": "sweeps",
     "trace": "tracer",
 }
 _MODULES = ("heads", "plots", "statistics", "spans", "queries", "models", "report")

@@ -23,10 +23,16 @@ CALIBRATION = 256  # tokens of the forward pass that is timed
 
 @dataclass
 class Work:
-    """``passes``: one (prompt tokens, generated tokens) a prompt; ``files``: what is written, by name."""
+    """``passes``: one (prompt tokens, generated tokens) a prompt; ``files``: what is written, by name.
+
+    Where prompts run together, ``batches`` says how often, and ``memory`` the bytes of the largest batch above the
+    model's own.
+    """
 
     passes: list[tuple[int, int]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    batches: int | None = None
+    memory: int | None = None
 
 
 class Planned(Exception):
@@ -45,15 +51,15 @@ def dry_run() -> Iterator[Work]:
     try:
         yield planned
     except Planned as stop:
-        planned.passes, planned.files = stop.work.passes, stop.work.files
+        vars(planned).update(vars(stop.work))
     finally:
         _DRY.reset(token)
 
 
-def begin(passes: Iterable[tuple[int, int]], files: list[str]) -> None:
+def begin(passes: Iterable[tuple[int, int]], files: list[str], **batched: int) -> None:
     """Called where work begins: in a dry run, stop here and say what it would be."""
     if _DRY.get():
-        raise Planned(Work(list(passes), files))
+        raise Planned(Work(list(passes), files, **batched))
 
 
 def estimate(lm: Any, work: Work) -> dict[str, Any]:
@@ -70,12 +76,14 @@ def estimate(lm: Any, work: Work) -> dict[str, Any]:
     bytes_each = next(bare_model(lm).parameters()).element_size()
     cache = 2 * info.layers * info.kv_heads * info.d_head * longest * bytes_each
     activations = 8 * longest * info.d_model * bytes_each
+    above = cache + activations if work.memory is None else work.memory
+    prompts = len(work.passes) if work.batches is None else work.batches
     return {
-        "forward_passes": len(work.passes) + sum(new for _, new in work.passes),
+        "forward_passes": prompts + sum(new for _, new in work.passes),
         "prompts": len(work.passes),
         "tokens": sum(tokens + new for tokens, new in work.passes),
         "seconds": round(seconds, 1),
-        "memory_mib": round((info.parameters * bytes_each + cache + activations) / 2**20),
+        "memory_mib": round((info.parameters * bytes_each + above) / 2**20),
         "files": work.files,
     }
 

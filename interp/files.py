@@ -1,10 +1,16 @@
-"""Writing results so that an interruption never leaves half a file."""
+"""Writing results so that an interruption never leaves half a file, and never two processes the same one."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from headscope.interp.errors import HeadscopeError
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -24,3 +30,32 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def locked(path: str | Path | None) -> Iterator[None]:
+    """Keep ``path``, a file that a run writes to, for one run at a time; None is nobody's.
+
+    The lock is a hidden file beside it that the system releases when the process dies, however it dies.
+
+    Raises:
+        HeadscopeError: another run holds it.
+    """
+    if path is None:
+        yield
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.parent / f".{path.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise HeadscopeError(
+            f"another process is writing {path}; wait for it or stop it, or choose another output folder"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()  # while it is held: who opened it meanwhile sees that it has no name
+        lock.release()

@@ -25,7 +25,7 @@ class Journal:
     def __init__(self, path: str | Path | None, config: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.entries: dict[int, dict[str, Any]] = {}
-        config = json.loads(json.dumps(config, sort_keys=True, default=str))
+        config = plain(config)
         if self.path is None:
             return
         if self.path.exists():
@@ -43,12 +43,7 @@ class Journal:
             self.entries = {int(entry["trial"]): entry["result"] for entry in entries}
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise HeadscopeError(f"{self.path} is not a run of headscope; choose another output folder") from error
-        if found != config:
-            changed = sorted(key for key in {*found, *config} if found.get(key) != config.get(key))
-            raise HeadscopeError(
-                f"{self.path} belongs to a run with other settings ({', '.join(changed)}); "
-                "choose another output folder, or delete that file to start again"
-            )
+        require_same(self.path, found, config)
         if torn:
             with open(self.path, "r+b") as file:
                 file.truncate(self.path.stat().st_size - len(torn))
@@ -65,3 +60,23 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         self.entries[trial] = result
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from JSON, to be compared with those of an earlier run."""
+    held: dict[str, Any] = json.loads(json.dumps(config, sort_keys=True, default=str))
+    return held
+
+
+def require_same(path: Path, found: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse to continue a run whose settings ``found`` are not ``config``.
+
+    Raises:
+        HeadscopeError: names the settings that differ.
+    """
+    if found != config:
+        changed = sorted(key for key in {*found, *config} if found.get(key) != config.get(key))
+        raise HeadscopeError(
+            f"{path} belongs to a run with other settings ({', '.join(changed)}); "
+            "choose another output folder, or delete that file to start again"
+        )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from types import CodeType, FunctionType
 from typing import Any
 
 
@@ -62,3 +64,57 @@ def hash_texts(texts: Iterable[str]) -> str:
     for text in texts:
         digest.update(text.encode("utf-8") + b"\xff")
     return digest.hexdigest()
+
+
+def describe(value: Any) -> Any:
+    """A declaration (a statistic, a selection of queries) as JSON-able values that are equal where its results are.
+
+    Tensors and arrays become hashes of their bytes. A function is its name, its code and what it closes over.
+
+    Raises:
+        HeadscopeError: an object that cannot be told from another by its contents.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset | range):
+        return [describe(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    if hasattr(value, "tobytes"):
+        return {"shape": list(value.shape), "type": str(value.dtype), "sha256": _sha256(value.tobytes())}
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {field.name: describe(getattr(value, field.name)) for field in fields(value)}
+        return {type(value).__qualname__: held}
+    if isinstance(value, FunctionType):
+        closure = [describe(cell.cell_contents) for cell in value.__closure__ or ()]
+        return {value.__qualname__: [_code(value.__code__), closure, describe(value.__defaults__)]}
+    from headscope.interp.errors import HeadscopeError
+
+    raise HeadscopeError(
+        f"{value!r} cannot be compared between runs; use numbers, tensors, plain functions or dataclasses"
+    )
+
+
+def _code(code: CodeType) -> str:
+    constants = [_code(item) if isinstance(item, CodeType) else repr(item) for item in code.co_consts]
+    return _sha256(repr((code.co_code.hex(), code.co_names, constants)).encode())
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of a few hundred weights of every parameter: tells models of one name apart, not one changed weight."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta and parameter.numel():
+            flat = parameter.detach().reshape(-1)
+            few = flat[:: max(1, flat.numel() // 256)]
+            digest.update(
+                few.double().cpu().numpy().tobytes() if few.is_floating_point() else repr(few.tolist()).encode()
+            )
+    return digest.hexdigest()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -4,13 +4,16 @@ Dimensions: example, layer, head, query or key, and what a statistic adds (span,
 and key positions count from each example's first token: left and right padding are gone from a record. Missing values
 are NaN (floats) or -1 (positions). On disk a record is a folder of zarr parts and a manifest that is replaced
 atomically: a part that is not in the manifest does not exist, so an interrupted append leaves the record as it was.
+``load_record`` reads a whole record, ``open_record`` reads values when they are used.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,11 @@ import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.files import write_atomically
+from headscope.interp.joined import RAGGED, damaged, join, missing
 
 FORMAT = 1
 MANIFEST = "record.json"
-RAGGED = ("query", "key")  # dimensions whose length depends on the examples
+SWEEP = "sweep.json"  # settings of the sweep that writes a record
 
 
 def concatenate(parts: list[xr.Dataset]) -> xr.Dataset:
@@ -54,17 +58,12 @@ def _pad(part: xr.Dataset, sizes: dict[str, int]) -> xr.Dataset:
     }
     if not short:
         return part
-    fills = {name: missing(variable.dtype) for name, variable in part.variables.items()}
-    padded = part.pad(short, constant_values=fills)
-    for dim in short:
-        if dim in part.coords:
-            padded = padded.assign_coords({dim: np.arange(sizes[dim])})
-    return padded.astype({name: variable.dtype for name, variable in part.data_vars.items()})
-
-
-def missing(dtype: np.dtype[Any]) -> float | int:
-    """What stands for a missing value of this type."""
-    return float("nan") if np.issubdtype(dtype, np.floating) else -1
+    coords = [name for name in part.coords if name not in part.dims]
+    flat = part.reset_coords(coords)  # pad fills coordinates with NaN, whatever it is told
+    fills = {name: missing(variable.dtype) for name, variable in flat.variables.items()}
+    padded = flat.pad(short, constant_values=fills)
+    padded = padded.assign_coords({dim: np.arange(sizes[dim]) for dim in short if dim in part.coords})
+    return padded.astype({name: variable.dtype for name, variable in flat.data_vars.items()}).set_coords(coords)
 
 
 def save_record(record: xr.Dataset, path: str | Path) -> Path:
@@ -80,9 +79,16 @@ def save_record(record: xr.Dataset, path: str | Path) -> Path:
 
 
 def append_record(record: xr.Dataset, path: str | Path) -> Path:
-    """Add a record's examples to the one at ``path`` (created if absent)."""
+    """Add a record's examples to the one at ``path`` (created if absent).
+
+    Raises:
+        HeadscopeError: the record there holds other statistics or layers, or is a sweep's, which has its own examples.
+    """
     path = Path(path)
-    parts = _manifest(path)["parts"] if (path / MANIFEST).exists() else []
+    manifest = _manifest(path) if (path / MANIFEST).exists() else {"parts": []}
+    if manifest.get("numbered"):
+        raise HeadscopeError(f"{path} was written by a sweep over its own prompts; save this record elsewhere")
+    parts = manifest["parts"]
     if parts:
         existing = _open(path, parts[0])
         if set(existing.data_vars) != set(record.data_vars) or not np.array_equal(existing["layer"], record["layer"]):
@@ -91,16 +97,34 @@ def append_record(record: xr.Dataset, path: str | Path) -> Path:
 
 
 def _append(record: xr.Dataset, path: Path, parts: list[str]) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
     name = f"part-{len(parts):05d}-{uuid.uuid4().hex[:8]}.zarr"
-    try:
-        record.to_zarr(path / name, mode="w", consolidated=False)
-    except BaseException:
-        shutil.rmtree(path / name, ignore_errors=True)
-        raise
-    manifest = {"format": FORMAT, "kind": "headscope record", "parts": [*parts, name]}
-    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_part(record, path, name)
+    write_manifest(path, [*parts, name])
     return path
+
+
+def write_part(record: xr.Dataset, path: Path, name: str) -> None:
+    """Write a record's examples as the part ``name`` of the folder ``path``: whole and on disk, or not at all."""
+    path.mkdir(parents=True, exist_ok=True)
+    unfinished = path / f".{name}.{uuid.uuid4().hex[:8]}"
+    try:
+        record.to_zarr(unfinished, mode="w", consolidated=False)
+        for file in (file for file in unfinished.rglob("*") if file.is_file()):
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        os.replace(unfinished, path / name)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def write_manifest(path: Path, parts: Sequence[str], *, numbered: bool = False, **attrs: str) -> None:
+    """Make ``parts`` the record at ``path``. ``numbered``: their ``example`` coordinates say which example comes where;
+    otherwise examples come in the parts' order. ``attrs`` replace the parts' attributes."""
+    manifest = {"format": FORMAT, "kind": "headscope record", "parts": list(parts)}
+    if numbered:
+        manifest |= {"numbered": True, "attrs": attrs}
+    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def load_record(path: str | Path) -> xr.Dataset:
@@ -109,21 +133,44 @@ def load_record(path: str | Path) -> xr.Dataset:
     Raises:
         HeadscopeError: no record there, one of another program or a newer version, or damaged parts.
     """
+    return open_record(path).load()
+
+
+def open_record(path: str | Path) -> xr.Dataset:
+    """A record whose values are read from disk when they are used, from the parts that hold them.
+
+    ``open_record(path)["entropy"].isel(example=5)`` reads one part; what is read is not kept (``.load()`` keeps it).
+
+    Raises:
+        HeadscopeError: as ``load_record``; a part that is damaged inside, when it is read.
+    """
     path = Path(path)
-    return concatenate([_open(path, part) for part in _manifest(path)["parts"]])
+    manifest = _manifest(path)
+    parts = [_open(path, part) for part in manifest["parts"]]
+    numbers = None
+    if manifest.get("numbered"):
+        numbers = np.concatenate([part["example"].to_numpy() for part in parts])
+    record = join(parts, [path / part for part in manifest["parts"]], numbers)
+    return record.assign_attrs(manifest.get("attrs", {}))
+
+
+def part_examples(path: Path, part: str) -> list[int]:
+    """The numbers of a part's examples."""
+    numbers: list[int] = _open(path, part)["example"].to_numpy().tolist()
+    return numbers
 
 
 def _open(path: Path, part: str) -> xr.Dataset:
     try:
-        return xr.open_zarr(path / part, consolidated=False).load()
+        return xr.open_dataset(path / part, engine="zarr", consolidated=False, chunks=None, cache=False)
     except Exception as error:
-        raise HeadscopeError(
-            f"{path / part} is damaged ({type(error).__name__}); trace these examples again"
-        ) from error
+        raise damaged(path / part, error) from error
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
+        if not (path / MANIFEST).exists() and (path / SWEEP).exists():
+            raise HeadscopeError(f"the sweep in {path} is not finished; run the same sweep again, and it will continue")
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
         foreign = manifest["kind"] != "headscope record" or not isinstance(manifest["parts"], list)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -64,7 +64,7 @@ class LanguageModel:
             output = self.model(**inputs, **kwargs)
         logits = getattr(output, "logits", None)
         if isinstance(logits, Tensor) and logits.ndim == 3:
-            self._check_finite(_last_logits(logits, inputs["attention_mask"]))
+            self.check_finite(_last_logits(logits, inputs["attention_mask"]))
         return output
 
     def encode(self, prompts: Prompts, *, padding_side: str = "right", max_new_tokens: int = 0) -> Any:
@@ -127,10 +127,11 @@ class LanguageModel:
         return self.tokenizer
 
     def _check_scores(self, ids: Tensor, scores: Tensor) -> Tensor:
-        self._check_finite(scores)
+        self.check_finite(scores)
         return scores
 
-    def _check_finite(self, logits: Tensor) -> None:
+    def check_finite(self, logits: Tensor) -> None:
+        """Raise HeadscopeError where logits (any, vocab) are not numbers."""
         # A model may forbid tokens with -inf; one that forbids every token is broken as well.
         bad = logits.isnan() | logits.isposinf()
         if bool(bad.any()) or not bool(logits.isfinite().any(dim=-1).all()):

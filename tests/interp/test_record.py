@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.record import append_record, concatenate, load_record, save_record
+from headscope.interp.record import append_record, concatenate, load_record, open_record, save_record
 
 
 def record(examples: int = 2, length: int = 5, *, heads: int = 3, offset: float = 0.0) -> xr.Dataset:
@@ -31,6 +31,7 @@ def record(examples: int = 2, length: int = 5, *, heads: int = 3, offset: float 
             "key": np.arange(length),
             "rank": [0],
             "length": ("example", np.full(examples, length)),
+            "query_position": (("example", "query"), np.tile(np.arange(length), (examples, 1))),
         },
         attrs={"site": "model.layers.*.self_attn", "headscope": json.dumps({"seed": 0})},
     )
@@ -68,7 +69,42 @@ def test_concatenation_of_ragged_records_keeps_every_value_in_place():
         n = part.sizes["query"]
         np.testing.assert_array_equal(joined["entropy"][i, ..., :n], part["entropy"][0])
         assert np.isnan(joined["key_mass"][i, ..., n:]).all()
+        assert joined["query_position"][i].to_numpy().tolist() == [*range(n), *[-1] * (7 - n)]
+    assert joined["query_position"].dtype == np.int64
     assert joined["query"].to_numpy().tolist() == list(range(7))
+
+
+def test_an_open_record_reads_what_is_asked_of_the_parts_that_hold_it(tmp_path):
+    parts = [record(2, 4), record(1, 7, offset=100), record(3, 2, offset=1000)]
+    for part in parts:
+        append_record(part, tmp_path / "r")
+    whole, lazy = load_record(tmp_path / "r"), open_record(tmp_path / "r")
+    xr.testing.assert_identical(lazy.compute(), whole)
+    for key in (
+        {"example": 2},
+        {"example": -1, "query": 1},
+        {"example": slice(1, 5, 2), "query": slice(None, None, -1)},
+        {"example": [5, 0, 3], "head": [2, 0], "query": [6, 1]},
+        {"layer": 1, "query": slice(3, 6)},
+        {"example": [], "key": 0},
+    ):
+        xr.testing.assert_identical(lazy.isel(key).compute(), whole.isel(key))
+
+
+def test_damage_inside_a_part_is_found_when_it_is_read(tmp_path):
+    for length in (4, 7):
+        append_record(record(1, length), tmp_path / "r")
+    lazy = open_record(tmp_path / "r")
+    part = next((tmp_path / "r").glob("part-00001*"))
+    for chunk in (part / "entropy" / "c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(b"not a chunk")
+    assert float(lazy["entropy"][0, 0, 0, 1].load()) == 1.0  # the other part is read as before
+    with pytest.raises(HeadscopeError, match=f"{part.name} is damaged"):
+        lazy["entropy"].load()
+    shutil.rmtree(part / "key_mass")
+    with pytest.raises(HeadscopeError, match=f"{part.name} is damaged"):
+        open_record(tmp_path / "r")
 
 
 def test_records_of_different_models_or_statistics_are_not_joined(tmp_path):

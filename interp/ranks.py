@@ -1,0 +1,64 @@
+"""The processes of a data-parallel run, as ``accelerate launch`` or ``torchrun`` start them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+PATIENCE = timedelta(days=30)  # processes wait for each other's share of a run, not for a message
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """This process's number and how many there are; one of one where nothing was launched."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def share(self, value: Any) -> list[Any]:
+        """Every process's ``value``, by rank. All processes must call it; it waits for the last."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """The processes that run this together; the process group of ``torch.distributed`` is made if there is none yet."""
+    if not _launched():
+        yield Ranks()
+        return
+    # a group of our own: gloo needs no GPU, and the launcher's may give up after minutes
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), group)
+    finally:
+        dist.destroy_process_group(group)
+
+
+def device() -> str | None:
+    """The device that the launcher gave this process, or None where nothing was launched."""
+    if not _launched():
+        return None
+    from accelerate import PartialState
+
+    return str(PartialState().device)
+
+
+def _launched() -> bool:
+    if not dist.is_available():
+        return False
+    if not dist.is_initialized() and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from accelerate import PartialState
+
+        PartialState()
+    return dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,216 @@
+"""Sweeps: statistics of every head on a data set of prompts, streamed to disk, resumable, on one process or several.
+
+Prompts run in batches of like lengths under a memory budget; every batch becomes a part of the record as it finishes,
+so that memory does not grow with the data set and a killed sweep continues where it stopped. Under
+``accelerate launch`` or ``torchrun`` the processes share the batches out, and write to one folder that all of them see.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from headscope.interp.attention import Handler, origin
+from headscope.interp.batches import Batch, Budget, Cost, Prompts, bytes_of
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.estimate import begin
+from headscope.interp.examples import check_statistics, for_examples, own_rows
+from headscope.interp.files import locked, write_atomically
+from headscope.interp.journal import plain, require_same
+from headscope.interp.models.load import load_model
+from headscope.interp.models.tiny import takes
+from headscope.interp.progress import track
+from headscope.interp.provenance import describe, fingerprint, provenance
+from headscope.interp.queries import Queries
+from headscope.interp.ranks import Ranks, ranks
+from headscope.interp.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest, write_part
+from headscope.interp.sites import attached
+from headscope.interp.sites.support import is_exact
+from headscope.interp.statistics import Statistic
+from headscope.interp.tracer import Tracer, trace
+
+
+def sweep(
+    model: Any,
+    prompts: Iterable[Any],
+    statistics: Sequence[Statistic],
+    *,
+    out: str | Path,
+    memory: str | int = "1GiB",
+    largest: int = 64,
+    padding: bool = True,
+    layers: Sequence[int] | None = None,
+    queries: Queries | None = None,
+    site: str | None = None,
+    verify: bool = True,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Record ``statistics`` of every prompt of a data set; killed, it continues when it is run again.
+
+    The record has the prompts as its ``example`` dimension, in their order, without padding. Other batches (another
+    ``memory``, number of processes or device of the same kind) change its integers and positions not at all, and its
+    other numbers by the rounding of a matrix product of another shape; in models that choose (mixtures of experts), a
+    choice that was a tie may turn.
+
+    Args:
+        model: load_model's result or a Hugging Face model that takes ``input_ids``.
+        prompts: texts, sequences of token ids, or rows with a ``text`` or ``input_ids`` (a data set of ``datasets``).
+        statistics: declarations. Spans and targets with one entry an example have one entry a prompt, in their order.
+        out: folder of the record; ``load_record(out)`` and ``open_record(out)`` read it later.
+        memory: what a batch may take above the model's own, for each process: bytes or ``"2GiB"``. An estimate (see
+            ``headscope.interp.batches.Cost``), not a limit that is enforced.
+        largest: prompts in a batch, at most; what is lost by a kill.
+        padding: False runs only prompts of one length together, for models that cannot be traced padded; so do
+            statistics that are not exact under padding.
+        layers, queries, site, verify: as ``headscope.interp.trace`` takes them.
+
+    Returns:
+        The record, read from ``out`` where it is used (``.load()`` reads all), on every process.
+
+    Raises:
+        HeadscopeError: a prompt that alone takes more than ``memory``, and whatever ``Prompts``, ``check_statistics``
+            and ``trace`` refuse, before anything runs; ``out`` holds another sweep, or another process writes there.
+    """
+    lm, out = _load(model), Path(out)
+    given, statistics = Prompts(lm, prompts), tuple(statistics)
+    options: dict[str, Any] = {"layers": layers, "queries": queries, "site": site}
+    Tracer(lm, statistics, **options)
+    check_statistics(statistics, given.lengths, queries)
+    together = padding and all(is_exact(statistic, "padding") for statistic in statistics)
+    budget = Budget(Cost(lm, statistics, layers, queries), bytes_of(memory), largest, together)
+    everything = budget.batches(dict(enumerate(given.lengths)))
+    begin(
+        ((length, 0) for length in given.lengths),
+        [MANIFEST, SWEEP, "part-*.zarr"],
+        batches=len(everything),
+        memory=max(budget.cost(len(batch.examples), batch.width) for batch in everything),
+    )
+    made = provenance(lm, statistics=[str(s) for s in statistics], queries=str(queries), prompts_sha256=given.sha256)
+    with ranks() as us, ExitStack() as stack:
+        done = _begin(us, stack, out, _settings(lm, given, statistics, options, made))
+        waiting = budget.batches({i: length for i, length in enumerate(given.lengths) if i not in done})
+        mine = waiting[us.rank :: us.size]
+        before = f", {len(done)} of {len(given)} prompts done before" if done else ""
+        for batch in track(mine, f"trace{before}", enabled=progress and us.rank == 0):
+            part = _trace(lm, given, batch, statistics, verify=verify, **options)
+            write_part(part, out, f"part-{min(batch.examples):08d}.zarr")
+        us.share(None)
+        if us.rank == 0 and (waiting or not (out / MANIFEST).exists()):
+            _finish(out, len(given), made)
+        us.share(None)
+    return open_record(out)
+
+
+def _load(model: Any) -> Any:
+    if origin(model):
+        raise HeadscopeError("a sweep runs Hugging Face models; give it the one inside this wrapper")
+    lm = load_model(model)
+    if getattr(lm.model.config, "is_encoder_decoder", False):
+        raise HeadscopeError(f"{lm.name} has an encoder and a decoder, and a sweep gives one text; use `trace`")
+    return lm
+
+
+def _settings(
+    lm: Any, given: Prompts, statistics: Sequence[Statistic], options: dict[str, Any], made: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the numbers, and must therefore be the same when a sweep is continued."""
+    layers = options["layers"]
+    with attached(lm, Handler()) as route:  # for a moment, to see what edits the model
+        edits = [getattr(handler, "inner", handler) for handler in route.handlers if _changes(handler)]
+    return plain(
+        {
+            "model": {key: value for key, value in made["model"].items() if key != "device"},
+            "weights": fingerprint(lm.model),
+            "prompts": {"count": len(given), "tokens_sha256": given.sha256},
+            "statistics": [describe(statistic) for statistic in statistics],
+            "queries": describe(options["queries"]),
+            "layers": None if layers is None else sorted(set(layers)),
+            "site": options["site"],
+            "interventions": [edit.describe() if hasattr(edit, "describe") else describe(edit) for edit in edits],
+        }
+    )
+
+
+def _changes(handler: Handler) -> bool:
+    return type(handler).edit is not Handler.edit or type(handler).edit_output is not Handler.edit_output
+
+
+def _begin(us: Ranks, stack: ExitStack, out: Path, settings: dict[str, Any]) -> set[int]:
+    """The prompts that are done already; the folder is this run's until ``stack`` closes.
+
+    Raises:
+        HeadscopeError: on every process, where one refuses.
+    """
+    done: set[int] = set()
+    refusal: str | None = None
+    if us.rank == 0:
+        try:
+            stack.enter_context(locked(out / SWEEP))
+            done = _resume(out, settings)
+        except HeadscopeError as error:
+            refusal = str(error)
+    shared = us.share((refusal, settings, done))
+    refusal, first, done = shared[0]
+    if refusal is None and any(theirs != first for _, theirs, _ in shared):
+        refusal = "the processes of this sweep were given different prompts, models or statistics; start them alike"
+    if refusal is not None:
+        raise HeadscopeError(refusal)
+    return done
+
+
+def _resume(out: Path, settings: dict[str, Any]) -> set[int]:
+    """The prompts whose parts are in ``out``; its settings are written where there are none yet."""
+    parts = sorted(path.name for path in out.glob("part-*"))
+    if parts or (out / MANIFEST).exists():
+        try:
+            found = json.loads((out / SWEEP).read_text())
+        except (OSError, ValueError) as error:
+            raise HeadscopeError(
+                f"{out} already holds a record that is not a sweep's; choose another folder"
+            ) from error
+        require_same(out / SWEEP, found, settings)
+    else:
+        write_atomically(out / SWEEP, json.dumps(settings, indent=1).encode())
+    for unfinished in out.glob(".part-*"):
+        shutil.rmtree(unfinished)
+    return {int(number) for name in parts for number in part_examples(out, name)}
+
+
+def _trace(
+    lm: Any, given: Prompts, batch: Batch, statistics: Sequence[Statistic], *, queries: Queries | None, **options: Any
+) -> xr.Dataset:
+    """The record of one batch, its examples numbered as the prompts are."""
+    inputs = given.batch(batch.examples)
+    few = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if takes(lm.model, name)}
+    mine = [for_examples(statistic, batch.examples) for statistic in statistics]
+    try:
+        with trace(lm, mine, queries=queries, **options) as tracer:
+            logits = getattr(lm.model(**inputs, **few), "logits", None)
+    except torch.OutOfMemoryError as error:
+        raise HeadscopeError(
+            f"out of memory at {len(batch.examples)} prompts of {batch.width} tokens; run the sweep again with less "
+            "memory=, and it will continue"
+        ) from error
+    if isinstance(logits, Tensor) and logits.ndim == 3:
+        longest = inputs["attention_mask"].all(1).to(logits.device)  # where the last logits are the prompt's own
+        lm.check_finite(logits[longest, -1])
+    return own_rows(tracer.record, queries).assign_coords(example=np.asarray(batch.examples))
+
+
+def _finish(out: Path, prompts: int, made: dict[str, Any]) -> None:
+    parts = sorted(path.name for path in out.glob("part-*"))
+    numbers = sorted(int(number) for name in parts for number in part_examples(out, name))
+    if numbers != list(range(prompts)):
+        raise HeadscopeError(
+            f"{prompts - len(set(numbers))} of {prompts} prompts are not in {out}: processes must write to one folder"
+        )
+    write_manifest(out, parts, numbered=True, headscope=json.dumps(made, default=str))
