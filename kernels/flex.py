@@ -97,17 +97,14 @@ def attention(
 
     On a GPU one compiled kernel; on a CPU FlexAttention's own dense form, for tests alone.
     """
-    run: Callable[..., Any] = _fused if q.is_cuda else flex.flex_attention
-    output, aux = run(
-        q,
-        k,
-        v,
-        score_mod=_score_mod(softcap, bias, edit, mask, q),
-        block_mask=block_mask(mask, q.shape[0], q.shape[2], k.shape[2], q.device),
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=flex.AuxRequest(lse=True),
-    )
+    options: dict[str, Any] = {
+        "score_mod": _score_mod(softcap, bias, edit, mask, q),
+        "block_mask": block_mask(mask, q.shape[0], q.shape[2], k.shape[2], q.device),
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+        "return_aux": flex.AuxRequest(lse=True),
+    }
+    output, aux = _fused(q, k, v, **options) if q.is_cuda else flex.flex_attention(q, k, v, **options)
     lse = aux.lse
     empty = lse == -torch.inf
     if sinks is not None:

@@ -19,7 +19,8 @@ class Request:
         ``linear``: ``sum_j p_ij F_jn`` for the columns of ``linear`` (key, n) or (batch, key, n): spans, sinks.
         ``distance``: ``sum_j p_ij (q_i - k_j)`` in tokens, of absolute positions.
         ``windows``: for each ``w``, the mass on keys with ``0 <= q - k < w`` and ``sum_j p_ij min(q_i - k_j, w)``.
-        ``top``: the ``k`` heaviest keys: masses and key *positions* (-1 where a row sees fewer keys).
+        ``top``: the ``k`` heaviest keys (1: the argmax), heaviest first, equal ones in any order: masses and key
+            *positions* (-1 where a row sees fewer keys).
         ``targets``: mass on given key positions, (batch or 1, query, t) integers, negative meaning none.
         ``query_rows``: query row indices (n,) ascending to which row statistics are limited; None means all.
 

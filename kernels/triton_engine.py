@@ -1,8 +1,9 @@
 """A ``Request`` answered by the Triton kernels, and by the streaming engine for what they do not compute.
 
-Kernels: lse, max, entropy, distance, linear, output (rows), key_sum and key_max (columns). Without a kernel of its
-own: a window is the row kernel under a narrower mask, and target masses need only lse. To streaming go: any mask with
-an index ``rule``, an ``edit`` of the scores, or inputs the kernels do not take (the whole call), and top keys.
+Kernels: lse, max, entropy, distance, linear, output (rows), key_sum and key_max (columns), up to 32 top keys. Without a
+kernel of its own: a window is the row kernel under a narrower mask, and target masses need only lse. To streaming go:
+any mask with an index ``rule``, an ``edit`` of the scores, or inputs the kernels do not take (the whole call), and
+longer lists of top keys.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.targets import target_mass
 from headscope.kernels.triton_columns import columns
 from headscope.kernels.triton_rows import Rows, rows
+from headscope.kernels.triton_topk import MOST, top_keys
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
@@ -78,7 +80,7 @@ class _Call:
         self._rows()
         self._output()
         self._columns()
-        if self.want.top:
+        if self.want.top > MOST:
             only = Request(output=False, top=self.want.top, query_rows=self.want.query_rows)
             part = streaming.attend(self.q, self.k, self.v, **self._options(), request=only)
             self.result.top_mass, self.result.top_keys = part.top_mass, part.top_keys
@@ -137,7 +139,7 @@ class _Call:
         wants |= {"linear"} if want.linear is not None else set()
         if want.windows:
             wants |= {"lse", "distance"}
-        if want.targets is not None or (where is None and (want.key_sum or want.key_max)):
+        if want.targets is not None or 0 < want.top <= MOST or (where is None and (want.key_sum or want.key_max)):
             wants |= {"lse"}
         if not wants:
             return
@@ -158,6 +160,20 @@ class _Call:
             self.result.target_mass = target_mass(
                 self.q, self.k, got.lse, want.targets, rows=where, **self._options_without_sinks()
             )
+
+        if 0 < want.top <= MOST:
+            assert got.lse is not None
+            self._top(got.lse, where)
+
+    def _top(self, lse: Tensor, where: Tensor | None) -> None:
+        self.result.top_mass, self.result.top_keys = top_keys(
+            self.q if where is None else self.q[:, :, where],
+            self.k,
+            lse,
+            count=self.want.top,
+            positions=None if where is None else (where + self.mask.query_offset).to(torch.int32),
+            **self._options_without_sinks(),
+        )
 
     def _options_without_sinks(self) -> dict[str, Any]:
         return {name: x for name, x in self._options().items() if name != "sinks"}

@@ -1,0 +1,132 @@
+"""The Triton kernel of the heaviest keys against the float64 definition, in Triton's interpreter where there is no GPU.
+
+A key is right if the exact pattern gives it the mass of the true one at its rank: equal scores may come in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton engine is an optional extra")
+
+from headscope.kernels import streaming, triton_engine, triton_topk, triton_tuning
+from headscope.kernels.checks import MASKS, Case, compare, random_case
+from headscope.kernels.request import Attended, Request
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPTIONS = {"softcap": 5.0, "sinks": True, "bias": True}
+
+
+@pytest.fixture(autouse=True)
+def _no_fallback(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if "streamed" not in request.node.name:
+        monkeypatch.setattr(streaming, "attend", lambda *_, **__: pytest.fail("computed by streaming"))
+
+
+def fails(case: Case, top: int, rows: torch.Tensor | None = None) -> list:
+    request = Request(output=False, top=top, query_rows=rows)
+    got = case.run(triton_engine.attend, request)
+    return [v for v in compare(got, case, request) if not v.holds] + _disorder(got)
+
+
+def _disorder(got: Attended) -> list:
+    assert got.top_mass is not None and got.top_keys is not None
+    wrong = [] if (got.top_mass.diff(dim=-1) <= 0).all() else ["not heaviest first"]
+    return wrong if ((got.top_keys < 0) == (got.top_mass == 0)).all() else [*wrong, "keys without mass"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "rule"])
+@pytest.mark.parametrize("queries, keys, d", [(41, 41, 32), (1, 70, 60)])
+def test_every_mask(kind: str, queries: int, keys: int, d: int) -> None:
+    case = random_case(kind, kv_heads=1, queries=queries, keys=keys, d_head=d, device=DEVICE)
+    for top in (1, 3):
+        assert not fails(case, top)
+
+
+def test_an_index_rule_is_streamed() -> None:
+    assert not fails(random_case("rule", queries=9, keys=12, device=DEVICE), 2)
+
+
+@pytest.mark.parametrize("top", [1, 2, 7, 32])
+def test_every_length_of_list_up_to_more_than_there_are_keys(top: int) -> None:
+    case = random_case("causal", batch=1, kv_heads=1, queries=20, keys=20, device=DEVICE)
+    assert not fails(case, top)
+    got = case.run(triton_engine.attend, Request(output=False, top=top))
+    assert got.top_keys is not None and (got.top_keys[:, :, 0, 1:] == -1).all()
+
+
+def test_longer_lists_are_streamed() -> None:
+    assert not fails(random_case("causal", queries=40, keys=40, device=DEVICE), triton_topk.MOST + 1)
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "all three"])
+@pytest.mark.parametrize("queries", [2, 34])
+def test_logit_options(option: str, queries: int) -> None:
+    chosen = OPTIONS if option == "all three" else {option: OPTIONS[option]}
+    case = random_case("causal", queries=queries, keys=40, kv_heads=1, device=DEVICE, **chosen)  # type: ignore[arg-type]
+    assert not fails(case, 4)
+
+
+@pytest.mark.parametrize("d", [16, 80, 96, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_widths_and_precisions(d: int, dtype: torch.dtype) -> None:
+    case = random_case("causal", batch=1, kv_heads=1, queries=63, keys=90, d_head=d, dtype=dtype, device=DEVICE)
+    assert not fails(case, 5)
+
+
+@pytest.mark.parametrize("kind", ["causal", "band", "right padding"])
+def test_a_subset_of_rows(kind: str) -> None:
+    case = random_case(kind, kv_heads=1, queries=34, keys=50, device=DEVICE)
+    assert not fails(case, 3, rows=torch.arange(1, 34, 5, device=DEVICE))
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "left padding", "empty rows"])
+def test_split_keys_merge_to_the_same_lists(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Decoding splits keys over programs; some splits see no key, or fewer than the list holds."""
+    monkeypatch.setattr(triton_tuning, "key_splits", lambda *_: 4)
+    case = random_case(kind, kv_heads=2, queries=3, keys=150, sinks=True, device=DEVICE)
+    assert not fails(case, 6)
+
+
+def test_heads_that_share_no_program() -> None:
+    """More queries of a key/value head than one program holds, each head by itself fewer than a tile."""
+    assert not fails(random_case("causal", batch=1, kv_heads=2, group=5, queries=17, keys=30, device=DEVICE), 3)
+
+
+def test_a_list_that_every_key_changes() -> None:
+    """The kernel walks from the last key to the first: scores that grow towards the first change every list."""
+    case = random_case("full", batch=1, kv_heads=1, group=1, queries=3, keys=80, d_head=16, device=DEVICE)
+    q, k = torch.zeros_like(case.q), torch.zeros_like(case.k)
+    q[..., 0], k[..., 0] = 1.0, torch.arange(80, 0, -1, device=DEVICE) / 8
+    assert not fails(replace(case, q=q, k=k), 8)
+
+
+def test_equal_scores_fill_a_list_with_different_keys() -> None:
+    case = random_case("causal", batch=1, kv_heads=1, queries=40, keys=40, device=DEVICE)
+    equal = replace(case, k=torch.ones_like(case.k))
+    assert not fails(equal, 6)  # the comparison counts repeated keys as errors
+
+
+def test_a_negative_scale_reverses_the_scores() -> None:
+    assert not fails(replace(random_case("causal", kv_heads=1, queries=20, keys=20, device=DEVICE), scale=-0.3), 3)
+
+
+def test_lists_of_other_lengths_are_refused() -> None:
+    case = random_case("causal", queries=3, keys=3, device=DEVICE)
+    for count in (0, 33):
+        with pytest.raises(ValueError, match="1 to 32"):
+            triton_topk.top_keys(case.q, case.k, case.q[..., 0], mask=case.mask, scale=1.0, count=count)
+
+
+def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case("causal", kv_heads=1, queries=30, keys=30, device=DEVICE)
+    whole = triton_topk.top_keys
+
+    def misses_the_last_key(q, k, lse, *, mask, **options):  # type: ignore[no-untyped-def]
+        return whole(q, k, lse, mask=replace(mask, right=-1), **options)
+
+    monkeypatch.setattr(triton_engine, "top_keys", misses_the_last_key)
+    assert {"top_mass", "top_keys"} <= {v.name for v in fails(case, 2) if not isinstance(v, str)}
