@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from headscope.interp.assemble import Piece, Session
 from headscope.interp.attention import AttentionCall, Handler, bare_model
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.generation import watching_generate
 from headscope.interp.heap import give_back
 from headscope.interp.passes import Caches, check_repeats
 from headscope.interp.provenance import provenance
@@ -61,6 +63,8 @@ class Tracer(Handler):
         self._pass: list[tuple[Session, Piece]] = []
         self._decoder: Mask | None = None
         self._padded = False
+        self._boundary: int | None = None
+        self._cache: weakref.ref[Any] | None = None
         self._caches = Caches()
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
@@ -71,7 +75,17 @@ class Tracer(Handler):
         self._decoder = None
         padding = inputs.get("attention_mask")
         self._padded = isinstance(padding, Tensor) and padding.dim() == 2 and not bool(padding.all())
-        self._caches.watch(inputs.get("past_key_values"))
+        cache = inputs.get("past_key_values")
+        self._cache = None if cache is None else weakref.ref(cache)
+        self._caches.watch(cache)
+
+    def begin_generation(self, prompt_length: int | None) -> None:
+        """Passes before position ``prompt_length`` read the prompt, those after it the response."""
+        self._boundary = prompt_length
+
+    def end_generation(self) -> None:
+        """Passes are the user's own again."""
+        self._boundary = None
 
     def abort_forward(self) -> None:
         """Forget what a pass recorded that did not come to its end."""
@@ -106,9 +120,9 @@ class Tracer(Handler):
             return None
         session, offset = self._session_of(call)
         require_exact(self.statistics, call, continues=session.continues)
-        prompt = session.is_prompt(call)
+        prompt = session.is_prompt(call, offset, self._boundary)
         _, request, _, rows = self._plan(call, prompt)
-        self._pass.append((session, Piece.of(call, offset, rows)))
+        self._pass.append((session, Piece.of(call, offset, rows, prompt=prompt)))
         if rows is not None and rows.numel() == 0 and not request.wants_keys:
             if not any(statistic.kind == OUTPUT for statistic in self.statistics):
                 return None
@@ -116,9 +130,8 @@ class Tracer(Handler):
 
     def observe(self, call: AttentionCall, attended: Attended) -> None:
         """Store this call's statistics on the layer's device."""
-        session, piece = self._pass[-1]
-        prompt = session.is_prompt(call)
-        _, _, readers, rows = self._plan(call, prompt)
+        _, piece = self._pass[-1]
+        _, _, readers, rows = self._plan(call, piece.prompt)
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
@@ -145,7 +158,7 @@ class Tracer(Handler):
         while len(self._sessions) <= times:
             self._sessions.append(Session(self.statistics, call.site, call.query.shape[0]))
         session = self._sessions[times]
-        session.check(call, offset)
+        session.check(call, offset, self._cache)
         ids, self._pending_ids = self._pending_ids, None
         if ids is not None and not call.cross and ids.shape == (call.query.shape[0], call.query.shape[2]):
             session.add_tokens(offset, ids)
@@ -248,7 +261,7 @@ def trace(
     Args:
         model: load_model's result or a Hugging Face model.
         statistics: declarations from ``headscope.interp.statistics``.
-        layers: record only these layers (all by default).
+        layers: record only these layers (all by default); the others run the model's own attention, untouched.
         queries: ``Last(n)``, ``Every(n)`` or ``Generated()`` limit the row statistics; None records every query.
         site: which tower to record where a model has several: ``"language"`` (the default where there is one),
             ``"vision"``, ``"audio"``, ``"encoder"``, ``"decoder"``, ``"cross"``, ``"connector"``, or a pattern of
@@ -264,7 +277,7 @@ def trace(
         verify_once(model)
     completed = False
     try:
-        with attached(model, tracer), torch.no_grad():
+        with attached(model, tracer), watching_generate(model, tracer), torch.no_grad():
             yield tracer
         completed = True
     finally:
