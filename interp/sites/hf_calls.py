@@ -153,7 +153,7 @@ def original_function(module: nn.Module, name: str) -> Any:
 
 
 @cache
-def _own_eager(owner: type[nn.Module]) -> Any:
+def _own_eager(owner: Any) -> Any:
     """The eager function that the module's forward names; modeling files may hold several."""
     for kind in owner.__mro__:
         namespace = vars(sys.modules[kind.__module__])
