@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,33 +12,39 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall, Mask
+from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.record import missing
+from headscope.interp.joined import missing
 from headscope.interp.statistics import KEY, OUTPUT, ROW, Statistic
 
 
 @dataclass(eq=False)
 class Piece:
-    """What one attention call leaves: query rows ``rows`` (n,) of ``queries`` from position ``offset``, and values by
-    kind (row, key, output) and name. ``mask`` says which positions are padding."""
+    """What one attention call leaves: query rows ``rows`` (n,; None: all) of ``queries`` from position ``offset``, and
+    values by kind (row, key, output) and name. ``start`` and ``end`` (batch,) are the real positions, ``key_offset`` is
+    the first key's; nothing else of the call's mask is kept, whose rule may hold tensors as long as the text."""
 
     layer: int
-    heads: int
     queries: int
     offset: int
-    mask: Mask
+    prompt: bool
+    start: Tensor | None
+    end: Tensor | None
+    key_offset: int
     cross: bool
-    rows: Tensor
+    rows: Tensor | None
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, call: AttentionCall, offset: int, rows: Tensor | None) -> Piece:
-        """The empty piece of a call; ``rows`` None means all."""
-        heads, queries = call.query.shape[1:3]
-        if rows is None:
-            rows = torch.arange(queries, device=call.query.device)
-        return cls(call.layer, heads, queries, offset, call.mask, call.cross, rows)
+    def of(cls, call: AttentionCall, offset: int, rows: Tensor | None, *, prompt: bool) -> Piece:
+        """The empty piece of a call."""
+        mask, queries = call.mask, call.query.shape[2]
+        return cls(call.layer, queries, offset, prompt, mask.start, mask.end, mask.key_offset, call.cross, rows)
+
+    def positions(self) -> NDArray[np.int64]:
+        """Where the rows stand."""
+        rows = np.arange(self.queries) if self.rows is None else self.rows.cpu().numpy()
+        return rows + self.offset
 
 
 class Session:
@@ -56,6 +63,7 @@ class Session:
         self._prompt_end: NDArray[np.int64] | None = None
         self._heads: int | None = None
         self._now: tuple[int, int] | None = None
+        self._cache: weakref.ref[Any] | None = None
 
     @property
     def continues(self) -> bool:
@@ -66,15 +74,18 @@ class Session:
         """Whether ``call`` begins new examples: it starts again at position 0, or the batch changed."""
         return bool(self._stop) and (offset == 0 or call.query.shape[0] != self.batch)
 
-    def is_prompt(self, call: AttentionCall) -> bool:
-        """Whether ``call`` reads the prompt: in the first pass, or in a later one of several tokens (chunked)."""
+    def is_prompt(self, call: AttentionCall, offset: int, boundary: int | None) -> bool:
+        """Whether ``call`` reads the prompt: before the ``boundary`` that `generate` named; without one, in the first
+        pass, or in a later one of several tokens (chunked)."""
+        if boundary is not None:
+            return offset < boundary
         return not self._stop or call.query.shape[2] > 1
 
-    def check(self, call: AttentionCall, offset: int) -> None:
-        """Refuse a call that does not fit the others of this session.
+    def check(self, call: AttentionCall, offset: int, cache: weakref.ref[Any] | None) -> None:
+        """Refuse a call that does not fit the others of this session; ``cache`` is what the pass continues or fills.
 
         Raises:
-            HeadscopeError: another tower, other windows or heads, or positions that were recorded already.
+            HeadscopeError: another tower, other windows or heads, another cache, or positions that do not follow.
         """
         if self.site != call.site:
             raise HeadscopeError(
@@ -86,11 +97,18 @@ class Session:
                 f"layers of {self.site} differ in their number of heads; choose alike ones by layers=..."
             )
         self._heads = heads
-        if offset < max(self._stop.values(), default=0):
+        read = max(self._stop.values(), default=offset)
+        if offset != read:
             raise HeadscopeError(
-                f"a pass at position {offset} repeats positions that were recorded (a cropped or shared cache); trace "
-                "each prompt from its start"
+                f"a pass at position {offset} does not follow the {read} positions that were recorded (a cropped, "
+                "shared or foreign cache); trace each prompt from its start, one after the other"
             )
+        if self._cache is not None and cache is not None and self._cache() is not cache():
+            raise HeadscopeError(
+                "a pass continues another cache than the pass before it, so examples would be mixed; trace each "
+                "prompt from its start, one after the other"
+            )
+        self._cache = self._cache or cache
         if batch != self.batch or self._now not in (None, (offset, queries)):
             raise HeadscopeError(
                 "layers of this tower attend over different windows of the input, so they share no examples; choose "
@@ -110,7 +128,7 @@ class Session:
         if KEY in piece.values:
             held = self._keys.setdefault(piece.layer, {})
             for name, value in piece.values[KEY].items():
-                held[name] = _accumulate(held.get(name), value, piece.mask.key_offset, highest=name == "key_max")
+                held[name] = _accumulate(held.get(name), value, piece.key_offset, highest=name == "key_max")
         if OUTPUT in piece.values:
             self._outputs.setdefault(piece.layer, {}).update(piece.values[OUTPUT])
 
@@ -119,16 +137,15 @@ class Session:
         self._tokens.append((offset, ids))
 
     def _note(self, piece: Piece) -> None:
-        mask, stop = piece.mask, piece.offset + piece.queries
-        prompt = piece.queries > 1 or not self._end
+        stop = piece.offset + piece.queries
         self._stop[piece.layer] = stop
         self._cross = piece.cross
-        if self._start is None and mask.start is not None:
-            self._start = mask.start
+        if piece.start is not None:  # the latest: a chunk of padding alone does not know where its example begins
+            self._start = piece.start
         if stop not in self._end:
             whole = np.full(self.batch, stop)
-            self._end[stop] = whole if mask.end is None else np.minimum(mask.end.cpu().numpy(), stop)
-            if prompt:
+            self._end[stop] = whole if piece.end is None else np.minimum(piece.end.cpu().numpy(), stop)
+            if piece.prompt or self._prompt_end is None:
                 self._prompt_end = self._end[stop]
 
     def dataset(self) -> xr.Dataset | None:
@@ -191,7 +208,7 @@ class _Builder:
             return
         passes = min(len(layer) for layer in pieces.values())  # an interrupted pass left some layers behind
         placed = next(iter(pieces.values()))[:passes]
-        absolute = np.concatenate([piece.rows.cpu().numpy() + piece.offset for piece in placed])
+        absolute = np.concatenate([piece.positions() for piece in placed])
         inside = [(absolute >= s) & (absolute < s + n) for s, n in zip(self.start, self.length, strict=True)]
         self._kept = [absolute[real] - s for real, s in zip(inside, self.start, strict=True)]
         width = max(len(kept) for kept in self._kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -17,21 +18,22 @@ class Caches:
     MOVES = {"reorder_cache": "beam search", "batch_select_indices": "beam search", "crop": "assisted generation"}
 
     def __init__(self) -> None:
-        self._watched: list[Any] = []
+        self._watched: list[weakref.ref[Any]] = []  # weak: a trace of many prompts must not keep all their caches
 
     def watch(self, cache: Any) -> None:
         """Put the refusals on a cache object (not on its class)."""
-        if cache is None or any(cache is seen for seen in self._watched) or not hasattr(cache, "__dict__"):
+        self._watched = [seen for seen in self._watched if seen() is not None]
+        if cache is None or any(cache is seen() for seen in self._watched) or not hasattr(cache, "__dict__"):
             return
-        self._watched.append(cache)
+        self._watched.append(weakref.ref(cache))
         for name, who in self.MOVES.items():
             if hasattr(cache, name) and name not in vars(cache):
                 setattr(cache, name, _refuse(who))
 
     def release(self) -> None:
         """Take the refusals off."""
-        for cache in self._watched:
-            for name in self.MOVES:
+        for cache in (seen() for seen in self._watched):
+            for name in self.MOVES if cache is not None else ():
                 vars(cache).pop(name, None)
         self._watched.clear()
 
