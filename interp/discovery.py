@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.estimate import begin
+from headscope.interp.files import locked
 from headscope.interp.journal import Journal
 from headscope.interp.progress import track
 from headscope.interp.provenance import provenance
@@ -50,7 +51,7 @@ def discover(
         out: folder for the results and the journal that makes the run resumable; None keeps everything in memory.
 
     Raises:
-        HeadscopeError: no trial to run, none kept, or ``out`` holds a run with other settings.
+        HeadscopeError: no trial to run, none kept, or ``out`` holds a run with other settings or that goes on now.
     """
     if not trials:
         raise HeadscopeError(f"{method}: there is no trial to run; ask for at least one")
@@ -58,15 +59,17 @@ def discover(
     made = provenance(model, seed=seed, **parameters)
     config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
     config |= {"method": method, "trials": list(trials)}
-    journal = Journal(None if out is None else Path(out) / f"{method}.trials.jsonl", config)
-    waiting = [index for index in range(len(trials)) if index not in journal]
-    for index in track(waiting, f"{method} heads", enabled=progress, done=len(trials) - len(waiting)):
-        scores, details = score(trials[index])
-        kept = None if scores is None else [[_finite(x) for x in row] for row in scores.tolist()]
-        journal.add(index, {"scores": kept, "details": details})
-    result = _gather(method, trials, journal, made, group)
-    if out is not None:
-        result.save(out)
+    path = None if out is None else Path(out) / f"{method}.trials.jsonl"
+    with locked(path):
+        journal = Journal(path, config)
+        waiting = [index for index in range(len(trials)) if index not in journal]
+        for index in track(waiting, f"{method} heads", enabled=progress, done=len(trials) - len(waiting)):
+            scores, details = score(trials[index])
+            kept = None if scores is None else [[_finite(x) for x in row] for row in scores.tolist()]
+            journal.add(index, {"scores": kept, "details": details})
+        result = _gather(method, trials, journal, made, group)
+        if out is not None:
+            result.save(out)
     return result
 
 

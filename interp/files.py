@@ -34,7 +34,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 @contextmanager
 def locked(path: str | Path | None) -> Iterator[None]:
-    """Keep ``path``, a file that a run writes to, for one run at a time; None is nobody's.
+    """Keep ``path``, a file or folder that a run writes, for one run at a time; None is nobody's.
 
     The lock is a hidden file beside it that the system releases when the process dies, however it dies.
 

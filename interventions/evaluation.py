@@ -9,6 +9,7 @@ from typing import Any
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.estimate import begin
+from headscope.interp.files import locked
 from headscope.interp.headset import HeadSet
 from headscope.interp.journal import Journal
 from headscope.interp.progress import track
@@ -56,7 +57,7 @@ def evaluate(
 
     Raises:
         HeadscopeError: unknown task, two tasks of one name, a head that does not exist, layers with too few heads for a
-            control.
+            control, or ``out`` holds a run with other settings or that goes on now.
     """
     chosen = resolve(tasks)
     conditions = plan(model, interventions, controls, seed)
@@ -66,12 +67,14 @@ def evaluate(
     config |= {"conditions": [c.describe() for c in conditions], "trials": trials}
     work = _schedule(chosen, conditions, trials)
     begin((task.tokens(trial) for task, _, trial in work), list(FILES) if out is not None else [])
-    journal = Journal(None if out is None else Path(out) / FILES[-1], config)
-    waiting = [index for index in range(len(work)) if index not in journal]
-    for index in track(waiting, "evaluate", enabled=progress, done=len(work) - len(waiting)):
-        task, condition, trial = work[index]
-        with apply(model, *condition.edits):
-            journal.add(index, task.run(model, trial))
+    path = None if out is None else Path(out) / FILES[-1]
+    with locked(path):
+        journal = Journal(path, config)
+        waiting = [index for index in range(len(work)) if index not in journal]
+        for index in track(waiting, "evaluate", enabled=progress, done=len(work) - len(waiting)):
+            task, condition, trial = work[index]
+            with apply(model, *condition.edits):
+                journal.add(index, task.run(model, trial))
     rows = [
         {
             **(own := {"task": task.name, "condition": c.name, "kind": c.kind, "of": c.of, "trial": number}),

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.files import write_atomically
+from headscope.interp.files import locked, write_atomically
 from headscope.interp.journal import Journal
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.progress import track
@@ -42,7 +42,8 @@ def head_outputs(
 
     Raises:
         HeadscopeError: no tokenizer, an empty or too long text, a text shorter than ``positions`` need, an architecture
-            that cannot be traced, outputs that are not numbers, or ``out`` holds a run with other settings.
+            that cannot be traced, outputs that are not numbers, or ``out`` holds a run with other settings or that goes
+            on now.
     """
     if not isinstance(lm, LanguageModel):
         raise HeadscopeError(f"probing needs load_model's result with its tokenizer, got {type(lm).__name__}")
@@ -52,11 +53,13 @@ def head_outputs(
     batches = [[texts[i] for i in order[first : first + batch_size]] for first in range(0, len(texts), batch_size)]
     config = {"model": provenance(lm)["model"], "positions": list(positions), "batch_size": batch_size}
     config["texts_sha256"] = hash_texts(texts)
-    store = _Store(None if out is None else Path(out) / "activations", config)
-    waiting = [index for index in range(len(batches)) if index not in store]
-    for index in track(waiting, "head outputs", enabled=progress, done=len(batches) - len(waiting)):
-        store.put(index, _trace_batch(lm, batches[index], positions))
-    z = np.concatenate([store.get(index) for index in range(len(batches))])
+    folder = None if out is None else Path(out) / "activations"
+    with locked(folder):
+        store = _Store(folder, config)
+        waiting = [index for index in range(len(batches)) if index not in store]
+        for index in track(waiting, "head outputs", enabled=progress, done=len(batches) - len(waiting)):
+            store.put(index, _trace_batch(lm, batches[index], positions))
+        z = np.concatenate([store.get(index) for index in range(len(batches))])
     return z[np.argsort(order)]
 
 

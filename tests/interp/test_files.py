@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from headscope.interp import files
-from headscope.interp.files import write_atomically
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.files import locked, write_atomically
 
 
 def test_writes_and_replaces(tmp_path: Path) -> None:
@@ -93,3 +94,36 @@ def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
         data = path.read_bytes()
         assert len(data) == 400_000 and len(set(data)) == 1
     assert all(p.name == "a" or p.name.startswith(".a.") for p in tmp_path.iterdir())
+
+
+HOLDER = """
+import sys, time
+from headscope.interp.files import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_keeps_others_out_until_its_process_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "trials.jsonl"
+    child = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE)
+    assert child.stdout is not None and child.stdout.readline() == b"held\n"
+    with pytest.raises(HeadscopeError, match="another process is writing"), locked(path):
+        raise AssertionError("two processes in one run")
+    with locked(path.with_name("other.jsonl")):  # another file of the same folder
+        pass
+    child.kill()  # without a chance to clean up
+    child.wait()
+    child.stdout.close()
+    with locked(path):
+        with pytest.raises(HeadscopeError, match="another process"), locked(path):
+            raise AssertionError("twice in one process")
+    assert list(path.parent.iterdir()) == []  # no lock file stays
+
+
+def test_a_lock_is_released_by_an_exception(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path / "a"):
+        raise KeyboardInterrupt
+    with locked(tmp_path / "a"), locked(None), locked(None):
+        pass
