@@ -276,10 +276,11 @@ class HeadOutput(Statistic):
         start = torch.zeros(1, dtype=torch.long) if mask.start is None else mask.start.cpu()
         end = torch.full((1,), mask.query_offset + queries) if mask.end is None else mask.end.cpu()
         wanted = torch.tensor(self.positions)
-        at = torch.where(wanted < 0, end[:, None] + wanted, start[:, None] + wanted) - mask.query_offset
-        if bool(((at < 0) | (at >= queries)).any()):
+        at = torch.where(wanted < 0, end[:, None] + wanted, start[:, None] + wanted)
+        row = at - mask.query_offset
+        if bool(((at < start[:, None]) | (at >= end[:, None]) | (row < 0) | (row >= queries)).any()):
             raise HeadscopeError(f"positions {list(self.positions)} do not all exist in a prompt of this length")
-        return at.to(call.query.device)
+        return row.to(call.query.device)
 
 
 def _need(x: Tensor | None) -> Tensor:

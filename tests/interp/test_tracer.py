@@ -298,3 +298,14 @@ def test_nothing_recorded_is_an_error(model):
         pass
     with pytest.raises(HeadscopeError, match="nothing was recorded"):
         _ = tracer.record
+
+
+def test_positions_in_the_padding_are_no_positions_of_a_prompt(model):
+    ids, real = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    real[0, 5:] = 0  # five tokens, padded to eight
+    for position in (5, -6):
+        with pytest.raises(HeadscopeError, match="do not all exist"), trace(model, [HeadOutput((position,))]):
+            model(ids, attention_mask=real)
+    with trace(model, [HeadOutput((4, -5))]) as tracer:
+        model(ids, attention_mask=real)
+    assert tracer.record["z"].sizes["position"] == 2
