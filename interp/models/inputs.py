@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.pictures import GRIDS
+from headscope.interp.models.pictures import pictures as forms
 
 LENGTH = 24
 _MEDIA_TOKEN = {
@@ -33,6 +35,12 @@ def media_tokens(config: Any) -> dict[str, int]:
         if token is not None:
             found[kind] = int(token)
     return found
+
+
+def special_tokens(config: Any) -> set[int]:
+    """The token ids that a configuration names (padding, image, end ...): plain text holds none of them."""
+    named = {k: v for k, v in config.to_dict().items() if re.search(r"(token_id|token_index)$", str(k))}
+    return {v for v in named.values() if isinstance(v, int)}
 
 
 def example_inputs(
@@ -71,7 +79,7 @@ def _candidates(
 ) -> Iterator[dict[str, Tensor]]:
     names = inspect.signature(model.forward).parameters
     text = _text(model, padding, length, generator, names)
-    pictures = list(_pictures(model, generator, names)) if images else []
+    pictures = list(forms(model, names, text, generator)) if images else []
     sound = _sound(model, generator, names)
     if sound:
         yield {**sound, **_decoder(model, text, names)}
@@ -90,8 +98,8 @@ def _text(model: Any, padding: bool, length: int, generator: torch.Generator, na
     config = model.config
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocab = min(int(getattr(inner, "vocab_size", None) or 64), 100)
-    low = min(4, vocab - 1)
-    ids = torch.randint(low, vocab, (2, length), generator=generator)
+    plain = [i for i in range(min(4, vocab - 1), vocab) if i not in special_tokens(config)]
+    ids = torch.tensor(plain)[torch.randint(len(plain), (2, length), generator=generator)]
     text = {"input_ids": ids}
     if "attention_mask" in names or "kwargs" in names:
         mask = torch.ones_like(ids)
@@ -123,45 +131,6 @@ def _sound(model: Any, generator: torch.Generator, names: Any) -> dict[str, Tens
     return {"input_features": torch.randn(2, bins, frames, generator=generator)}
 
 
-def _pictures(model: Any, generator: torch.Generator, names: Any) -> Iterator[dict[str, Tensor]]:
-    if "pixel_values" not in names:
-        return
-    vision = _vision_config(model.config)
-    size = getattr(vision, "image_size", None) or getattr(vision, "crop_size", None) or 32
-    high, wide = (size, size) if isinstance(size, int) else (size[0], size[1])
-    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None) or 3
-    channels = channels if isinstance(channels, int) else 3
-    pixels = torch.randn(2, channels, high, wide, generator=generator)
-    if "image_grid_thw" in names or "grid_thw" in names:
-        yield _flat_patches(vision, channels, generator)
-    sizes = {"image_sizes": torch.tensor([[high, wide]] * 2)} if "image_sizes" in names else {}
-    yield {"pixel_values": pixels, **sizes}
-    tiles = pixels[:, None]
-    yield {"pixel_values": tiles, **sizes}
-    yield {"pixel_values": tiles.repeat(1, 2, 1, 1, 1), **sizes}
-    yield {"pixel_values": tiles.repeat(1, 3, 1, 1, 1), **sizes}
-    yield {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
-
-
-def _vision_config(config: Any) -> Any:
-    for name in ("vision_config", "vision_model_config", "image_config", "vq_config"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return config
-
-
-def _flat_patches(vision: Any, channels: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Qwen-VL's form: every patch of every image in one row list, with each image's grid."""
-    patch = int(vision.patch_size)
-    time = int(getattr(vision, "temporal_patch_size", 1))
-    grid = torch.tensor([[1, 4, 4], [1, 4, 8]])
-    rows = int(grid.prod(-1).sum())
-    return {
-        "pixel_values": torch.randn(rows, channels * time * patch * patch, generator=generator),
-        "image_grid_thw": grid,
-    }
-
-
 def _wanted_image_tokens(model: Any, error: Exception) -> int | None:
     """How many image features a model says it has for the image tokens it found; some count single numbers."""
     found = re.search(r"tokens.*?(?:tokens)?: (\d+),? (?:and )?(?:image )?features:? (\d+)", str(error))
@@ -177,11 +146,10 @@ def _put_images(model: Any, inputs: dict[str, Tensor], features: int) -> bool:
     ids = inputs["input_ids"]
     if token is None or bool((ids == token).any()):
         return False
-    if "image_grid_thw" in inputs:
-        patches = inputs["image_grid_thw"].prod(-1)
-        shares = (patches * features // patches.sum()).tolist()
-    else:
-        shares = [features // 2, features - features // 2]
+    grid = next((inputs[name] for name in GRIDS if name in inputs), None)
+    patches = torch.ones(2, dtype=torch.long) if grid is None else grid.prod(-1)
+    first = int(patches[0] * features // patches.sum())
+    shares = [first, features - first]
     width = max(shares)
     rows = []
     for row, share in zip(ids, shares, strict=True):
