@@ -145,8 +145,9 @@ def original_function(module: nn.Module, name: str) -> Any:
     Raises:
         HeadscopeError: there is none.
     """
+    kind: Any = type(module)
     function = None if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name)
-    function = _own_eager(type(module)) if function is None else function
+    function = _own_eager(kind) if function is None else function
     if function is None:
         raise HeadscopeError(f"{type(module).__name__} has no attention function {name!r} to compare with")
     return function
