@@ -19,6 +19,7 @@ from torch import Tensor
 from headscope.kernels import attention
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.weights import HELD, log_weights
 
 Pool = Literal["sum", "mean", "max"]
@@ -71,6 +72,7 @@ def blocks(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     lse: Tensor | None = None,
     engine: attention.Engine = "auto",
 ) -> Tensor:
@@ -82,12 +84,13 @@ def blocks(
     """
     if size < 1:
         raise ValueError(f"a block holds at least one query and key; got size {size}")
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
     if lse is None:
         lse = _lse(q, k, sinks, engine, options)
-    if size >= 16 and size & (size - 1) == 0 and attention.uses_triton(engine, q, k, mask):
+    if size >= 16 and size & (size - 1) == 0 and edit is None and attention.uses_triton(engine, q, k, mask):
         from headscope.kernels.triton_blocks import pooled  # triton is optional
 
+        options.pop("edit")
         out = pooled(q, k, lse, size=size, highest=pool == "max", **options)
     else:
         out = _stream(q, k, lse, size, pool, options)
@@ -107,6 +110,7 @@ def top_blocks(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     engine: attention.Engine = "auto",
     held: int = HELD,
 ) -> TopBlocks:
@@ -114,7 +118,7 @@ def top_blocks(
 
     Rows of blocks are pooled a few at a time, ``held`` numbers of the map at once.
     """
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
     lse = _lse(q, k, sinks, engine, options)
     across = -(-k.shape[2] // size)
     rows = max(1, held // max(1, q.shape[0] * q.shape[1] * across)) * size

@@ -1,7 +1,8 @@
 """Edits of the pattern after softmax that need no edited pass: mass moved between a few keys and the rest.
 
 A rescale of keys *with* renormalisation is a logit bias (``attend(..., bias=log c)``, identity 5 of the design) and is
-answered by every engine. Here the keys C get an absolute factor instead (identity 6):
+answered by every engine; any other change before softmax is a ``ScoreEdit``. Here the keys C get an absolute factor
+instead (identity 6):
 
 1. p'_ij = a p_ij for j in C and b_i p_ij elsewhere; m_i the mass of C and M_i of the whole row (1 without sinks);
 2. b_i = (M_i - a m_i) / (M_i - m_i) leaves the row's mass as it was; a is lowered to M_i / m_i where it would take more
@@ -21,6 +22,7 @@ from torch import Tensor
 from headscope.kernels import attention
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.targets import target_mass
 
 
@@ -37,6 +39,7 @@ def redistribute(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     request: Request,
     engine: attention.Engine = "auto",
 ) -> Attended:
@@ -44,12 +47,13 @@ def redistribute(
 
     ``q`` (batch, head, query, d), ``k``, ``v`` (batch, kv_head, key, ·). ``keep`` is a number of at least 0 or one a
     head (head,); 0 removes a sink, 1 changes nothing, more moves mass onto the keys. Statistics are of the edited
-    pattern: ``output``, ``entropy``, ``linear`` and ``distance`` may be requested. Raises ValueError for any other.
+    pattern, after an ``edit`` of its scores: ``output``, ``entropy``, ``linear`` and ``distance`` may be requested.
+    Raises ValueError for any other.
     """
     refused = (request.lse, request.max, request.windows, request.top, request.wants_keys, request.targets is not None)
     if any(refused) or request.query_rows is not None:
         raise ValueError("only output, entropy, linear and distance, of all rows, follow a redistribution")
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
     ones = torch.ones(k.shape[2], 1, device=q.device)
     columns = (
         ones if request.linear is None else torch.cat([request.linear, ones.expand_as(request.linear[..., :1])], -1)

@@ -13,7 +13,7 @@ class Request:
 
     Rows (one number per query):
         ``lse``: logsumexp of the scores (nats), a sink logit included.
-        ``max``: the largest visible score (after scale and softcap; a sink logit is not a key).
+        ``max``: the largest visible score (after softcap, bias and edit; a sink logit is not a key).
         ``entropy``: ``-sum_j p_j log p_j`` over the keys, in nats. With a sink logit the row sums to less than one and
         the sink's own term is left out, as it is left out of the pattern.
         ``linear``: ``sum_j p_ij F_jn`` for the columns of ``linear`` (key, n) or (batch, key, n): spans, sinks.

@@ -1,9 +1,11 @@
-"""What a head wrote from each named span of keys: sum over the span of p_ij v_j.
+"""What a head wrote from each named span of keys: sum over the span of p_ij v_j, every key read once.
 
-1. Attention over a span's keys alone gives o_S = sum_S exp(s_ij - lse_S) v_j and lse_S.
-2. p_ij = exp(s_ij - lse_i), so the span's share of the output is exp(lse_S - lse) o_S, and its mass exp(lse_S - lse).
-3. A slice of the keys is a call whose mask has a larger key offset: no kernel is needed, and spans that partition the
-   keys cost one pass together.
+1. Attention over some keys S alone gives o_S = sum_S exp(s_ij - lse_S) v_j and lse_S; as p_ij = exp(s_ij - lse_i),
+   their share of the output is exp(lse_S - lse) o_S, and their mass exp(lse_S - lse).
+2. The ends of all spans cut the keys into segments. A span is the sum of its segments, so that overlapping spans read
+   no key twice, and lse is the log of the sum over all segments, those outside any span without an output: one pass.
+3. A segment is a call on a slice of the keys whose mask has a larger key offset; where the examples of a batch name
+   different spans, the mask's ``start`` and ``end`` tell them apart. No kernel is needed.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headscope.kernels import attention
+from headscope.kernels import attention, reference
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
+from headscope.kernels.score_edits import ScoreEdit
 
 Span = tuple[int, int]
 
@@ -27,6 +30,14 @@ class SpanOutputs(NamedTuple):
 
     output: Tensor
     mass: Tensor
+
+
+class _Segment(NamedTuple):
+    """Attention over one segment, and which spans hold it: bool (batch or 1, span); no output where none does."""
+
+    output: Tensor | None
+    lse: Tensor
+    inside: Tensor
 
 
 @torch.no_grad()
@@ -41,57 +52,76 @@ def span_outputs(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     lse: Tensor | None = None,
     engine: attention.Engine = "auto",
 ) -> SpanOutputs:
-    """The output split by span; ``spans`` are key *indices* ``(start, stop)``, or a tensor (batch, span, 2).
+    """The output split by span; ``spans`` are key *indices* ``(start, stop)``, or a tensor (batch or 1, span, 2).
 
-    ``q`` (batch, head, query, d), ``k``, ``v`` (batch, kv_head, key, ·). ``lse`` (batch, head, query), if known, saves
-    a pass. Raises ValueError for a span outside the keys.
+    ``q`` (batch, head, query, d), ``k``, ``v`` (batch, kv_head, key, ·). Spans may overlap. ``lse`` (batch, head,
+    query), if known, saves reading the keys outside every span. Raises ValueError for a span outside the keys.
     """
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
-    if lse is None:
-        request = Request(output=False, lse=True)
-        lse = attention.attend(q, k, v, sinks=sinks, request=request, engine=engine, **options).lse
-    assert lse is not None
-    if isinstance(spans, Tensor):
-        rows = []
-        for b in range(q.shape[0]):
-            one = slice(b, b + 1)
-            own = bias if bias is None or bias.shape[0] == 1 else bias[one]
-            here = {**options, "mask": mask.select_batch(b, b + 1), "bias": own}
-            named = [(int(x), int(y)) for x, y in spans[b if spans.shape[0] > 1 else 0]]
-            rows.append(_spans(q[one], k[one], v[one], lse[one], named, engine, here))
-        return SpanOutputs(*(torch.cat(x) for x in zip(*rows, strict=True)))
-    return _spans(q, k, v, lse, spans, engine, options)
+    named = _checked(spans, q.shape[0], k.shape[2])
+    ends = named.new_tensor([[0, k.shape[2]]]).expand(named.shape[0], -1)
+    cuts = torch.cat([named.flatten(1), ends], 1).sort().values
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "edit": edit, "engine": engine}
+    segments = []
+    for start, stop in zip(cuts[:, :-1].T, cuts[:, 1:].T, strict=True):
+        inside = (named[..., 0] <= start[:, None]) & (stop[:, None] <= named[..., 1]) & (start < stop)[:, None]
+        if not (start < stop).any() or (lse is not None and not inside.any()):
+            continue
+        keys, here = _slice(mask, start, stop, q.device)
+        own = None if bias is None else bias[..., keys]
+        request = Request(output=bool(inside.any()), lse=True)
+        got = attention.attend(q, k[:, :, keys], v[:, :, keys], mask=here, bias=own, request=request, **options)
+        assert got.lse is not None
+        segments.append(_Segment(got.output, got.lse, inside.to(q.device)))
+    shape = (*q.shape[:3], named.shape[1])
+    if not segments:
+        return SpanOutputs(v.new_zeros(*shape, v.shape[3]), v.new_zeros(shape).to(_wide(v)))
+    lse = reference.log_total(torch.stack([x.lse for x in segments], -1), sinks) if lse is None else lse
+    return _summed(segments, lse, v, shape)
 
 
-def _spans(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    spans: Sequence[Span],
-    engine: attention.Engine,
-    options: dict[str, Any],
-) -> SpanOutputs:
-    mask, bias = options["mask"], options["bias"]
-    outputs, masses = [], []
-    for start, stop in spans:
-        if not 0 <= start <= stop <= k.shape[2]:
-            raise ValueError(f"span {start}:{stop} lies outside the {k.shape[2]} keys")
-        here = {
-            **options,
-            "mask": replace(mask, key_offset=mask.key_offset + start),
-            "bias": None if bias is None else bias[..., start:stop],
-        }
-        got = attention.attend(
-            q, k[:, :, start:stop], v[:, :, start:stop], request=Request(lse=True), engine=engine, **here
-        )
-        assert got.lse is not None and got.output is not None
-        mass = torch.exp(got.lse - lse).masked_fill(got.lse == -torch.inf, 0.0)
-        masses.append(mass)
-        outputs.append((got.output * mass[..., None]).to(v.dtype))
-    if not spans:
-        return SpanOutputs(v.new_zeros(*q.shape[:3], 0, v.shape[3]), lse.new_zeros(*q.shape[:3], 0))
-    return SpanOutputs(torch.stack(outputs, 3), torch.stack(masses, -1))
+def _checked(spans: Sequence[Span] | Tensor, batch: int, keys: int) -> Tensor:
+    """The spans as integers (batch or 1, span, 2) on the CPU."""
+    named = spans.cpu() if isinstance(spans, Tensor) else torch.tensor(list(spans), dtype=torch.int64).view(1, -1, 2)
+    shape = tuple(named.shape)
+    if len(shape) != 3 or shape[0] not in (1, batch) or shape[2] != 2:
+        raise ValueError(f"spans must be (start, stop) pairs or a tensor ({batch} or 1, span, 2); got {shape}")
+    for start, stop in named.flatten(0, 1).tolist():
+        if not 0 <= start <= stop <= keys:
+            raise ValueError(f"span {start}:{stop} lies outside the {keys} keys")
+    return named.long()
+
+
+def _slice(mask: Mask, start: Tensor, stop: Tensor, device: torch.device) -> tuple[slice, Mask]:
+    """The keys to slice, and the mask of that slice, for each example's segment ``start:stop`` (batch or 1,)."""
+    some = start < stop
+    first, last = int(start[some].min()), int(stop[some].max())
+    here = replace(mask, key_offset=mask.key_offset + first)
+    if bool((start == first).all() and (stop == last).all()):
+        return slice(first, last), here
+    begin, end = ((x + mask.key_offset).to(device) for x in (start, stop))
+    begin = begin if mask.start is None else torch.maximum(begin, mask.start)
+    end = end if mask.end is None else torch.minimum(end, mask.end)
+    return slice(first, last), replace(here, start=begin, end=end)
+
+
+def _summed(segments: list[_Segment], lse: Tensor, v: Tensor, shape: tuple[int, ...]) -> SpanOutputs:
+    """Steps 1 and 2: the segments' outputs and masses, summed over the spans (batch, head, query, span) they lie in."""
+    output, mass = v.new_zeros(*shape, v.shape[3]), torch.zeros(shape, dtype=_wide(v), device=v.device)
+    weights = [torch.exp(x.lse - lse).masked_fill_(x.lse == -torch.inf, 0.0) for x in segments]
+    for n in range(shape[-1]):
+        total = mass.new_zeros(*shape[:-1], v.shape[3])
+        for segment, weight in zip(segments, weights, strict=True):
+            if segment.output is not None and segment.inside[:, n].any():
+                share = weight * segment.inside[:, n, None, None]
+                mass[..., n] += share
+                total += share[..., None] * segment.output
+        output[..., n, :] = total
+    return SpanOutputs(output, mass)
+
+
+def _wide(v: Tensor) -> torch.dtype:
+    return torch.promote_types(v.dtype, torch.float32)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
+from headscope.kernels.score_edits import ScoreEdit
 
 BLOCK = 1 << 24  # gathered key elements held at a time
 
@@ -24,6 +25,7 @@ def target_mass(
     scale: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
     """Mass (batch, head, row, t) on key positions ``targets`` (batch or 1, query, t); negative targets mean none.
@@ -37,7 +39,8 @@ def target_mass(
     step = max(1, BLOCK // max(1, q.shape[0] * q.shape[1] * q.shape[3] * t))
     for r0 in range(0, at.numel(), step):
         block = at[r0 : r0 + step]
-        out[:, :, r0 : r0 + step] = _block(q, k, lse[:, :, r0 : r0 + step], targets, block, mask, scale, softcap, bias)
+        norm = lse[:, :, r0 : r0 + step]
+        out[:, :, r0 : r0 + step] = _block(q, k, norm, targets, block, mask, scale, softcap, bias, edit)
     return out
 
 
@@ -51,6 +54,7 @@ def _block(
     scale: float,
     softcap: float | None,
     bias: Tensor | None,
+    edit: ScoreEdit | None,
 ) -> Tensor:
     batch, heads, _, d = q.shape
     kv_heads, keys, n = k.shape[1], k.shape[2], rows.numel()
@@ -67,6 +71,10 @@ def _block(
     if bias is not None:
         wide = bias.to(s.dtype).expand(batch, heads, -1)
         s = s + wide.gather(2, index.reshape(batch, 1, -1).expand(-1, heads, -1)).view_as(s)
-    visible = seen[:, None] & mask.pairs(rows[None, :, None], index, torch.arange(heads, device=q.device))
+    examples, each = torch.arange(batch, device=q.device), torch.arange(heads, device=q.device)
+    if edit is not None:
+        at = (rows + mask.query_offset)[None, None, :, None], (index + mask.key_offset)[:, None]
+        s = edit(s, examples[:, None, None, None], each[None, :, None, None], *at)
+    visible = seen[:, None] & mask.pairs(rows[None, :, None], index, each)
     empty = (lse == -torch.inf)[..., None]
     return torch.exp(s - lse[..., None]).masked_fill(~visible | empty, 0.0)

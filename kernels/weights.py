@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headscope.kernels.masks import Mask
 from headscope.kernels.reference import scores
+from headscope.kernels.score_edits import ScoreEdit
 
 HELD = 1 << 24  # weights held at a time
 
@@ -23,6 +24,7 @@ def log_weights(
     scale: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     held: int = HELD,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield ``(first, stop, log p)`` for blocks of query rows; log p (batch, head, row, key) is -inf where hidden.
@@ -36,6 +38,6 @@ def log_weights(
     for r0 in range(0, queries, step):
         r1 = min(r0 + step, queries)
         here = replace(mask, query_offset=mask.query_offset + r0)
-        s = scores(q[:, :, r0:r1].to(lse.dtype), wide, mask=here, scale=scale, softcap=softcap, bias=bias)
+        s = scores(q[:, :, r0:r1].to(lse.dtype), wide, mask=here, scale=scale, softcap=softcap, bias=bias, edit=edit)
         norm = lse[:, :, r0:r1]
         yield r0, r1, s.sub_(norm.masked_fill(norm == -torch.inf, 0.0)[..., None])

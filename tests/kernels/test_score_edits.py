@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from headscope.kernels import attention, reference, streaming
+from headscope.kernels.blocks import blocks
+from headscope.kernels.blocks import dense as dense_blocks
 from headscope.kernels.checks import MASKS, Case, compare, everything, random_case, random_edits
+from headscope.kernels.divergence import dense as dense_divergence
+from headscope.kernels.divergence import divergence
+from headscope.kernels.edits import redistribute
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
+from headscope.kernels.targets import target_mass
 
 EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads")
 ALL_THREE = {"softcap": 5.0, "sinks": True, "bias": True}
@@ -132,6 +138,31 @@ def test_the_gradient_passes_through_an_edit() -> None:
     ends = [replace(case, q=case.q + x).eager(Request()).output for x in (step, -step)]
     slope = (ends[0].square().sum() - ends[1].square().sum()) / 2e-6  # type: ignore[union-attr]
     assert abs(float(leaf.grad[0, 1, 5, 3] - slope)) < 1e-6 * max(1.0, abs(float(slope)))
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("kind", ["left padding", "shifted keys"])
+def test_what_follows_from_the_lse_follows_the_edit(kind: str, name: str) -> None:
+    """Block maps, masses on single keys, redistribution, and the distance from the pattern as it was."""
+    case = edited(kind, name, queries=33, keys=50, **ALL_THREE)
+    call, p = options(case), case.pattern()
+    got = blocks(case.q, case.k, size=16, pool="sum", **call)
+    assert (got - dense_blocks(p, case.mask, 16, "sum")).abs().max() < 1e-4  # sums of up to 256 float32 weights
+    lse = case.run(attention.attend, Request(output=False, lse=True)).lse
+    assert lse is not None
+    keys = torch.tensor([2, 7, 40])
+    targets = (keys + case.mask.key_offset).expand(1, 33, -1)
+    del call["sinks"]
+    assert (target_mass(case.q, case.k, lse, targets, **call) - p[..., keys]).abs().max() < 1e-5
+    moved = redistribute(case.q, case.k, case.v, keys, 1.0, request=Request(), **options(case)).output
+    want = case.eager(Request()).output
+    assert moved is not None and want is not None and (moved - want).abs().max() < 1e-5
+    pairs = ((case.q, case.k), (case.q, case.k))
+    apart = divergence(*pairs, mask=case.mask, scale=case.scale, edits=(None, case.edit))
+    plain = replace(case, edit=None, bias=None, softcap=None, sinks=None)
+    exact = dense_divergence(plain.log_pattern(), replace(plain, edit=case.edit).log_pattern())
+    for field, x, y in zip(apart._fields, apart, exact, strict=True):
+        assert ((x == y) | ((x - y).abs() < 1e-4)).all(), field
 
 
 def test_an_edit_of_another_shape_is_refused() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
-from headscope.kernels.checks import MASKS, Case, random_case
+from headscope.kernels import attention, streaming
+from headscope.kernels.checks import MASKS, Case, random_case, random_edits
+from headscope.kernels.request import Attended, Request
 from headscope.kernels.spans import span_outputs
 
 SPANS = [(0, 4), (4, 30), (30, 50), (10, 10)]
@@ -52,3 +57,62 @@ def test_a_span_outside_the_keys_is_refused() -> None:
     case = random_case("causal", queries=5, keys=5)
     with pytest.raises(ValueError, match="outside"):
         span_outputs(case.q, case.k, case.v, [(3, 9)], **call(case))
+
+
+@pytest.mark.parametrize("kind", ["causal", "left padding", "rule"])
+def test_overlapping_spans(kind: str) -> None:
+    case = random_case(kind, queries=33, keys=50, sinks=True)
+    spans = [(0, 50), (10, 30), (20, 40), (20, 40), (49, 50)]
+    got = span_outputs(case.q, case.k, case.v, spans, **call(case))
+    output, mass = expected(case, spans)
+    assert (got.output - output).abs().max() < 1e-5 and (got.mass - mass).abs().max() < 1e-5
+
+
+def test_every_key_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, attend, read = random_case("causal", queries=50, keys=50), attention.attend, []
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Attended:
+        read.append((k.shape[2], options["request"].output))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(attention, "attend", counted)
+    spans = [(5, 30), (20, 40), (45, 45)]
+    got = span_outputs(case.q, case.k, case.v, spans, **call(case))
+    assert sum(n for n, _ in read) == 50 and sum(n for n, output in read if output) == 35
+    read.clear()
+    lse = case.run(streaming.attend, Request(output=False, lse=True)).lse
+    again = span_outputs(case.q, case.k, case.v, spans, lse=lse, **call(case))
+    assert sum(n for n, _ in read) == 35
+    assert (again.output - got.output).abs().max() < 1e-5 and (again.mass - got.mass).abs().max() < 1e-5
+    read.clear()
+    span_outputs(case.q, case.k, case.v, torch.tensor([[[5, 9]], [[6, 12]]]), **call(case))
+    assert len(read) == 3  # one call a segment, not one an example
+
+
+def test_spans_of_an_edited_pattern() -> None:
+    case = random_case("shifted keys", queries=33, keys=50, **{"softcap": 5.0, "sinks": True, "bias": True})
+    for edit in random_edits(case).values():
+        edited = replace(case, edit=edit)
+        got = span_outputs(case.q, case.k, case.v, SPANS, edit=edit, **call(case))
+        output, mass = expected(edited, SPANS)
+        assert (got.output - output).abs().max() < 1e-5 and (got.mass - mass).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["causal", "right padding", "chunks", "empty rows"])
+def test_spans_by_the_triton_kernels(kind: str) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    case = random_case(kind, queries=33, keys=50, kv_heads=1, d_head=16, sinks=True, device=device)
+    spans = torch.tensor([[[0, 9], [5, 30], [50, 50]], [[40, 50], [3, 5], [0, 50]]], device=device)
+    got = span_outputs(case.q, case.k, case.v, spans, engine="triton", **call(case))
+    for b in range(2):
+        output, mass = expected(case, [tuple(x) for x in spans[b].tolist()])
+        assert (got.output[b] - output[b]).abs().max() < 1e-5 and (got.mass[b] - mass[b]).abs().max() < 1e-5
+
+
+def test_no_spans_and_spans_of_another_shape() -> None:
+    case = random_case("causal", queries=5, keys=7)
+    got = span_outputs(case.q, case.k, case.v, [], **call(case))
+    assert got.output.shape == (2, 4, 5, 0, 32) and got.mass.shape == (2, 4, 5, 0)
+    with pytest.raises(ValueError, match="spans must be"):
+        span_outputs(case.q, case.k, case.v, torch.zeros(3, 1, 2, dtype=torch.long), **call(case))
