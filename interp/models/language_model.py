@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import ModelInfo
 
 Prompts = str | Sequence[str]
+LOGITS = 1 << 30  # bytes of logits that a call computes without being asked for them
 
 
 @dataclass(eq=False)
@@ -57,9 +59,12 @@ class LanguageModel:
         """Run the model on prompts, padded to the right, without gradients; returns transformers' own output.
 
         Right padding leaves every position where it would be without padding. Keyword arguments go to the model.
+        Where the logits of all positions would take more than ``LOGITS`` bytes (8,192 tokens of Gemma 3: 8 GiB), only
+        those from the end of the shortest prompt on are computed, with a warning; ``logits_to_keep=0`` means all.
         Raises HeadscopeError where a prompt is empty or too long, or where its last logits are not numbers.
         """
         inputs = self.encode(prompts)
+        self._spare_logits(inputs["attention_mask"], kwargs)
         with torch.no_grad():
             output = self.model(**inputs, **kwargs)
         logits = getattr(output, "logits", None)
@@ -126,6 +131,22 @@ class LanguageModel:
             raise HeadscopeError(f"{self.name} was given without a tokenizer: pass tokenizer= to load_model")
         return self.tokenizer
 
+    def _spare_logits(self, attention_mask: Tensor, kwargs: dict[str, Any]) -> None:
+        """Have the model compute few logits where all would take too much memory and nobody said which."""
+        batch, length = attention_mask.shape
+        needed = batch * length * self.info.vocab_size * getattr(torch, self.info.dtype).itemsize
+        if needed <= LOGITS or {"logits_to_keep", "labels"} & set(kwargs):
+            return
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return
+        kwargs["logits_to_keep"] = keep = 1 + length - int(attention_mask.sum(1).min())
+        warnings.warn(
+            f"the logits of {batch} x {length} tokens over {self.info.vocab_size} words would take "
+            f"{needed / 2**30:.1f} GiB: only those of the last {keep} positions are computed; pass logits_to_keep=0 "
+            "for all, or another number to choose",
+            stacklevel=3,
+        )
+
     def _check_scores(self, ids: Tensor, scores: Tensor) -> Tensor:
         self.check_finite(scores)
         return scores
@@ -151,10 +172,10 @@ def _check_texts(texts: Sequence[Any]) -> None:
 
 
 def _last_logits(logits: Tensor, attention_mask: Tensor) -> Tensor:
-    if logits.shape[1] != attention_mask.shape[1]:  # logits_to_keep
-        return logits[:, -1]
+    """Each prompt's last logits, from all positions' or the last ones'; the first kept where its own are not."""
     rows = torch.arange(logits.shape[0], device=logits.device)
-    return logits[rows, attention_mask.to(logits.device).sum(dim=1) - 1]
+    left_out = attention_mask.shape[1] - logits.shape[1]
+    return logits[rows, (attention_mask.to(logits.device).sum(dim=1) - 1 - left_out).clamp(min=0)]
 
 
 def _ensure_padding(tokenizer: Any) -> None:
