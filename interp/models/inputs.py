@@ -133,10 +133,11 @@ def _sound(model: Any, generator: torch.Generator, names: Any) -> dict[str, Tens
 
 def _wanted_image_tokens(model: Any, error: Exception) -> int | None:
     """How many image features a model says it has for the image tokens it found; some count single numbers."""
-    found = re.search(r"tokens.*?(?:tokens)?: (\d+),? (?:and )?(?:image )?features:? (\d+)", str(error))
+    found = re.search(r"tokens.*?(?:tokens)?: \d+,? (?:and )?(?:image )?features:? (\d+)", str(error))
+    found = found or re.search(r"Got (\d+) feature vectors for \d+ placeholder tokens", str(error))
     if found is None:
         return None
-    features, width = int(found.group(2)), int(getattr(model.config.get_text_config(), "hidden_size", 1))
+    features, width = int(found.group(1)), int(getattr(model.config.get_text_config(), "hidden_size", 1))
     return features // width if features >= 8 * width else features
 
 

@@ -16,17 +16,15 @@ GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw", "image_grid_hws")
 SIDE = 4  # patches in the height of an image given as patches
 
 
-def pictures(model: Any, names: Any, text: dict[str, Tensor], generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+def pictures(
+    model: Any, names: Any, text: dict[str, Tensor], generator: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
     """One image an example, in every form, with the arguments among ``names`` that say more about it."""
     if "pixel_values" not in names and "flattened_patches" not in names:
         return
     vision = vision_config(model.config)
     for form in _forms(vision, names, generator):
         yield {**form, **_beside(model.config, vision, names, text, form, generator)}
-    for name in ("pixel_attention_mask",):  # of whole tiles, where a model demands it
-        for form in _forms(vision, names, generator) if name in names else ():
-            if form.get("pixel_values", torch.empty(0)).dim() == 5:
-                yield {**form, name: torch.ones(form["pixel_values"].shape[:2], dtype=torch.long)}
 
 
 def vision_config(config: Any) -> Any:
@@ -56,14 +54,14 @@ def _forms(vision: Any, names: Any, generator: torch.Generator) -> Iterator[dict
     patch = getattr(vision, "patch_size", None) or 8
     patch = int(patch if isinstance(patch, int) else patch[0])
     if "flattened_patches" in names:  # each begins with its row and column, counted from 1
-        at = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)) + 1.0
-        yield {"flattened_patches": torch.cat([at.repeat(2, 1, 1), noise(2, SIDE**2, channels * patch**2)], -1)}
+        at = (_grid() + 1.0).repeat(2, 1, 1)
+        yield {"flattened_patches": torch.cat([at, noise(2, SIDE**2, channels * patch**2)], -1)}
         return
     grid = next((name for name in GRIDS if name in names), None)
-    if grid is not None:
-        shape = torch.tensor([[1, SIDE, SIDE], [1, SIDE, 2 * SIDE]])
+    for second in (2 * SIDE, SIDE) if grid is not None else ():  # images of two sizes, or alike
+        shape = torch.tensor([[1, SIDE, SIDE], [1, SIDE, second]])
         rows = int(shape.prod(-1).sum())
-        beside = {grid: shape if grid.endswith("thw") else shape[:, 1:]}
+        beside = {str(grid): shape if str(grid).endswith("thw") else shape[:, 1:]}
         times = {int(getattr(vision, "temporal_patch_size", 1) or 1), 1, 2}
         for time in sorted(times, key=lambda n: n != getattr(vision, "temporal_patch_size", 1)):
             yield {"pixel_values": noise(rows, channels * time * patch * patch), **beside}
@@ -72,7 +70,7 @@ def _forms(vision: Any, names: Any, generator: torch.Generator) -> Iterator[dict
     yield {"pixel_values": noise(2, channels, high, wide)}
     for tiles in (1, 2, 3):
         yield {"pixel_values": noise(2, tiles, channels, high, wide)}
-    yield {"pixel_values": noise(2, 1, 2, channels, high, wide)}
+    yield {"pixel_values": noise(2, 1, int(getattr(vision, "max_num_tiles", 2)), channels, high, wide)}
     yield {"pixel_values": noise(2, SIDE**2, channels * patch * patch)}
     yield {"pixel_values": noise(2, 3, 32, 32)}
 
@@ -100,9 +98,15 @@ def _beside(
         makers["aspect_ratio_mask"] = lambda: torch.ones(2, 1, tiles, dtype=torch.long)
         makers["cross_attention_mask"] = lambda: torch.ones(2, length, 1, tiles, dtype=torch.long)
     if pixels.dim() == 3 and "pixel_values" in form:
+        makers["image_position_ids"] = lambda: _grid().repeat(2, 1, 1)
         makers["spatial_shapes"] = lambda: torch.tensor([[SIDE, SIDE]] * 2)
         makers["pixel_attention_mask"] = lambda: torch.ones(pixels.shape[:2], dtype=torch.long)
     return {name: make() for name, make in makers.items() if name in names and name not in form}
+
+
+def _grid() -> Tensor:
+    """The (row, column) of every patch of a square image, (patch, 2)."""
+    return torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE))
 
 
 def _first(length: int, count: int) -> Tensor:

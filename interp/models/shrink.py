@@ -28,6 +28,17 @@ HINTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},  # open by default, and read
     "chameleon": {"vocabulary_map": {"<image>": 3}},  # knows its image token by name only
     "emu3": {"vocabulary_map": {"<image>": 3}},  # the same
+    "aria": {"projector_patch_to_query_dict": {(IMAGE // PATCH) ** 2: 4}},  # patches of an image to its tokens
+    "blip-2": {"image_token_index": FIRST_TOKEN},  # open by default; the forward puts images nowhere then
+    "instructblip": {"image_token_index": FIRST_TOKEN},  # the same
+    "nemotron_h_omni": {"image_token_id": FIRST_TOKEN},  # the same
+    "qwen2_5_omni_thinker": {"vision_start_token_id": FIRST_TOKEN + 10, "vision_end_token_id": FIRST_TOKEN + 11},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": FIRST_TOKEN + 10, "vision_end_token_id": FIRST_TOKEN + 11},
+    "step3p5": {"sliding_window": WINDOW},  # open by default, and read
+    "muse_glimmer": {"out_hidden_size": 4 * WIDTH},  # four patches merged
+    "muse_spark": {"out_hidden_size": 4 * WIDTH},  # the same
+    "mllama_vision_model": {"vision_output_dim": 2 * WIDTH},  # the last layer beside the intermediate ones
+    "gemma4_vision": {"pooling_kernel_size": 2},  # must divide the patches of an image
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # must multiply out to the number of layers
 }
 
@@ -53,7 +64,7 @@ _WIDTH = (
     r"|embedding_size|emb_dim|embedding_dim|output_dim|intermediate_size|intermediate_size_mlp|ffn_dim|n_inner|d_ff|dff"
     r"|dim_ff|mlp_dim|ffn_hidden_size|feed_forward_size|lru_width|mlp_hidden_size|cross_attention_hidden_size"
     r"|projection_size|share_expert_dim|projection_hidden_dim|pooler_output_size|alignment_intermediate_size"
-    r"|resampler_dim|projector_(in|out)put_dim|attention_hidden_size|dense_intermediate_size|patch_embed_hidden_size)"
+    r"|resampler_dim|projector_(in|out)put_dim|attention_hidden_size|dense_intermediate_size)"
 )
 _HEAD = (
     r"(\w+_)?(head_dim|d_kv|kv_channels|d_head|head_size|attention_head_size|qk_nope_head_dim|qk_rope_head_dim"
@@ -100,7 +111,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"\w*image_size|resolution|crop_size", IMAGE),
     (r"\w*patch_size", lambda old: min(old, PATCH)),
     (r"rotary_dim", HEAD // 2),
-    (r"num_image_tokens|image_seq_length|mm_tokens_per_image|\w*soft_tokens_per_image", 4),
+    (r"patch_embed_hidden_size", 3 * PATCH**2),  # of flattened patches
+    (r"latent_query_num|num_image_tokens|image_seq_length|mm_tokens_per_image|\w*soft_tokens_per_image", 4),
     (_LAYERS, _PICKED),
     (_KV_HEADS, KV_HEADS),
     (_HEADS, HEADS),
@@ -162,6 +174,8 @@ class _Shrinker:
         if not value or isinstance(value[0], str | bool | float) or key in ("no_rope_layers", "intermediate_size"):
             by_layer = layers is not None and len(value) == layers
             return [self._value(key, value[i], layers, picks) for i in picks] if by_layer else value
+        if re.fullmatch(r"vision_feature_layers?", key):  # counted from the last
+            return [-1, -2]
         if key == "image_grid_pinpoints":
             return [[IMAGE, 2 * IMAGE], [2 * IMAGE, IMAGE]]
         if not all(isinstance(x, int) for x in value):

@@ -40,7 +40,7 @@ def tiny_config(model_type: str) -> Any:
     kind = transformers.CONFIG_MAPPING[model_type]
     try:
         with _quiet():
-            return kind.from_dict(shrink(kind().to_dict()))
+            return kind.from_dict(shrink(_seeing(kind).to_dict()))
     except Exception as error:
         raise HeadscopeError(_failure(f"the configuration of {model_type}", error)) from error
 
@@ -75,6 +75,14 @@ def tiny_model(model_type: str, kind: Kind = "causal-lm", seed: int = 0, *, dtyp
             raise HeadscopeError(_failure(f"a tiny {model_type}", error)) from error
         _spread(model)
     return model.to(dtype)
+
+
+def _seeing(kind: Any) -> Any:
+    """The default configuration, with a vision tower where the architecture has one that it leaves open."""
+    default, tower = kind(), getattr(kind, "sub_configs", {}).get("vision_config")
+    if getattr(default, "vision_config", tower) is None and hasattr(tower, "model_type") and tower.model_type:
+        return kind(vision_config=tower().to_dict())
+    return default
 
 
 def parameter_seed(name: str) -> int:
