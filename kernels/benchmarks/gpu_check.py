@@ -90,14 +90,15 @@ def _options(case: Case) -> dict[str, Any]:
 
 def _guarded(spec: dict[str, Any]) -> list[str]:
     torch.set_num_threads(1)
-    _poison()
+    poison()
     try:
         return check_one(spec) + check_pairs(spec)
     except Exception as error:  # one broken case must not hide the others
         return [f"{spec}: {type(error).__name__}: {str(error)[:600]}"]
 
 
-def _poison() -> None:
+def poison() -> None:
+    """Fill what ``torch.empty`` gives with NaN, in this process."""
     allocate = torch.empty
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -109,7 +110,7 @@ def _poison() -> None:
 
 def check_few() -> bool:
     """Every ninth case, in this process: what ``compute-sanitizer`` can follow."""
-    _poison()
+    poison()
     wrong = [line for spec in cases()[::9] for line in check_one(spec) + check_pairs(spec)]
     print("\n".join(wrong) or f"checked {3 * len(cases()[::9])} calls: none out of bounds")
     return not wrong

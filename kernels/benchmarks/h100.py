@@ -15,6 +15,7 @@ import multiprocessing as mp
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +25,17 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from headscope.kernels import attention, triton_rows, triton_tuning
+from headscope.kernels import attention, flex, triton_rows, triton_tuning
+from headscope.kernels.benchmarks import gpu_check_edits
 from headscope.kernels.benchmarks.gpu_check import WORKERS, check, check_few, check_long
 from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.divergence import divergence
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
+from headscope.kernels.score_edits import distance_slope
+from headscope.kernels.spans import span_outputs
 from headscope.kernels.triton_columns import columns
+from headscope.kernels.triton_topk import top_keys
 from headscope.kernels.triton_tuning import Tiles
 
 HEADS, KV_HEADS = 32, 8
@@ -71,7 +76,7 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
     """What is timed, by name; ``sdpa`` is the yardstick."""
     keys, queries = k.shape[2], q.shape[2]
     mask, scale = Mask.causal(keys - queries), q.shape[-1] ** -0.5
-    call = {"mask": mask, "scale": scale}
+    call: dict[str, Any] = {"mask": mask, "scale": scale}
 
     def rows(wants: set[str], values: torch.Tensor | None = None) -> Callable[[], Any]:
         features = flags if "linear" in wants else None
@@ -86,14 +91,19 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
         "output": rows({"output"}, v),
         "fused": rows(statistics_ | {"output"}, v),
     }
+    lse = triton_rows.rows(q, k, None, **call).lse
+    assert lse is not None
+    every |= {f"top {n} keys": partial(top_keys, q, k, lse, count=n, **call) for n in (1, 8, 32)}
     if queries == keys:
-        lse = triton_rows.rows(q, k, None, **call).lse
-        assert lse is not None
         every["columns: sum"] = lambda: columns(q, k, lse, **call)
         every["columns: sum, max"] = lambda: columns(q, k, lse, highest=True, **call)
         every["blocks of 128"] = lambda: blocks(q, k, size=128, lse=lse, **call)
         every["top 16 blocks of 128"] = lambda: top_blocks(q, k, size=128, top=16, **call)
         every["divergence"] = lambda: divergence((q, k), (q, v), **call)
+        quarters = [(n * keys // 4, (n + 1) * keys // 4) for n in range(4)]
+        every["4 spans"] = lambda: span_outputs(q, k, v, quarters, **call)
+        edit = distance_slope(torch.full((HEADS,), 1e-3, device="cuda"))
+        every["edited output"] = lambda: flex.attention(q, k, v, edit=edit, **call)
         if find_spec("flash_colreduce"):
             flash_colreduce = import_module("flash_colreduce").flash_colreduce
             wide = k.repeat_interleave(HEADS // KV_HEADS, dim=1)  # it takes one key head a query head
@@ -243,6 +253,7 @@ def main() -> int:
     args = parser.parse_args()
     print(device())
     right = check() if args.check else True
+    right &= gpu_check_edits.check() if args.check else True
     right &= check_few() if args.few else True
     right &= check_long() if args.long else True
     if args.tune:

@@ -1,0 +1,149 @@
+"""Heaviest keys, span outputs and edited scores on the GPU against the float64 definition, on poisoned memory, twice.
+
+    python -m headscope.kernels.benchmarks.gpu_check_edits
+
+exits with 1 if any result is out of bounds, or if FlexAttention did not compile a call that it should.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from headscope.kernels import attention, flex, triton_engine
+from headscope.kernels.benchmarks.gpu_check import WORKERS, poison
+from headscope.kernels.checks import MASKS, Case, allowed, compare, distance, random_case, random_edits
+from headscope.kernels.request import Attended, Request
+from headscope.kernels.spans import span_outputs
+
+DEVICE = "cuda"
+LIMIT = 300  # seconds, after which a call counts as hanging
+Job = tuple[str, dict[str, Any]]
+
+
+def jobs() -> list[Job]:
+    """Checks with their calls: each mask, dtype, awkward width and logit option; one, few and many queries."""
+    options = {"softcap": 5.0, "sinks": True, "bias": True}
+    base: dict[str, Any] = {"dtype": torch.bfloat16, "d_head": 64, "queries": 333, "keys": 333}
+    kinds = [kind for kind in MASKS if kind != "rule"]
+    top = [{**base, "kind": kind} for kind in kinds] + [{**base, "kind": "causal", **options}]
+    for d in (16, 60, 80, 96, 128, 256):
+        top.append({**base, "kind": "causal", "d_head": d, "queries": 63, "keys": 457})
+    top += [{**base, "kind": kind, "queries": 1, "keys": 3000, **options} for kind in ("causal", "window")]
+    top.append({**base, "kind": "causal", "batch": 1, "queries": 1, "keys": 100_000, "d_head": 128})
+    top.append({**base, "kind": "causal", "batch": 1, "queries": 2000, "keys": 2000, "d_head": 128})
+    for dtype in (torch.float16, torch.float32):
+        top += [
+            {**base, "kind": kind, "dtype": dtype, "queries": n} for kind in ("causal", "segments") for n in (5, 333)
+        ]
+    spans = [{**base, "kind": kind} for kind in ("causal", "left padding", "chunks")]
+    spans += [{**base, "kind": "causal", "dtype": torch.float32, **options}]
+    edits = [{**base, "kind": kind, "edit": "distance slope"} for kind in MASKS]
+    edits += [{**base, "kind": "causal", "edit": name, **options} for name in _names()]
+    for d, dv in ((60, 60), (128, 64), (256, 256)):
+        edits.append({**base, "kind": "causal", "d_head": d, "d_value": dv, "keys": 400, "edit": "distance table"})
+    edits.append({**base, "kind": "window", "dtype": torch.float16, "edit": "key scale"})
+    listed = [("edits", spec) for spec in edits] + [("top", spec) for spec in top] + [("spans", spec) for spec in spans]
+    return listed
+
+
+def _names() -> list[str]:
+    return list(random_edits(random_case("causal", queries=3, keys=3)))
+
+
+def _twice(label: str, case: Case, run: Callable[..., Attended], request: Request) -> list[str]:
+    got, again = case.run(run, request), case.run(run, request)
+    wrong = [f"{label}: {verdict}" for verdict in compare(got, case, request) if not verdict.holds]
+    for name, x in vars(got).items():
+        if isinstance(x, torch.Tensor) and not torch.equal(x, getattr(again, name)):
+            wrong.append(f"{label}: {name} differs between two runs")
+    return wrong
+
+
+def check_top(spec: dict[str, Any]) -> list[str]:
+    """Lists of one, of eight and of 32 keys, of all rows and of some."""
+    case = random_case(**spec, device=DEVICE)
+    rows = torch.arange(0, case.q.shape[2], 3, device=DEVICE)
+    asked = [(1, None), (8, rows), (32, None)]
+    return [
+        line
+        for top, some in asked
+        for line in _twice(
+            f"top {top} {spec}", case, triton_engine.attend, Request(output=False, top=top, query_rows=some)
+        )
+    ]
+
+
+def check_spans(spec: dict[str, Any]) -> list[str]:
+    """Overlapping spans, other ones in each example."""
+    case = random_case(**spec, device=DEVICE)
+    keys, wrong = case.k.shape[2], []
+    spans = torch.tensor([[[0, keys], [7, 150], [100, 300]], [[0, 4], [200, 201], [180, keys]]], device=DEVICE)
+    options = {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias")}
+    got = span_outputs(case.q, case.k, case.v, spans, **options)
+    exact, low = case.pattern(), case.pattern(case.q.dtype).double()
+    v = case.v.double().repeat_interleave(exact.shape[1] // case.v.shape[1], 1)
+    for b in range(2):
+        for n, (start, stop) in enumerate(spans[b].tolist()):
+            want, lossy = (p[b, :, :, start:stop] @ v[b, :, start:stop] for p in (exact, low))
+            error = distance(got.output[b, :, :, n], want)
+            # each segment of a span is rounded to the values' dtype, as the eager output is once
+            limit = allowed(lossy.to(case.v.dtype), want, size=case.score_size())
+            if not error <= limit:
+                wrong.append(f"span {start}:{stop} of {spec}: off by {error}, allowed {limit}")
+    return wrong
+
+
+def check_edits(spec: dict[str, Any]) -> list[str]:
+    """The output and lse by FlexAttention's compiled kernel, beside a statistic by streaming."""
+    spec = dict(spec)
+    name = spec.pop("edit")
+    case = random_case(**spec, device=DEVICE)
+    case = replace(case, edit=random_edits(case)[name])
+    if not flex.takes(case.q, case.v):
+        return [f"FlexAttention does not take {spec}"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        wrong = _twice(f"{name} {spec}", case, attention.attend, Request(lse=True, entropy=True, key_sum=True))
+    return wrong + [f"{name} {spec}: {x.message}" for x in said if "does not compile" in str(x.message)]
+
+
+def _guarded(job: Job) -> list[str]:
+    torch.set_num_threads(1)
+    kind, spec = job
+    if kind != "edits":  # the compiler of FlexAttention allocates, too
+        poison()
+    try:
+        return {"top": check_top, "spans": check_spans, "edits": check_edits}[kind](spec)
+    except Exception as error:  # one broken case must not hide the others
+        return [f"{kind} {spec}: {type(error).__name__}: {str(error)[:600]}"]
+
+
+def check() -> bool:
+    """Run every job, several at a time (compilation dominates)."""
+    began, every = time.time(), jobs()
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each worker compiles by itself
+    wrong: list[str] = []
+    with mp.get_context("spawn").Pool(WORKERS) as pool:
+        results = [(job, pool.apply_async(_guarded, (job,))) for job in every]
+        for job, result in results:
+            try:
+                wrong += result.get(max(1.0, LIMIT - (time.time() - began)))
+            except mp.TimeoutError:
+                wrong.append(f"{job}: no answer after {LIMIT} s")
+    for line in wrong:
+        print("WRONG", line)
+    print(f"checked {len(every)} calls in {time.time() - began:.0f} s: {len(wrong)} results out of bounds")
+    return not wrong
+
+
+if __name__ == "__main__":
+    sys.exit(0 if check() else 1)
