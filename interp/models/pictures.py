@@ -23,8 +23,12 @@ def pictures(
     if "pixel_values" not in names and "flattened_patches" not in names:
         return
     vision = vision_config(model.config)
+    alone = []
     for form in _forms(vision, names, generator):
-        yield {**form, **_beside(model.config, vision, names, text, form, generator)}
+        beside = _beside(model.config, vision, names, text, form, generator)
+        yield {**form, **beside}
+        alone += [form] if beside else []
+    yield from alone  # some arguments are of another variant's images
 
 
 def vision_config(config: Any) -> Any:

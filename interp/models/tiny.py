@@ -79,8 +79,9 @@ def tiny_model(model_type: str, kind: Kind = "causal-lm", seed: int = 0, *, dtyp
 
 def _seeing(kind: Any) -> Any:
     """The default configuration, with a vision tower where the architecture has one that it leaves open."""
-    default, tower = kind(), getattr(kind, "sub_configs", {}).get("vision_config")
-    if getattr(default, "vision_config", tower) is None and hasattr(tower, "model_type") and tower.model_type:
+    default: Any = kind()
+    tower: Any = getattr(kind, "sub_configs", {}).get("vision_config")
+    if getattr(default, "vision_config", tower) is None and getattr(tower, "model_type", ""):
         return kind(vision_config=tower().to_dict())
     return default
 
