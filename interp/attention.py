@@ -113,6 +113,9 @@ class Handler:
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """The model is about to run a forward pass on these keyword arguments."""
 
+    def end_forward(self) -> None:
+        """The forward pass that began came to its end."""
+
     def abort_forward(self) -> None:
         """The forward pass that began did not come to its end (an exception, an interrupt)."""
 

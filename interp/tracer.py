@@ -63,13 +63,17 @@ class Tracer(Handler):
         self._pass: list[tuple[Session, Piece]] = []
         self._decoder: Mask | None = None
         self._padded = False
+        self._running = False
         self._boundary: int | None = None
         self._cache: weakref.ref[Any] | None = None
         self._caches = Caches()
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """Remember the tokens of the pass that begins."""
+        if self._running:  # the last pass broke off where no hook could tell
+            self.abort_forward()
         self._keep_pass()
+        self._running = True
         ids = inputs.get("input_ids")
         self._pending_ids = ids.detach() if isinstance(ids, Tensor) and ids.dim() == 2 else None
         self._decoder = None
@@ -87,8 +91,13 @@ class Tracer(Handler):
         """Passes are the user's own again."""
         self._boundary = None
 
+    def end_forward(self) -> None:
+        """What the pass recorded is part of the record from now on."""
+        self._running = False
+
     def abort_forward(self) -> None:
         """Forget what a pass recorded that did not come to its end."""
+        self._running = False
         self._pass.clear()
         self._keep_pass()
         self._sessions = [session for session in self._sessions if session.continues]
@@ -96,7 +105,7 @@ class Tracer(Handler):
     def end(self, *, completed: bool) -> None:
         """The block is left: nothing of ours stays on the model's caches."""
         self._caches.release()
-        if completed:
+        if completed and not self._running:
             self._keep_pass()
         else:
             self.abort_forward()
@@ -214,7 +223,8 @@ class Tracer(Handler):
         Raises:
             HeadscopeError: nothing was recorded.
         """
-        self._keep_pass()
+        if not self._running:
+            self._keep_pass()
         open_sessions = [dataset for dataset in (s.dataset() for s in self._sessions) if dataset is not None]
         elsewhere = ", ".join(sorted(site for site, (chosen, _) in self._roles.items() if not chosen))
         if not self._finished and not open_sessions and elsewhere:

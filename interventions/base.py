@@ -78,6 +78,12 @@ class _InTextTower(Handler):
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         self.inner.begin_forward(inputs)
 
+    def end_forward(self) -> None:
+        self.inner.end_forward()
+
+    def abort_forward(self) -> None:
+        self.inner.abort_forward()
+
 
 @contextmanager
 def apply(model: Any, *interventions: Intervention) -> Iterator[None]:

@@ -255,9 +255,11 @@ class _End:
         if self.route.inside is not model:
             return
         self.route.inside = None
-        if output is None:  # torch calls the hook also after an exception
-            for handler in self.route.handlers:
+        for handler in self.route.handlers:
+            if output is None:  # torch calls the hook also after an exception
                 handler.abort_forward()
+            else:
+                handler.end_forward()
 
 
 def attention_function(
