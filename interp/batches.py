@@ -19,11 +19,11 @@ from headscope.interp.models.info import text_config
 from headscope.interp.models.tiny import takes
 from headscope.interp.queries import Queries
 from headscope.interp.statistics import KEY, ROW, Statistic
+from headscope.kernels.streaming import CPU_TILE, GPU_TILE
 
 CHUNK = 256  # prompts that are tokenized at a time to learn their lengths
 SLACK = 8  # a prompt may be an eighth, or so many tokens, shorter than the longest of its batch
 COPIES = 3  # of a batch's statistics: on the device, as arrays, and while a part is written
-TILE = 1 << 26  # scores that the kernels hold at a time, at most
 _UNITS = {"": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)} | {"B": 1}
 
@@ -148,6 +148,7 @@ class Cost:
         self._example = logits if takes(model, "logits_to_keep") else 0
         self._token += 0 if self._example else logits
         self._heads, self._queries = info.heads, queries
+        self._tile = CPU_TILE if lm.device.type == "cpu" else GPU_TILE
         recorded = info.layers if layers is None else len(set(layers))
         each = COPIES * recorded * info.heads
         self._row = each * sum(_bytes(s) for s in statistics if s.kind == ROW)
@@ -157,7 +158,7 @@ class Cost:
 
     def __call__(self, prompts: int, tokens: int) -> int:
         rows = min(tokens, prompts * len(rows_alone(self._queries, tokens)))  # prompts end at different rows
-        tile = 4 * 4 * min(TILE, prompts * self._heads * tokens * tokens)
+        tile = 4 * 4 * min(self._tile, prompts * self._heads * tokens * tokens)
         return int(prompts * (self._example + tokens * (self._token + self._key) + rows * self._row) + tile)
 
 

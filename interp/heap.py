@@ -6,7 +6,7 @@ import ctypes
 from functools import cache
 from typing import Any
 
-LONG = 1 << 20  # queries x keys from which a pass frees enough for a trim to matter
+MANY = 1024  # tokens of a pass, of all its examples, from which it frees enough for a trim to matter
 
 
 @cache
@@ -17,8 +17,8 @@ def _trim() -> Any:
         return None
 
 
-def give_back(queries: int, keys: int) -> None:
-    """Return free pages to the system after a long CPU pass (measured at 4,096 tokens: hundreds of MiB of holes)."""
+def give_back(tokens: int) -> None:
+    """Return free pages to the system after a large CPU pass (measured at 4,096 tokens: hundreds of MiB of holes)."""
     trim = _trim()
-    if trim is not None and queries * keys >= LONG:
+    if trim is not None and tokens >= MANY:
         trim(0)

@@ -16,10 +16,10 @@ from headscope.interp.attention import AttentionCall, Handler, bare_model
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.generation import watching_generate
 from headscope.interp.heap import give_back
+from headscope.interp.kinds import by_layer_kind, check_no_cache, datasets, join, refuse_several
 from headscope.interp.passes import Caches, check_repeats
-from headscope.interp.provenance import provenance
+from headscope.interp.provenance import signed
 from headscope.interp.queries import Queries
-from headscope.interp.record import concatenate
 from headscope.interp.sites import attached
 from headscope.interp.sites.huggingface import sites_of
 from headscope.interp.sites.support import require_exact
@@ -55,7 +55,7 @@ class Tracer(Handler):
         self.layers = None if layers is None else frozenset(layers)
         self.queries, self.site = queries, site
         self._sessions: list[Session] = []
-        self._finished: list[xr.Dataset] = []
+        self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
         self._pending_ids: Tensor | None = None
         self._plans: dict[Any, tuple[Any, Request, list[tuple[Statistic, Reader]], Tensor | None]] = {}
         self._roles: dict[str, tuple[bool, bool]] = {}
@@ -146,7 +146,7 @@ class Tracer(Handler):
                 continue
             piece.values.setdefault(statistic.kind, {}).update(reader(attended))
         if call.query.device.type == "cpu":
-            give_back(call.query.shape[2], call.key.shape[2])
+            give_back(call.query.shape[0] * call.query.shape[2])
 
     def _role_of(self, site: str) -> tuple[bool, bool]:
         """Whether a site is recorded, and whether it is of the tower that reads or writes text."""
@@ -186,17 +186,14 @@ class Tracer(Handler):
         done, self._pass = self._pass, []
         self._plans.clear()
         self._times.clear()
-        for session in self._sessions:
-            session.end_pass()
-        layers: dict[int, set[int]] = {}
-        for session, piece in done:
-            session.add(piece)
-            layers.setdefault(id(session), set()).add(piece.layer)
-        if len({frozenset(found) for found in layers.values()}) > 1:
-            raise HeadscopeError(
-                "layers of this tower attend over different windows of the input, so they share no examples; choose "
-                "some with layers=..."
-            )
+        kinds = by_layer_kind(done)
+        if len(kinds) < 2:
+            for session, piece in done:
+                session.add(piece)
+            return
+        check_no_cache(kinds, cached=self._cache is not None)
+        self._sessions.clear()
+        self._finished.append(datasets(kinds))
 
     def _plan(
         self, call: AttentionCall, prompt: bool
@@ -212,48 +209,48 @@ class Tracer(Handler):
         return self._plans[key]
 
     def _finish(self) -> None:
-        made = (session.dataset() for session in self._sessions)
-        self._finished += [dataset for dataset in made if dataset is not None]
+        self._finished += self._open()
         self._sessions.clear()
+
+    def _open(self) -> list[list[xr.Dataset]]:
+        made = (session.dataset() for session in self._sessions)
+        return [[dataset] for dataset in made if dataset is not None]
 
     @property
     def record(self) -> xr.Dataset:
         """Everything recorded so far: dimensions example, layer, head, query, key and the statistics' own.
 
         Raises:
+            HeadscopeError: nothing was recorded, or layers of several kinds, which ``records`` has one by one.
+        """
+        found = self.records
+        refuse_several(found)
+        return found[0]
+
+    @property
+    def records(self) -> list[xr.Dataset]:
+        """``record`` for every kind of layers: one, unless layers attend over different pieces of the input (windows
+        and whole images) or differ in their number of heads.
+
+        Raises:
             HeadscopeError: nothing was recorded.
         """
         if not self._running:
             self._keep_pass()
-        open_sessions = [dataset for dataset in (s.dataset() for s in self._sessions) if dataset is not None]
+        entries = [*self._finished, *self._open()]
         elsewhere = ", ".join(sorted(site for site, (chosen, _) in self._roles.items() if not chosen))
-        if not self._finished and not open_sessions and elsewhere:
+        if not entries and elsewhere:
             raise HeadscopeError(
                 f"nothing was recorded in {self.site or 'the default tower'}; name a site: {elsewhere}"
             )
-        record = concatenate([*self._finished, *open_sessions])
-        made = provenance(self.model, statistics=[str(s) for s in self.statistics], queries=str(self.queries))
-        tokens = record["token"].to_numpy().tobytes() if "token" in record else b""
-        made["tokens_sha256"] = _sha256(tokens)
-        return record.assign_attrs(headscope=_json(made))
+        named = {"statistics": [str(s) for s in self.statistics], "queries": str(self.queries)}
+        return [signed(record, self.model, **named) for record in join(entries)]
 
     def clear(self) -> None:
         """Forget everything recorded."""
         self._pass.clear()
         self._sessions.clear()
         self._finished.clear()
-
-
-def _sha256(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, default=str)
 
 
 @contextmanager
