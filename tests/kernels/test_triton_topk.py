@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
@@ -130,3 +132,25 @@ def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(triton_engine, "top_keys", misses_the_last_key)
     assert {"top_mass", "top_keys"} <= {v.name for v in fails(case, 2) if not isinstance(v, str)}
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from([kind for kind in MASKS if kind != "rule"]),
+    batch=st.integers(1, 2),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    queries=st.integers(1, 70),
+    cached=st.integers(0, 40),
+    d_head=st.sampled_from([16, 20, 33]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    softcap=st.sampled_from([None, 2.0]),
+    sinks=st.booleans(),
+    bias=st.booleans(),
+    top=st.integers(1, 32),
+    seed=st.integers(0, 1_000),
+)
+def test_any_call(kind: str, queries: int, cached: int, top: int, **options: object) -> None:
+    case = random_case(kind, queries=queries, keys=queries + cached, device=DEVICE, **options)  # type: ignore[arg-type]
+    assert not fails(case, top)
