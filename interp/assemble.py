@@ -20,12 +20,15 @@ from headscope.interp.statistics import KEY, OUTPUT, ROW, Statistic
 
 @dataclass(eq=False)
 class Piece:
-    """What one attention call leaves: query rows ``rows`` (n,; None: all) of ``queries`` from position ``offset``, and
-    values by kind (row, key, output) and name. ``start`` and ``end`` (batch,) are the real positions, ``key_offset`` is
-    the first key's; nothing else of the call's mask is kept, whose rule may hold tensors as long as the text."""
+    """What one attention call of ``shape`` (batch, heads, queries) leaves: query rows ``rows`` (n,; None: all) of those
+    from position ``offset``, and values by kind (row, key, output) and name.
+
+    ``start`` and ``end`` (batch,) are the real positions, ``key_offset`` is the first key's; nothing else of the call's
+    mask is kept, whose rule may hold tensors as long as the text.
+    """
 
     layer: int
-    queries: int
+    shape: tuple[int, int, int]
     offset: int
     prompt: bool
     start: Tensor | None
@@ -38,12 +41,13 @@ class Piece:
     @classmethod
     def of(cls, call: AttentionCall, offset: int, rows: Tensor | None, *, prompt: bool) -> Piece:
         """The empty piece of a call."""
-        mask, queries = call.mask, call.query.shape[2]
-        return cls(call.layer, queries, offset, prompt, mask.start, mask.end, mask.key_offset, call.cross, rows)
+        mask, (batch, heads, queries, _) = call.mask, call.query.shape
+        shape, real = (batch, heads, queries), (mask.start, mask.end)
+        return cls(call.layer, shape, offset, prompt, *real, mask.key_offset, call.cross, rows)
 
     def positions(self) -> NDArray[np.int64]:
         """Where the rows stand."""
-        rows = np.arange(self.queries) if self.rows is None else self.rows.cpu().numpy()
+        rows = np.arange(self.shape[2]) if self.rows is None else self.rows.cpu().numpy()
         return rows + self.offset
 
 
@@ -61,8 +65,6 @@ class Session:
         self._cross = False
         self._end: dict[int, NDArray[np.int64]] = {}
         self._prompt_end: NDArray[np.int64] | None = None
-        self._heads: int | None = None
-        self._now: tuple[int, int] | None = None
         self._cache: weakref.ref[Any] | None = None
 
     @property
@@ -85,18 +87,12 @@ class Session:
         """Refuse a call that does not fit the others of this session; ``cache`` is what the pass continues or fills.
 
         Raises:
-            HeadscopeError: another tower, other windows or heads, another cache, or positions that do not follow.
+            HeadscopeError: another tower, another cache, or positions that do not follow.
         """
         if self.site != call.site:
             raise HeadscopeError(
                 f"this model attends in several towers ({self.site} and {call.site}); choose one with site=..."
             )
-        batch, heads, queries, _ = call.query.shape
-        if self._heads not in (None, heads):
-            raise HeadscopeError(
-                f"layers of {self.site} differ in their number of heads; choose alike ones by layers=..."
-            )
-        self._heads = heads
         read = max(self._stop.values(), default=offset)
         if offset != read:
             raise HeadscopeError(
@@ -109,16 +105,6 @@ class Session:
                 "prompt from its start, one after the other"
             )
         self._cache = self._cache or cache
-        if batch != self.batch or self._now not in (None, (offset, queries)):
-            raise HeadscopeError(
-                "layers of this tower attend over different windows of the input, so they share no examples; choose "
-                "some with layers=..."
-            )
-        self._now = (offset, queries)
-
-    def end_pass(self) -> None:
-        """The calls that follow are of another pass."""
-        self._now = None
 
     def add(self, piece: Piece) -> None:
         """Keep one call's statistics by kind (row, key, output)."""
@@ -137,7 +123,7 @@ class Session:
         self._tokens.append((offset, ids))
 
     def _note(self, piece: Piece) -> None:
-        stop = piece.offset + piece.queries
+        stop = piece.offset + piece.shape[2]
         self._stop[piece.layer] = stop
         self._cross = piece.cross
         if piece.start is not None:  # the latest: a chunk of padding alone does not know where its example begins

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -45,6 +46,13 @@ def provenance(
     if prompts is not None:
         record["prompts_sha256"] = hash_texts(prompts)
     return record
+
+
+def signed(record: Any, model: Any, **parameters: Any) -> Any:
+    """A traced record (an xarray Dataset) with its provenance as the attribute ``headscope``, as JSON."""
+    made = provenance(model, **parameters)
+    made["tokens_sha256"] = _sha256(record["token"].to_numpy().tobytes() if "token" in record else b"")
+    return record.assign_attrs(headscope=json.dumps(made, default=str))
 
 
 def versions() -> dict[str, str]:

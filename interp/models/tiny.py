@@ -81,7 +81,7 @@ def _seeing(kind: Any) -> Any:
     """The default configuration, with a vision tower where the architecture has one that it leaves open."""
     default: Any = kind()
     tower: Any = getattr(kind, "sub_configs", {}).get("vision_config")
-    if getattr(default, "vision_config", tower) is None and getattr(tower, "model_type", ""):
+    if getattr(default, "vision_config", tower) is None and getattr(tower, "model_type", None):
         return kind(vision_config=tower().to_dict())
     return default
 

@@ -56,16 +56,34 @@ def test_images_attended_one_by_one_are_examples():
     assert tracer.record["length"].to_numpy().tolist() == [16, 32, 16, 32]
 
 
-def test_layers_over_different_windows_share_no_examples():
+def test_windowed_and_whole_layers_are_a_record_each():
+    """Against eager weights: layer 0 attends within windows, layer 1 over whole images."""
     model = tiny_model("qwen2_5_vl", "image-text")
     inputs = example_inputs(model)
-    with pytest.raises(HeadscopeError, match="different windows.*layers="):
-        with trace(model, [Entropy()], site="vision") as tracer:
-            model(**inputs)
+    with trace(model, [SinkMass(1), KeyMass()], site="vision") as tracer:
+        model(**inputs)
+        model(**inputs)
+    with eager_weights(model) as seen, torch.no_grad():
+        model(**inputs)
+    with pytest.raises(HeadscopeError, match=r"layers \[0\] and \[1\] of model.visual.*tracer.records.*layers=\[0\]"):
         _ = tracer.record
+    windows, images = tracer.records
+    assert windows["layer"].to_numpy().tolist() == [0] and images["layer"].to_numpy().tolist() == [1]
+    assert images["length"].to_numpy().tolist() == [16, 32] * 2
+    assert windows.sizes["example"] > images.sizes["example"]
+    for layer, record in enumerate((windows, images)):
+        patterns = [p[0] for name, p in seen if f"visual.blocks.{layer}." in name]
+        assert [p.shape[-1] for p in patterns] * 2 == record["length"].to_numpy().tolist()
+        for example, p in enumerate(patterns * 2):
+            here = record.isel(example=example, layer=0)
+            np.testing.assert_allclose(here["sink_mass"][:, : p.shape[1]], p[..., 0], atol=2e-5)
+            np.testing.assert_allclose(here["key_mass"][:, : p.shape[2]], p.sum(1), atol=2e-4)
     with trace(model, [Entropy()], site="vision", layers=[1]) as tracer:
         model(**inputs)
     assert tracer.record["length"].to_numpy().tolist() == [16, 32]
+    with trace(model, [Entropy()]) as tracer:
+        model(**inputs)
+    assert len(tracer.records) == 1 and tracer.records[0].equals(tracer.record)
 
 
 @pytest.mark.parametrize("name", ["whisper", "t5"])
