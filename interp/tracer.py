@@ -144,7 +144,8 @@ class Tracer(Handler):
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
-            piece.values.setdefault(statistic.kind, {}).update(reader(attended))
+            found = {name: value.detach() for name, value in reader(attended).items()}
+            piece.values.setdefault(statistic.kind, {}).update(found)
         if call.query.device.type == "cpu":
             give_back(call.query.shape[0] * call.query.shape[2])
 
