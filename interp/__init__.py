@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from headscope.interp.headset import HeadSet as HeadSet
     from headscope.interp.models import load_model as load_model
     from headscope.interp.record import append_record as append_record
+    from headscope.interp.record import each_part as each_part
     from headscope.interp.record import load_record as load_record
     from headscope.interp.record import open_record as open_record
     from headscope.interp.record import save_record as save_record
@@ -29,6 +30,7 @@ _HOME = {
     "HeadscopeError": "errors",
     "Tracer": "tracer",
     "append_record": "record",
+    "each_part": "record",
     "load_model": "models",
     "load_record": "record",
     "open_record": "record",

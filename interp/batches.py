@@ -107,6 +107,8 @@ def _content(number: int, item: Any) -> str | list[int]:
     if isinstance(item, Mapping):
         item = item.get("input_ids", item.get("text"))
     if isinstance(item, str):
+        if not item:
+            raise HeadscopeError(f"prompt {number} is empty: give a prompt with text in it")
         return item
     try:
         held = item.tolist() if hasattr(item, "tolist") else list(item)

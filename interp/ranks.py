@@ -54,6 +54,12 @@ def device() -> str | None:
     return str(PartialState().device)
 
 
+def leave() -> None:
+    """End the process group that a launch was given; the last thing a launched program does."""
+    if _launched():
+        dist.destroy_process_group()
+
+
 def _launched() -> bool:
     if not dist.is_available():
         return False

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +152,20 @@ def open_record(path: str | Path) -> xr.Dataset:
         numbers = np.concatenate([part["example"].to_numpy() for part in parts])
     record = join(parts, [path / part for part in manifest["parts"]], numbers)
     return record.assign_attrs(manifest.get("attrs", {}))
+
+
+def each_part(path: str | Path) -> Iterator[xr.Dataset]:
+    """A record's parts one after another, in memory only while they are used: for what has no room for the whole.
+
+    A part's examples have the numbers of the prompts where a sweep wrote them, and are padded to their own longest.
+
+    Raises:
+        HeadscopeError: as ``load_record``.
+    """
+    path = Path(path)
+    for name in _manifest(path)["parts"]:
+        part = _open(path, name)
+        yield join([part], [path / name], None).assign_coords(example=part["example"]).load()
 
 
 def part_examples(path: Path, part: str) -> list[int]:

@@ -73,25 +73,32 @@ def models_check(name: str, as_json: Json = False, device: Device = None, dtype:
 @app.command()
 def trace(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the record (zarr).")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the record (zarr); a killed run resumes from it.")
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(help="Prompts: a line each, or .jsonl with 'text' or 'input_ids'.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="A text file with one prompt a line.")] = None,
     statistics: Annotated[
         str, typer.Option("--statistics", "-s", help="Comma-separated, e.g. entropy,sink_mass,key_mass.")
     ] = "entropy,sink_mass,distance,key_mass",
-    last: Annotated[int | None, typer.Option("--last", help="Only the last N queries of each pass.")] = None,
+    last: Annotated[int | None, typer.Option("--last", help="Only the last N queries of each prompt.")] = None,
     layers: Annotated[str | None, typer.Option("--layers", help="Only these layers, e.g. 0,5,11.")] = None,
+    memory: Annotated[str, typer.Option("--memory", help="What a batch may take above the model, e.g. 2GiB.")] = "1GiB",
     as_json: Json = False,
     dry_run: DryRun = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Record statistics of every head on your prompts."""
-    from headscope.interp.cli import commands
+    """Record statistics of every head on your prompts, in batches that fit the memory.
 
-    chosen = commands.prompts(prompt or [], file)
-    settings = {"statistics": statistics, "last": last, "layers": layers, "prompts": len(chosen)}
-    commands.run_trace(model, chosen, out, settings, as_json, dry_run, device, dtype)
+    On several GPUs: accelerate launch --multi_gpu -m headscope.interp.cli trace ... (or torchrun), with one --out.
+    """
+    from headscope.interp.cli.trace import run_trace
+
+    settings = {"statistics": statistics, "last": last, "layers": layers, "memory": memory}
+    run_trace(model, prompt or [], file, out, settings, as_json, dry_run, device, dtype)
 
 
 @app.command()

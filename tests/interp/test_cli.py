@@ -92,7 +92,7 @@ def test_trace_writes_a_record(capsys: pytest.CaptureFixture[str], model: str, t
     assert shown["entropy"] == pytest.approx(float(record["entropy"].mean()))
     assert (tmp_path / "r" / "trace.config.json").exists()
     code, _, err = run(capsys, *arguments, "--out", str(tmp_path / "r"))
-    assert code == 2 and "already exists" in err  # a record is never overwritten
+    assert code == 2 and "other settings (statistics)" in err  # a record is never overwritten
 
 
 def test_discover_evaluate_report(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
