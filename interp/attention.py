@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headscope.interp.compiled import plain
 from headscope.interp.errors import HeadscopeError
 from headscope.kernels import attention as kernels
 from headscope.kernels.masks import Mask
@@ -159,13 +160,13 @@ def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None =
 
 def origin(model: Any) -> str:
     """``"transformer_lens"`` for a bridge, ``"nnsight"`` for its wrappers, else ``""``; imports neither package."""
-    roots = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    roots = {cls.__module__.partition(".")[0] for cls in type(plain(model)).__mro__}
     return next((name for name in ("transformer_lens", "nnsight") if name in roots), "")
 
 
 def bare_model(model: Any) -> nn.Module:
-    """The Hugging Face module inside load_model's result, a bridge or an nnsight wrapper, or the module itself."""
-    site = origin(model)
+    """The Hugging Face module inside load_model's result, a compiled model, a bridge or an nnsight wrapper."""
+    site, model = origin(model), plain(model)
     if site == "nnsight" and getattr(model, "dispatched", True) is False:
         raise HeadscopeError("this nnsight model has no weights here yet; call its dispatch() first")
     if site:
@@ -173,9 +174,24 @@ def bare_model(model: Any) -> nn.Module:
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         raise HeadscopeError(f"expected load_model's result or a Hugging Face model, got {type(model).__name__}")
-    return inner
+    bare: nn.Module = plain(inner)
+    return bare
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
-    return next(model.parameters()).device
+    """Where the model's inputs go: the device of its first parameter or, where accelerate keeps that elsewhere between
+    calls, the device it is fetched to.
+
+    Raises:
+        HeadscopeError: the weights are on no device, and nothing fetches them.
+    """
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    raise HeadscopeError(f"{type(model).__name__} has no weights (they are on the meta device): load them first")

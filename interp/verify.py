@@ -8,14 +8,15 @@
 
 A tower that the verification prompt does not reach (images, say) is checked when its first call comes.
 
-The bound is derived from the precision: a score s = scale q.k carries a rounding error of about eps |q||k| scale in the
-inputs' precision, and p changes by at most that factor.
+``headscope.interp.agreement`` derives how far two right computations may differ. In half precision that may be much, so
+a function that takes float32 as well runs once more on the same inputs in float32, and is held to float32's bound. A
+kernel of half precision alone is held to its own: where its scores are large that proves the mask and little else.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +25,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from headscope.interp.agreement import Difference, compare_call
 from headscope.interp.attention import AttentionCall, bare_model, model_device, origin
+from headscope.interp.compiled import plain, uncompiled
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites import hf_calls
+from headscope.interp.sites import hf_calls, hf_switch
 from headscope.interp.sites import huggingface as site
 from headscope.interp.sites.hf_masks import LazyMask, lazy_mask
 
@@ -51,6 +54,17 @@ class Verification:
         """Whether every call agreed."""
         return self.calls > 0 and not self.problems
 
+    def note(self, call: AttentionCall, differences: Iterable[Difference]) -> None:
+        """Take in what comparing one call gave."""
+        for seen in differences:
+            self.largest_difference = max(self.largest_difference, seen.size)
+            self.worst = max(self.worst, seen.share)
+            if not seen.share <= 1.0:
+                self.problems.append(
+                    f"{seen.what} of layer {call.layer} ({call.query.dtype}) differs from ours by up to "
+                    f"{seen.size:.2g}, {seen.share:.2g} times what rounding can do"
+                )
+
 
 def verify_once(model: Any) -> Verification:
     """Verify a model the first time it is seen; afterwards return what was found.
@@ -61,7 +75,8 @@ def verify_once(model: Any) -> Verification:
     if origin(model) == "transformer_lens":
         from headscope.interp.sites import transformer_lens
 
-        bridged: Verification = transformer_lens.verify_once(model)
+        with uncompiled():
+            bridged: Verification = transformer_lens.verify_once(plain(model))
         return bridged
     inner = bare_model(model)
     if inner in _VERIFIED:
@@ -85,10 +100,11 @@ def verify(model: Any, inputs: dict[str, Tensor] | None = None) -> Verification:
     if site.is_attached(inner):
         return _VERIFIED.get(inner) or Verification(calls=1)  # verified when the first handler was attached
     found = Verification()
-    if inputs is None:
-        _try(inner, found)
-    else:
-        _run(inner, found, inputs)
+    with uncompiled():
+        if inputs is None:
+            _try(inner, found)
+        else:
+            _run(inner, found, inputs)
     if found.passed:
         _VERIFIED[inner] = found
         site.set_check(inner, _Late(found))
@@ -165,7 +181,7 @@ def _first_plain(special: Tensor) -> int:
 
 @contextmanager
 def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
-    route = site.Route(model, site.implementations(model))
+    route = site.Route(model, hf_switch.implementations(model))
     places = site.places(route)
 
     def function(
@@ -180,11 +196,11 @@ def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
         call = hf_calls.make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
         return _check(found, module, place, call, attention_mask, kwargs)
 
-    site.switch(model, NAME, function, lazy_mask)
+    hf_switch.switch(model, NAME, function, lazy_mask)
     try:
         yield
     finally:
-        site.restore(route.restore, NAME)
+        hf_switch.restore(route.restore, NAME)
     _check_layers(found, places)
 
 
@@ -226,6 +242,8 @@ def _check(
     found: Verification, module: nn.Module, place: Any, call: AttentionCall, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> Any:
     """Compare one call with what the model's configured function computes, and return the latter's result."""
+    found.calls += 1
+    found.layers.setdefault(call.site, []).append(call.layer)
     real = hf_calls.original_function(module, place.implementation)
     original = mask.original(place.implementation) if isinstance(mask, LazyMask) else mask
 
@@ -233,36 +251,29 @@ def _check(
         return real(module, call.query, call.key, value, original, **kwargs)
 
     result = run(call.value)
-    _compare(found, call, result[0], lambda value: run(value)[0])
+    found.note(call, compare_call(call, result[0], lambda value: run(value)[0]))
+    if call.query.dtype in (torch.float16, torch.bfloat16):
+        _compare_wide(found, module, real, call, original, kwargs)
     return result
 
 
-def _compare(found: Verification, call: AttentionCall, output: Tensor, run: Callable[[Tensor], Tensor]) -> None:
-    found.calls += 1
-    found.layers.setdefault(call.site, []).append(call.layer)
-    keys, width = call.key.shape[2], call.value.shape[-1]
-    eps = torch.finfo(call.query.dtype).eps
-    reach = call.query.float().norm(dim=-1).amax() * call.key.float().norm(dim=-1).amax() * call.scale
-    bound = eps * (8.0 + 2.0 * float(reach))
-    rows = torch.arange(call.query.shape[2], device=call.query.device)
-    real = call.mask.query_is_real(rows)
-    keep = torch.ones(call.query.shape[0], rows.numel(), dtype=torch.bool, device=rows.device) if real is None else real
-    keep = keep.expand(call.query.shape[0], -1)
-    for first in sorted({0, max(0, keys - width)}):
-        stop = min(keys, first + width)
-        one_hot = torch.zeros_like(call.value)
-        index = torch.arange(stop - first, device=rows.device)
-        one_hot[:, :, first + index, index] = 1
-        theirs = run(one_hot)[..., : stop - first]
-        ours = call.pattern(keys=slice(first, stop)).transpose(1, 2)
-        _judge(found, call, "the pattern", theirs.float()[keep], ours.float()[keep], bound)
-    size = float(call.value.float().abs().amax())
-    _judge(found, call, "the output", output.float()[keep], call.output().transpose(1, 2).float()[keep], bound * size)
+def _compare_wide(
+    found: Verification, module: nn.Module, real: Any, call: AttentionCall, mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """The same in float32, where the function takes it: rounding hides nothing there."""
+    wide = call.with_(query=call.query.float(), key=call.key.float(), value=call.value.float())
+    mask, options = _float32(mask), {name: _float32(value) for name, value in kwargs.items()}
+
+    def run(value: Tensor) -> Tensor:
+        output: Tensor = real(module, wide.query, wide.key, value, mask, **options)[0]
+        return output
+
+    try:
+        output = run(wide.value)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # a kernel of half precision only
+        return
+    found.note(wide, compare_call(wide, output, run))
 
 
-def _judge(found: Verification, call: AttentionCall, what: str, theirs: Tensor, ours: Tensor, bound: float) -> None:
-    difference = float((theirs - ours).abs().max()) if theirs.numel() else 0.0
-    found.largest_difference = max(found.largest_difference, difference)
-    found.worst = max(found.worst, difference / max(bound, 1e-38))  # values that are all zero have the bound zero
-    if not difference <= bound:
-        found.problems.append(f"{what} of layer {call.layer} differs from ours by {difference:.2g}, bound {bound:.2g}")
+def _float32(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headscope.interp.compiled import uncompiled
 from headscope.interp.errors import HeadscopeError
 
 Weights = list[tuple[str, Tensor]]
@@ -29,7 +30,7 @@ def eager_weights(model: nn.Module) -> Iterator[Weights]:
     Raises:
         HeadscopeError: the model has no eager attention.
     """
-    from headscope.interp.sites.huggingface import implementation
+    from headscope.interp.sites.hf_switch import implementation
 
     names = {id(module): name for name, module in model.named_modules()}
     seen: Weights = []
@@ -47,7 +48,8 @@ def eager_weights(model: nn.Module) -> Iterator[Weights]:
             model.set_attn_implementation("eager")  # type: ignore[operator]
         except Exception as error:
             raise HeadscopeError(f"{type(model).__name__} has no eager attention to compare with: {error}") from error
-        yield seen
+        with uncompiled():
+            yield seen
     finally:
         for namespace, name, real in patched:
             setattr(namespace, name, real)

@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from headscope.interp.compiled import plain
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.gguf import read_gguf
 from headscope.interp.models.language_model import LanguageModel
@@ -85,7 +86,7 @@ def load_model(
             raise HeadscopeError(
                 "dtype and device are for models that are loaded: move a live model with model.to(...)"
             )
-        return LanguageModel.wrap(name_or_path_or_model, own, revision=revision)
+        return LanguageModel.wrap(plain(name_or_path_or_model), own, revision=revision)
     if not isinstance(name_or_path_or_model, str | Path):
         raise HeadscopeError(f"cannot load a {type(name_or_path_or_model).__name__}: give a name, a path or a model")
     place = _device(device)

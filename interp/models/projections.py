@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from headscope.interp.attention import bare_model, model_device
+from headscope.interp.compiled import uncompiled
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
-from headscope.interp.models.language_model import LanguageModel
 
 _NAME = "headscope_projection_probe"
 
@@ -29,9 +30,9 @@ def output_projections(model: Any, inputs: Mapping[str, Any] | None = None) -> d
     not text). Raises HeadscopeError where attention does not go through transformers' attention interface, or where
     something (a gate) changes the heads' outputs before the projection.
     """
-    module: nn.Module = model.model if isinstance(model, LanguageModel) else model
+    module = bare_model(model)
     watch = _Watch(module)
-    with _probing(module, watch), torch.no_grad():
+    with uncompiled(), _probing(module, watch), torch.no_grad():
         try:
             module(**(inputs if inputs is not None else _four_tokens(module)))
         except Exception as error:
@@ -101,7 +102,7 @@ def _same(x: Tensor, output: Tensor) -> bool:
 def _four_tokens(module: Any) -> dict[str, Any]:
     if getattr(module, "main_input_name", "input_ids") != "input_ids":
         raise HeadscopeError(f"{type(module).__name__} does not read text: give output_projections the inputs it needs")
-    ids = torch.arange(1, 5, device=module.device)[None] % text_config(module.config).vocab_size
+    ids = torch.arange(1, 5, device=model_device(module))[None] % text_config(module.config).vocab_size
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if getattr(module.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

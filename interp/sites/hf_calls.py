@@ -147,20 +147,22 @@ def original_function(module: nn.Module, name: str) -> Any:
     """
     kind: Any = type(module)
     function = None if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name)
-    function = _own_eager(kind) if function is None else function
+    if function is None:
+        namespace, own = _own_eager(kind)
+        function = namespace.get(own)
     if function is None:
         raise HeadscopeError(f"{type(module).__name__} has no attention function {name!r} to compare with")
     return function
 
 
 @cache
-def _own_eager(owner: Any) -> Any:
-    """The eager function that the module's forward names; modeling files may hold several."""
+def _own_eager(owner: Any) -> tuple[dict[str, Any], str]:
+    """The namespace and name of the eager function that the module's forward names; modeling files may hold several."""
     for kind in owner.__mro__:
         namespace = vars(sys.modules[kind.__module__])
         code = getattr(vars(kind).get("forward"), "__code__", None)
         named = [name for name in (code.co_names if code else ()) if "eager" in name and name in namespace]
         for name in (*named, "eager_attention_forward"):
             if name in namespace:
-                return namespace[name]
-    return None
+                return namespace, name
+    return {}, ""

@@ -20,12 +20,14 @@ class LazyMask(Tensor):
     """A stand-in of shape (batch, 1, query, key) with no storage that carries a Mask.
 
     It travels from transformers' mask factory to our attention function. Any other reader would take it for a real
-    mask and be silently wrong, so every data operation on it raises.
+    mask and be silently wrong, so every data operation on it raises. It may move to another device (accelerate moves
+    what a layer is called with to the layer's), once for each.
     """
 
     rule: Mask
     gaps: bool
     arguments: dict[str, Any]
+    elsewhere: dict[torch.device, LazyMask]
     originals: dict[str, Tensor | None]
 
     @staticmethod
@@ -33,14 +35,23 @@ class LazyMask(Tensor):
         cls, shape: tuple[int, ...], device: torch.device | str, rule: Mask, arguments: dict[str, Any] | None = None
     ) -> LazyMask:
         made: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
-        made.rule, made.gaps, made.arguments, made.originals = rule, False, arguments or {}, {}
+        made.rule, made.gaps, made.arguments, made.originals, made.elsewhere = rule, False, arguments or {}, {}, {}
         return made
+
+    def on(self, device: torch.device) -> LazyMask:
+        """The same mask for queries and keys on ``device``; layers that share a device share one object."""
+        if device not in self.elsewhere:
+            moved = LazyMask(tuple(self.shape), device, _on(self.rule, self.device, device), self.arguments)
+            moved.gaps = self.gaps
+            self.elsewhere[device] = moved
+        return self.elsewhere[device]
 
     def original(self, implementation: str) -> Tensor | None:
         """The mask that transformers makes for another attention implementation from the same arguments; made once."""
         if implementation not in self.originals:
             make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-            self.originals[implementation] = make(**self.arguments)
+            made = make(**self.arguments)
+            self.originals[implementation] = None if made is None else made.to(self.device)
         return self.originals[implementation]
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -50,6 +61,9 @@ class LazyMask(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias):
             return args[0]
+        to = kwargs or {}
+        if func.overloadpacket is torch.ops.aten._to_copy and "device" in to and to.get("dtype") in (None, torch.bool):
+            return args[0].on(to["device"])
         raise HeadscopeError(
             f"this model reads its attention mask itself ({func}), so it cannot be traced as masks-by-rule; "
             "please report the architecture"
@@ -113,6 +127,28 @@ def with_padding(mask: Mask, real: Tensor, batch: int) -> Mask:
         return seen if earlier is None else seen & earlier(b, h, q, k)
 
     return replace(mask, rule=rule, examples=batch)
+
+
+def _on(mask: Mask, here: torch.device, there: torch.device) -> Mask:
+    """``mask`` for positions on another device; its index function is evaluated where the tensors it reads are."""
+
+    def moved(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(there)
+
+    inner = mask.rule
+
+    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert inner is not None
+        return inner(b.to(here), h.to(here), q.to(here), k.to(here)).to(there)
+
+    return replace(
+        mask,
+        start=moved(mask.start),
+        end=moved(mask.end),
+        origin=moved(mask.origin),
+        segments=moved(mask.segments),
+        rule=None if inner is None else rule,
+    )
 
 
 def translate(function: HFRule, batch: int, *, vmap: bool = False) -> Mask:

@@ -7,7 +7,6 @@ registered or patched at import.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +15,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from headscope.interp.attention import Handler, bare_model, run_call
+from headscope.interp.compiled import own_kernels
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.hf_calls import leave, make_call, original_function, refusal
 from headscope.interp.sites.hf_masks import lazy_mask
+from headscope.interp.sites.hf_switch import Implementations, implementations, restore, switch
 from headscope.interp.sites.towers import tower
 
 NAME = "headscope"
@@ -29,19 +29,12 @@ Check = Callable[..., None]
 __all__ = ["attached", "is_attached", "make_call", "original_function", "refusal"]
 
 
-@dataclass(frozen=True, eq=False)
-class Implementations:
-    """The attention implementation of every configuration object inside a model."""
-
-    named: dict[str, str]
-    configs: tuple[tuple[Any, str | None], ...]
-
-
 @dataclass(eq=False)
 class Route:
     """One routed model: its handlers in order of entry and how to put it back.
 
-    ``check`` is called with every attention call before it is answered (see ``headscope.interp.verify``).
+    ``check`` is called with every attention call before it is answered (see ``headscope.interp.verify``). ``inside`` is
+    the module whose forward pass runs now, ``called`` whether attention was called in it.
     """
 
     model: nn.Module
@@ -50,6 +43,7 @@ class Route:
     hooks: list[Any] = field(default_factory=list)
     check: Check | None = None
     inside: nn.Module | None = None
+    called: bool = False
     busy: dict[tuple[str, int], bool] = field(default_factory=dict)
 
     def is_busy(self, site: str, layer: int) -> bool:
@@ -95,17 +89,6 @@ def attached(model: Any, handler: Handler) -> Iterator[Route]:
         route.busy.clear()
         if not route.handlers:
             _close(route)
-
-
-def implementation(model: nn.Module) -> dict[str, str]:
-    """The attention implementation configured now, by sub-config name ("" is the model's own config)."""
-    config: Any = model.config
-    found = {"": config._attn_implementation}
-    for name in getattr(config, "sub_configs", {}):
-        sub = getattr(config, name, None)
-        if sub is not None:
-            found[name] = sub._attn_implementation
-    return {name: impl if impl is not None else "eager" for name, impl in found.items()}
 
 
 def _open(model: nn.Module) -> Route:
@@ -163,65 +146,13 @@ def _close(route: Route) -> None:
     restore(route.restore, NAME, keep=bool(_ROUTES))
 
 
-def implementations(model: nn.Module) -> Implementations:
-    """What ``restore`` needs to put every configuration of the model back, however deep it is nested."""
-    found: dict[int, tuple[Any, str | None]] = {}
-    queue: list[Any] = [part.config for part in model.modules() if hasattr(part, "config")]
-    while queue:
-        config = queue.pop()
-        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
-            continue
-        found[id(config)] = (config, config._attn_implementation_internal)
-        queue += [
-            x for x in (getattr(config, key, None) for key in getattr(config, "sub_configs", {})) if x is not None
-        ]
-    return Implementations(implementation(model), tuple(found.values()))
-
-
-def switch(model: nn.Module, name: str, function: Any, mask_function: Any) -> None:
-    """Register an attention implementation and switch ``model`` to it, refusing a model that does not follow."""
-    before = implementations(model)
-    kept = name in AttentionInterface._global_mapping
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, mask_function)
-    try:
-        with _unlogged():
-            model.set_attn_implementation(name)  # type: ignore[operator]
-    except Exception as error:
-        restore(before, name, keep=kept)
-        raise HeadscopeError(refusal(model, str(error).splitlines()[0])) from error
-    if name not in implementation(model).values():
-        restore(before, name, keep=kept)
-        raise HeadscopeError(refusal(model, "it keeps its own attention code"))
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """transformers warns of what ``switch`` finds out and says itself."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def restore(before: Implementations, name: str, *, keep: bool = False) -> None:
-    """Set every configuration back and, unless ``keep``, unregister ``name``."""
-    for config, impl in before.configs:
-        config._attn_implementation_internal = impl
-    if not keep:
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
-
-
 def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
     """A module's site pattern and layer: "model.layers.3.self_attn" is ("model.layers.*.self_attn", 3).
 
     A name with several numbers has the first one's layer here; ``places`` counts such layers through.
     """
-    name = name.replace("._original_component", "")  # what a TransformerBridge puts between a layer and its parts
+    # what a TransformerBridge puts between a layer and its parts, and torch.compile around a part
+    name = name.replace("._original_component", "").replace("._orig_mod", "")
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
     site = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
     layer = int(numbers[0]) if numbers else getattr(module, "layer_idx", None)
@@ -244,10 +175,12 @@ class _Begin:
             if self.route.inside is not None:  # the last pass was interrupted where no hook could tell
                 handler.abort_forward()
             handler.begin_forward(inputs)
-        self.route.inside = model
+        self.route.inside, self.route.called = model, False
 
 
 class _End:
+    """Tells the handlers that a pass broke off, and refuses one that ran without calling attention."""
+
     def __init__(self, route: Route) -> None:
         self.route = route
 
@@ -255,11 +188,17 @@ class _End:
         if self.route.inside is not model:
             return
         self.route.inside = None
+        done = output is not None  # torch calls the hook also after an exception, without an output
         for handler in self.route.handlers:
-            if output is None:  # torch calls the hook also after an exception
-                handler.abort_forward()
-            else:
+            if done and self.route.called:
                 handler.end_forward()
+            else:
+                handler.abort_forward()
+        if done and not self.route.called:
+            raise HeadscopeError(
+                f"{type(model).__name__} ran without calling its attention, as an exported, ahead-of-time compiled or "
+                "captured model does: nothing can be traced or edited in it; use the model it was made from"
+            )
 
 
 def attention_function(
@@ -278,6 +217,7 @@ def attention_function(
         raise HeadscopeError(
             f"{type(module).__name__} attends outside the model that was traced; trace the whole model"
         )
+    place.route.called = True
     if not place.route.is_busy(place.site, place.layer):
         options = {**kwargs, "scaling": scaling, "dropout": dropout}
         own = leave(module, place.implementation, query, key, value, attention_mask, **options)
@@ -286,7 +226,8 @@ def attention_function(
     call = make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
     if place.route.check is not None:
         place.route.check(module, place, call, attention_mask, {**kwargs, "scaling": scaling, "dropout": dropout})
-    z = run_call(call, place.route.handlers)
+    with own_kernels():
+        z = run_call(call, place.route.handlers)
     return z.transpose(1, 2).contiguous(), None
 
 

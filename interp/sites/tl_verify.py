@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.interp.agreement import relative_error
 from headscope.interp.attention import AttentionCall
 from headscope.interp.verify import Verification
 
 
 def bound_of(call: AttentionCall) -> float:
-    """How far two right patterns of this call may differ: the rounding error of its largest possible score."""
-    eps = torch.finfo(call.query.dtype).eps
-    reach = call.query.float().norm(dim=-1).amax() * call.key.float().norm(dim=-1).amax() * call.scale
-    return eps * (8.0 + 2.0 * float(reach))
+    """How far two right patterns of this call may differ anywhere (see ``headscope.interp.agreement``)."""
+    return relative_error(call)
 
 
 class Check:

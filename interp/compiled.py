@@ -1,0 +1,80 @@
+"""Compiled models: while a handler is attached, what torch.compile compiled runs as plain Python.
+
+A compiled graph holds the attention it was compiled with. Ours would break it at every layer (an error where
+``fullgraph=True``), and CUDA graphs would write again to the memory that statistics were read from. So inside a block
+torch's stance is "force_eager": a module from ``torch.compile(model)``, ``model.compile()``, a compiled forward or
+layer, and what ``generate`` compiles for a static cache all run uncompiled, with the numbers of the uncompiled model.
+Nothing is thrown away: after the block the same graphs run again, without compiling anew.
+
+What leaves no Python to return to (a module from ``torch.export``, ahead-of-time compilation, captured CUDA graphs)
+calls no attention function; the site refuses a forward pass in which none was called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+import torch
+from torch._dynamo import OptimizedModule
+
+from headscope.interp.errors import HeadscopeError
+
+
+class _Held:
+    """The stance is one for the whole process: the first block to begin changes it, the last to end brings it back."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks = Lock(), 0
+        self.stance: Any = None
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.blocks:
+                self.stance = torch.compiler.set_stance("force_eager")
+            self.blocks += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if not self.blocks:
+                self.stance.__exit__(None, None, None)
+
+
+_HELD = _Held()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run every compiled function inside the block as plain Python; blocks nest and may end in any order.
+
+    Raises:
+        HeadscopeError: the block begins inside a function that is being compiled.
+    """
+    try:
+        _HELD.enter()
+    except RuntimeError as error:
+        raise HeadscopeError(
+            "tracing and editing cannot begin inside a function that torch.compile runs; put the `with` block around "
+            "the call of the compiled function"
+        ) from error
+    try:
+        yield
+    finally:
+        _HELD.leave()
+
+
+@contextmanager
+def own_kernels() -> Iterator[None]:
+    """Inside ``uncompiled``: let headscope's own compiled kernels run compiled."""
+    with torch.compiler.set_stance("default"):
+        yield
+
+
+def plain(model: Any) -> Any:
+    """The module that torch.compile wrapped, or ``model`` itself."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
