@@ -88,10 +88,12 @@ class AblateHeads(Intervention):
         return layer in self._layers
 
     def _heads_of(self, call: AttentionCall) -> list[int]:
-        decoding = call.mask.query_offset > 0
-        if self.during != "always" and decoding != (self.during == "decode"):
-            return []
-        return self._layers.get(call.layer, [])
+        heads = self._layers.get(call.layer, [])
+        if not heads or self.during == "always":
+            return heads
+        if call.cross:
+            raise HeadscopeError("cross-attention does not say where decoding stands; ablate with during='always'")
+        return heads if (call.mask.query_offset > 0) == (self.during == "decode") else []
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         """Uniform attention: scale the heads' queries to (1 - strength)."""

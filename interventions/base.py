@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.interp.attention import AttentionCall, Handler, bare_model
+from headscope.interp.attention import AttentionCall, Handler, bare_model, origin
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.headset import HeadSet
 from headscope.interp.sites import attached
-from headscope.interp.sites.huggingface import sites_of
-from headscope.interp.sites.towers import default_tower, selects
+from headscope.interp.sites.huggingface import Route, implementations, places, sites_of
+from headscope.interp.sites.towers import check_name, default_tower, selects
 from headscope.interp.verify import verify_once
 from headscope.kernels.request import Attended, Request
 
@@ -50,18 +50,25 @@ def size(model: Any) -> tuple[int, int]:
     return int(text.num_hidden_layers), int(text.num_attention_heads)
 
 
-class _InTextTower(Handler):
-    """``inner`` where the tower that reads or writes text attends: head (0, 0) of a vision tower is another head."""
+class _InTower(Handler):
+    """``inner`` where one tower attends: head (0, 0) of a vision tower is another head than the text's.
 
-    def __init__(self, inner: Handler, model: nn.Module) -> None:
-        self.inner, self.model = inner, model
-        self.tower = default_tower(sites_of(model), model)
+    A head that does not exist is refused at the first call, where the number of heads is seen.
+    """
+
+    def __init__(self, inner: Intervention, model: nn.Module, site: str, layers: int) -> None:
+        self.inner, self.model, self.site, self.layers = inner, model, site, layers
+        self._checked = False
 
     def _is_here(self, call: AttentionCall) -> bool:
-        return selects(self.tower, call.site, self.model)
+        here = selects(self.site, call.site, self.model)
+        if here and not self._checked:
+            self.inner.check(self.layers, call.query.shape[1])
+            self._checked = True
+        return here
 
     def concerns(self, site: str, layer: int) -> bool:
-        return selects(self.tower, site, self.model) and self.inner.concerns(site, layer)
+        return selects(self.site, site, self.model) and self.inner.concerns(site, layer)
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         return self.inner.edit(call) if self._is_here(call) else call
@@ -86,22 +93,58 @@ class _InTextTower(Handler):
 
 
 @contextmanager
-def apply(model: Any, *interventions: Intervention) -> Iterator[None]:
+def apply(model: Any, *interventions: Intervention, site: str | None = None) -> Iterator[None]:
     """Put ``interventions`` in force, in order, for every forward pass and ``generate`` inside the block.
 
-    Edits are of the tower that reads or writes text, where a model has several. Composes with ``trace`` (a tracer
-    entered later sees the edited model) and with itself. The model is as it was after the block, also after an
-    exception.
+    Composes with ``trace`` (a tracer entered later sees the edited model) and with itself, so that each tower can have
+    edits of its own. The model is as it was after the block, also after an exception.
+
+    Args:
+        model: load_model's result, a Hugging Face model, a TransformerBridge or an nnsight wrapper (around its
+            ``trace`` and ``generate``).
+        interventions: edits, e.g. ``AblateHeads``.
+        site: whose heads they name where a model has several towers, as in ``trace(site=...)``: ``"language"``,
+            ``"vision"``, ``"encoder"``, ``"cross"`` ... or a pattern of module names. None: the tower that reads or
+            writes text.
 
     Raises:
         HeadscopeError: an architecture that cannot be edited exactly, or a head that does not exist.
     """
-    layers, heads = size(model)
-    for intervention in interventions:
-        intervention.check(layers, heads)
+    inner = bare_model(model)
+    if site is None:
+        chosen, layers, heads = default_tower(sites_of(inner), inner), *size(model)
+        for intervention in interventions:
+            intervention.check(layers, heads)
+    else:
+        chosen, layers = site, layers_of(model, site)
+        for intervention in interventions:
+            _check_layers(intervention, layers, site)
     verify_once(model)
     with ExitStack() as stack:
         for intervention in interventions:
-            stack.enter_context(attached(model, _InTextTower(intervention, bare_model(model))))
+            stack.enter_context(attached(model, _InTower(intervention, inner, chosen, layers)))
         stack.enter_context(torch.no_grad())
         yield
+
+
+def layers_of(model: Any, site: str) -> int:
+    """How many layers attend in a tower.
+
+    Raises:
+        HeadscopeError: ``site`` is no name of a tower or of modules, or nothing that can be edited attends there.
+    """
+    inner = bare_model(model)
+    if origin(model) == "transformer_lens" and site != "language":
+        raise HeadscopeError(f"a TransformerBridge shows its language layers only, not {site!r}; edit the bare model")
+    check_name(site, sites_of(inner))
+    parts = places(Route(inner, implementations(inner))).values()
+    layers = {part.layer for part in parts if "att" in part.site.lower() and selects(site, part.site, inner)}
+    if not layers:
+        raise HeadscopeError(f"{type(inner).__name__} has no attention layer in {site!r}")
+    return 1 + max(layers)
+
+
+def _check_layers(intervention: Intervention, layers: int, site: str) -> None:
+    missing = [layer for layer in (intervention.heads or HeadSet(())).by_layer() if not 0 <= layer < layers]
+    if missing:
+        raise HeadscopeError(f"layer {missing[0]} does not exist in {site!r}, which has layers 0-{layers - 1}")
