@@ -102,6 +102,8 @@ def run(model: Any, *inputs: Any, handlers: Sequence[Handler] = (), remote: Any 
         for handler in handlers:
             handler.abort_forward()
         raise
+    for handler in handlers:
+        handler.end_forward()
     return logits
 
 

@@ -12,10 +12,12 @@ wrapped model.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,6 +31,11 @@ from headscope.interp.sites.tl_attention import Hook, HookFunction, Layer
 from headscope.interp.sites.tl_bridge import attends_natively, boot, components, require, require_bridge, watch_cache
 from headscope.kernels.masks import Mask
 
+STOP = "transformer_lens.model_bridge.exceptions"
+ORDER = (
+    "put headscope's hooks last in fwd_hooks, once, and leave remove_batch_dim off; or use "
+    "`with attached(bridge, handler)` around run_with_hooks"
+)
 __all__ = ["attached", "boot", "fwd_hooks", "is_attached", "require", "verify", "verify_once"]
 
 
@@ -47,6 +54,7 @@ class Route:
         self.bridge, self.model, self.handlers, self.check = bridge, bridge.original_model, handlers, check
         self.standalone = standalone
         self.state: _Pass | None = None
+        self._inside: nn.Module | None = None
         self._masks: dict[Any, Mask] = {}
         self.layers = _layers(self, bridge)
         self._added: dict[Hook, Any] = {}
@@ -55,9 +63,9 @@ class Route:
     def open(self) -> None:
         """Put the hooks on the bridge."""
         self._add()
-        model = self.model
-        self._torch_hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
-        self._torch_hooks.append(model.register_forward_hook(self._end, always_call=True))
+        for part in {id(m): m for m in (self.model, getattr(self.model, "base_model", self.model))}.values():
+            self._torch_hooks.append(part.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._torch_hooks.append(part.register_forward_hook(self._end, always_call=True))
         for layer in self.layers:
             watch = partial(watch_cache, layer)
             self._torch_hooks.append(layer.attention.register_forward_pre_hook(watch, with_kwargs=True))
@@ -89,6 +97,8 @@ class Route:
                 self._added[hook] = hook.point.add_hook(hook.function, is_permanent=True)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._inside is not None and model is not self.model:  # the base model within the whole one
+            return
         self._put_last()
         inputs = dict(kwargs)
         if args and "input_ids" not in inputs:
@@ -96,20 +106,32 @@ class Route:
         cache, padding = inputs.get("past_key_values"), inputs.get("attention_mask")
         real = padding.bool() if isinstance(padding, Tensor) and padding.dim() == 2 else None
         self.state = _Pass(0 if cache is None else int(cache.get_seq_length()), real)
-        self.begin(inputs)
+        self.begin(inputs, model)
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._inside is not model:
+            return
         self.state = None
-        if output is None:  # torch calls the hook also after an exception
-            for handler in self.handlers:
-                handler.abort_forward()
-        self._masks.clear()
+        stopped = isinstance(sys.exc_info()[1], import_module(STOP).StopAtLayerException)  # the layers before it ran
+        self.end(completed=output is not None or stopped)  # torch calls the hook also after an exception
 
-    def begin(self, inputs: dict[str, Any]) -> None:
-        """Tell the handlers that a forward pass begins."""
-        self._masks.clear()
+    def begin(self, inputs: dict[str, Any], inside: nn.Module) -> None:
+        """Tell the handlers that a forward pass of ``inside`` begins, and first if the last one never ended."""
+        if self._inside is not None:
+            self.end(completed=False)
+        self._inside = inside
         for handler in self.handlers:
             handler.begin_forward(inputs)
+
+    def end(self, *, completed: bool) -> None:
+        """Tell the handlers that the pass ended, or that it broke off."""
+        self._inside = None
+        self._masks.clear()
+        for handler in self.handlers:
+            if completed:
+                handler.end_forward()
+            else:
+                handler.abort_forward()
 
     def check_order(self, layer: Layer) -> None:
         """Refuse a ``run_with_hooks`` whose later hooks would change what ours have read."""
@@ -118,10 +140,7 @@ class Route:
         for hook in layer.hooks:
             held = hook.point.fwd_hooks
             if hook.stays_last and (not held or held[-1].user_hook != hook.function):
-                raise HeadscopeError(
-                    "put headscope's hooks last in fwd_hooks, once, and leave remove_batch_dim off; or use "
-                    "`with attached(bridge, handler)` around run_with_hooks"
-                )
+                raise HeadscopeError(ORDER)
 
     def shared_mask(self, mask: Mask, queries: int, keys: int) -> Mask:
         """One Mask object for all layers of a pass that say the same, so that what is planned once serves them all."""
@@ -172,8 +191,9 @@ def attached(bridge: Any, handler: Handler) -> Iterator[Any]:
 def fwd_hooks(bridge: Any, *handlers: Handler) -> list[tuple[str, HookFunction]]:
     """``handlers`` (a Tracer, interventions) as a ``fwd_hooks`` list for ``bridge.run_with_hooks`` or ``bridge.hooks``.
 
-    Whole prompts only: a pass that continues a cache is refused. Padding is read from the bridge's masked scores. Put
-    the list after hooks of your own, and make one call for all handlers.
+    Whole prompts only: a pass that continues a cache is refused, one that breaks off or stops at a layer leaves nothing
+    in a record. Padding is read from the bridge's masked scores. Put the list after hooks of your own, and make one
+    call for all handlers.
 
     Raises:
         HeadscopeError: not a bridge, or an architecture that the bridge does not show exactly.
@@ -187,12 +207,23 @@ def fwd_hooks(bridge: Any, *handlers: Handler) -> list[tuple[str, HookFunction]]
     verify_once(bridge)
     route = Route(bridge, list(handlers), standalone=True)
 
-    def begin(tokens: Tensor, *, hook: Any) -> None:
-        route.begin({"input_ids": tokens})
+    def begin(tokens: Tensor, hook: Any) -> None:
+        if begin not in [held.user_hook for held in hook.fwd_hooks]:
+            raise HeadscopeError(ORDER)
+        route.begin({"input_ids": tokens}, bridge.original_model)
 
-    entry = bridge.hook_dict.get("embed.hook_in")
-    first = [] if entry is None else [(entry.name, begin)]
-    return first + [(hook.point.name, hook.function) for layer in route.layers for hook in layer.hooks]
+    def end(logits: Tensor, *, hook: Any) -> None:
+        route.end(completed=True)
+
+    ours = [(hook.point.name, hook.function) for layer in route.layers for hook in layer.hooks]
+    bounds = {"embed.hook_in": begin, "unembed.hook_out": end}
+    if set(bounds) - set(bridge.hook_dict):
+        raise HeadscopeError(
+            f"{type(bridge.original_model).__name__}'s bridge does not show where a pass begins and ends; use "
+            "`with trace(bridge, ...)` or `with apply(bridge, ...)`"
+        )
+    first, last = bounds.items()
+    return [first, *ours, last]
 
 
 def is_attached(bridge: Any) -> bool:
