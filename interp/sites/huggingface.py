@@ -159,14 +159,22 @@ def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
     return site, 0 if layer is None else int(layer)
 
 
-class _Begin:
-    """Tells the handlers that a forward pass begins: of the model, or of its base model called directly."""
+class _Bound:
+    """A hook where forward passes begin or end. A copy of the model, which is not traced, shares it to no effect."""
 
     def __init__(self, route: Route) -> None:
         self.route = route
 
+    def __deepcopy__(self, memo: Any) -> _Bound:
+        return self
+
+
+class _Begin(_Bound):
+    """Tells the handlers that a forward pass begins: of the model, or of its base model called directly."""
+
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.route.inside is not None and model is not self.route.model:
+        whole = self.route.model
+        if model is not whole and (self.route.inside is not None or model is not getattr(whole, "base_model", None)):
             return
         inputs = dict(kwargs)
         if args and "input_ids" not in inputs:
@@ -178,11 +186,8 @@ class _Begin:
         self.route.inside, self.route.called = model, False
 
 
-class _End:
+class _End(_Bound):
     """Tells the handlers that a pass broke off, and refuses one that ran without calling attention."""
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.route.inside is not model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -113,6 +114,19 @@ def test_two_models_at_once_do_not_mix():
             pass
         one(tokens())  # leaving the other model must not unregister what this one needs
     assert len(first.calls) == 4
+
+
+def test_a_copy_made_while_attached_is_not_traced():
+    model, counter = llama(), Counter()
+    with attached(model, counter), torch.no_grad():
+        copied = copy.deepcopy(model)
+        with pytest.raises(HeadscopeError, match="outside the model that was traced"):
+            copied(tokens())
+        copied.set_attn_implementation("eager")
+        found = copied(tokens()).logits
+        assert not counter.calls
+        torch.testing.assert_close(found, model(tokens()).logits)
+    assert len(counter.calls) == 2
 
 
 def test_a_model_is_not_kept_alive():
