@@ -60,7 +60,9 @@ class LazyMask(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias):
-            return args[0]
+            made = LazyMask(tuple(args[0].shape), args[0].device, args[0].rule, args[0].arguments)
+            made.gaps, made.originals, made.elsewhere = args[0].gaps, args[0].originals, args[0].elsewhere
+            return made
         to = kwargs or {}
         if func.overloadpacket is torch.ops.aten._to_copy and "device" in to and to.get("dtype") in (None, torch.bool):
             return args[0].on(to["device"])
