@@ -45,7 +45,7 @@ def join(parts: Sequence[xr.Dataset], paths: Sequence[Path], numbers: NDArray[np
     def joined(name: str) -> xr.Variable:
         variable = first.variables[name]
         if "example" not in variable.dims:
-            return variable
+            return variable if variable.dtype.kind in "biufU" else _text(variable)
         array = _Joined([part.variables[name] for part in parts], paths, owner, sizes)
         return xr.Variable(variable.dims, indexing.LazilyIndexedArray(array), variable.attrs)
 
@@ -53,6 +53,10 @@ def join(parts: Sequence[xr.Dataset], paths: Sequence[Path], numbers: NDArray[np
     coords = {str(name): axes.get(str(name), joined(str(name))) for name in first.coords if str(name) not in axes}
     data = {str(name): joined(str(name)) for name in first.data_vars}
     return xr.Dataset(data, {**axes, **coords}, attrs=first.attrs)
+
+
+def _text(labels: xr.Variable) -> xr.Variable:
+    return xr.Variable(labels.dims, np.array([str(label) for label in labels.to_numpy()]), labels.attrs)
 
 
 def _counts(parts: Sequence[xr.Dataset]) -> list[int]:

@@ -107,6 +107,8 @@ def write_part(record: xr.Dataset, path: Path, name: str) -> None:
     """Write a record's examples as the part ``name`` of the folder ``path``: whole and on disk, or not at all."""
     path.mkdir(parents=True, exist_ok=True)
     unfinished = path / f".{name}.{uuid.uuid4().hex[:8]}"
+    labels = {key: label.astype(object) for key, label in record.coords.items() if label.dtype.kind == "U"}
+    record = record.assign_coords(labels)  # zarr has a specification of text of any length, not of numpy's
     try:
         record.to_zarr(unfinished, mode="w", consolidated=False)
         for file in (file for file in unfinished.rglob("*") if file.is_file()):

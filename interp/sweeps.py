@@ -94,7 +94,8 @@ def sweep(
         batches=len(everything),
         memory=max(budget.cost(len(batch.examples), batch.width) for batch in everything),
     )
-    made = provenance(lm, statistics=[str(s) for s in statistics], queries=str(queries), prompts_sha256=given.sha256)
+    made = provenance(lm, statistics=[str(statistic) for statistic in statistics], queries=str(queries))
+    made |= {"tokens_sha256": given.sha256, "prompts": len(given)}
     with ranks() as us, ExitStack() as stack:
         done = _begin(us, stack, out, _settings(lm, given, statistics, options, made))
         waiting = budget.batches({i: length for i, length in enumerate(given.lengths) if i not in done})

@@ -45,6 +45,14 @@ def test_a_record_comes_back_as_it_was(tmp_path):
     assert back["entropy"].dtype == np.float32 and back["top_keys"].dtype == np.int64
 
 
+@pytest.mark.filterwarnings("error")
+def test_labels_come_back_as_text(tmp_path):
+    made = record().expand_dims({"span": ["needle", "the question"]}, axis=-1).assign_coords(layer=[0, 1])
+    back = load_record(save_record(made, tmp_path / "r"))
+    xr.testing.assert_identical(back, made)
+    assert back["span"].dtype.kind == "U"
+
+
 def test_appended_examples_follow_and_are_padded_with_missing_values(tmp_path):
     long, short = record(2, 5), record(1, 3, offset=100)
     append_record(long, tmp_path / "r")
