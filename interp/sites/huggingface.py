@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from headscope.interp.attention import Handler, bare_model, run_call
+from headscope.interp.attention import Handler, bare_model, run_call, stopped
 from headscope.interp.compiled import own_kernels
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.hf_calls import leave, make_call, original_function, refusal
@@ -131,9 +131,9 @@ def set_check(model: nn.Module, check: Check) -> None:
 
 
 def sites_of(model: Any) -> set[str]:
-    """The patterns of the model's modules that stand in layers, attention or not."""
+    """The patterns of the model's modules that stand in layers, attention or not, and attention that stands alone."""
     names = (parse_name(name, module)[0] for name, module in bare_model(model).named_modules())
-    return {name for name in names if "*" in name}
+    return {name for name in names if "*" in name or "att" in name}
 
 
 def _close(route: Route) -> None:
@@ -193,7 +193,7 @@ class _End(_Bound):
         if self.route.inside is not model:
             return
         self.route.inside = None
-        done = output is not None  # torch calls the hook also after an exception, without an output
+        done = output is not None or stopped()  # torch calls the hook also after an exception, without an output
         for handler in self.route.handlers:
             if done and self.route.called:
                 handler.end_forward()

@@ -14,7 +14,7 @@ from torch import nn
 from headscope.interp.errors import HeadscopeError
 
 TOWERS = ("language", "vision", "audio", "encoder", "decoder", "cross", "connector")
-_CROSS = re.compile(r"cross_?att|encoder_attn|encdecattention|xattn|cross_attention", re.IGNORECASE)
+_CROSS = re.compile(r"cross_?att|encoder_attn|enc(oder_)?_?dec(oder_)?_?att|x_?attn", re.IGNORECASE)
 _CONNECTOR = re.compile(r"perceiver|resampler|q_?former|connector|projector|pooler|adapter|mapper", re.IGNORECASE)
 _VISION = re.compile(r"vision|visual|image_(tower|encoder|model)|pixel|(^|\.)vit|vpm|sam_|vqmodel", re.IGNORECASE)
 _AUDIO = re.compile(r"audio|speech|sound", re.IGNORECASE)
