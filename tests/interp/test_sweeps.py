@@ -208,6 +208,17 @@ def test_rows_of_a_prompt_alone():
     assert rows_alone(Every(2), 5) == [0, 2, 4] and rows_alone(Generated(), 5) == []
 
 
+@pytest.mark.slow
+def test_texts_are_the_tokens_that_the_model_is_called_with(smollm2):
+    texts = ["The capital of France is", "Attention", "heads move information. " * 9]
+    given = Prompts(smollm2, [{"text": text} for text in texts])
+    inputs, expected = given.batch([0, 1, 2]), smollm2.encode(texts)
+    assert torch.equal(inputs["attention_mask"], expected["attention_mask"])
+    assert torch.equal(inputs["input_ids"], expected["input_ids"]) and given.sha256 == Prompts(smollm2, texts).sha256
+    with pytest.raises(HeadscopeError, match="prompt 1 is empty"):
+        Prompts(smollm2, ["text", ""])
+
+
 @pytest.mark.parametrize(
     ("memory", "size"), [("2GiB", 2 << 30), ("1.5 gb", 1_500_000_000), (77, 77), ("512KiB", 1 << 19), ("9B", 9)]
 )
