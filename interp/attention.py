@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from headscope.kernels import attention as kernels
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 
+STOPS = ("StopAtLayerException", "EarlyStopException")  # TransformerLens' stop_at_layer, nnsight's tracer.stop()
 LOWEST = -1e30  # stands for -inf where a bias says "never": finite, so that 0 times it is 0
 
 __all__ = ["AttentionCall", "Handler", "Mask", "bare_model"]
@@ -156,6 +158,11 @@ def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None =
             seen.output = z
             handler.observe(call, seen)
     return z
+
+
+def stopped() -> bool:
+    """Whether the exception being handled ends a forward pass early on purpose: the layers before it are right."""
+    return type(sys.exc_info()[1]).__name__ in STOPS
 
 
 def origin(model: Any) -> str:

@@ -12,26 +12,23 @@ wrapped model.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from headscope.interp.attention import Handler
+from headscope.interp.attention import Handler, stopped
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import huggingface
 from headscope.interp.sites.tl_attention import Hook, HookFunction, Layer
 from headscope.interp.sites.tl_bridge import attends_natively, boot, components, require, require_bridge, watch_cache
 from headscope.kernels.masks import Mask
 
-STOP = "transformer_lens.model_bridge.exceptions"
 ORDER = (
     "put headscope's hooks last in fwd_hooks, once, and leave remove_batch_dim off; or use "
     "`with attached(bridge, handler)` around run_with_hooks"
@@ -112,8 +109,7 @@ class Route:
         if self._inside is not model:
             return
         self.state = None
-        stopped = isinstance(sys.exc_info()[1], import_module(STOP).StopAtLayerException)  # the layers before it ran
-        self.end(completed=output is not None or stopped)  # torch calls the hook also after an exception
+        self.end(completed=output is not None or stopped())  # torch calls the hook also after an exception
 
     def begin(self, inputs: dict[str, Any], inside: nn.Module) -> None:
         """Tell the handlers that a forward pass of ``inside`` begins, and first if the last one never ended."""
