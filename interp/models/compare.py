@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.eager import Weights, eager_weights
 from headscope.interp.sites import huggingface
+from headscope.interp.sites.hf_switch import implementations
 from headscope.interp.sites.towers import tower
 from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
 from headscope.interp.tracer import trace
@@ -23,12 +24,12 @@ STATISTICS = (LogSumExp(), Entropy(), SinkMass(2), TopKeys(1), KeyMass())
 
 @dataclass(frozen=True)
 class Compared:
-    """What one site's comparison gave: ``wrong`` and ``refused`` hold the reason, ``alone`` says that its layers attend
-    over different windows and were traced one at a time."""
+    """What one site's comparison gave: ``wrong`` and ``refused`` hold the reason, ``kinds`` the layers of every record
+    where there are several (``headscope.interp.kinds``)."""
 
     wrong: str | None = None
     refused: str | None = None
-    alone: bool = False
+    kinds: tuple[list[int], ...] = ()
     eager: bool = False
 
 
@@ -43,31 +44,18 @@ def _compare(
     model: nn.Module, inputs: dict[str, Tensor], site: str, layers: list[int], plain: Tensor | None, weights: Weights
 ) -> Compared:
     try:
-        return Compared(_compare_layers(model, inputs, site, None, plain, weights), eager=bool(weights))
-    except HeadscopeError as error:
-        if "choose" not in str(error):
-            return Compared(refused=str(error))
-    try:
-        found = [_compare_layers(model, inputs, site, [layer], plain, weights) for layer in sorted(set(layers))]
+        with trace(model, STATISTICS, site=site) as tracer:
+            traced = _run(model, inputs)
+        records = tracer.records
     except HeadscopeError as error:
         return Compared(refused=str(error))
-    return Compared(next((wrong for wrong in found if wrong), None), alone=True, eager=bool(weights))
-
-
-def _compare_layers(
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    site: str,
-    layers: list[int] | None,
-    plain: Tensor | None,
-    weights: Weights,
-) -> str | None:
-    with trace(model, STATISTICS, site=site, layers=layers) as tracer:
-        traced = _run(model, inputs)
+    kinds = [record["layer"].to_numpy().tolist() for record in records]
     wrong = _outputs_differ(plain, traced, inputs)
-    if wrong is not None or not weights:
-        return wrong
-    return _compare_site(model, tracer.record, weights, site, inputs, layers)
+    if sorted(sum(kinds, [])) != sorted(set(layers)):
+        wrong = wrong or f"layers {sorted(set(layers))} attend, the record has {kinds}"
+    for record in records if weights else ():
+        wrong = wrong or _compare_site(model, record, weights, site, inputs)
+    return Compared(wrong, kinds=tuple(kinds) if len(kinds) > 1 else (), eager=bool(weights))
 
 
 def _run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
@@ -92,16 +80,16 @@ def _compare_site(
     weights: Weights,
     site: str,
     inputs: dict[str, Tensor],
-    layers: list[int] | None,
 ) -> str | None:
-    route = huggingface.Route(model, huggingface.implementations(model))
+    layers = record["layer"].to_numpy().tolist()
+    route = huggingface.Route(model, implementations(model))
     places = {place.name: place for place in huggingface.places(route).values()}
     calls: dict[int, list[Tensor]] = {}
     for name, p in weights:
-        if name in places and places[name].site == site and (layers is None or places[name].layer in layers):
+        if name in places and places[name].site == site and places[name].layer in layers:
             calls.setdefault(places[name].layer, []).append(p)
-    if sorted(calls) != record["layer"].to_numpy().tolist():
-        return f"eager attends in layers {sorted(calls)}, the record has {record['layer'].to_numpy().tolist()}"
+    if sorted(calls) != layers:
+        return f"eager attends in layers {sorted(calls)}, the record has {layers}"
     mask = inputs.get("attention_mask") if tower(site, model) in ("language", "encoder") else None
     for layer, parts in calls.items():
         first = 0

@@ -74,6 +74,13 @@ def example_inputs(
     raise HeadscopeError(f"{type(model).__name__} runs on none of our inputs: {type(failure).__name__}: {reason}")
 
 
+def given(inputs: dict[str, Tensor]) -> str:
+    """What inputs hold, in words: "text and images"."""
+    marks = {"text": ("input_ids",), "images": ("pixel", "patches"), "sound": ("input_features", "input_values")}
+    own = [name for name in inputs if not name.startswith("decoder")]
+    return " and ".join(word for word, parts in marks.items() if any(p in name for p in parts for name in own))
+
+
 def _candidates(
     model: Any, padding: bool, length: int, generator: torch.Generator, images: bool
 ) -> Iterator[dict[str, Tensor]]:

@@ -1,6 +1,8 @@
 """Every model type of the installed transformers: traced right, refused by name, or not buildable so small.
 
-    python -m headscope.interp.models.sweep            # rewrites SUPPORT.md and SUPPORT.json beside this file
+    python -m headscope.interp.models.sweep            # everything; rewrites SUPPORT.* and the README's table
+    python -m headscope.interp.models.sweep llava bert # these types, printed only
+    python -m headscope.interp.models.sweep --tables   # the tables again, from SUPPORT.json
 
 "Right" means that at every attention call the model's own attention function, fed one-hot values, gave the pattern that
 we compute (``headscope.interp.verify``); that the logits under tracing equal those without; and that every recorded
@@ -9,38 +11,24 @@ statistic equals the one computed from the weights of the model's eager code, wh
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.support import Finding, Outcome, Support
 
-Outcome = Literal["right", "refused", "not buildable", "wrong"]
 _MAPPINGS = {
     "causal-lm": ("CAUSAL_LM",),
     "image-text": ("IMAGE_TEXT_TO_TEXT",),
     "encoder": ("MASKED_LM", "TEXT_ENCODING", "IMAGE", "IMAGE_CLASSIFICATION", "ZERO_SHOT_IMAGE_CLASSIFICATION"),
     "encoder-decoder": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the sweep found of one model type. ``towers`` holds the layers that attended, by site."""
-
-    kind: str
-    model_type: str
-    outcome: Outcome
-    why: str = ""
-    towers: dict[str, list[int]] | None = None
-    eager: bool = False
 
 
 def model_types(kind: str) -> list[str]:
@@ -59,38 +47,66 @@ def model_types(kind: str) -> list[str]:
 
 
 def check_type(kind: str, model_type: str) -> Finding:
-    """Build one tiny model and find out, in this process."""
-    from headscope.interp.models.compare import compare_model
-    from headscope.interp.models.inputs import example_inputs
+    """Build one tiny model and find out, in this process.
+
+    A model of images and text that is refused with images, because of its vision tower, is looked at on text alone.
+    """
+    from headscope.interp.models.inputs import example_inputs, given
     from headscope.interp.models.tiny import tiny_model
-    from headscope.interp.sites.towers import default_tower, tower
-    from headscope.interp.verify import verify
 
     try:
         model = tiny_model(model_type, kind)  # type: ignore[arg-type]
         inputs = example_inputs(model)
     except HeadscopeError as error:
         return Finding(kind, model_type, "not buildable", str(error))
+    found = check_model(kind, model_type, model, inputs)
+    if kind != "image-text" or found.outcome == "wrong":
+        return found
+    if "images" not in given(inputs):
+        return _noted(found, "on text alone: none of our images fits it, so its other towers were not reached")
+    if found.outcome == "refused":
+        try:
+            alone = check_model(kind, model_type, model, example_inputs(model, images=False))
+        except HeadscopeError:
+            return found
+        return _noted(alone, f"on text alone; with images: {found.why}") if alone.outcome == "right" else found
+    return found
+
+
+def check_model(kind: str, model_type: str, model: Any, inputs: dict[str, Any]) -> Finding:
+    """Verify and compare one model on ``inputs``."""
+    from headscope.interp.models.compare import compare_model
+    from headscope.interp.models.inputs import given
+    from headscope.interp.sites.towers import default_tower, tower
+    from headscope.interp.verify import verify
+
+    words = given(inputs)
     try:
         found = verify(model, inputs)
         if not found.passed:
             why = found.problems[0] if found.problems else "its attention never calls transformers' interface"
-            return Finding(kind, model_type, "refused", why)
+            return Finding(kind, model_type, "refused", why, inputs=words)
         seen = compare_model(model, inputs, found.layers)
     except HeadscopeError as error:
-        return Finding(kind, model_type, "refused", str(error))
+        return Finding(kind, model_type, "refused", str(error), inputs=words)
     wrong = [f"{site}: {one.wrong}" for site, one in seen.items() if one.wrong]
     refused = [f"{site}: {one.refused}" for site, one in seen.items() if one.refused]
     main = default_tower(set(seen), model)
-    outcome: Outcome = "right"
-    if any(one.refused for site, one in seen.items() if tower(site, model) == main):
+    outcome: Outcome = "wrong" if wrong else "right"
+    if not wrong and any(one.refused for site, one in seen.items() if tower(site, model) == main):
         outcome = "refused"
-    notes = [f"{site}: layers see different windows, trace them by layers=" for site, one in seen.items() if one.alone]
-    if kind == "image-text" and not any("pixel" in name or "image" in name for name in inputs):
-        notes.append("on text alone: none of our images fits it, so its other towers were not reached")
+    notes = [f"{site}: layers {_and(one.kinds)} are a record each" for site, one in seen.items() if one.kinds]
     towers = {site: sorted(set(found.layers[site])) for site, one in seen.items() if not one.refused}
-    why = "; ".join(wrong or [*refused, *notes])
-    return Finding(kind, model_type, "wrong" if wrong else outcome, why, towers, any(o.eager for o in seen.values()))
+    why, eager = "; ".join(wrong or [*refused, *notes]), any(one.eager for one in seen.values())
+    return Finding(kind, model_type, outcome, why, towers, words, eager)
+
+
+def _and(kinds: Sequence[list[int]]) -> str:
+    return " and ".join(str(layers) for layers in kinds)
+
+
+def _noted(finding: Finding, note: str) -> Finding:
+    return replace(finding, why="; ".join(part for part in (finding.why, note) if part))
 
 
 def _child(kind: str, model_type: str, pipe: Any) -> None:
@@ -150,54 +166,17 @@ def _todo(kinds: Sequence[str], types: Sequence[str] | None) -> Iterator[tuple[s
                 yield kind, model_type
 
 
-def to_markdown(findings: Sequence[Finding]) -> str:
-    """The support table."""
-    import torch
-    import transformers
-
-    from headscope.interp.sites.support import table
-
-    lines = [
-        "# Which architectures are traced",
-        "",
-        f"Written by `python -m headscope.interp.models.sweep` with transformers {transformers.__version__} and torch "
-        f"{torch.__version__.partition('+')[0]}; do not edit. Every model is built tiny with random weights.",
-        "",
-        "| | " + " | ".join(("right", "refused", "not buildable", "wrong")) + " |",
-        "|---|---|---|---|---|",
-    ]
-    for kind in dict.fromkeys(f.kind for f in findings):
-        count = Counter(f.outcome for f in findings if f.kind == kind)
-        cells = [str(count[o]) for o in ("right", "refused", "not buildable", "wrong")]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    lines += ["", "## Statistics", "", table(), ""]
-    for kind in dict.fromkeys(f.kind for f in findings):
-        lines += [f"## {kind}", "", "| model type | outcome | towers or reason |", "|---|---|---|"]
-        lines += [_row(f) for f in findings if f.kind == kind]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _row(finding: Finding) -> str:
-    if finding.towers is not None and finding.outcome == "right":
-        text = ", ".join(f"`{site}`" for site in finding.towers)
-        text += f" ({finding.why})" if finding.why else ""
-        text += "" if finding.eager else " (no eager weights to compare with: checked by pattern tiles)"
-    else:
-        text = finding.why.replace("|", "/").replace("<", "&lt;")
-    return f"| {finding.model_type} | {finding.outcome} | {text} |"
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Sweep everything, or the types named; only a whole sweep is written."""
-    folder = Path(__file__).parent
+    """Sweep everything, or the types named; only a whole sweep is written. ``--tables`` sweeps nothing."""
+    if list(arguments) == ["--tables"]:
+        Support.read().write_tables()
+        return 0
     findings = sweep(
         types=arguments or None, report=lambda f: print(f.kind, f.model_type, f.outcome, f.why, flush=True)
     )
     print(dict(Counter((f.kind, f.outcome) for f in findings)))
     if not arguments:
-        (folder / "SUPPORT.md").write_text(to_markdown(findings) + "\n")
-        (folder / "SUPPORT.json").write_text(json.dumps([asdict(f) for f in findings], indent=1) + "\n")
+        Support.of(findings).write()
     return 1 if any(f.outcome == "wrong" for f in findings) else 0
 
 

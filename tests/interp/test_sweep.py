@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import sweep as module
 from headscope.interp.models.shrink import HEADS, shrink
-from headscope.interp.models.sweep import Finding, check_type, model_types, sweep, to_markdown
+from headscope.interp.models.support import (
+    BEGIN,
+    END,
+    FOLDER,
+    NAMED,
+    README,
+    Finding,
+    Support,
+    readme_block,
+    to_markdown,
+)
+from headscope.interp.models.sweep import check_type, model_types, sweep
 from headscope.interp.models.tiny import tiny_config, tiny_model
-
-FOLDER = Path(module.__file__).parent
-NAMED = (
-    "llama llama4 mistral mixtral qwen2 qwen3 qwen3_moe qwen3_next gemma2 gemma3 gemma3n_text gemma4 phi phi3 gpt2 opt "
-    "gpt_neox gpt_bigcode starcoder2 cohere olmo2 granite smollm3 gpt_oss deepseek_v3 stablelm bert modernbert vit "
-    "dinov2 siglip clip whisper t5 llava llava_next llava_onevision qwen2_vl qwen2_5_vl qwen3_vl idefics3 smolvlm "
-    "paligemma"
-).split()
 
 
 def test_each_outcome_is_told_apart():
@@ -59,20 +61,72 @@ def test_sweep_reports_each_type_and_writes_a_row():
     seen: list[Finding] = []
     found = sweep(["causal-lm"], ["gpt2", "bloom"], report=seen.append)
     assert found == seen and [f.model_type for f in found] == ["bloom", "gpt2"]
-    written = to_markdown(found)
-    assert "| gpt2 | right | `transformer.h.*.attn` |" in written
+    written = to_markdown(Support.of(found))
+    assert "| gpt2 | right | `transformer.h.*.attn` | text |" in written
     assert "| bloom | refused | BloomForCausalLM (bloom) is refused" in written
     assert "| causal-lm | 1 | 1 | 0 | 0 |" in written
 
 
 def test_the_committed_table_holds_nothing_wrong_and_every_named_architecture():
-    findings = [Finding(**entry) for entry in json.loads((FOLDER / "SUPPORT.json").read_text())]
+    findings = Support.read().findings
     count = Counter(f.outcome for f in findings)
-    assert count["wrong"] == 0 and count["right"] > 250
-    assert set(NAMED) <= {f.model_type for f in findings if f.outcome == "right"}
+    assert count["wrong"] == 0 and count["right"] > 300
+    right = {(f.kind, f.model_type) for f in findings if f.outcome == "right"}
+    refused = {f.model_type for f in findings if f.outcome == "refused"}
+    own_code = {"falcon", "bloom", "mpt", "gptj", "gpt_neo", "codegen"}
+    assert own_code <= refused
+    assert {(kind, name) for _, kind, names in NAMED for name in names.split() if name not in own_code} <= right
     assert {f.kind for f in findings} == {"causal-lm", "image-text", "encoder", "encoder-decoder"}
-    table = (FOLDER / "SUPPORT.md").read_text()
-    assert all(f"| {f.model_type} | {f.outcome} |" in table for f in findings)
+
+
+def test_named_models_of_images_and_text_were_given_images_in_both_towers():
+    _, kind, names = NAMED[-1]
+    found = {f.model_type: f for f in Support.read().findings if f.kind == kind}
+    for name in names.split():
+        towers = " ".join(found[name].towers)
+        assert found[name].inputs == "text and images" and found[name].eager
+        assert "visi" in towers or "visual" in towers, name
+        assert "language_model" in towers or "text_model" in towers, name
+
+
+def test_the_tables_are_those_of_the_committed_findings(tmp_path):
+    """SUPPORT.md and the README say what SUPPORT.json holds: nobody typed them."""
+    support = Support.read()
+    shutil.copy(README, tmp_path / "README.md")
+    support.write(tmp_path, tmp_path / "README.md")
+    for path in (FOLDER / "SUPPORT.json", FOLDER / "SUPPORT.md", README):
+        assert (tmp_path / path.name).read_text() == path.read_text(), f"{path.name}: run the sweep with --tables"
+
+
+def test_the_readme_block_is_replaced_between_its_marks_only(tmp_path):
+    findings = [
+        Finding("causal-lm", "llama", "right", towers={"model.layers.*.self_attn": [0]}),
+        Finding("causal-lm", "falcon", "refused", "its own"),
+        Finding("image-text", "llava", "right", towers={"language": [0]}),
+    ]
+    support = Support({"transformers": "9.9", "torch": "8.8"}, findings)
+    block = readme_block(support)
+    assert "| language | llama; not buildable: llama4, mistral" in block and "| falcon |" in block
+    assert "llava (language tower only)" in block
+    assert (
+        "| every model type of transformers 9.9 (0 could not be built or run tiny; silently wrong: 0) | 2 | 1 |"
+        in block
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    support.write(tmp_path, readme)
+    assert readme.read_text() == f"before\n{block}\nafter\n"
+    assert Support.read(tmp_path / "SUPPORT.json") == support
+    readme.write_text("no marks\n")
+    with pytest.raises(HeadscopeError, match="needs the lines"):
+        support.write_tables(tmp_path, readme)
+
+
+@pytest.mark.parametrize("name", ["aria", "fuyu", "gemma4", "mllama", "muse_glimmer", "vipllava"])
+def test_images_in_every_form(name):
+    """Patches to tokens, rows of patches, positions beside them, tiles with aspect ratios, merged patches, layers."""
+    found = check_type("image-text", name)
+    assert found.outcome == "right" and found.inputs == "text and images" and found.eager, found
 
 
 def test_the_kinds_list_transformers_types():
