@@ -150,6 +150,10 @@ def evaluate(
     ablate: Annotated[Path | None, typer.Option("--ablate", help="Head scores (folder or JSON) to ablate.")] = None,
     top: Annotated[int, typer.Option("--top", help="How many of the highest-scoring heads.")] = 10,
     how: Annotated[str, typer.Option("--how", help="zero, mean or uniform.")] = "zero",
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", help="With --how mean: average over this text's paragraphs (default: bundled)."),
+    ] = None,
     during: Annotated[str, typer.Option("--during", help="always, prefill or decode.")] = "always",
     controls: Annotated[int, typer.Option("--controls", help="Layer-matched random head sets.")] = 10,
     out: Out = None,
@@ -165,7 +169,7 @@ def evaluate(
     """Evaluate with heads ablated, beside no edit and layer-matched random heads."""
     from headscope.interp.cli import commands
 
-    edit = {"ablate": ablate, "top": top, "how": how, "during": during}
+    edit = {"ablate": ablate, "top": top, "how": how, "during": during, "reference": reference}
     given = {"lengths": lengths, "depths": depths, "set": setting or []}
     commands.run_evaluate(task, model, edit, given, controls, seed, out, as_json, dry_run, device, dtype)
 

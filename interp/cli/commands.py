@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from headscope.interp.cli import console
+from headscope.interp.cli.settings import keywords, passages, shared
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.estimate import Work, dry_run, estimate
 from headscope.interp.files import write_atomically
@@ -31,12 +30,12 @@ def run_discover(
     from headscope.interp import heads
 
     function = heads.method(method)
-    settings = _settings(function, method, given)
+    settings = keywords(function, method, given)
     lm = load_model(model, device=device, dtype=dtype)
     if dry:
         with dry_run() as work:
             function(lm, out=out, **settings)
-        _show_estimate(lm, work, as_json)
+        show_estimate(lm, work, as_json)
         return
     scores = function(lm, out=out, **settings)
     if out is not None:
@@ -66,12 +65,12 @@ def run_probe(
     """Probe every head and show the best, beside what chance and the words alone reach."""
     from headscope.probes import load_labelled, probe_heads
 
-    settings = _settings(probe_heads, "probe", {"set": setting})
+    settings = keywords(probe_heads, "probe", {"set": setting})
     lm = load_model(model, device=device, dtype=dtype)
     if dry:
         lengths = [len(ids) for ids in lm.tokenizer(list(load_labelled(dataset).texts))["input_ids"]]
         files = ["probe_*.json", "probe_*.parquet", "probe_*.safetensors", "control/"] if out else []
-        _show_estimate(lm, Work([(length, 0) for length in lengths], files), as_json)
+        show_estimate(lm, Work([(length, 0) for length in lengths], files), as_json)
         return
     result = probe_heads(lm, dataset, out=out, **settings)
     if out is not None:
@@ -106,19 +105,26 @@ def run_evaluate(
     for name in names:
         if name not in TASKS:
             raise HeadscopeError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    if edit["reference"] is not None and edit["how"] != "mean":
+        raise HeadscopeError("--reference is the text of mean ablation; give --how mean with it")
     heads = None if edit["ablate"] is None else HeadScores.load(edit["ablate"]).top(edit["top"])
-    tasks = [TASKS[name](**_settings(TASKS[name], name, _for(TASKS[name], given))) for name in names]
+    tasks = [TASKS[name](**keywords(TASKS[name], name, shared(TASKS[name], given))) for name in names]
     lm = load_model(model, device=device, dtype=dtype)
-    interventions = []
-    if heads is not None:
-        means = head_means(lm, _passages(lm)) if edit["how"] == "mean" else None
-        interventions = [AblateHeads(heads, edit["how"], during=edit["during"], means=means)]
+    mean = heads is not None and edit["how"] == "mean"
+    reference = passages(edit["reference"]) if mean else []
     arguments: dict[str, Any] = {"controls": controls, "seed": seed, "out": out}
     if dry:
+        how: Any = "zero" if mean else edit["how"]  # as many passes, without the means
+        planned = [] if heads is None else [AblateHeads(heads, how, during=edit["during"])]
         with dry_run() as work:
-            evaluate(lm, tasks, interventions, **arguments)
-        _show_estimate(lm, work, as_json)
+            evaluate(lm, tasks, planned, **arguments)
+        work.passes += [(int(lm.encode(text)["input_ids"].shape[1]), 0) for text in reference]
+        show_estimate(lm, work, as_json)
         return
+    interventions = []
+    if heads is not None:
+        means = head_means(lm, reference) if reference else None
+        interventions = [AblateHeads(heads, edit["how"], during=edit["during"], means=means)]
     result = evaluate(lm, tasks, interventions, **arguments)
     if out is not None:
         save_config(out, f"evaluate {task}", {"model": model, **edit, **given, "controls": controls, "seed": seed})
@@ -154,14 +160,6 @@ def run_report(folder: Path, out: Path | None, prompt: str | None, model: str | 
     console.note(f"report: {path}")
 
 
-def numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
-    """Comma-separated numbers."""
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise HeadscopeError(f"{option} takes comma-separated numbers, e.g. {option} 1,2; got {text!r}") from error
-
-
 def save_config(out: Path, command: str, settings: dict[str, Any]) -> None:
     """Keep the configuration beside the results."""
     document = {"command": command, "settings": settings, **provenance()}
@@ -169,70 +167,8 @@ def save_config(out: Path, command: str, settings: dict[str, Any]) -> None:
     write_atomically(out / name, json.dumps(document, indent=1, default=str).encode())
 
 
-def _settings(function: Callable[..., Any], name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Command-line settings as keyword arguments of ``function``, refusing what it does not take."""
-    known = inspect.signature(function).parameters
-    settings: dict[str, Any] = {}
-    if given.get("lengths") is not None:
-        settings["lengths"] = numbers(given["lengths"], int, "--lengths")
-    if given.get("depths") is not None:
-        depths = numbers(given["depths"], float, "--depths")
-        settings["depths"] = int(depths[0]) if len(depths) == 1 else depths
-    if given.get("samples") is not None:
-        settings["samples"] = given["samples"]
-    if given.get("text") is not None:
-        if "haystack" in known:
-            settings["haystack"] = given["text"]
-        else:
-            settings["texts" if "texts" in known else "text"] = _read(given["text"])
-    for item in given.get("set", []):
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise HeadscopeError(f"--set takes NAME=VALUE, got {item!r}")
-        settings[key] = _value(value)
-    for key in settings:
-        if key not in known:
-            hidden = {"lm", "model", "out", "progress", "seed", *_POSITIONAL}
-            raise HeadscopeError(
-                f"{name} has no setting {key!r}; it takes {', '.join(k for k in known if k not in hidden)}"
-            )
-    if "seed" in known and "seed" in given:
-        settings["seed"] = given["seed"]
-    return settings
-
-
-_POSITIONAL = ("name", "metric")
-
-
-def _for(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Of settings shared by several tasks, those that this one takes."""
-    known = inspect.signature(function).parameters
-    shared = {key: value for key, value in given.items() if key in ("lengths", "depths") and key in known}
-    return {**shared, "set": [item for item in given["set"] if item.partition("=")[0] in known]}
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HeadscopeError(f"cannot read {file} as text ({error}); give a UTF-8 text file") from error
-
-
-def _passages(lm: Any) -> list[str]:
-    from headscope.interp.needle import load_haystack
-
-    paragraphs = [p for p in load_haystack(None).split("\n\n") if len(p) > 200]
-    return paragraphs[:: max(1, len(paragraphs) // 32)][:32]
-
-
-def _show_estimate(lm: Any, work: Work, as_json: bool) -> None:
+def show_estimate(lm: Any, work: Work, as_json: bool) -> None:
+    """What a command would take, instead of running it."""
     found = estimate(lm, work)
     if as_json:
         console.show_json(found)

@@ -12,6 +12,7 @@ import xarray as xr
 
 from headscope.interp import statistics as catalogue
 from headscope.interp.cli import commands, console
+from headscope.interp.cli.settings import numbers, read_text
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.estimate import dry_run
 from headscope.interp.models import load_model
@@ -37,7 +38,7 @@ def run_trace(
     prompts = read_prompts(given, file)
     options = {
         "statistics": _statistics(settings["statistics"]),
-        "layers": None if settings["layers"] is None else commands.numbers(settings["layers"], int, "--layers"),
+        "layers": None if settings["layers"] is None else numbers(settings["layers"], int, "--layers"),
         "queries": None if settings["last"] is None else Last(settings["last"]),
         "memory": settings["memory"],
     }
@@ -45,7 +46,7 @@ def run_trace(
     if dry:
         with dry_run() as work:
             sweep(lm, prompts, out=out, **options)
-        commands._show_estimate(lm, work, as_json)
+        commands.show_estimate(lm, work, as_json)
         return
     try:
         sweep(lm, prompts, out=out, **options)
@@ -66,7 +67,7 @@ def read_prompts(given: list[str], file: Path | None) -> list[Any]:
         HeadscopeError: no prompt, or a file or a line that cannot be read.
     """
     found: list[Any] = list(given)
-    lines = [] if file is None else commands._read(file).splitlines()
+    lines = [] if file is None else read_text(file).splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -111,6 +112,32 @@ def test_discover_evaluate_report(capsys: pytest.CaptureFixture[str], model: str
     assert code == 0 and "report:" in err
     page = (tmp_path / "report.html").read_text()
     assert "<title>" in page and len(page) < 6_000_000
+
+
+def test_mean_ablation_takes_a_reference_text(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    from headscope.interp import load_model
+    from headscope.interventions import head_means
+
+    heads, text = str(tmp_path / "heads"), tmp_path / "reference.txt"
+    paragraphs = ["A brass key is under the pot.", "Nobody knew\nwhere it was."]
+    text.write_text("\n\n".join(paragraphs) + "\n\n  \n")
+    run(capsys, "discover", "induction", "--model", model, "--samples", "2", "--set", "length=8", "--out", heads)
+    command = ("evaluate", "text_loss", "--model", model, "--ablate", heads, "--top", "2", "--controls", "1")
+    command += ("--set", "length=16", "--set", "passages=2", "--how", "mean")
+    digests = []
+    for name, extra in {"given": ("--reference", str(text)), "bundled": ()}.items():
+        code, _, err = run(capsys, *command, *extra, "--out", str(tmp_path / name), "--json")
+        assert code == 0, err
+        made = json.loads((tmp_path / name / "evaluation.json").read_text())["provenance"]
+        digests.append(made["conditions"][1]["edits"][0]["means_sha256"])
+        config = json.loads((tmp_path / name / "evaluate-text_loss.config.json").read_text())
+        assert config["settings"]["reference"] == (str(text) if extra else None)
+    wanted = head_means(load_model(model), paragraphs)
+    assert digests[0] == hashlib.sha256(wanted.numpy().tobytes()).hexdigest() != digests[1]
+    code, printed, _ = run(capsys, *command, "--reference", str(text), "--dry-run", "--json")
+    assert json.loads(printed)["forward_passes"] == 2 * (1 + 1 + 1) + len(paragraphs)
+    code, _, err = run(capsys, *command[:-1], "zero", "--reference", str(text))
+    assert code == 2 and "--how mean" in err
 
 
 @pytest.mark.parametrize(
