@@ -13,7 +13,8 @@ from headscope.interp.attention import AttentionCall, Handler, bare_model, origi
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.headset import HeadSet
 from headscope.interp.sites import attached
-from headscope.interp.sites.huggingface import Route, implementations, places, sites_of
+from headscope.interp.sites.hf_switch import implementations
+from headscope.interp.sites.huggingface import Route, places, sites_of
 from headscope.interp.sites.towers import check_name, default_tower, selects
 from headscope.interp.verify import verify_once
 from headscope.kernels.request import Attended, Request

@@ -212,7 +212,7 @@ def fwd_hooks(bridge: Any, *handlers: Handler) -> list[tuple[str, HookFunction]]
         route.end(completed=True)
 
     ours = [(hook.point.name, hook.function) for layer in route.layers for hook in layer.hooks]
-    bounds = {"embed.hook_in": begin, "unembed.hook_out": end}
+    bounds: dict[str, HookFunction] = {"embed.hook_in": begin, "unembed.hook_out": end}
     if set(bounds) - set(bridge.hook_dict):
         raise HeadscopeError(
             f"{type(bridge.original_model).__name__}'s bridge does not show where a pass begins and ends; use "
