@@ -26,6 +26,7 @@ def provenance(
     if model is not None:
         from headscope.interp.attention import bare_model
         from headscope.interp.errors import HeadscopeError
+        from headscope.interp.models.placement import devices, quantization
 
         try:
             inner = bare_model(model)
@@ -39,8 +40,10 @@ def provenance(
             "revision": getattr(model, "revision", None),
             "architecture": type(inner).__name__,
             "dtype": str(getattr(inner, "dtype", "")).removeprefix("torch."),
-            "device": str(getattr(inner, "device", "")),
+            "device": devices(inner) if hasattr(inner, "parameters") else "",
         }
+        form = quantization(inner)
+        record["model"] |= {} if form is None else {"quantization": form}
     if seed is not None:
         record["seed"] = seed
     if prompts is not None:

@@ -20,8 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from headscope.interp.attention import bare_model
+from headscope.interp.compiled import uncompiled
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.models.placement import fetched
 from headscope.interp.models.projections import output_projections
 from headscope.interp.progress import track
 from headscope.interp.provenance import provenance
@@ -38,7 +41,16 @@ class _Path:
 
     projections: list[nn.Module]
     norm: nn.Module
-    unembedding: Tensor
+    unembedding: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+
+    def tokens(self, ids: Sequence[int]) -> Tensor:
+        """The unembedding's rows (token, d_model), float32."""
+        with fetched(self.unembedding) as head:
+            weight: Any = head.weight
+            rows: Tensor = weight.detach()[ids].float()
+        return rows
 
 
 def logit_attribution(
@@ -69,8 +81,8 @@ def logit_attribution(
     if not texts or any(len(ids) != len(texts) for ids in wanted):
         raise HeadscopeError(f"give one target token a text: {len(texts)} texts, {len(targets)} targets")
     path = _find_path(lm)
-    rows = path.unembedding[wanted[0]].float()
-    rows = rows - path.unembedding[wanted[1]].float() if against is not None else rows
+    rows = path.tokens(wanted[0])
+    rows = rows - path.tokens(wanted[1]) if against is not None else rows
     parts = [slice(first, first + batch_size) for first in range(0, len(texts), batch_size)]
     found = [_attribute(lm, path, texts[part], rows[part]) for part in track(parts, "logits", enabled=progress)]
     details = tuple({"example": i, "target": ids} for i, ids in enumerate(zip(*wanted, strict=True)))
@@ -107,19 +119,19 @@ def _attribute(lm: LanguageModel, path: _Path, texts: Sequence[str], rows: Tenso
     shares = []
     with torch.no_grad():
         for layer, projection in enumerate(path.projections):
-            written = _written(projection, z[:, layer])
-            shares.append((_normed(path.norm, written, last[0]) * rows[:, None]).sum(-1).cpu())
+            written = _written(projection, z[:, layer], path)
+            shares.append((_normed(path.norm, written, last[0]) * rows[:, None].to(last[0].device)).sum(-1).cpu())
     return torch.stack(shares, dim=1).double().numpy()
 
 
-def _written(projection: nn.Module, z: Tensor) -> Tensor:
+def _written(projection: nn.Module, z: Tensor, path: _Path) -> Tensor:
     """W_O z of every head by itself (example, head, d_model), from z (example, head, d_head); no bias."""
     count, heads, width = z.shape
     alone = torch.zeros(count, heads, heads, width)
     index = torch.arange(heads)
     alone[:, index, index] = z
-    parameter = next(projection.parameters())
-    x = alone.reshape(count, heads, heads * width).to(parameter.device, parameter.dtype)
+    device = next(projection.parameters()).device
+    x = alone.reshape(count, heads, heads * width).to(path.device if device.type == "meta" else device, path.dtype)
     written: Tensor = projection(x) - projection(torch.zeros_like(x[:1, :1]))
     return written.float()
 
@@ -146,15 +158,16 @@ def _normed(norm: nn.Module, written: Tensor, residual: Tensor) -> Tensor:
     whole = residual.float()
     far = direction(whole)
     shrink: Tensor = ((norm(residual).float() - shift) * far).sum(-1, keepdim=True) / far.pow(2).sum(-1, keepdim=True)
+    written = written.to(whole.device)
     return direction(written) * size(written) * (shrink / size(whole))[:, None]
 
 
 def _find_path(lm: LanguageModel) -> _Path:
     """Find the modules by watching one forward of four tokens, and check that heads add to the residual stream."""
-    model = lm.model
+    model = bare_model(lm)
     names = output_projections(lm)
-    head = model.get_output_embeddings()
-    with _watching(model) as seen, torch.no_grad():
+    head = lm.model.get_output_embeddings()
+    with uncompiled(), _watching(model) as seen, torch.no_grad():
         ids = torch.arange(1, 5, device=lm.device)[None] % lm.info.vocab_size
         model(input_ids=ids)
     modules = dict(model.named_modules())
@@ -175,7 +188,7 @@ def _find_path(lm: LanguageModel) -> _Path:
         stream = seen[layer][1]
     if len(norms) != 1 or stream is None or not _close(seen[norms[0]][0], stream, stream):
         raise HeadscopeError(f"{lm.name}: no single norm stands between the last layer and the logits")
-    return _Path([modules[name] for name in names.values()], norms[0], head.weight.detach())
+    return _Path([modules[name] for name in names.values()], norms[0], head, lm.device, lm.model.dtype)
 
 
 Seen = dict[nn.Module, tuple[Tensor, Tensor]]  # what went in, what came out

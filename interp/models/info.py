@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.placement import devices, parameter_count, quantization
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,9 @@ class ModelInfo:
     ``heads`` are query heads; ``kv_heads`` is smaller under grouped-query attention. ``d_head`` is the width of one
     head's query and key, ``d_value`` of its output (they differ in DeepSeek's latent attention). ``context_length`` is
     None where the configuration sets no limit. ``sliding_window`` holds each layer's window in tokens (the query itself
-    included; None for a layer without one), or is None where no layer has one. ``dtype`` and ``device`` are what they
-    were when the model was described.
+    included; None for a layer without one), or is None where no layer has one. ``dtype`` (of what is computed, where
+    weights are quantized), ``device`` (several in layer order) and ``quantization`` (``"bitsandbytes 4bit"``, or None)
+    are what they were when the model was described.
     """
 
     architecture: str
@@ -34,6 +36,7 @@ class ModelInfo:
     parameters: int
     sliding_window: tuple[int | None, ...] | None
     attention_implementation: str | None
+    quantization: str | None = None
 
     @classmethod
     def from_model(cls, model: Any) -> ModelInfo:
@@ -58,10 +61,11 @@ class ModelInfo:
             context_length=_context_length(config),
             vocab_size=_size(config, name, "vocab_size"),
             dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            device=devices(model),
+            parameters=parameter_count(model),
             sliding_window=_sliding_window(config, layers),
             attention_implementation=getattr(config, "_attn_implementation", None),
+            quantization=quantization(model),
         )
 
     def to_dict(self) -> dict[str, Any]:

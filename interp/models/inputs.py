@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.interp.attention import model_device
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.pictures import GRIDS
 from headscope.interp.models.pictures import pictures as forms
@@ -46,7 +47,7 @@ def special_tokens(config: Any) -> set[int]:
 def example_inputs(
     model: Any, *, padding: bool = True, length: int = LENGTH, seed: int = 0, images: bool = True
 ) -> dict[str, Tensor]:
-    """Inputs for two examples, checked by running the model on them once.
+    """Inputs for two examples in the model's precision and on its device, checked by running the model on them once.
 
     Text is ``length`` random tokens, the first example padded by three on the left and the second by two on the right
     (with ``padding``). A model of images and text gets one image an example, before its text.
@@ -58,10 +59,11 @@ def example_inputs(
     failure: Exception | None = None
     for inputs in _candidates(model, padding, length, generator, images):
         for _ in range(4):
+            placed = _placed(inputs, model)
             try:
                 with torch.no_grad():
-                    model(**inputs)
-                return inputs
+                    model(**placed)
+                return placed
             except HeadscopeError:
                 raise
             except Exception as error:
@@ -72,6 +74,11 @@ def example_inputs(
                 failure = None
     reason = str(failure).strip().splitlines()[0][:160] if str(failure).strip() else ""
     raise HeadscopeError(f"{type(model).__name__} runs on none of our inputs: {type(failure).__name__}: {reason}")
+
+
+def _placed(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    device, dtype = model_device(model), model.dtype
+    return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
 
 
 def given(inputs: dict[str, Tensor]) -> str:

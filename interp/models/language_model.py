@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.interp.attention import bare_model, model_device
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import ModelInfo
 
@@ -44,16 +45,17 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         i = self.info
+        form = i.dtype if i.quantization is None else f"{i.quantization}, {i.dtype}"
         groups = "" if i.kv_heads == i.heads else f" ({i.kv_heads} KV)"
         return (
             f"LanguageModel({self.name!r}: {i.architecture}, {i.layers} layers x {i.heads} heads{groups}, "
-            f"d_head {i.d_head}, context {i.context_length}, {i.parameters / 1e6:.0f}M {i.dtype} on {i.device})"
+            f"d_head {i.d_head}, context {i.context_length}, {i.parameters / 1e6:.0f}M {form} on {i.device})"
         )
 
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return torch.device(self.model.device)
+        return model_device(bare_model(self.model))
 
     def __call__(self, prompts: Prompts, **kwargs: Any) -> Any:
         """Run the model on prompts, padded to the right, without gradients; returns transformers' own output.

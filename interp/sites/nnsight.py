@@ -147,6 +147,12 @@ def _projection(place: Place) -> Any:
     return getattr(place.envoy, place.projection) if place.projection else None
 
 
+def _width(projection: Any) -> int:
+    """How wide a projection's input is; packed 4-bit weights have another shape, GPT-2's Conv1D the other order."""
+    wide = getattr(projection, "in_features", None)
+    return int(projection.weight.shape[0] if wide is None else wide)
+
+
 def _affine(handlers: Sequence[Handler], place: Place, config: Any) -> Affine:
     """What the handlers do to this layer's z, as a factor and an offset (head * d_value), or None for nothing."""
     site, layer = huggingface.parse_name(place.path, place.module)
@@ -154,9 +160,8 @@ def _affine(handlers: Sequence[Handler], place: Place, config: Any) -> Affine:
     for handler in handlers:
         if hasattr(handler, "check"):
             handler.check(config.num_hidden_layers, heads)
-    weight = getattr(place.module, place.projection).weight if place.projection else None
-    transposed = weight is not None and type(getattr(place.module, place.projection)).__name__ == "Conv1D"
-    width = heads if weight is None else weight.shape[0 if transposed else 1]
+    projection = getattr(place.module, place.projection) if place.projection else None
+    width = heads if projection is None else _width(projection)
     probe = torch.randn(1, heads, 4, width // heads, generator=torch.Generator().manual_seed(0))
     call = AttentionCall(probe, probe, probe, Mask.causal(), 1.0, layer, site)
 
