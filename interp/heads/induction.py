@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from headscope.interp.heads import sequences
-from headscope.interp.heads.passes import Text, target_scores
+from headscope.interp.heads.passes import Text, target_scores, with_settings
 from headscope.interp.scores import HeadScores
 
 
+@with_settings
 def induction(
     lm: Any,
     *,
@@ -36,24 +37,6 @@ def induction(
     its output), that the model needs the head, or how the head finds the place. On random repeats a head that always
     looks n - 1 back would score 1 too; compare another ``length``. On text, frequent tokens make up most queries, and
     the target is often the neighbourhood of a sink or of the query. Keys outside a layer's sliding window count as 0.
-
-    Args:
-        lm: load_model's result, or what load_model takes.
-        text: read this text (or these) instead of random tokens, in consecutive windows, each with the tokenizer's
-            default special tokens before it; trials of one text are resampled together where there are several.
-        length: random tokens before the repetition.
-        window: tokens a window of text.
-        samples: sequences, each from a seed of its own, or windows of text at most; each is a trial.
-        bos: put the tokenizer's BOS token, if it has one, before the random tokens.
-        batch: samples in one forward pass; it changes nothing but memory and time.
-        out: folder for ``induction.json`` and ``.parquet`` and the journal that makes the run resumable.
-
-    Returns:
-        HeadScores with one trial (layer, head) a sample, in [0, 1]; its details say how many queries it averages.
-
-    Raises:
-        HeadscopeError: a setting out of range, a text shorter than ``window`` tokens, a sequence longer than the
-            model's context, no query with a target, a model that cannot be traced exactly or that gives NaN.
     """
     return target_scores(
         "induction",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,27 @@ from headscope.interp.statistics import Statistic, TargetMass
 from headscope.interp.tracer import trace
 
 Text = str | Sequence[str]
+Method = TypeVar("Method", bound=Callable[..., HeadScores])
+SETTINGS = """
+
+Args:
+    lm: load_model's result, or what load_model takes.
+    text: read this text (or these) instead of random tokens, in consecutive windows, each with the tokenizer's
+        default special tokens before it; trials of one text are resampled together where there are several.
+    length: random tokens before the repetition.
+    window: tokens a window of text.
+    samples: sequences, each from a seed of its own, or windows of text at most; each is a trial.
+    bos: put the tokenizer's BOS token, if it has one, before the random tokens.
+    batch: samples in one forward pass; it changes nothing but memory and time.
+    out: folder for ``METHOD.json`` and ``.parquet`` and the journal that makes the run resumable.
+
+Returns:
+    HeadScores with one trial (layer, head) a sample, in [0, 1]; its details say how many queries it averages.
+
+Raises:
+    HeadscopeError: a setting out of range, a text shorter than ``window`` tokens, a sequence longer than the
+        model's context, no query with a target, a model that cannot be traced exactly or that gives NaN.
+"""
 
 
 def record_of(lm: LanguageModel, samples: Sequence[Sample], statistics: Sequence[Statistic]) -> xr.Dataset:
@@ -73,6 +94,12 @@ def in_batches(
         return ready[at]
 
     return score
+
+
+def with_settings(method: Method) -> Method:
+    """Add to a method's docstring what all methods that call ``target_scores`` have in common."""
+    method.__doc__ = inspect.cleandoc(method.__doc__ or "") + SETTINGS
+    return method
 
 
 def target_scores(

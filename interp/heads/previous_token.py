@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from headscope.interp.heads import sequences
-from headscope.interp.heads.passes import Text, target_scores
+from headscope.interp.heads.passes import Text, target_scores, with_settings
 from headscope.interp.scores import HeadScores
 
 
+@with_settings
 def previous_token(
     lm: Any,
     *,
@@ -32,24 +33,6 @@ def previous_token(
 
     What it does not show: that the head carries the token's identity, or that anything reads it. The previous position
     of query 1 is the first token, where sinks rest: one query in 2n.
-
-    Args:
-        lm: load_model's result, or what load_model takes.
-        text: read this text (or these) instead of random tokens, in consecutive windows, each with the tokenizer's
-            default special tokens before it; trials of one text are resampled together where there are several.
-        length: random tokens before the repetition.
-        window: tokens a window of text.
-        samples: sequences, each from a seed of its own, or windows of text at most; each is a trial.
-        bos: put the tokenizer's BOS token, if it has one, before the random tokens.
-        batch: samples in one forward pass; it changes nothing but memory and time.
-        out: folder for ``previous_token.json`` and ``.parquet`` and the journal that makes the run resumable.
-
-    Returns:
-        HeadScores with one trial (layer, head) a sample, in [0, 1]; its details say how many queries it averages.
-
-    Raises:
-        HeadscopeError: a setting out of range, a text shorter than ``window`` tokens, a sequence longer than the
-            model's context, no query with a target, a model that cannot be traced exactly or that gives NaN.
     """
     return target_scores(
         "previous_token",

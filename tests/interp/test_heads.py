@@ -395,3 +395,11 @@ def test_smollm2_reads_the_bundled_prose_by_default(smollm2) -> None:
     assert scores.provenance["sink_rate_percent"][0] > 50
     passages = sequences.bundled_passages(smollm2, 64, 100)
     assert len(set(passages)) == 100 and min(len(smollm2.tokenizer(one)["input_ids"]) for one in passages) >= 64
+
+
+@pytest.mark.parametrize("method", TARGETED)
+def test_every_setting_is_documented(method: str) -> None:
+    function = heads.method(method)
+    said = inspect.getdoc(function) or ""
+    missing = [name for name in inspect.signature(function).parameters if f"    {name}: " not in said]
+    assert set(missing) <= {"seed", "progress"} and "Raises:" in said
