@@ -15,7 +15,7 @@ class Queries:
     """Base of the selections; a selection names the rows of one attention call."""
 
     def rows(self, call: AttentionCall, *, prompt: bool) -> Tensor:
-        """Row indices (n,), ascending, of this call; ``prompt`` is true for the first forward pass of a prompt."""
+        """Row indices (n,), ascending, of this call; ``prompt`` is true for a pass that reads the prompt."""
         raise NotImplementedError
 
 
@@ -50,7 +50,12 @@ class Every(Queries):
 
 @dataclass(frozen=True)
 class Generated(Queries):
-    """Only the rows of passes after a prompt's first one: cached decoding, with the prompt at full speed."""
+    """Only the rows of the response's tokens: cached decoding, with the prompt at full speed.
+
+    Under ``generate`` the prompt ends where its tokens do, read whole or in chunks. In passes of one's own, a later pass
+    of one token is taken for decoding, and one of several for more of the prompt. The step that chooses the response's
+    first token is the prompt's last row, and not among these.
+    """
 
     def rows(self, call: AttentionCall, *, prompt: bool) -> Tensor:
         return torch.arange(0 if prompt else call.query.shape[2], device=call.query.device)
