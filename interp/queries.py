@@ -52,9 +52,9 @@ class Every(Queries):
 class Generated(Queries):
     """Only the rows of the response's tokens: cached decoding, with the prompt at full speed.
 
-    Under ``generate`` the prompt ends where its tokens do, read whole or in chunks. In passes of one's own, a later pass
-    of one token is taken for decoding, and one of several for more of the prompt. The step that chooses the response's
-    first token is the prompt's last row, and not among these.
+    Under ``generate`` the prompt ends where its tokens do, read whole or in chunks. In passes of one's own, a later
+    pass of one token is taken for decoding, and one of several for more of the prompt. The step that chooses the
+    response's first token is the prompt's last row, and not among these.
     """
 
     def rows(self, call: AttentionCall, *, prompt: bool) -> Tensor:
