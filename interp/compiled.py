@@ -13,7 +13,7 @@ calls no attention function; the site refuses a forward pass in which none was c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -68,8 +68,8 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def own_kernels() -> Iterator[None]:
-    """Inside ``uncompiled``: let headscope's own compiled kernels run compiled."""
-    with torch.compiler.set_stance("default"):
+    """Inside ``uncompiled``: let headscope's own compiled kernels (FlexAttention) run compiled; elsewhere nothing."""
+    with torch.compiler.set_stance("default") if _HELD.blocks else nullcontext():
         yield
 
 

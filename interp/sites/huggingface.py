@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from headscope.interp.attention import Handler, bare_model, run_call, stopped
-from headscope.interp.compiled import own_kernels
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.hf_calls import leave, make_call, original_function, refusal
 from headscope.interp.sites.hf_masks import lazy_mask
@@ -231,8 +230,7 @@ def attention_function(
     call = make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
     if place.route.check is not None:
         place.route.check(module, place, call, attention_mask, {**kwargs, "scaling": scaling, "dropout": dropout})
-    with own_kernels():
-        z = run_call(call, place.route.handlers)
+    z = run_call(call, place.route.handlers)
     return z.transpose(1, 2).contiguous(), None
 
 
