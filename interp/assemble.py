@@ -211,7 +211,8 @@ class _Builder:
                     shape = (self.batch, len(self.layers), value.shape[1], width, *value.shape[3:])
                     array = np.full(shape, missing(value.dtype), dtype=value.dtype)
                 for b, real in enumerate(inside):
-                    array[b, i, :, : len(self._kept[b])] = value[b][:, real]
+                    # an index by bool copies once more and slowly: not where every row is real
+                    array[b, i, :, : len(self._kept[b])] = value[b] if real.all() else value[b][:, real]
             self._put(name, array, "query")
 
     def _put(self, name: str, array: NDArray[Any] | None, axis: str) -> None:

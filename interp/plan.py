@@ -42,9 +42,12 @@ class Plan:
         self._fields[name] = True
 
     def linear(self, columns: Tensor) -> slice:
-        """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Attended.linear``."""
+        """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Attended.linear``.
+
+        Memberships stay bool: half precision holds them, which a kernel then need not find out from their values.
+        """
         first = sum(c.shape[-1] for c in self._columns)
-        self._columns.append(columns.to(torch.float32))
+        self._columns.append(columns if columns.dtype == torch.bool else columns.to(torch.float32))
         return slice(first, first + columns.shape[-1])
 
     def window(self, size: int) -> int:

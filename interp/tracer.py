@@ -144,7 +144,7 @@ class Tracer(Handler):
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
-            found = {name: value.detach() for name, value in reader(attended).items()}
+            found = {name: _own(value.detach()) for name, value in reader(attended).items()}
             piece.values.setdefault(statistic.kind, {}).update(found)
         if call.query.device.type == "cpu":
             give_back(call.query.shape[0] * call.query.shape[2])
@@ -252,6 +252,12 @@ class Tracer(Handler):
         self._pass.clear()
         self._sessions.clear()
         self._finished.clear()
+
+
+def _own(value: Tensor) -> Tensor:
+    """``value`` without the larger tensor that it may be a view of, which the record would keep in memory."""
+    held = value.untyped_storage().nbytes()
+    return value.clone(memory_format=torch.contiguous_format) if held > value.nbytes else value
 
 
 @contextmanager
