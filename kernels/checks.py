@@ -255,20 +255,20 @@ def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
     }
 
 
-def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5) -> Request:
+def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5, features: int = 3) -> Request:
     """A request for every reduction; ``subset``: rows on every third query, columns over the second half."""
     gen = torch.Generator().manual_seed(seed)
     batch, _, queries, _ = case.q.shape
     keys, device = case.k.shape[2], case.q.device
-    features = torch.randn(batch, keys, 3, generator=gen)
-    features[..., 0] = 1.0  # the mass
+    columns = torch.randn(batch, keys, features, generator=gen)
+    columns[..., 0] = 1.0  # the mass
     targets = torch.randint(-1, keys + 2, (batch, queries, 2), generator=gen) + case.mask.key_offset
     return Request(
         output=True,
         lse=True,
         max=True,
         entropy=True,
-        linear=features.to(device),
+        linear=columns.to(device),
         distance=True,
         windows=(4, 30),
         top=top,

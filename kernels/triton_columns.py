@@ -18,13 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from headscope.kernels import triton_tuning
-from headscope.kernels.masks import Mask
 from headscope.kernels.triton_device import (
     HIDDEN,
     LOG2E,
     biased,
     key_tile,
-    last_dim_contiguous,
     launch,
     load_rows,
     padded,
@@ -34,7 +32,7 @@ from headscope.kernels.triton_device import (
     strides,
     tma,
 )
-from headscope.kernels.triton_masks import query_range, rules, visible
+from headscope.kernels.triton_masks import Rules, query_range, visible
 
 
 class Sizes(NamedTuple):
@@ -119,46 +117,35 @@ def _kernel(
         tl.store(key_max + out, highest, mask=j < sizes.keys)
 
 
-def columns(
+def fill(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
+    sums: Tensor | None,
+    highest: Tensor | None,
+    sizes: Sizes,
+    seen: Rules,
     *,
-    mask: Mask,
     scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    queries: tuple[int, int] | None = None,
-    total: bool = True,
-    highest: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Sum and maximum over query rows ``queries`` of the pattern, each (batch, head, key) float32 or None.
-
-    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d), ``lse`` (batch, head, query) float32 as the row
-    kernel gives it (a sink logit included).
-    """
-    batch, heads, n, d = q.shape
-    keys = k.shape[2]
-    first, stop = queries or (0, n)
-    sums = lse.new_empty(batch, heads, keys) if total else None
-    most = lse.new_empty(batch, heads, keys) if highest else None
-    if batch == 0 or keys == 0:
-        return sums, most
-    q, k, lse = last_dim_contiguous(q), last_dim_contiguous(k), lse.contiguous()
+    softcap: float | None,
+    bias: Tensor | None,
+) -> None:
+    """Fill ``sums`` and ``highest`` (batch, head, key), each where it is wanted; see ``passes.columns``."""
+    batch, heads, _, d = q.shape
     tiles = triton_tuning.column_tiles(padded(d), q.dtype)
     queries_at = tma(q, tiles.rows, padded(d)) if tiles.copy_engine else None
     launch(
         _kernel,
-        (triton.cdiv(keys, tiles.keys), batch * heads),
+        (triton.cdiv(sizes.keys, tiles.keys), batch * heads),
         q,
         q if queries_at is None else queries_at,
         k,
         lse,
         sums,
-        most,
+        highest,
         (strides(q), strides(k)),
-        Sizes(heads, heads // k.shape[1], n, first, stop, keys),
-        rules(mask, batch),
+        sizes,
+        seen,
         score(scale, softcap, bias, registers=tiles.registers),
         d=d,
         D=padded(d),
@@ -168,4 +155,3 @@ def columns(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return sums, most

@@ -17,11 +17,11 @@ from torch import Tensor
 from headscope.kernels import library, streaming
 from headscope.kernels.counts import count_queries
 from headscope.kernels.masks import Mask
+from headscope.kernels.passes import columns, rows
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.targets import target_mass
-from headscope.kernels.triton_columns import columns
-from headscope.kernels.triton_rows import Rows, rows
+from headscope.kernels.triton_rows import Rows
 from headscope.kernels.triton_topk import MOST, top_keys
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

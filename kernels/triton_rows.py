@@ -9,8 +9,7 @@ beside the denominator. For one block of queries, over tiles of keys, in units o
 3. entropy: e' = a (e + l (m - m')) + sum_j p t, elementwise in float32; at the end H = ln 2 (log2 l - e / l);
 4. distance: x' = a x + (i - j0) sum_j p - sum_j p (j - j0) with j0 the tile's first key: no large positions cancel;
 5. linear: F' = a F + p f for the columns f (one more matrix product, n wide); output: o' = a o + p v;
-6. a sink logit z joins at the end: its row keeps the mass l / (l + exp2(z - m)), by which every statistic is scaled;
-   lse becomes lse', and the entropy mass (H + lse' - lse).
+6. a sink logit joins at the end (``triton_softmax``).
 
 Tiles that every query of the block sees whole (``key_range``) skip the mask. For few queries (decoding) the rows of a
 block are the queries of all heads of a key/value head, and the keys are split over programs, whose results
@@ -29,16 +28,13 @@ import triton.language as tl
 from torch import Tensor
 
 from headscope.kernels import triton_tuning
-from headscope.kernels.features import decode, encode
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton_device import (
     FLOOR,
     HIDDEN,
-    LN2,
     LOG2E,
     biased,
     key_tile,
-    last_dim_contiguous,
     launch,
     load_rows,
     padded,
@@ -50,6 +46,7 @@ from headscope.kernels.triton_device import (
 )
 from headscope.kernels.triton_masks import key_range, row_positions, rules, visible
 from headscope.kernels.triton_merge import merge_kernel
+from headscope.kernels.triton_softmax import absorb, store_statistics
 
 FEW_ROWS = 64  # up to this many queries of a key/value head share a program
 
@@ -136,13 +133,11 @@ def _kernel(
         if full_lo >= full_hi:
             full_lo, full_hi = lo, lo
 
-    m = tl.full([BM], FLOOR, tl.float32)
-    l = tl.zeros([BM], tl.float32)  # noqa: E741
-    e = tl.zeros([BM], tl.float32)
-    x = tl.zeros([BM], tl.float32)
+    nothing = tl.zeros([BM], tl.float32)
+    state = (nothing + FLOOR, nothing, nothing, nothing)  # max, denominator, entropy, distance
+    plain: tl.constexpr = score.softcap is None and score.bias is None
     linear = tl.zeros([BM, NF], tl.float32)
     output = tl.zeros([BM, DV], tl.float32)
-    ahead = (tl.arange(0, BN)).to(tl.float32)
     for masked in tl.static_range(2):
         if masked:
             before = (full_lo - lo) // BN
@@ -160,29 +155,16 @@ def _kernel(
             left = sizes.keys - start
             kt = key_tile(k, b, kv, start, left, strides[1].position, d, D, BN, masked == 0, TMA)
             s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
-            if not (score.softcap is None and score.bias is None and masked == 0):
+            if not (plain and masked == 0):
                 s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
             if masked:
                 seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
                 s = tl.where(seen, s, HIDDEN)
-            if (
-                score.softcap is None and score.bias is None and masked == 0
-            ):  # the scale is folded into one multiply-add
-                new = tl.maximum(m, tl.max(s, 1) * (score.scale * LOG2E))
-                t = s * (score.scale * LOG2E) - new[:, None]
+            begin = start + rules.key_offset
+            if plain and masked == 0:
+                p, a, state = absorb(s, score.scale * LOG2E, state, position, begin, results)
             else:
-                new = tl.maximum(m, tl.max(s, 1))
-                t = s - new[:, None]
-            p = tl.exp2(t)
-            a = tl.exp2(m - new)
-            total = tl.sum(p, 1)
-            if results.entropy is not None:
-                e = a * (e + l * (m - new)) + tl.sum(p * t, 1)
-            if results.distance is not None:
-                gap = (position - (start + rules.key_offset)).to(tl.float32)
-                x = a * x + gap * total - tl.sum(p * ahead[None, :], 1)
-            l = a * l + total  # noqa: E741
-            m = new
+                p, a, state = absorb(s, 1.0, state, position, begin, results)
             if results.linear is not None:
                 ft = load_rows(f + step * strides[3].position, j, strides[3].position, left, NF, NF, masked == 0)
                 linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision="ieee")
@@ -190,29 +172,10 @@ def _kernel(
                 vt = key_tile(v, b, kv, start, left, strides[2].position, dv, DV, BN, masked == 0, TMA)
                 output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision="ieee")
 
-    some = l > 0.0
-    safe = tl.where(some, l, 1.0)
-    lse = m + tl.log2(safe)
-    inverse = 1.0 / safe
-    entropy = tl.log2(safe) - e * inverse
-    if sinks is not None:
-        z = tl.load(sinks + h64).to(tl.float32) * LOG2E
-        top = tl.maximum(m, z)
-        with_sink = top + tl.log2(tl.exp2(m - top) * safe + tl.exp2(z - top))
-        mass = tl.exp2(lse - with_sink)
-        entropy = mass * (entropy + with_sink - lse)
-        inverse *= mass
-        lse = with_sink
     split = tl.program_id(2).to(tl.int64)
     row = ((split * batches + b64) * sizes.heads + h64) * sizes.rows + i
-    if results.lse is not None:
-        tl.store(results.lse + row, tl.where(some, lse * LN2, float("-inf")), mask=exists)
-    if results.max is not None:
-        tl.store(results.max + row, tl.where(some, m * LN2, float("-inf")), mask=exists)
-    if results.entropy is not None:
-        tl.store(results.entropy + row, tl.where(some, tl.maximum(entropy, 0.0) * LN2, 0.0), mask=exists)
-    if results.distance is not None:
-        tl.store(results.distance + row, x * inverse, mask=exists)
+    m, norm, e, x = state
+    inverse = store_statistics(results, row, exists, m, norm, e, x, sinks, h64)
     if results.linear is not None:
         n = tl.arange(0, NF)
         tl.store(results.linear + row[:, None] * NF + n[None, :], linear * inverse[:, None], mask=exists[:, None])
@@ -227,58 +190,48 @@ def rows(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
+    columns: Tensor | None,
+    sinks: Tensor | None,
     *,
+    sizes: Sizes,
     mask: Mask,
+    positions: Tensor | None,
     scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    features: Tensor | None = None,
-    wants: frozenset[str] = frozenset({"lse"}),
-    positions: Tensor | None = None,
+    softcap: float | None,
+    bias: Tensor | None,
+    wants: frozenset[str],
 ) -> Rows:
-    """Row reductions ``wants`` (names of ``Rows``) of ``q`` (batch, head, row, d) over ``k`` (batch, kv_head, key, d).
-
-    ``linear`` are the columns of ``features``, (key, n) or (batch, key, n); the ``output`` needs ``v``. ``positions``
-    (row,) ascending absolute positions of the rows, where they are not consecutive from the mask's query offset.
-    """
+    """The statistics ``wants``; see ``passes.rows``. ``columns`` are features in q's type, padded to a tile's width."""
     batch, heads, n, d = q.shape
-    sizes = Sizes(heads, heads // k.shape[1], n, k.shape[2])
-    d_value = v.shape[3] if v is not None else 0
-    if batch == 0 or n == 0:
-        return _first(_allocate(q, v, wants, features, 1, d_value=d_value))
+    d_value = 0 if v is None else v.shape[3]
+    width, width_v = padded(d), 16 if v is None else padded(d_value)
     pack = n * sizes.group <= FEW_ROWS
-    width, width_v = padded(d), padded(d_value) if "output" in wants else 16
-    columns = None if features is None else encode(features, q.dtype)
     if pack:
         tiles = triton_tuning.decode_tiles(width, 1 << (n * sizes.group - 1).bit_length(), q.dtype)
         programs = batch * k.shape[1]
         splits = triton_tuning.key_splits(programs, sizes.keys, tiles.keys)
         grid = (1, programs, splits)
     else:
-        tiles = triton_tuning.row_tiles(
-            width, width_v if "output" in wants else 0, 0 if columns is None else 1, q.dtype
-        )
+        tiles = triton_tuning.row_tiles(width, 0 if v is None else width_v, 0 if columns is None else 1, q.dtype)
         splits, grid = 1, (triton.cdiv(n, tiles.rows), batch * heads, 1)
-    inner = wants | ({"lse"} if splits > 1 else set())
-    results = _allocate(q, v, inner, columns, splits, d_value=d_value)
-    q, k = last_dim_contiguous(q), last_dim_contiguous(k)
-    v = k if v is None else last_dim_contiguous(v)
+    results = allocate(q, v, wants | ({"lse"} if splits > 1 else set()), columns, splits)
+    values = k if v is None else v
     f = k if columns is None else columns
-    keys_at, values_at = tma(k, tiles.keys, width), tma(v, tiles.keys, width_v)
+    keys_at, values_at = tma(k, tiles.keys, width), tma(values, tiles.keys, width_v)
     if keys_at is None or values_at is None or not tiles.copy_engine:
         keys_at = values_at = None
+    narrow = 16 if columns is None else columns.shape[-1]
     launch(
         _kernel,
         grid,
         q,
         q,
         k if keys_at is None else keys_at,
-        v if values_at is None else values_at,
+        values if values_at is None else values_at,
         f,
         sinks if splits == 1 else None,
         results,
-        (strides(q), strides(k), strides(v), strides(f)),
+        (strides(q), strides(k), strides(values), strides(f)),
         sizes,
         rules(mask, batch, positions),
         score(scale, softcap, bias, registers=tiles.registers),
@@ -286,44 +239,43 @@ def rows(
         D=width,
         dv=d_value,
         DV=width_v,
-        NF=16 if columns is None else columns.shape[-1],
+        NF=narrow,
         BM=tiles.rows,
         BN=tiles.keys,
-        TMA=keys_at is not None and values_at is not None,
+        TMA=keys_at is not None,
         PACK=pack,
         SPLITS=splits,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    if splits > 1:
-        merged = _allocate(q, v, wants, columns, 1, d_value=d_value)
-        count = batch * heads * n
-        options = {"dv": d_value, "DV": width_v, "NF": 16 if columns is None else columns.shape[-1], "SPLITS": splits}
-        launch(merge_kernel, (count,), q, results, merged, sinks, count, sizes, **options)
-        results = merged
-    merged = _first(results)
-    linear = None if features is None or merged.linear is None else decode(merged.linear, features, q.dtype)
-    return merged._replace(linear=linear, lse=merged.lse if "lse" in wants else None)
+    if splits == 1:
+        return first(results)
+    merged = allocate(q, v, wants, columns, 1)
+    count = batch * heads * n
+    options = {"dv": d_value, "DV": width_v, "NF": narrow, "SPLITS": splits}
+    launch(merge_kernel, (count,), q, results, merged, sinks, count, sizes, **options)
+    return first(merged)
 
 
-def _allocate(
-    q: Tensor, v: Tensor | None, wants: frozenset[str] | set[str], columns: Tensor | None, splits: int, *, d_value: int
+def allocate(
+    q: Tensor, v: Tensor | None, wants: frozenset[str] | set[str], columns: Tensor | None, splits: int
 ) -> Rows:
+    """Room for the results of every split of the keys: (split, batch, head, row, ·)."""
     shape = (splits, *q.shape[:3])
 
     def new(name: str, *last: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(*shape, *last, dtype=dtype, device=q.device) if name in wants else None
 
-    exact = torch.float32 if splits > 1 or v is None else v.dtype
     return Rows(
         lse=new("lse"),
         max=new("max"),
         entropy=new("entropy"),
         distance=new("distance"),
         linear=None if columns is None else new("linear", columns.shape[-1]),
-        output=new("output", d_value, dtype=exact),
+        output=None if v is None else new("output", v.shape[3], dtype=torch.float32 if splits > 1 else v.dtype),
     )
 
 
-def _first(results: Rows) -> Rows:
+def first(results: Rows) -> Rows:
+    """The results of the first split."""
     return Rows(*(None if x is None else x[0] for x in results))

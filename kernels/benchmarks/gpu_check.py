@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from headscope.kernels import triton_engine
+from headscope.kernels import hopper, triton_engine
 from headscope.kernels.blocks import Pool, blocks, dense
 from headscope.kernels.checks import MASKS, Case, allowed, compare, distance, everything, random_case
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
 from headscope.kernels.masks import Mask
-from headscope.kernels.triton_columns import columns
-from headscope.kernels.triton_rows import rows
+from headscope.kernels.passes import columns, rows
 
 WORKERS = 12
 
@@ -37,15 +36,28 @@ def cases() -> list[dict[str, Any]]:
     for name in options:
         every.append({**base, "kind": "causal", name: options[name]})
     every += [{**base, "kind": kind, **options} for kind in ("causal", "window", "full")]
+    return every + for_hopper()
+
+
+def for_hopper() -> list[dict[str, Any]]:
+    """Calls that the kernels for Hopper take; with half of their rows, too."""
+    base = {"dtype": torch.bfloat16, "d_head": 128, "queries": 1100, "keys": 1100}
+    kinds = [kind for kind in MASKS if kind not in ("chunks", "chunks from origin", "segments", "rule")]
+    every: list[dict[str, Any]] = [{**base, "kind": kind} for kind in kinds]
+    every += [{**base, "kind": kind, "sinks": True, "features": 10} for kind in ("causal", "left padding")]
+    every.append({**base, "kind": "causal", "dtype": torch.float16, "queries": 1030, "keys": 1700})
+    every.append({**base, "kind": "window", "batch": 1, "queries": 3300, "keys": 3300})
     return every
 
 
 def check_one(spec: dict[str, Any]) -> list[str]:
     """What is wrong with one case, as lines; empty if nothing is."""
     wrong = []
+    spec = dict(spec)
+    features = spec.pop("features", 3)
     for subset in (False, True):
         case = random_case(**spec, device="cuda")
-        request = everything(case, subset=subset, top=0)
+        request = everything(case, subset=subset, top=0, features=features)
         got = case.run(triton_engine.attend, request)
         again = case.run(triton_engine.attend, request)
         for verdict in compare(got, case, request):
@@ -59,6 +71,7 @@ def check_one(spec: dict[str, Any]) -> list[str]:
 
 def check_pairs(spec: dict[str, Any]) -> list[str]:
     """The same for block maps and for the distance from a second call under the same mask."""
+    spec = {name: x for name, x in spec.items() if name != "features"}
     a = random_case(**spec, device="cuda")
     b = replace(random_case(**spec, seed=1, device="cuda"), mask=a.mask, sinks=a.sinks)
     size, wrong = max(a.score_size(), b.score_size()), []
@@ -153,5 +166,9 @@ def check() -> bool:
         wrong = [line for lines in pool.imap_unordered(_guarded, every) for line in lines]
     for line in wrong:
         print("WRONG", line)
+    one = random_case(**for_hopper()[0], device="cuda")
+    print(
+        "kernels for Hopper:", "in use" if hopper.takes(one.q, one.k, one.v, mask=one.mask, scale=1.0) else "NOT in use"
+    )
     print(f"checked {3 * len(every)} calls in {time.time() - began:.0f} s: {len(wrong)} results out of bounds")
     return not wrong

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from headscope.kernels import attention, flex, triton_rows, triton_tuning
+from headscope.kernels import attention, flex, passes, triton_tuning
 from headscope.kernels.benchmarks import gpu_check_edits
 from headscope.kernels.benchmarks.gpu_check import WORKERS, check, check_few, check_long
 from headscope.kernels.blocks import blocks, top_blocks
@@ -34,7 +34,6 @@ from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import distance_slope
 from headscope.kernels.spans import span_outputs
-from headscope.kernels.triton_columns import columns
 from headscope.kernels.triton_topk import top_keys
 from headscope.kernels.triton_tuning import Tiles
 
@@ -80,7 +79,7 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
 
     def rows(wants: set[str], values: torch.Tensor | None = None) -> Callable[[], Any]:
         features = flags if "linear" in wants else None
-        return lambda: triton_rows.rows(q, k, values, features=features, wants=frozenset(wants), **call)
+        return lambda: passes.rows(q, k, values, features=features, wants=frozenset(wants), **call)
 
     statistics_ = {"lse", "entropy", "linear"}
     every: dict[str, Callable[[], Any]] = {
@@ -91,12 +90,12 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
         "output": rows({"output"}, v),
         "fused": rows(statistics_ | {"output"}, v),
     }
-    lse = triton_rows.rows(q, k, None, **call).lse
+    lse = passes.rows(q, k, None, **call).lse
     assert lse is not None
     every |= {f"top {n} keys": partial(top_keys, q, k, lse, count=n, **call) for n in (1, 8, 32)}
     if queries == keys:
-        every["columns: sum"] = lambda: columns(q, k, lse, **call)
-        every["columns: sum, max"] = lambda: columns(q, k, lse, highest=True, **call)
+        every["columns: sum"] = lambda: passes.columns(q, k, lse, **call)
+        every["columns: sum, max"] = lambda: passes.columns(q, k, lse, highest=True, **call)
         every["blocks of 128"] = lambda: blocks(q, k, size=128, lse=lse, **call)
         every["top 16 blocks of 128"] = lambda: top_blocks(q, k, size=128, top=16, **call)
         every["divergence"] = lambda: divergence((q, k), (q, v), **call)
@@ -200,7 +199,7 @@ def _compile(job: tuple[str, int, Tiles]) -> None:
         if kind == "columns: sum":
             lse = torch.zeros(1, HEADS, 2048, device="cuda")
             _with("rows", tiles, *tensors(16, 16, d))
-            columns(small[0], small[1], lse, mask=Mask.causal(), scale=d**-0.5)
+            passes.columns(small[0], small[1], lse, mask=Mask.causal(), scale=d**-0.5)
         else:
             _with(kind, tiles, *small)()
         torch.cuda.synchronize()

@@ -1,0 +1,193 @@
+"""The column reductions of ``triton_columns``, for Hopper (see ``hopper``).
+
+A block is 256 keys of one head, 128 a group, which stay; queries stream past in tiles of 128, as two halves of 64:
+
+1. issue the product of one half; exponentials and sums of the other;
+2. wait; issue the first half of the next tile; exponentials and sums of this one.
+
+Rows r and r + 8 of a half are one thread's, so it adds them at once and keeps half as many sums.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from headscope.kernels.hopper_device import (
+    GROUP_ROWS,
+    HIDDEN,
+    LOG2E,
+    barriers,
+    bounds,
+    buffers,
+    fetch,
+    query_range,
+    tiles,
+    visible,
+)
+from headscope.kernels.triton_device import on_device
+
+GROUPS = gl.constexpr(2)
+STAGES = gl.constexpr(3)
+KEYS = gl.constexpr(128)  # of a group
+BM = gl.constexpr(2 * GROUP_ROWS.value)  # queries of a tile
+
+
+@gluon.jit
+def _fetch(at, smem, ready, free, where, lo, hi):
+    """The producer: the block's keys, then its tiles of queries."""
+    q_at, k_at = at
+    q_smem, k_smem = smem
+    b, h, kv, begin = where
+    mbarrier.expect(ready.index(STAGES), GROUPS * k_at.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        fetch(k_at, [b, kv, begin + group * KEYS, 0], ready.index(STAGES), k_smem.index(group))
+    n = 0
+    for start in range(lo, hi, BM):
+        stage = n % STAGES
+        mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+        mbarrier.expect(ready.index(stage), 2 * q_at.block_type.nbytes)
+        for half in gl.static_range(2):
+            fetch(q_at, [b, h, start + half * GROUP_ROWS, 0], ready.index(stage), q_smem.index(2 * stage + half))
+        n += 1
+
+
+@gluon.jit
+def _norm(lse, start, hi, b, rules, rows: gl.constexpr):
+    """The lse of the rows from ``start``, in units of ln 2; +inf for rows that give nothing."""
+    i = start + gl.arange(0, GROUP_ROWS, layout=rows)
+    norm = gl.load(lse + i, mask=i < hi, other=float("inf"))
+    norm = gl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
+    position = i + rules.query_offset
+    if rules.start is not None:
+        norm = gl.where(position >= gl.load(rules.start + b).to(gl.int32), norm, float("inf"))
+    if rules.end is not None:
+        norm = gl.where(position < gl.load(rules.end + b).to(gl.int32), norm, float("inf"))
+    return norm
+
+
+@gluon.jit
+def _pairs(p):
+    """(row, key) as (row // 16, pair, 8, key): rows r and r + 8 side by side."""
+    return p.reshape([p.shape[0] // 16, 2, 8, p.shape[1]])
+
+
+@gluon.jit
+def _gather(s, norm, sums, start, j, b, rules, scale, MASKED: gl.constexpr, SUM: gl.constexpr, MAX: gl.constexpr):
+    """Add the weights of products ``s`` to the keys' sums and maxima."""
+    total, highest = sums
+    if MASKED:
+        rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+        position = start + gl.arange(0, GROUP_ROWS, layout=rows) + rules.query_offset
+        s = gl.where(visible(position, j + rules.key_offset, b, rules), s, HIDDEN)
+    p = _pairs(gl.exp2(s * (scale * LOG2E) - norm[:, None]))
+    if SUM:
+        total += gl.sum(p, 1)
+    if MAX:
+        highest = gl.maximum(highest, gl.max(p, 1))
+    return total, highest
+
+
+@gluon.jit
+def _reduce(group: gl.constexpr, smem, ready, free, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi):
+    """One group: the sums and maxima of its 128 keys."""
+    q_smem, k_smem = smem
+    b, h, kv, begin = where
+    D: gl.constexpr = k_smem.shape[4]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    keys: gl.constexpr = gl.SliceLayout(0, mma)
+    SUM: gl.constexpr = key_sum is not None
+    MAX: gl.constexpr = key_max is not None
+    mine = begin + group * KEYS
+    j = mine + gl.arange(0, KEYS, layout=keys)
+    _lo, _hi, full_lo, full_hi = query_range(mine, KEYS, b, sizes.first, sizes.stop, sizes.keys, rules, BM)
+    full_lo = gl.minimum(gl.maximum(full_lo, lo), hi)
+    full_lo = lo + (full_lo - lo + BM - 1) // BM * BM
+    full_hi = gl.maximum(gl.minimum(full_hi, hi), full_lo)
+    full_hi = full_lo + (full_hi - full_lo) // BM * BM
+    lse += (b.to(gl.int64) * sizes.heads + h) * sizes.queries
+    zero = gl.zeros([GROUP_ROWS, KEYS], gl.float32, mma)
+    nothing = gl.sum(_pairs(zero), 1)
+    sums = (nothing, nothing)
+    mbarrier.wait(ready.index(STAGES), 0)
+    kt = k_smem.index(group).reshape([KEYS, D]).permute([1, 0])
+    n = 0
+    norm = _norm(lse, lo, hi, b, rules, rows)
+    mbarrier.wait(ready.index(0), 0, pred=lo < hi)
+    upper = warpgroup_mma(q_smem.index(0).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False)
+    for part in gl.static_range(3):
+        from_, to = bounds(part, lo, full_lo, full_hi, hi)
+        for start in range(from_, to, BM):
+            stage = n % STAGES
+            half = start + GROUP_ROWS
+            s_ = warpgroup_mma(
+                q_smem.index(2 * stage + 1).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False, is_async=True
+            )
+            next_norm = _norm(lse, half, hi, b, rules, rows)
+            sums = _gather(upper, norm, sums, start, j, b, rules, scale, part != 1, SUM, MAX)
+            lower = warpgroup_mma_wait(0, deps=[s_])
+            mbarrier.arrive(free.index(stage))
+            n += 1
+            after = n % STAGES  # beyond the last tile: an old one, whose product nobody reads
+            mbarrier.wait(ready.index(after), n // STAGES & 1, pred=start + BM < hi)
+            s_ = warpgroup_mma(q_smem.index(2 * after).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False, is_async=True)
+            norm = _norm(lse, start + BM, hi, b, rules, rows)
+            sums = _gather(lower, next_norm, sums, half, j, b, rules, scale, part != 1, SUM, MAX)
+            upper = warpgroup_mma_wait(0, deps=[s_])
+    total, highest = sums
+    out = (b.to(gl.int64) * sizes.heads + h) * sizes.keys + j
+    if SUM:
+        gl.store(key_sum + out, gl.convert_layout(gl.sum(gl.sum(total, 0), 0), keys), mask=j < sizes.keys)
+    if MAX:
+        gl.store(key_max + out, gl.convert_layout(gl.max(gl.max(highest, 0), 0), keys), mask=j < sizes.keys)
+
+
+@gluon.jit
+def _kernel(q_at, k_at, lse, key_sum, key_max, sizes, rules, scale, REGISTERS: gl.constexpr):
+    b, h = gl.program_id(1) // sizes.heads, gl.program_id(1) % sizes.heads
+    begin = gl.program_id(0) * (KEYS * GROUPS)
+    lo, hi, _full_lo, _full_hi = query_range(begin, KEYS * GROUPS, b, sizes.first, sizes.stop, sizes.keys, rules, BM)
+    where = (b, h, h // sizes.group, begin)
+    smem = (buffers(q_at, 2 * STAGES), buffers(k_at, GROUPS))
+    ready = barriers(STAGES + 1, 1)  # the last one: the keys
+    free = barriers(STAGES, GROUPS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_reduce, (0, smem, ready, free, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_reduce, (1, smem, ready, free, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_fetch, ((q_at, k_at), smem, ready, free, where, lo, hi)),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )
+
+
+def columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    sums: Tensor | None,
+    highest: Tensor | None,
+    sizes: Any,
+    rules: Any,
+    scale: float,
+) -> None:
+    """Fill ``sums`` and ``highest`` (batch, head, key), each where it is wanted."""
+    grid = (triton.cdiv(sizes.keys, GROUPS.value * KEYS.value), q.shape[0] * sizes.heads)
+    at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS.value)
+    with on_device(q):
+        _kernel[grid](*at, lse, sums, highest, sizes, rules, scale, REGISTERS=240, num_warps=4)

@@ -1,0 +1,153 @@
+"""What the Hopper kernels share, in Gluon: tiles by the copy engine, the rules of a mask, the online softmax.
+
+A tile in shared memory has two barriers: ``ready`` (the copy engine delivered it) and ``free`` (every group has read
+it). The producer warp walks the tiles of a block and waits for ``free``; the groups walk the same tiles and wait for
+``ready``. The n-th use of a barrier completes its phase n mod 2.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from headscope.kernels import triton_masks, triton_softmax
+from headscope.kernels.triton_device import FLOOR as _FLOOR
+from headscope.kernels.triton_device import HIDDEN as _HIDDEN
+from headscope.kernels.triton_device import LOG2E as _LOG2E
+
+LOG2E, HIDDEN, FLOOR = (gl.constexpr(x.value) for x in (_LOG2E, _HIDDEN, _FLOOR))
+GROUP_ROWS = gl.constexpr(64)  # rows of a warp group's tile: the height of Hopper's matrix instruction
+
+# Triton's own functions, compiled as Gluon
+row_positions = gluon.jit(triton_masks.row_positions.fn)
+visible = gluon.jit(triton_masks.visible.fn)
+key_range = gluon.jit(triton_masks.key_range.fn)
+query_range = gluon.jit(triton_masks.query_range.fn)
+store_statistics = gluon.jit(triton_softmax.store_statistics.fn)
+
+fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before Triton 3.7
+
+
+def tiles(x: Tensor, rows: int) -> Any:
+    """A descriptor by which the copy engine fetches ``rows`` rows of ``x`` (..., position, d); zeros beyond its end."""
+    shape = [1] * (x.dim() - 2) + [rows, x.shape[-1]]
+    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
+
+
+@gluon.jit
+def barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """``count`` barriers, each complete after ``arrivals`` arrivals."""
+    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(made.index(i), arrivals)
+    return made
+
+
+@gluon.jit
+def buffers(at, count: gl.constexpr):
+    """Room for ``count`` tiles of the descriptor ``at``."""
+    return gl.allocate_shared_memory(at.dtype, [count] + at.block_type.shape, at.layout)
+
+
+@gluon.jit
+def full_tiles(first, last, b, keys, rules, lo, hi, BN: gl.constexpr):
+    """The part of ``lo:hi`` whose tiles queries at positions ``first..last`` see whole, as ``key_range`` has it."""
+    _lo, _hi, full_lo, full_hi = key_range(first, last, b, keys, rules, BN)
+    full_lo = gl.minimum(gl.maximum(full_lo, lo), hi)
+    return full_lo, gl.maximum(gl.minimum(full_hi, hi // BN * BN), full_lo)
+
+
+@gluon.jit
+def bounds(part: gl.constexpr, lo, full_lo, full_hi, hi):
+    """The tiles of a part: 0 before the whole ones, 1 the whole ones, 2 after them."""
+    if part == 0:
+        return lo, full_lo
+    elif part == 1:
+        return full_lo, full_hi
+    else:
+        return full_hi, hi
+
+
+@gluon.jit
+def fold(x, FOLD: gl.constexpr):
+    """Sums over the keys of a tile (row, key): (row,), or (row, 4) that each thread keeps to itself until the end."""
+    if FOLD:
+        return gl.sum(gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]), 1), 2)
+    else:
+        return gl.sum(x, 1)
+
+
+@gluon.jit
+def spread(x, like: gl.constexpr, FOLD: gl.constexpr):
+    """A row's number beside its sums as ``fold`` keeps them."""
+    if FOLD:
+        return gl.convert_layout(x, gl.SliceLayout(1, like))[:, None]
+    else:
+        return x
+
+
+@gluon.jit
+def total(x, rows: gl.constexpr, FOLD: gl.constexpr):
+    """A row's sum from what ``fold`` kept."""
+    if FOLD:
+        return gl.convert_layout(gl.sum(x, 1), rows)
+    else:
+        return x
+
+
+@gluon.jit
+def absorb(s, state, position, start, b, sizes, rules, results, scale, FOLD: gl.constexpr, MASKED: gl.constexpr):
+    """Steps 1 to 4 of ``triton_rows`` on products ``s``: (weights p, factor of what was summed before, state)."""
+    m, norm, e, x = state
+    keys: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    like: gl.constexpr = norm.type.layout
+    j = gl.arange(0, s.shape[1], layout=keys)
+    if MASKED:
+        seen = visible(position, start + j + rules.key_offset, b, rules) & (start + j < sizes.keys)[None, :]
+        s = gl.where(seen, s, HIDDEN)
+    new = gl.maximum(m, gl.max(s, 1) * (scale * LOG2E))
+    t = s * (scale * LOG2E) - new[:, None]
+    p = gl.exp2(t)
+    a = gl.exp2(m - new)
+    part, a_ = fold(p, FOLD), spread(a, like, FOLD)
+    if results.entropy is not None:
+        e = a_ * (e + norm * spread(m - new, like, FOLD)) + fold(p * t, FOLD)
+    if results.distance is not None:
+        gap = spread((position - (start + rules.key_offset)).to(gl.float32), like, FOLD)
+        x = a_ * x + gap * part - fold(p * j.to(gl.float32)[None, :], FOLD)
+    return p, a, (new, a_ * norm + part, e, x)
+
+
+@gluon.jit
+def finish(i, state, linear, results, sizes, sinks, b, h, FOLD: gl.constexpr):
+    """Step 6 of ``triton_rows``: store the rows' statistics; returns what the output is multiplied by."""
+    m, norm, e, x = state
+    rows: gl.constexpr = m.type.layout
+    norm = total(norm, rows, FOLD)
+    e, x = total(e, rows, FOLD), total(x, rows, FOLD)
+    exists = i < sizes.rows
+    row = (b.to(gl.int64) * sizes.heads + h) * sizes.rows + i
+    inverse = store_statistics(results, row, exists, m, norm, e, x, sinks, h)
+    if results.linear is not None:
+        store_rows(results.linear, linear, row, inverse, exists)
+    return row, inverse, exists
+
+
+@gluon.jit
+def store_rows(pointer, values, row, factor, exists):
+    """Store ``values`` (row, column) times ``factor`` (row,) as the rows ``row`` of a contiguous tensor."""
+    rows: gl.constexpr = gl.SliceLayout(1, values.type.layout)
+    column = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
+    values = (values * gl.convert_layout(factor, rows)[:, None]).to(pointer.dtype.element_ty)
+    at = gl.convert_layout(row, rows)[:, None] * values.shape[1] + column[None, :]
+    gl.store(pointer + at, values, mask=gl.convert_layout(exists, rows)[:, None])

@@ -1,0 +1,48 @@
+"""The kernels for Hopper: they compile here for a card that is not here; the GPU check compares their numbers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon", reason="the kernels for Hopper are written in Gluon")
+
+from headscope.kernels import hopper
+from headscope.kernels.masks import Mask
+
+SHARED = 227 * 1024  # bytes a block may have on an H100
+SPILL = 1024  # bytes: what the masked tiles' bookkeeping takes; a tile of scores would be 32768
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, mask", [("bfloat16", "causal"), ("float16", "padded")])
+def test_compile_within_what_the_card_has(dtype: str, mask: str, tmp_path: Path) -> None:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, str(Path(__file__).with_name("compile_hopper.py")), dtype, mask]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [line.rsplit(maxsplit=3) for line in done.stdout.splitlines() if line.endswith(("True", "False"))]
+    assert len(kernels) == 8
+    for name, shared, spilt, serialized in kernels:
+        assert int(shared) <= SHARED, name
+        assert int(spilt) <= SPILL, name
+        assert serialized == "False", f"{name}: ptxas runs its matrix products one after the other"
+
+
+def test_what_they_do_not_take() -> None:
+    q, k = torch.zeros(1, 2, 2048, 128, dtype=torch.bfloat16), torch.zeros(1, 1, 2048, 128, dtype=torch.bfloat16)
+    assert not hopper.takes(q, k, k, mask=Mask.causal(), scale=0.1)  # no GPU
+
+
+@pytest.mark.parametrize("strides, fits", [((1, 128), True), ((1, 124), False), ((0, 128), False), ((1, 136), True)])
+def test_what_the_copy_engine_can_address(strides: tuple[int, int], fits: bool) -> None:
+    head, row = strides
+    storage = torch.zeros(2 * 64 * 256, dtype=torch.bfloat16)
+    x = storage.as_strided((1, 2, 64, 96), (16384, 8192 * head, row, 1))
+    assert hopper._fetchable(x) is fits
