@@ -30,6 +30,7 @@ from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit
 
 BLOCK = 128
+SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 1}  # tiles for edits that look up tables: those lie beside them
 VARIANTS = 256  # kernels that one process may compile: dynamo's own limit of 8 is meant for one model
 _NOT_COMPILED: WeakSet[ScoreEdit] = WeakSet()  # edits that FlexAttention refused once
 
@@ -116,7 +117,12 @@ def attention(
 
 def _fused(*args: Any, **options: Any) -> Any:
     with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-        return _compiled()(*args, **options)
+        try:
+            return _compiled()(*args, **options)
+        except Exception as error:
+            if "out of resource" not in str(error):
+                raise
+        return _compiled()(*args, **options, kernel_options=SMALL)
 
 
 @functools.cache

@@ -94,7 +94,7 @@ def median(run: Run, budget: float) -> float:
 
 
 def _gpu(run: Run) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
     end.record()

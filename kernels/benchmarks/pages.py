@@ -35,7 +35,7 @@ def machine() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     if torch.cuda.is_available():
-        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        cudnn = torch.backends.cudnn.version()
         found |= {"cuda": str(torch.version.cuda), "cudnn": str(cudnn)}
     return found
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from headscope.kernels import hopper_columns, hopper_output, hopper_rows, triton_columns, triton_rows
@@ -39,11 +39,10 @@ class NoCard:
 
 def say(name: str, kernel: object) -> None:
     """One line: shared memory, bytes spilt, and whether ptxas gave up overlapping matrix products."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])  # type: ignore[attr-defined]
-        command = [str(ptxas), "-arch=sm_90a", "-v", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", str(source), "-o", str(source.with_suffix(".cubin"))]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilt = sum(int(line.split("bytes spill stores")[0].split()[-1]) for line in log.splitlines() if "spill" in line)
     print(name, kernel.metadata.shared, spilt, "serialized" in log)  # type: ignore[attr-defined]
