@@ -84,14 +84,17 @@ def cases(model: nn.Module, tokens: int, *, chunked: bool) -> dict[str, Callable
 
 @torch.no_grad()
 def forward(model: nn.Module, ids: Tensor, chunk: int) -> Tensor:
-    """Logits (vocabulary,) of the last token, the prompt read in one piece or through a cache."""
+    """Logits (vocabulary,) of the last token, the prompt read in one piece or through a cache, chunk by timed chunk."""
     if chunk >= ids.shape[1]:
         logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()
         return logits
-    cache = DynamicCache(config=model.config)
+    cache, begin = DynamicCache(config=model.config), time.perf_counter()
     for first in range(0, ids.shape[1], chunk):
         part = ids[:, first : first + chunk]
         logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        print(f"  {first + part.shape[1]:,} tokens after {time.perf_counter() - begin:.2f} s", flush=True)
     return logits
 
 

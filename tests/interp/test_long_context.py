@@ -99,7 +99,7 @@ def test_rows_and_columns_of_a_layer_are_asked_in_one_call_and_the_record_holds_
         asked.append(request)
         seen = attend(call, request)
         wide = torch.zeros(*seen.linear.shape[:-1], 16)  # type: ignore[union-attr]
-        seen.linear = wide[..., : seen.linear.shape[-1]].copy_(seen.linear)  # type: ignore[union-attr]
+        seen.linear = wide[..., : seen.linear.shape[-1]].copy_(seen.linear)  # type: ignore[union-attr,arg-type]
         return seen  # with more columns than were asked for, as a kernel's tile has
 
     with trace(model, [*long_context.rows(TOKENS), KeyMass()]) as tracer:
