@@ -256,12 +256,18 @@ def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
 
 
 def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5, features: int = 3) -> Request:
-    """A request for every reduction; ``subset``: rows on every third query, columns over the second half."""
+    """A request for every reduction; ``subset``: rows on every third query, columns over the second half.
+
+    Linear columns are ``features`` of random numbers; 0: the memberships of two spans and a sink.
+    """
     gen = torch.Generator().manual_seed(seed)
     batch, _, queries, _ = case.q.shape
     keys, device = case.k.shape[2], case.q.device
     columns = torch.randn(batch, keys, features, generator=gen)
-    columns[..., 0] = 1.0  # the mass
+    columns[..., :1] = 1.0  # the mass
+    if features == 0:
+        at = torch.arange(keys)
+        columns = torch.stack([at < 4, (at // 50) == keys // 150, at >= keys - 9], -1).expand(batch, -1, -1)
     targets = torch.randint(-1, keys + 2, (batch, queries, 2), generator=gen) + case.mask.key_offset
     return Request(
         output=True,

@@ -65,8 +65,13 @@ def fill_rows(
     sizes: triton_rows.Sizes,
     seen: Rules,
     scale: float,
+    *,
+    sparse: bool,
 ) -> None:
-    """Fill ``results`` for a call that ``takes``; ``columns`` are features in q's type, padded to a tile's width."""
+    """Fill ``results`` for a call that ``takes``; ``columns`` are features in q's type, padded to a tile's width.
+
+    ``sparse``: most keys have no feature.
+    """
     from headscope.kernels import hopper_output, hopper_rows
 
     if columns is not None and columns.dim() == 2:
@@ -74,7 +79,7 @@ def fill_rows(
     if v is None:
         hopper_rows.rows(q, k, columns, sinks, results, sizes, seen, scale)
     else:
-        hopper_output.output(q, k, v, columns, sinks, results, sizes, seen, scale)
+        hopper_output.output(q, k, v, columns, sinks, results, sizes, seen, scale, sparse=sparse)
 
 
 def fill_columns(

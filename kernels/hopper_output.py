@@ -40,6 +40,7 @@ from headscope.kernels.hopper_device import (
     row_positions,
     store_rows,
     tiles,
+    used_tiles,
 )
 from headscope.kernels.triton_device import on_device
 
@@ -75,6 +76,13 @@ def _fetch(at, smem, bars, where, lo, hi, STAGES: gl.constexpr, FEATURES: gl.con
 
 
 @gluon.jit
+def _weigh(p, f, linear):
+    """``linear`` and what the weights ``p`` give it of a tile of features."""
+    f = f.reshape([f.shape[1], f.shape[2]])
+    return warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, linear.type.layout, 2)), f, linear)
+
+
+@gluon.jit
 def _reduce(
     group: gl.constexpr,
     smem,
@@ -87,6 +95,7 @@ def _reduce(
     where,
     lo,
     hi,
+    used,
     STAGES: gl.constexpr,
     FEATURES: gl.constexpr,
 ):
@@ -123,12 +132,16 @@ def _reduce(
         for start in range(from_, to, BN):
             stage, last = n % STAGES, gl.maximum(n - 1, 0)
             before = last % STAGES
+            if FEATURES and used is not None:
+                if n > 0 and gl.load(used + start // BN - 1) != 0:
+                    mbarrier.wait(v_ready.index(before), last // STAGES & 1)
+                    linear = _weigh(p, f_smem.index(before), linear)
             mbarrier.wait(k_ready.index(stage), n // STAGES & 1)
             kt = k_smem.index(stage).reshape([BN, D]).permute([1, 0])
             s_ = warpgroup_mma(q, kt, zero, use_acc=False, is_async=True)
             mbarrier.wait(v_ready.index(before), last // STAGES & 1)
             o_ = warpgroup_mma(p, v_smem.index(before).reshape([BN, DV]), output, is_async=True)
-            if FEATURES:
+            if FEATURES and used is None:
                 f = f_smem.index(before).reshape([BN, NF])
                 f_ = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, narrow, 2)), f, linear, is_async=True)
                 s = warpgroup_mma_wait(2, deps=[s_])
@@ -136,11 +149,12 @@ def _reduce(
                 s = warpgroup_mma_wait(1, deps=[s_])
             mbarrier.arrive(k_free.index(stage))
             new, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, False, part != 1)
-            if FEATURES:
+            if FEATURES and used is None:
                 output, linear = warpgroup_mma_wait(0, deps=[o_, f_])
-                linear = linear * gl.convert_layout(a, gl.SliceLayout(1, narrow))[:, None]
             else:
                 output = warpgroup_mma_wait(0, deps=[o_])
+            if FEATURES:
+                linear = linear * gl.convert_layout(a, gl.SliceLayout(1, narrow))[:, None]
             mbarrier.arrive(v_free.index(before), pred=n > 0)
             output = output * gl.convert_layout(a, gl.SliceLayout(1, wide))[:, None]
             p = gl.convert_layout(new.to(q_smem.dtype), weights)
@@ -150,14 +164,13 @@ def _reduce(
         mbarrier.wait(v_ready.index(before), (n - 1) // STAGES & 1)
         output = warpgroup_mma(p, v_smem.index(before).reshape([BN, DV]), output)
         if FEATURES:
-            f = f_smem.index(before).reshape([BN, NF])
-            linear = warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, narrow, 2)), f, linear)
+            linear = _weigh(p, f_smem.index(before), linear)
     row, inverse, exists = finish(i, state, linear, results, sizes, sinks, b, h, False)
     store_rows(results.output, output, row, inverse, exists)
 
 
 @gluon.jit
-def _kernel(q_at, k_at, v_at, f_at, sinks, results, sizes, rules, scale, feature_batch, STAGES: gl.constexpr):
+def _kernel(q_at, k_at, v_at, f_at, used, sinks, results, sizes, rules, scale, feature_batch, STAGES: gl.constexpr):
     BN: gl.constexpr = k_at.block_type.shape[2]
     block = gl.num_programs(0) - 1 - gl.program_id(0)  # under causal masks the last blocks are the longest: first
     b, h = gl.program_id(1) // sizes.heads, gl.program_id(1) % sizes.heads
@@ -171,13 +184,15 @@ def _kernel(q_at, k_at, v_at, f_at, sinks, results, sizes, rules, scale, feature
     at, smem = (q_at, k_at, v_at, v_at), (q_smem, k_smem, v_smem, v_smem)
     if FEATURES:
         at, smem = (q_at, k_at, v_at, f_at), (q_smem, k_smem, v_smem, buffers(f_at, STAGES))
+        if used is not None:
+            used += b * feature_batch * gl.cdiv(sizes.keys, BN)
     ready, free = barriers(STAGES, 1), barriers(STAGES, GROUPS)
     bars = (barriers(1, 1), ready, free, barriers(STAGES, 1), barriers(STAGES, GROUPS))
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_reduce, (0, smem, bars, results, sizes, rules, sinks, scale, where, lo, hi, STAGES, FEATURES)),
-            (_reduce, (1, smem, bars, results, sizes, rules, sinks, scale, where, lo, hi, STAGES, FEATURES)),
+            (_reduce, (0, smem, bars, results, sizes, rules, sinks, scale, where, lo, hi, used, STAGES, FEATURES)),
+            (_reduce, (1, smem, bars, results, sizes, rules, sinks, scale, where, lo, hi, used, STAGES, FEATURES)),
             (_fetch, (at, smem, bars, where, lo, hi, STAGES, FEATURES)),
         ],
         [4, 1],
@@ -195,12 +210,19 @@ def output(
     sizes: Any,
     rules: Any,
     scale: float,
+    *,
+    sparse: bool,
 ) -> None:
-    """Fill ``results`` (``triton_rows.Rows`` with an output); ``columns`` (batch or 1, key, n) in q's type."""
-    keys, stages = (128, 2) if columns is None else (64, 4)  # as measured: beside features, smaller tiles
+    """Fill ``results`` (``triton_rows.Rows`` with an output); ``columns`` (batch or 1, key, n) in q's type.
+
+    ``sparse``: most rows of ``columns`` are zero, so tiles are asked first; else their product runs beneath the
+    exponentials, in smaller tiles for want of registers.
+    """
+    keys, stages = (128, 2) if columns is None or sparse else (64, 4)
     grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value), q.shape[0] * sizes.heads)
     f_at = None if columns is None else tiles(columns, keys)
     batch = int(columns is not None and columns.shape[0] > 1)
     at = tiles(q, GROUP_ROWS.value), tiles(k, keys), tiles(v, keys)
+    used = used_tiles(columns, keys) if columns is not None and sparse else None
     with on_device(q):
-        _kernel[grid](*at, f_at, sinks, results, sizes, rules, scale, batch, STAGES=stages, num_warps=4)
+        _kernel[grid](*at, f_at, used, sinks, results, sizes, rules, scale, batch, STAGES=stages, num_warps=4)

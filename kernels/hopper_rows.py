@@ -2,6 +2,7 @@
 
 A block is 192 queries of one head: three groups of 64 share every tile of keys. Each group multiplies, then takes its
 exponentials while the matrix unit works for the others; its sums stay with the threads until the end (``fold``).
+Tiles of features that are all zero (most of them, for sinks and spans) cost nothing.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -35,6 +36,7 @@ from headscope.kernels.hopper_device import (
     key_range,
     row_positions,
     tiles,
+    used_tiles,
 )
 from headscope.kernels.triton_device import on_device
 
@@ -68,7 +70,20 @@ def _fetch(at, smem, ready, free, where, lo, hi, FEATURES: gl.constexpr):
 
 @gluon.jit
 def _reduce(
-    group: gl.constexpr, smem, ready, free, results, sizes, rules, sinks, scale, where, lo, hi, FEATURES: gl.constexpr
+    group: gl.constexpr,
+    smem,
+    ready,
+    free,
+    results,
+    sizes,
+    rules,
+    sinks,
+    scale,
+    where,
+    lo,
+    hi,
+    used,
+    FEATURES: gl.constexpr,
 ):
     """One group: the statistics of 64 rows."""
     q_smem, k_smem, f_smem = smem
@@ -98,6 +113,8 @@ def _reduce(
         from_, to = bounds(part, lo, full_lo, full_hi, hi)
         for start in range(from_, to, BN):
             stage = n % STAGES
+            if FEATURES:
+                any_ = gl.load(used + start // BN)  # ahead of its use
             mbarrier.wait(ready.index(stage), n // STAGES & 1)
             kt = k_smem.index(stage).reshape([BN, D]).permute([1, 0])
             s = warpgroup_mma(q, kt, zero, use_acc=False, is_async=True)
@@ -106,17 +123,17 @@ def _reduce(
                 mbarrier.arrive(free.index(stage))
             p, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, True, part != 1)
             if FEATURES:
-                weights = gl.convert_layout(p.to(q_smem.dtype), gl.DotOperandLayout(0, narrow, 2))
                 linear = linear * gl.convert_layout(a, gl.SliceLayout(1, narrow))[:, None]
-                f = f_smem.index(stage).reshape([BN, NF])
-                linear = warpgroup_mma_wait(0, deps=[warpgroup_mma(weights, f, linear, is_async=True)])
+                if any_ != 0:
+                    weights = gl.convert_layout(p.to(q_smem.dtype), gl.DotOperandLayout(0, narrow, 2))
+                    linear = warpgroup_mma(weights, f_smem.index(stage).reshape([BN, NF]), linear)
                 mbarrier.arrive(free.index(stage))
             n += 1
     finish(i, state, linear, results, sizes, sinks, b, h, True)
 
 
 @gluon.jit
-def _kernel(q_at, k_at, f_at, sinks, results, sizes, rules, scale, feature_batch, REGISTERS: gl.constexpr):
+def _kernel(q_at, k_at, f_at, used, sinks, results, sizes, rules, scale, feature_batch, REGISTERS: gl.constexpr):
     BN: gl.constexpr = k_at.block_type.shape[2]
     block = gl.num_programs(0) - 1 - gl.program_id(0)  # under causal masks the last blocks are the longest: first
     b, h = gl.program_id(1) // sizes.heads, gl.program_id(1) % sizes.heads
@@ -130,14 +147,15 @@ def _kernel(q_at, k_at, f_at, sinks, results, sizes, rules, scale, feature_batch
     at, smem = (q_at, k_at, k_at), (q_smem, k_smem, k_smem)
     if FEATURES:
         at, smem = (q_at, k_at, f_at), (q_smem, k_smem, buffers(f_at, STAGES))
+        used += b * feature_batch * gl.cdiv(sizes.keys, BN)
     ready = barriers(STAGES + 1, 1)  # the last one: the queries
     free = barriers(STAGES, GROUPS)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_reduce, (0, smem, ready, free, results, sizes, rules, sinks, scale, where, lo, hi, FEATURES)),
-            (_reduce, (1, smem, ready, free, results, sizes, rules, sinks, scale, where, lo, hi, FEATURES)),
-            (_reduce, (2, smem, ready, free, results, sizes, rules, sinks, scale, where, lo, hi, FEATURES)),
+            (_reduce, (0, smem, ready, free, results, sizes, rules, sinks, scale, where, lo, hi, used, FEATURES)),
+            (_reduce, (1, smem, ready, free, results, sizes, rules, sinks, scale, where, lo, hi, used, FEATURES)),
+            (_reduce, (2, smem, ready, free, results, sizes, rules, sinks, scale, where, lo, hi, used, FEATURES)),
             (_fetch, (at, smem, ready, free, where, lo, hi, FEATURES)),
         ],
         [4, 4, 1],
@@ -164,6 +182,7 @@ def rows(
             tiles(q, GROUP_ROWS.value),
             tiles(k, KEYS),
             f_at,
+            None if columns is None else used_tiles(columns, KEYS),
             sinks,
             results,
             sizes,

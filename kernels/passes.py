@@ -42,7 +42,8 @@ def rows(
     elif hopper.takes(q, k, v, mask=mask, scale=scale, softcap=softcap, bias=bias, columns=width):
         found = triton_rows.first(triton_rows.allocate(q, v, wants, columns, 1))
         seen = rules(mask, q.shape[0], positions)
-        hopper.fill_rows(q, k, v, columns, sinks, found, sizes, seen, scale)
+        sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
+        hopper.fill_rows(q, k, v, columns, sinks, found, sizes, seen, scale, sparse=sparse)
     else:
         found = triton_rows.rows(
             q,

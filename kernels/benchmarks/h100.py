@@ -88,6 +88,7 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
         "rows: lse, entropy": rows({"lse", "entropy"}),
         "rows": rows(statistics_),
         "output": rows({"output"}, v),
+        "output, lse, entropy": rows({"lse", "entropy", "output"}, v),
         "fused": rows(statistics_ | {"output"}, v),
     }
     lse = passes.rows(q, k, None, **call).lse

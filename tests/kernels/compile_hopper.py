@@ -8,16 +8,17 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
-from headscope.kernels import hopper_columns, hopper_output, hopper_rows, triton_columns, triton_rows
-from headscope.kernels.hopper_device import tiles
+from headscope.kernels import hopper, hopper_columns, hopper_output, hopper_rows, triton_columns, triton_rows
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton_masks import rules
 
@@ -37,56 +38,48 @@ class NoCard:
         return 0
 
 
-def say(name: str, kernel: object) -> None:
-    """One line: shared memory, bytes spilt, and whether ptxas gave up overlapping matrix products."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(kernel.asm["ptx"])  # type: ignore[attr-defined]
-        command = [get_ptxas(90).path, "-arch=sm_90a", "-v", str(source), "-o", str(source.with_suffix(".cubin"))]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spilt = sum(int(line.split("bytes spill stores")[0].split()[-1]) for line in log.splitlines() if "spill" in line)
-    print(name, kernel.metadata.shared, spilt, "serialized" in log)  # type: ignore[attr-defined]
+class Compiled:
+    """In a kernel's place: compiles what it would launch, and prints what the card would need for it.
+
+    That is: shared memory, bytes spilt, and whether ptxas gave up overlapping matrix products.
+    """
+
+    def __init__(self, kernel: Any, name: str) -> None:
+        self.kernel, self.name = kernel, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.say(self.kernel.warmup(*args, grid=grid, **options))
+
+    def say(self, compiled: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "kernel.ptx"
+            source.write_text(compiled.asm["ptx"])
+            command = [get_ptxas(90).path, "-arch=sm_90a", "-v", str(source), "-o", str(source.with_suffix(".cubin"))]
+            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        counts = (line.split("bytes spill stores")[0].split()[-1] for line in log.splitlines() if "spill" in line)
+        print(self.name, compiled.metadata.shared, sum(map(int, counts)), "serialized" in log)
 
 
 def main(dtype: torch.dtype, mask: Mask) -> None:
     """Compile every kernel with and without features, distance and maxima."""
     q, k = torch.zeros(2, 8, 256, 128, dtype=dtype), torch.zeros(2, 2, 256, 128, dtype=dtype)
     z, seen = torch.zeros(2, 8, 256), rules(mask, 2)
-    sizes = triton_rows.Sizes(8, 4, 256, 256)
     for features in (0, 16, 32):
         f = torch.zeros(1, 256, features, dtype=dtype) if features else None
         linear = torch.zeros(2, 8, 256, features) if features else None
-        found = triton_rows.Rows(lse=z, max=z, entropy=z, distance=z if features else None, linear=linear)
-        at = tiles(q, 64), tiles(k, 128), None if f is None else tiles(f, 128)
-        compiled = hopper_rows._kernel.warmup(
-            *at, None, found, sizes, seen, 0.1, 0, REGISTERS=160, num_warps=4, grid=(2, 16)
-        )
-        say(f"rows, {features} features", compiled)
-        n = 64 if features else 128
-        at = tiles(q, 64), tiles(k, n), tiles(k, n), None if f is None else tiles(f, n)
-        compiled = hopper_output._kernel.warmup(
-            *at,
-            z[0, :, 0],
-            found._replace(output=q),
-            sizes,
-            seen,
-            0.1,
-            0,
-            STAGES=4 if features else 2,
-            num_warps=4,
-            grid=(2, 16),
-        )
-        say(f"output, {features} features", compiled)
+        rows = triton_rows.Rows(lse=z, max=z, entropy=z, distance=z if features else None, linear=linear)
+        sizes = triton_rows.Sizes(8, 4, 256, 256)
+        hopper.fill_rows(q, k, None, f, None, rows, sizes, seen, 0.1, sparse=True)
+        sinks, output = z[0, :, 0], rows._replace(output=q)
+        for sparse in (True, False)[: 2 if features else 1]:
+            hopper.fill_rows(q, k, k.clone(), f, sinks, output, sizes, seen, 0.1, sparse=sparse)
     for highest in (None, z):
-        of = triton_columns.Sizes(8, 4, 256, 0, 256, 256)
-        at = tiles(q, 64), tiles(k, 128)
-        compiled = hopper_columns._kernel.warmup(
-            *at, z, z, highest, of, seen, 0.1, REGISTERS=240, num_warps=4, grid=(1, 16)
-        )
-        say("columns" if highest is None else "columns with maxima", compiled)
+        hopper.fill_columns(q, k, z, z, highest, triton_columns.Sizes(8, 4, 256, 0, 256, 256), seen, 0.1)
 
 
 if __name__ == "__main__":
     driver.set_active(NoCard())
+    for module in (hopper_rows, hopper_output, hopper_columns):
+        module._kernel = Compiled(module._kernel, module.__name__.rsplit("_", 1)[1])
     padded = Mask(start=torch.tensor([0, 3]), end=torch.tensor([256, 200]), right=0, left=100)
     main(getattr(torch, sys.argv[1]), padded if sys.argv[2:] == ["padded"] else Mask.causal())
