@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from headscope.interp import heads as heads
     from headscope.interp import plots as plots
     from headscope.interp.errors import HeadscopeError as HeadscopeError
-    from headscope.interp.generation import response_steps as response_steps
     from headscope.interp.headset import HeadSet as HeadSet
     from headscope.interp.models import load_model as load_model
     from headscope.interp.record import append_record as append_record
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from headscope.interp.sweeps import sweep as sweep
     from headscope.interp.tracer import Tracer as Tracer
     from headscope.interp.tracer import trace as trace
+    from headscope.interp.tracing.generation import response_steps as response_steps
     from headscope.interp.vision import vision_prompt as vision_prompt
 
 _HOME = {
@@ -36,7 +36,7 @@ _HOME = {
     "load_model": "models",
     "load_record": "record",
     "open_record": "record",
-    "response_steps": "generation",
+    "response_steps": "tracing.generation",
     "save_record": "record",
     "sweep": "sweeps",
     "trace": "tracer",

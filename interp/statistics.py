@@ -18,9 +18,9 @@ from torch import Tensor
 
 from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.plan import Plan as Plan
-from headscope.interp.plan import concatenate
 from headscope.interp.spans import members
+from headscope.interp.tracing.plan import Plan as Plan
+from headscope.interp.tracing.plan import concatenate
 from headscope.kernels.request import Attended
 
 Reader = Callable[[Attended], dict[str, Tensor]]

@@ -11,13 +11,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from headscope.interp.assemble import Piece, Session
 from headscope.interp.attention import AttentionCall, Handler, bare_model
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.generation import watching_generate
-from headscope.interp.heap import give_back
-from headscope.interp.kinds import by_layer_kind, check_no_cache, datasets, join, refuse_several
-from headscope.interp.passes import Caches, check_repeats
 from headscope.interp.provenance import signed
 from headscope.interp.queries import Queries
 from headscope.interp.sites import attached
@@ -25,6 +20,11 @@ from headscope.interp.sites.huggingface import sites_of
 from headscope.interp.sites.support import require_exact
 from headscope.interp.sites.towers import check_name, default_tower, selects, tower
 from headscope.interp.statistics import OUTPUT, ROW, Plan, Reader, Statistic
+from headscope.interp.tracing.assemble import Piece, Session
+from headscope.interp.tracing.generation import watching_generate
+from headscope.interp.tracing.heap import give_back
+from headscope.interp.tracing.kinds import by_layer_kind, check_no_cache, datasets, join, refuse_several
+from headscope.interp.tracing.passes import Caches, check_repeats
 from headscope.interp.verify import verify_once
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request

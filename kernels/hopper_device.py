@@ -47,7 +47,8 @@ def tiles(x: Tensor, rows: int) -> Any:
 def used_tiles(columns: Tensor, keys: int) -> Tensor:
     """Which tiles of ``keys`` rows of ``columns`` (batch or 1, key, n) hold anything but zeros: (batch or 1, tile)."""
     holds = (columns != 0).any(-1)
-    return torch.nn.functional.pad(holds, (0, -holds.shape[1] % keys)).unflatten(1, (-1, keys)).any(-1).to(torch.int32)
+    whole: Tensor = torch.nn.functional.pad(holds, (0, -holds.shape[1] % keys)).unflatten(1, (-1, keys))
+    return whole.any(-1).to(torch.int32)
 
 
 @gluon.jit

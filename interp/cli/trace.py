@@ -17,10 +17,10 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.estimate import dry_run
 from headscope.interp.models import load_model
 from headscope.interp.queries import Last
-from headscope.interp.ranks import device as launched_device
-from headscope.interp.ranks import leave, ranks
 from headscope.interp.record import each_part
 from headscope.interp.sweeps import sweep
+from headscope.interp.sweeps.ranks import device as launched_device
+from headscope.interp.sweeps.ranks import leave, ranks
 
 
 def run_trace(

@@ -25,7 +25,7 @@ STATISTICS = (LogSumExp(), Entropy(), SinkMass(2), TopKeys(1), KeyMass())
 @dataclass(frozen=True)
 class Compared:
     """What one site's comparison gave: ``wrong`` and ``refused`` hold the reason, ``kinds`` the layers of every record
-    where there are several (``headscope.interp.kinds``)."""
+    where there are several (``headscope.interp.tracing.kinds``)."""
 
     wrong: str | None = None
     refused: str | None = None

@@ -1,8 +1,8 @@
 """Run every kernel for Hopper once, for a profiler to look at.
 
-    metrics=sm__pipe_tensor_cycles_active,sm__inst_executed_pipe_xu,sm__inst_issued
-    metrics=$(echo $metrics | sed 's/,\\|$/.avg.pct_of_peak_sustained_elapsed&/g')
-    ncu --clock-control none -k regex:_kernel --metrics $metrics python kernels/benchmarks/profile.py
+metrics=sm__pipe_tensor_cycles_active,sm__inst_executed_pipe_xu,sm__inst_issued
+metrics=$(echo $metrics | sed 's/,\\|$/.avg.pct_of_peak_sustained_elapsed&/g')
+ncu --clock-control none -k regex:_kernel --metrics $metrics python kernels/benchmarks/profile.py
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from headscope.interp.assemble import Piece, Session
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.record import concatenate
+from headscope.interp.tracing.assemble import Piece, Session
 
 Done = list[tuple[Session, Piece]]
 

@@ -22,8 +22,6 @@ import pytest
 import torch
 import xarray as xr
 
-from headscope.interp import sweeps
-from headscope.interp.batches import Budget, Cost, Prompts, bytes_of, rows_alone
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.estimate import dry_run, estimate
 from headscope.interp.models.language_model import LanguageModel
@@ -32,7 +30,8 @@ from headscope.interp.queries import Every, Generated, Last
 from headscope.interp.record import append_record, concatenate, each_part, load_record, open_record
 from headscope.interp.sites import is_attached
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, SpanMass, TargetMass, TopKeys
-from headscope.interp.sweeps import sweep
+from headscope.interp.sweeps import run, sweep
+from headscope.interp.sweeps.batches import Budget, Cost, Prompts, bytes_of, rows_alone
 from headscope.interp.tracer import trace
 from headscope.interventions import AblateHeads, apply
 
@@ -241,21 +240,21 @@ def test_a_dry_run_says_batches_and_memory_and_writes_nothing(lm, tmp_path):
 def count_passes(lm, monkeypatch) -> list[int]:
     """Examples of each forward pass of the model, as they run."""
     seen: list[int] = []
-    real = sweeps._trace
+    real = run._trace
 
     def counted(lm, given, batch, *args, **kwargs):
         part = real(lm, given, batch, *args, **kwargs)
         seen.append(len(batch.examples))
         return part
 
-    monkeypatch.setattr(sweeps, "_trace", counted)
+    monkeypatch.setattr(run, "_trace", counted)
     return seen
 
 
 def test_an_interrupted_sweep_continues_also_with_other_batches(lm, tmp_path, monkeypatch):
     given, seen = prompts(), count_passes(lm, monkeypatch)
     whole = sweep(lm, given, MIXED, out=tmp_path / "whole", largest=4, **QUIET).load()
-    real, written = sweeps.write_part, []
+    real, written = run.write_part, []
 
     def interrupted(part, *args):
         if len(written) == 3:
@@ -263,13 +262,13 @@ def test_an_interrupted_sweep_continues_also_with_other_batches(lm, tmp_path, mo
         written.extend(part["example"].to_numpy()[:1])
         real(part, *args)
 
-    monkeypatch.setattr(sweeps, "write_part", interrupted)
+    monkeypatch.setattr(run, "write_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep(lm, given, MIXED, out=tmp_path / "run", largest=4, **QUIET)
     assert not is_attached(lm) and len(list((tmp_path / "run").glob("part-*"))) == 3
     with pytest.raises(HeadscopeError, match="not finished"):
         load_record(tmp_path / "run")
-    monkeypatch.setattr(sweeps, "write_part", real)
+    monkeypatch.setattr(run, "write_part", real)
     (tmp_path / "run" / ".part-00000000.zarr.dead").mkdir()  # what a kill in the middle of a part leaves
     parts = [xr.open_zarr(part, consolidated=False) for part in (tmp_path / "run").glob("part-*")]
     done = sum(part.sizes["example"] for part in parts)
@@ -331,7 +330,7 @@ def test_folders_of_others_and_of_running_sweeps_are_left_alone(lm, tmp_path):
     append_record(tracer.record, tmp_path / "own")
     with pytest.raises(HeadscopeError, match="not a sweep's"):
         sweep(lm, prompts(3), [Entropy()], out=tmp_path / "own", **QUIET)
-    with sweeps.locked(tmp_path / "busy" / "sweep.json"):
+    with run.locked(tmp_path / "busy" / "sweep.json"):
         with pytest.raises(HeadscopeError, match="another process"):
             sweep(lm, prompts(3), [Entropy()], out=tmp_path / "busy", **QUIET)
 

@@ -20,10 +20,8 @@ import xarray as xr
 from torch import Tensor
 
 from headscope.interp.attention import Handler, origin
-from headscope.interp.batches import Batch, Budget, Cost, Prompts, bytes_of
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.estimate import begin
-from headscope.interp.examples import check_statistics, for_examples, own_rows
 from headscope.interp.files import locked, write_atomically
 from headscope.interp.journal import plain, require_same
 from headscope.interp.models.load import load_model
@@ -31,11 +29,13 @@ from headscope.interp.models.tiny import takes
 from headscope.interp.progress import track
 from headscope.interp.provenance import describe, fingerprint, provenance
 from headscope.interp.queries import Queries
-from headscope.interp.ranks import Ranks, ranks
 from headscope.interp.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest, write_part
 from headscope.interp.sites import attached
 from headscope.interp.sites.support import is_exact
 from headscope.interp.statistics import Statistic
+from headscope.interp.sweeps.batches import Batch, Budget, Cost, Prompts, bytes_of
+from headscope.interp.sweeps.examples import check_statistics, for_examples, own_rows
+from headscope.interp.sweeps.ranks import Ranks, ranks
 from headscope.interp.tracer import Tracer, trace
 
 
@@ -67,7 +67,7 @@ def sweep(
         statistics: declarations. Spans and targets with one entry an example have one entry a prompt, in their order.
         out: folder of the record; ``load_record(out)`` and ``open_record(out)`` read it later.
         memory: what a batch may take above the model's own, for each process: bytes or ``"2GiB"``. An estimate (see
-            ``headscope.interp.batches.Cost``), not a limit that is enforced.
+            ``headscope.interp.sweeps.batches.Cost``), not a limit that is enforced.
         largest: prompts in a batch, at most; what is lost by a kill.
         padding: False runs only prompts of one length together, for models that cannot be traced padded; so do
             statistics that are not exact under padding.

@@ -15,12 +15,12 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headscope.interp.batches import rows_alone
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.joined import missing
 from headscope.interp.queries import Queries
 from headscope.interp.spans import by_example
 from headscope.interp.statistics import ROW, HeadOutput, Statistic
+from headscope.interp.sweeps.batches import rows_alone
 
 Target = Callable[[Tensor], Tensor] | Tensor
 

@@ -1,0 +1,1 @@
+"""What the tracer is made of: one pass's plan, its pieces, the sessions and records they become."""
