@@ -22,7 +22,7 @@ from headscope.interp.sites.towers import check_name, default_tower, selects, to
 from headscope.interp.statistics import OUTPUT, ROW, Plan, Reader, Statistic
 from headscope.interp.tracing.assemble import Piece, Session
 from headscope.interp.tracing.generation import watching_generate
-from headscope.interp.tracing.heap import give_back
+from headscope.interp.tracing.heap import Heap
 from headscope.interp.tracing.kinds import by_layer_kind, check_no_cache, datasets, join, refuse_several
 from headscope.interp.tracing.passes import Caches, check_repeats
 from headscope.interp.verify import verify_once
@@ -60,6 +60,7 @@ class Tracer(Handler):
         self._plans: dict[Any, tuple[Any, Request, list[tuple[Statistic, Reader]], Tensor | None]] = {}
         self._roles: dict[str, tuple[bool, bool]] = {}
         self._times: dict[int, int] = {}
+        self._heap = Heap()
         self._pass: list[tuple[Session, Piece]] = []
         self._decoder: Mask | None = None
         self._padded = False
@@ -147,7 +148,7 @@ class Tracer(Handler):
             found = {name: _own(value.detach()) for name, value in reader(attended).items()}
             piece.values.setdefault(statistic.kind, {}).update(found)
         if call.query.device.type == "cpu":
-            give_back(call.query.shape[0] * call.query.shape[2])
+            self._heap.called(call.query.shape[0] * call.query.shape[2])
 
     def _role_of(self, site: str) -> tuple[bool, bool]:
         """Whether a site is recorded, and whether it is of the tower that reads or writes text."""
