@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.interp.compiled import own_kernels, plain
+from headscope.interp.compiled import plain
 from headscope.interp.errors import HeadscopeError
 from headscope.kernels import attention as kernels
 from headscope.kernels.masks import Mask
@@ -135,7 +135,6 @@ def edit_call(call: AttentionCall, handlers: list[Handler]) -> AttentionCall:
     return call
 
 
-@own_kernels()
 def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None = None) -> Tensor:
     """Attention with statistics, output edits and observation of an edited call.
 

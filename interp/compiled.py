@@ -4,7 +4,8 @@ A compiled graph holds the attention it was compiled with. Ours would break it a
 ``fullgraph=True``), and CUDA graphs would write again to the memory that statistics were read from. So inside a block
 torch's stance is "force_eager": a module from ``torch.compile(model)``, ``model.compile()``, a compiled forward or
 layer, and what ``generate`` compiles for a static cache all run uncompiled, with the numbers of the uncompiled model.
-Nothing is thrown away: after the block the same graphs run again, without compiling anew.
+Nothing is thrown away: after the block the same graphs run again, without compiling anew. headscope's own compiled
+kernel (FlexAttention) sets the stance that it needs.
 
 What leaves no Python to return to (a module from ``torch.export``, ahead-of-time compilation, captured CUDA graphs)
 calls no attention function; the site refuses a forward pass in which none was called.
@@ -13,7 +14,7 @@ calls no attention function; the site refuses a forward pass in which none was c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -64,13 +65,6 @@ def uncompiled() -> Iterator[None]:
         yield
     finally:
         _HELD.leave()
-
-
-@contextmanager
-def own_kernels() -> Iterator[None]:
-    """Inside ``uncompiled``: let headscope's own compiled kernels (FlexAttention) run compiled; elsewhere nothing."""
-    with torch.compiler.set_stance("default") if _HELD.blocks else nullcontext():
-        yield
 
 
 def plain(model: Any) -> Any:

@@ -116,7 +116,8 @@ def attention(
 
 
 def _fused(*args: Any, **options: Any) -> Any:
-    with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+    # the stance: ours is compiled, also where the model around it is to run uncompiled
+    with torch._dynamo.config.patch(recompile_limit=VARIANTS), torch.compiler.set_stance("default"):
         try:
             return _compiled()(*args, **options)
         except Exception as error:
