@@ -258,7 +258,7 @@ def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
 def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5, features: int = 3) -> Request:
     """A request for every reduction; ``subset``: rows on every third query, columns over the second half.
 
-    Linear columns are ``features`` of random numbers; 0: the memberships of two spans and a sink.
+    Linear columns are ``features`` of random numbers; 0: the memberships of a sink and of short and long spans.
     """
     gen = torch.Generator().manual_seed(seed)
     batch, _, queries, _ = case.q.shape
@@ -267,7 +267,8 @@ def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5,
     columns[..., :1] = 1.0  # the mass
     if features == 0:
         at = torch.arange(keys)
-        columns = torch.stack([at < 4, (at // 50) == keys // 150, at >= keys - 9], -1).expand(batch, -1, -1)
+        long = [at // (keys // 3 + 1) == n for n in range(3)]
+        columns = torch.stack([at < 4, (at // 50) == keys // 150, *long], -1).expand(batch, -1, -1)
     targets = torch.randint(-1, keys + 2, (batch, queries, 2), generator=gen) + case.mask.key_offset
     return Request(
         output=True,

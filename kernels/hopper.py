@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # all of it needs Triton
     from headscope.kernels import triton_columns, triton_rows
     from headscope.kernels.triton_masks import Rules
 
-D_HEAD = 128
+D_HEADS = (64, 128)
 FEWEST = 1024  # queries: with fewer, too few blocks to fill the card
 MOST_COLUMNS = 32  # linear columns that fit beside the scores in registers
 
@@ -35,16 +35,17 @@ def takes(
     scale: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
-    columns: int = 0,
+    columns: Tensor | None = None,
 ) -> bool:
-    """Whether the Hopper kernels compute a call over q, k and, with the output, v; ``columns`` linear ones."""
+    """Whether the Hopper kernels compute a call over q, k and, with the output, v; ``columns`` are features."""
     tensors = [x for x in (q, k, v) if x is not None]
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
-        and all(x.shape[3] == D_HEAD and _fetchable(x) for x in tensors)
+        and q.shape[3] in D_HEADS
+        and all(x.shape[3] == q.shape[3] and _fetchable(x) for x in tensors)
         and q.shape[2] >= FEWEST
-        and columns <= MOST_COLUMNS
+        and (columns is None or columns.shape[-1] <= MOST_COLUMNS)
         and scale > 0
         and softcap is None
         and bias is None
@@ -74,8 +75,6 @@ def fill_rows(
     """
     from headscope.kernels import hopper_output, hopper_rows
 
-    if columns is not None and columns.dim() == 2:
-        columns = columns[None]
     if v is None:
         hopper_rows.rows(q, k, columns, sinks, results, sizes, seen, scale)
     else:

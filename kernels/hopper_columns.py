@@ -1,11 +1,8 @@
 """The column reductions of ``triton_columns``, for Hopper (see ``hopper``).
 
-A block is 256 keys of one head, 128 a group, which stay; queries stream past in tiles of 128, as two halves of 64:
-
-1. issue the product of one half; exponentials and sums of the other;
-2. wait; issue the first half of the next tile; exponentials and sums of this one.
-
-Rows r and r + 8 of a half are one thread's, so it adds them at once and keeps half as many sums.
+A block is 384 keys of one head, 128 a group, which stay; queries stream past in tiles of 64. The groups take turns at
+the matrix unit: one multiplies, then takes exponentials and sums while the others multiply. Rows r and r + 8 of a tile
+are one thread's, so it adds them at once and keeps half as many sums.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -39,28 +36,27 @@ from headscope.kernels.hopper_device import (
 )
 from headscope.kernels.triton_device import on_device
 
-GROUPS = gl.constexpr(2)
-STAGES = gl.constexpr(3)
+GROUPS = gl.constexpr(3)
+STAGES = gl.constexpr(4)
 KEYS = gl.constexpr(128)  # of a group
-BM = gl.constexpr(2 * GROUP_ROWS.value)  # queries of a tile
 
 
 @gluon.jit
-def _fetch(at, smem, ready, free, where, lo, hi):
+def _fetch(at, smem, bars, where, lo, hi):
     """The producer: the block's keys, then its tiles of queries."""
     q_at, k_at = at
     q_smem, k_smem = smem
+    k_ready, ready, free, _turn = bars
     b, h, kv, begin = where
-    mbarrier.expect(ready.index(STAGES), GROUPS * k_at.block_type.nbytes)
+    mbarrier.expect(k_ready.index(0), GROUPS * k_at.block_type.nbytes)
     for group in gl.static_range(GROUPS):
-        fetch(k_at, [b, kv, begin + group * KEYS, 0], ready.index(STAGES), k_smem.index(group))
+        fetch(k_at, [b, kv, begin + group * KEYS, 0], k_ready.index(0), k_smem.index(group))
     n = 0
-    for start in range(lo, hi, BM):
+    for start in range(lo, hi, GROUP_ROWS):
         stage = n % STAGES
         mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
-        mbarrier.expect(ready.index(stage), 2 * q_at.block_type.nbytes)
-        for half in gl.static_range(2):
-            fetch(q_at, [b, h, start + half * GROUP_ROWS, 0], ready.index(stage), q_smem.index(2 * stage + half))
+        mbarrier.expect(ready.index(stage), q_at.block_type.nbytes)
+        fetch(q_at, [b, h, start, 0], ready.index(stage), q_smem.index(stage))
         n += 1
 
 
@@ -101,10 +97,11 @@ def _gather(s, norm, sums, start, j, b, rules, scale, MASKED: gl.constexpr, SUM:
 
 
 @gluon.jit
-def _reduce(group: gl.constexpr, smem, ready, free, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi):
+def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi):
     """One group: the sums and maxima of its 128 keys."""
     q_smem, k_smem = smem
-    b, h, kv, begin = where
+    k_ready, ready, free, turn = bars
+    b, h, _kv, begin = where
     D: gl.constexpr = k_smem.shape[4]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
@@ -113,40 +110,31 @@ def _reduce(group: gl.constexpr, smem, ready, free, lse, key_sum, key_max, sizes
     MAX: gl.constexpr = key_max is not None
     mine = begin + group * KEYS
     j = mine + gl.arange(0, KEYS, layout=keys)
-    _lo, _hi, full_lo, full_hi = query_range(mine, KEYS, b, sizes.first, sizes.stop, sizes.keys, rules, BM)
+    _lo, _hi, full_lo, full_hi = query_range(mine, KEYS, b, sizes.first, sizes.stop, sizes.keys, rules, GROUP_ROWS)
     full_lo = gl.minimum(gl.maximum(full_lo, lo), hi)
-    full_lo = lo + (full_lo - lo + BM - 1) // BM * BM
+    full_lo = lo + (full_lo - lo + GROUP_ROWS - 1) // GROUP_ROWS * GROUP_ROWS
     full_hi = gl.maximum(gl.minimum(full_hi, hi), full_lo)
-    full_hi = full_lo + (full_hi - full_lo) // BM * BM
+    full_hi = full_lo + (full_hi - full_lo) // GROUP_ROWS * GROUP_ROWS
     lse += (b.to(gl.int64) * sizes.heads + h) * sizes.queries
     zero = gl.zeros([GROUP_ROWS, KEYS], gl.float32, mma)
     nothing = gl.sum(_pairs(zero), 1)
     sums = (nothing, nothing)
-    mbarrier.wait(ready.index(STAGES), 0)
+    mbarrier.wait(k_ready.index(0), 0)
     kt = k_smem.index(group).reshape([KEYS, D]).permute([1, 0])
     n = 0
-    norm = _norm(lse, lo, hi, b, rules, rows)
-    mbarrier.wait(ready.index(0), 0, pred=lo < hi)
-    upper = warpgroup_mma(q_smem.index(0).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False)
     for part in gl.static_range(3):
         from_, to = bounds(part, lo, full_lo, full_hi, hi)
-        for start in range(from_, to, BM):
+        for start in range(from_, to, GROUP_ROWS):
             stage = n % STAGES
-            half = start + GROUP_ROWS
-            s_ = warpgroup_mma(
-                q_smem.index(2 * stage + 1).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False, is_async=True
-            )
-            next_norm = _norm(lse, half, hi, b, rules, rows)
-            sums = _gather(upper, norm, sums, start, j, b, rules, scale, part != 1, SUM, MAX)
-            lower = warpgroup_mma_wait(0, deps=[s_])
+            norm = _norm(lse, start, hi, b, rules, rows)
+            mbarrier.wait(ready.index(stage), n // STAGES & 1)
+            mbarrier.wait(turn.index(group), (n & 1) ^ (1 if group == 0 else 0))
+            s = warpgroup_mma(q_smem.index(stage).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(turn.index((group + 1) % GROUPS))
             mbarrier.arrive(free.index(stage))
+            sums = _gather(s, norm, sums, start, j, b, rules, scale, part != 1, SUM, MAX)
             n += 1
-            after = n % STAGES  # beyond the last tile: an old one, whose product nobody reads
-            mbarrier.wait(ready.index(after), n // STAGES & 1, pred=start + BM < hi)
-            s_ = warpgroup_mma(q_smem.index(2 * after).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False, is_async=True)
-            norm = _norm(lse, start + BM, hi, b, rules, rows)
-            sums = _gather(lower, next_norm, sums, half, j, b, rules, scale, part != 1, SUM, MAX)
-            upper = warpgroup_mma_wait(0, deps=[s_])
     total, highest = sums
     out = (b.to(gl.int64) * sizes.heads + h) * sizes.keys + j
     if SUM:
@@ -159,20 +147,21 @@ def _reduce(group: gl.constexpr, smem, ready, free, lse, key_sum, key_max, sizes
 def _kernel(q_at, k_at, lse, key_sum, key_max, sizes, rules, scale, REGISTERS: gl.constexpr):
     b, h = gl.program_id(1) // sizes.heads, gl.program_id(1) % sizes.heads
     begin = gl.program_id(0) * (KEYS * GROUPS)
-    lo, hi, _full_lo, _full_hi = query_range(begin, KEYS * GROUPS, b, sizes.first, sizes.stop, sizes.keys, rules, BM)
+    first, stop, keys = sizes.first, sizes.stop, sizes.keys
+    lo, hi, _full_lo, _full_hi = query_range(begin, KEYS * GROUPS, b, first, stop, keys, rules, GROUP_ROWS)
     where = (b, h, h // sizes.group, begin)
-    smem = (buffers(q_at, 2 * STAGES), buffers(k_at, GROUPS))
-    ready = barriers(STAGES + 1, 1)  # the last one: the keys
-    free = barriers(STAGES, GROUPS)
+    smem = (buffers(q_at, STAGES), buffers(k_at, GROUPS))
+    bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(GROUPS, 1))
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_reduce, (0, smem, ready, free, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
-            (_reduce, (1, smem, ready, free, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
-            (_fetch, ((q_at, k_at), smem, ready, free, where, lo, hi)),
+            (_reduce, (0, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_reduce, (1, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_reduce, (2, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_fetch, ((q_at, k_at), smem, bars, where, lo, hi)),
         ],
-        [4, 1],
-        [REGISTERS, 24],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
     )
 
 
@@ -190,4 +179,4 @@ def columns(
     grid = (triton.cdiv(sizes.keys, GROUPS.value * KEYS.value), q.shape[0] * sizes.heads)
     at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS.value)
     with on_device(q):
-        _kernel[grid](*at, lse, sums, highest, sizes, rules, scale, REGISTERS=240, num_warps=4)
+        _kernel[grid](*at, lse, sums, highest, sizes, rules, scale, REGISTERS=160, num_warps=4)

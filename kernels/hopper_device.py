@@ -9,16 +9,18 @@ it). The producer warp walks the tiles of a block and waits for ``free``; the gr
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from headscope.kernels import triton_masks, triton_softmax
+from headscope.kernels.features import runs
 from headscope.kernels.triton_device import FLOOR as _FLOOR
 from headscope.kernels.triton_device import HIDDEN as _HIDDEN
 from headscope.kernels.triton_device import LOG2E as _LOG2E
@@ -38,17 +40,22 @@ fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 
 def tiles(x: Tensor, rows: int) -> Any:
     """A descriptor by which the copy engine fetches ``rows`` rows of ``x`` (..., position, d); zeros beyond its end."""
-    shape = [1] * (x.dim() - 2) + [rows, x.shape[-1]]
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, dtype)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), shape, layout)
+    shape = (*(1 for _ in x.shape[:-2]), rows, x.shape[-1])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(shape), _layout(shape, x.dtype))
 
 
-def used_tiles(columns: Tensor, keys: int) -> Tensor:
-    """Which tiles of ``keys`` rows of ``columns`` (batch or 1, key, n) hold anything but zeros: (batch or 1, tile)."""
-    holds = (columns != 0).any(-1)
-    whole: Tensor = torch.nn.functional.pad(holds, (0, -holds.shape[1] % keys)).unflatten(1, (-1, keys))
-    return whole.any(-1).to(torch.int32)
+def feature_tiles(columns: Tensor | None, rows: int) -> tuple[Any, Any, int]:
+    """Features (key, n) or (batch, key, n) as a kernel takes them: tiles; values and runs; whether examples differ."""
+    if columns is None:
+        return None, None, 0
+    batched = columns if columns.dim() == 3 else columns[None]
+    return tiles(batched, rows), (columns, runs(columns, rows)), int(batched.shape[0] > 1)
+
+
+@cache
+def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for(list(shape), element)
 
 
 @gluon.jit
@@ -67,11 +74,27 @@ def buffers(at, count: gl.constexpr):
 
 
 @gluon.jit
-def full_tiles(first, last, b, keys, rules, lo, hi, BN: gl.constexpr):
-    """The part of ``lo:hi`` whose tiles queries at positions ``first..last`` see whole, as ``key_range`` has it."""
-    _lo, _hi, full_lo, full_hi = key_range(first, last, b, keys, rules, BN)
+def block_rows(ROWS: gl.constexpr, sizes, rules, BN: gl.constexpr):
+    """Of this block of ``ROWS`` queries of a head: batch, head, the first row, and the keys ``lo:hi`` that it sees."""
+    block = gl.num_programs(0) - 1 - gl.program_id(0)  # under causal masks the last blocks are the longest: first
+    b, h = gl.program_id(1) // sizes.heads, gl.program_id(1) % sizes.heads
+    row = block * ROWS
+    first = row_positions(row, rules)
+    last = row_positions(gl.minimum(row + ROWS, sizes.rows) - 1, rules)
+    lo, hi, _full_lo, _full_hi = key_range(first, last, b, sizes.keys, rules, BN)
+    return b, h, row, lo, hi
+
+
+@gluon.jit
+def group_rows(first, b, sizes, rules, lo, hi, rows: gl.constexpr, BN: gl.constexpr):
+    """Of a group's rows from ``first``: indices, positions, and the tiles of ``lo:hi`` that they all see whole."""
+    i = first + gl.arange(0, GROUP_ROWS, layout=rows)
+    position = row_positions(gl.where(i < sizes.rows, i, 0), rules)
+    begin = row_positions(gl.minimum(first, sizes.rows - 1), rules)
+    end = row_positions(gl.minimum(first + GROUP_ROWS - 1, sizes.rows - 1), rules)
+    _lo, _hi, full_lo, full_hi = key_range(begin, end, b, sizes.keys, rules, BN)
     full_lo = gl.minimum(gl.maximum(full_lo, lo), hi)
-    return full_lo, gl.maximum(gl.minimum(full_hi, hi // BN * BN), full_lo)
+    return i, position, full_lo, gl.maximum(gl.minimum(full_hi, hi // BN * BN), full_lo)
 
 
 @gluon.jit
@@ -119,11 +142,13 @@ def absorb(s, state, position, start, b, sizes, rules, results, scale, FOLD: gl.
     keys: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     like: gl.constexpr = norm.type.layout
     j = gl.arange(0, s.shape[1], layout=keys)
-    if MASKED:
+    unit = scale * LOG2E
+    if MASKED:  # scaled at once: a multiply-add would leave the rounding error of a huge product
         seen = visible(position, start + j + rules.key_offset, b, rules) & (start + j < sizes.keys)[None, :]
-        s = gl.where(seen, s, HIDDEN)
-    new = gl.maximum(m, gl.max(s, 1) * (scale * LOG2E))
-    t = s * (scale * LOG2E) - new[:, None]
+        s = gl.where(seen, s * unit, HIDDEN)
+        unit = 1.0
+    new = gl.maximum(m, gl.max(s, 1) * unit)
+    t = s * unit - new[:, None]
     p = gl.exp2(t)
     a = gl.exp2(m - new)
     part, a_ = fold(p, FOLD), spread(a, like, FOLD)
@@ -133,6 +158,62 @@ def absorb(s, state, position, start, b, sizes, rules, results, scale, FOLD: gl.
         gap = spread((position - (start + rules.key_offset)).to(gl.float32), like, FOLD)
         x = a_ * x + gap * part - fold(p * j.to(gl.float32)[None, :], FOLD)
     return p, a, (new, a_ * norm + part, e, x)
+
+
+@gluon.jit
+def no_features(NF: gl.constexpr):
+    """Sums (row, column) of nothing yet, as the product with a tile of features adds to them."""
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NF, 16])
+    return gl.zeros([GROUP_ROWS, NF], gl.float32, narrow)
+
+
+@gluon.jit
+def scaled(x, a):
+    """``x`` (row, column) times ``a`` (row,)."""
+    return x * gl.convert_layout(a, gl.SliceLayout(1, x.type.layout))[:, None]
+
+
+@gluon.jit
+def weigh(p, f, linear):
+    """``linear`` and what the weights ``p`` (row, key) give it of a tile of features (1, key, column)."""
+    f = f.reshape([f.shape[1], f.shape[2]])
+    return warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, linear.type.layout, 2)), f, linear)
+
+
+@gluon.jit
+def of_example(columns, example, keys, BN: gl.constexpr, NF: gl.constexpr):
+    """The features' rows and their ``runs`` of one example."""
+    values, runs = columns
+    return values + example.to(gl.int64) * keys * NF, runs + example * gl.cdiv(keys, BN)
+
+
+@gluon.jit
+def run_of(columns, start, to, linear, BN: gl.constexpr):
+    """The run of tiles at ``start``: where it ends, negative where their features are mixed, and else the features."""
+    values, runs = columns
+    until = gl.load(runs + start // BN)
+    column = gl.arange(0, linear.shape[1], layout=gl.SliceLayout(0, linear.type.layout))
+    c = gl.load(values + start.to(gl.int64) * linear.shape[1] + column).to(gl.float32)
+    return gl.where(until > 0, gl.minimum(until * BN, to), -gl.minimum(-until * BN, to)), c
+
+
+@gluon.jit
+def enter(linear, c, norm, FOLD: gl.constexpr):
+    """F - c l, before tiles whose keys all have the features ``c``."""
+    return linear - _beside(linear, norm, FOLD) * c[None, :]
+
+
+@gluon.jit
+def leave(linear, c, before, state, FOLD: gl.constexpr):
+    """After them, from what ``enter`` gave when the maxima were ``before``: F."""
+    linear = scaled(linear, gl.exp2(before - state[0]))
+    return linear + _beside(linear, state[1], FOLD) * c[None, :]
+
+
+@gluon.jit
+def _beside(linear, norm, FOLD: gl.constexpr):
+    rows: gl.constexpr = gl.SliceLayout(1, linear.type.layout)
+    return total(norm, rows, FOLD)[:, None] if FOLD else gl.convert_layout(norm, rows)[:, None]
 
 
 @gluon.jit
@@ -146,15 +227,15 @@ def finish(i, state, linear, results, sizes, sinks, b, h, FOLD: gl.constexpr):
     row = (b.to(gl.int64) * sizes.heads + h) * sizes.rows + i
     inverse = store_statistics(results, row, exists, m, norm, e, x, sinks, h)
     if results.linear is not None:
-        store_rows(results.linear, linear, row, inverse, exists)
+        store_rows(results.linear, linear, row, inverse, exists, sizes.width)
     return row, inverse, exists
 
 
 @gluon.jit
-def store_rows(pointer, values, row, factor, exists):
-    """Store ``values`` (row, column) times ``factor`` (row,) as the rows ``row`` of a contiguous tensor."""
+def store_rows(pointer, values, row, factor, exists, width):
+    """Store ``width`` columns of ``values`` (row, column) times ``factor`` (row,) as rows ``row`` of a tensor."""
     rows: gl.constexpr = gl.SliceLayout(1, values.type.layout)
     column = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, values.type.layout))
     values = (values * gl.convert_layout(factor, rows)[:, None]).to(pointer.dtype.element_ty)
-    at = gl.convert_layout(row, rows)[:, None] * values.shape[1] + column[None, :]
-    gl.store(pointer + at, values, mask=gl.convert_layout(exists, rows)[:, None])
+    at = gl.convert_layout(row, rows)[:, None] * width + column[None, :]
+    gl.store(pointer + at, values, mask=gl.convert_layout(exists, rows)[:, None] & (column < width)[None, :])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import hopper, triton_columns, triton_rows
-from headscope.kernels.features import decode, encode
+from headscope.kernels.features import decode, encode, width
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton_device import last_dim_contiguous
 from headscope.kernels.triton_masks import rules
@@ -35,12 +35,12 @@ def rows(
     v = None if v is None or "output" not in wants else last_dim_contiguous(v)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
     columns = None if features is None else encode(features, q.dtype)
-    sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2])
-    width = 0 if columns is None else columns.shape[-1]
+    kept = None if features is None else width(features, q.dtype)
+    sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept or 0)
     if q.shape[0] * sizes.rows == 0:
-        found = triton_rows.first(triton_rows.allocate(q, v, wants, columns, 1))
-    elif hopper.takes(q, k, v, mask=mask, scale=scale, softcap=softcap, bias=bias, columns=width):
-        found = triton_rows.first(triton_rows.allocate(q, v, wants, columns, 1))
+        found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
+    elif hopper.takes(q, k, v, mask=mask, scale=scale, softcap=softcap, bias=bias, columns=columns):
+        found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
         seen = rules(mask, q.shape[0], positions)
         sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
         hopper.fill_rows(q, k, v, columns, sinks, found, sizes, seen, scale, sparse=sparse)

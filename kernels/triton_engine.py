@@ -100,12 +100,15 @@ class _Call:
 
     def _wide(self, got: Rows, where: Tensor | None) -> Rows:
         """More linear columns than one pass holds take further passes."""
+        rest = [self._pass({"linear"}, where=where, features=part).linear for part in self._parts()[1:]]
+        return (
+            got if not rest else got._replace(linear=torch.cat([x for x in (got.linear, *rest) if x is not None], -1))
+        )
+
+    def _parts(self) -> list[Tensor | None]:
+        """The linear columns that a pass takes, pass by pass."""
         linear = self.want.linear
-        if linear is None or linear.shape[-1] <= AT_ONCE:
-            return got
-        starts = range(AT_ONCE, linear.shape[-1], AT_ONCE)
-        rest = [self._pass({"linear"}, where=where, features=slice(n, n + AT_ONCE)).linear for n in starts]
-        return got._replace(linear=torch.cat([x for x in (got.linear, *rest) if x is not None], -1))
+        return [linear] if linear is None or linear.shape[-1] <= AT_ONCE else list(linear.split(AT_ONCE, -1))
 
     def _pass(
         self,
@@ -114,7 +117,7 @@ class _Call:
         where: Tensor | None = None,
         mask: Mask | None = None,
         sinks: bool = True,
-        features: slice = slice(None),
+        features: Tensor | None = None,
     ) -> Rows:
         """The row kernel on rows ``where`` (None: all)."""
         q = self.q if where is None else self.q[:, :, where]
@@ -127,7 +130,7 @@ class _Call:
             softcap=self.softcap,
             sinks=self.sinks if sinks else None,
             bias=self.bias,
-            features=self.want.linear[..., features] if self.want.linear is not None and "linear" in wants else None,
+            features=features,
             wants=frozenset(wants),
             positions=None if where is None else (where + self.mask.query_offset).to(torch.int32),
         )
@@ -145,7 +148,7 @@ class _Call:
             return
         if want.output and where is None:
             wants |= {"output"}
-        got = self._wide(self._pass(wants, where=where, features=slice(0, AT_ONCE)), where)
+        got = self._wide(self._pass(wants, where=where, features=self._parts()[0]), where)
         for name, wanted in asked.items():
             if wanted:
                 setattr(self.result, name, getattr(got, name))

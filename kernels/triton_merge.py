@@ -42,8 +42,9 @@ def merge_kernel(
         tl.store(merged.distance + row, tl.sum(w * tl.load(parts.distance + at), 0))
     if merged.linear is not None:
         n = tl.arange(0, NF)
-        x = tl.load(parts.linear + at[:, None] * NF + n[None, :])
-        tl.store(merged.linear + row * NF + n, tl.sum(w[:, None] * x, 0))
+        kept = n < sizes.width
+        x = tl.load(parts.linear + at[:, None] * sizes.width + n[None, :], mask=kept[None, :], other=0.0)
+        tl.store(merged.linear + row * sizes.width + n, tl.sum(w[:, None] * x, 0), mask=kept)
     if merged.output is not None:
         c = tl.arange(0, DV)
         x = tl.load(parts.output + at[:, None] * dv + c[None, :], mask=(c < dv)[None, :], other=0.0)

@@ -52,12 +52,13 @@ FEW_ROWS = 64  # up to this many queries of a key/value head share a program
 
 
 class Sizes(NamedTuple):
-    """The shape of a call of ``rows`` query rows."""
+    """The shape of a call of ``rows`` query rows; ``width`` columns of features are kept, of a tile's."""
 
     heads: int
     group: int
     rows: int
     keys: int
+    width: int = 0
 
 
 class Rows(NamedTuple):
@@ -178,7 +179,8 @@ def _kernel(
     inverse = store_statistics(results, row, exists, m, norm, e, x, sinks, h64)
     if results.linear is not None:
         n = tl.arange(0, NF)
-        tl.store(results.linear + row[:, None] * NF + n[None, :], linear * inverse[:, None], mask=exists[:, None])
+        kept = exists[:, None] & (n < sizes.width)[None, :]
+        tl.store(results.linear + row[:, None] * sizes.width + n[None, :], linear * inverse[:, None], mask=kept)
     if results.output is not None:
         c = tl.arange(0, DV)
         whole = exists[:, None] & (c < dv)[None, :]
@@ -214,7 +216,8 @@ def rows(
     else:
         tiles = triton_tuning.row_tiles(width, 0 if v is None else width_v, 0 if columns is None else 1, q.dtype)
         splits, grid = 1, (triton.cdiv(n, tiles.rows), batch * heads, 1)
-    results = allocate(q, v, wants | ({"lse"} if splits > 1 else set()), columns, splits)
+    kept = None if columns is None else sizes.width
+    results = allocate(q, v, wants | ({"lse"} if splits > 1 else set()), kept, splits)
     values = k if v is None else v
     f = k if columns is None else columns
     keys_at, values_at = tma(k, tiles.keys, width), tma(values, tiles.keys, width_v)
@@ -250,17 +253,15 @@ def rows(
     )
     if splits == 1:
         return first(results)
-    merged = allocate(q, v, wants, columns, 1)
+    merged = allocate(q, v, wants, kept, 1)
     count = batch * heads * n
     options = {"dv": d_value, "DV": width_v, "NF": narrow, "SPLITS": splits}
     launch(merge_kernel, (count,), q, results, merged, sinks, count, sizes, **options)
     return first(merged)
 
 
-def allocate(
-    q: Tensor, v: Tensor | None, wants: frozenset[str] | set[str], columns: Tensor | None, splits: int
-) -> Rows:
-    """Room for the results of every split of the keys: (split, batch, head, row, ·)."""
+def allocate(q: Tensor, v: Tensor | None, wants: frozenset[str] | set[str], width: int | None, splits: int) -> Rows:
+    """Room for the results of every split of the keys: (split, batch, head, row, ·), ``width`` linear ones."""
     shape = (splits, *q.shape[:3])
 
     def new(name: str, *last: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
@@ -271,7 +272,7 @@ def allocate(
         max=new("max"),
         entropy=new("entropy"),
         distance=new("distance"),
-        linear=None if columns is None else new("linear", columns.shape[-1]),
+        linear=None if width is None else new("linear", width),
         output=None if v is None else new("output", v.shape[3], dtype=torch.float32 if splits > 1 else v.dtype),
     )
 

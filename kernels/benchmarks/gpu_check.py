@@ -41,13 +41,16 @@ def cases() -> list[dict[str, Any]]:
 
 def for_hopper() -> list[dict[str, Any]]:
     """Calls that the kernels for Hopper take; with half of their rows, too."""
-    base = {"dtype": torch.bfloat16, "d_head": 128, "queries": 1100, "keys": 1100}
     kinds = [kind for kind in MASKS if kind not in ("chunks", "chunks from origin", "segments", "rule")]
-    every: list[dict[str, Any]] = [{**base, "kind": kind} for kind in kinds]
-    every += [{**base, "kind": kind, "sinks": True, "features": 10} for kind in ("causal", "left padding")]
-    every += [{**base, "kind": kind, "features": 0} for kind in ("causal", "window", "left padding")]
-    every.append({**base, "kind": "causal", "dtype": torch.float16, "queries": 1030, "keys": 1700})
-    every.append({**base, "kind": "window", "batch": 1, "queries": 3300, "keys": 3300})
+    every: list[dict[str, Any]] = []
+    for d in hopper.D_HEADS:
+        base = {"dtype": torch.bfloat16, "d_head": d, "queries": 1100, "keys": 1100}
+        every += [{**base, "kind": kind} for kind in kinds]
+        every += [{**base, "kind": kind, "sinks": True, "features": 10} for kind in ("causal", "left padding")]
+        every += [{**base, "kind": kind, "features": 0} for kind in ("causal", "window", "left padding")]
+        every.append({**base, "kind": "causal", "dtype": torch.float16, "queries": 1030, "keys": 1700})
+        every.append({**base, "kind": "window", "batch": 1, "queries": 3300, "keys": 3300})
+        every.append({**base, "kind": "causal", "batch": 1, "queries": 1100, "keys": 3300, "features": 0})
     return every
 
 

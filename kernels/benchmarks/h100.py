@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +26,7 @@ import triton
 
 from headscope.kernels import attention, flex, hopper, passes, triton_tuning
 from headscope.kernels.benchmarks import gpu_check_edits
+from headscope.kernels.benchmarks.clock import AHEAD, median
 from headscope.kernels.benchmarks.gpu_check import WORKERS, check, check_few, check_long
 from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.divergence import divergence
@@ -39,31 +39,15 @@ from headscope.kernels.triton_tuning import Tiles
 
 HEADS, KV_HEADS = 32, 8
 TILES = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 128, 4)]
+SHAPES = [(n, n, d) for d in (128, 64) for n in (16384, 65536)] + [(1, 131072, 128)]  # queries, keys, d_head
 CANDIDATES = {
     kind: [Tiles(*tile, stages, registers) for tile in TILES for stages in (2, 3) for registers in (False, True)]
     for kind in ("rows: lse, entropy", "rows", "fused", "columns: sum")
 }
 
 
-def median(run: Callable[[], Any], budget: float = 1.0) -> float:
-    """Median milliseconds of ``run``, timed with events, each time on a flushed L2, for about ``budget`` seconds."""
-    run()
-    torch.cuda.synchronize()
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < 1e3 * budget and len(times) < 100):
-        flush.zero_()
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        run()
-        b.record()
-        b.synchronize()
-        times.append(a.elapsed_time(b))
-    return statistics.median(times)
-
-
 def tensors(queries: int, keys: int, d: int, heads: int = HEADS, kv: int = KV_HEADS) -> tuple[torch.Tensor, ...]:
-    """Random bf16 q, k, v and 16 span indicators."""
+    """Random bf16 q, k, v and 16 indicators of random keys."""
     gen = torch.Generator("cuda").manual_seed(0)
     shapes = ((1, heads, queries, d), (1, kv, keys, d), (1, kv, keys, d))
     q, k, v = (torch.randn(s, generator=gen, device="cuda", dtype=torch.bfloat16) for s in shapes)
@@ -76,20 +60,22 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
     keys, queries = k.shape[2], q.shape[2]
     mask, scale = Mask.causal(keys - queries), q.shape[-1] ** -0.5
     call: dict[str, Any] = {"mask": mask, "scale": scale}
+    spans = torch.arange(keys, device=q.device)[:, None] * 16 // keys == torch.arange(16, device=q.device)
 
-    def rows(wants: set[str], values: torch.Tensor | None = None) -> Callable[[], Any]:
-        features = flags if "linear" in wants else None
+    def rows(wants: set[str], values: Any = None, features: torch.Tensor | None = None) -> Callable[[], Any]:
+        wants |= set() if features is None else {"linear"}
         return lambda: passes.rows(q, k, values, features=features, wants=frozenset(wants), **call)
 
-    statistics_ = {"lse", "entropy", "linear"}
     every: dict[str, Callable[[], Any]] = {
         "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True),
         "rows: lse": rows({"lse"}),  # the least a statistic costs
         "rows: lse, entropy": rows({"lse", "entropy"}),
-        "rows": rows(statistics_),
+        "rows": rows({"lse", "entropy"}, None, flags),
+        "rows: 16 spans": rows({"lse", "entropy"}, None, spans),
         "output": rows({"output"}, v),
         "output, lse, entropy": rows({"lse", "entropy", "output"}, v),
-        "fused": rows(statistics_ | {"output"}, v),
+        "fused": rows({"lse", "entropy", "output"}, v, flags),
+        "fused: 16 spans": rows({"lse", "entropy", "output"}, v, spans),
     }
     lse = passes.rows(q, k, None, **call).lse
     assert lse is not None
@@ -128,19 +114,26 @@ def eager_maps() -> list[dict[str, Any]]:
     q, k, v, flags = tensors(16384, 16384, 128)
     mask = Mask.causal()
 
-    def eager() -> None:
+    def eager(columns: torch.Tensor) -> None:
         hidden = torch.ones(16384, 16384, dtype=torch.bool, device="cuda").triu_(1)
         for h in range(HEADS):
             s = (q[0, h] @ k[0, h * KV_HEADS // HEADS].T).float() * 128**-0.5
             p = s.masked_fill_(hidden, -torch.inf).softmax(-1)
-            torch.special.entr(p).sum(-1), p.sum(0), p.to(torch.bfloat16) @ flags
+            torch.special.entr(p).sum(-1), p.sum(0), p.to(torch.bfloat16) @ columns
 
-    def ours() -> None:
-        request = Request(output=False, lse=True, entropy=True, linear=flags, key_sum=True)
+    def ours(columns: torch.Tensor) -> None:
+        request = Request(output=False, entropy=True, linear=columns, key_sum=True)
         attention.attend(q, k, v, mask=mask, scale=128**-0.5, request=request)
 
     table = []
-    for name, run in (("eager maps", eager), ("ours", ours)):
+    spans = torch.arange(16384, device="cuda")[:, None] // 4096 == torch.arange(3, device="cuda")
+    runs: dict[str, Callable[[], Any]] = {
+        "eager maps, 16 linear": partial(eager, flags),
+        "ours, 16 linear": partial(ours, flags),
+        "eager maps, 3 spans": partial(eager, spans.to(q.dtype)),
+        "ours, 3 spans": partial(ours, spans),
+    }
+    for name, run in runs.items():
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -149,19 +142,19 @@ def eager_maps() -> list[dict[str, Any]]:
         torch.cuda.synchronize()
         extra = (torch.cuda.max_memory_allocated() - before) / 2**20
         table.append({"queries": 16384, "keys": 16384, "d": 128, "kind": name, "ms": median(run), "extra MiB": extra})
-        print(f"{name:<12} {table[-1]['ms']:9.3f} ms, {extra:9.1f} MiB beyond the inputs", flush=True)
+        print(f"{name:<22} {table[-1]['ms']:9.3f} ms, {extra:9.1f} MiB beyond the inputs", flush=True)
     return table
 
 
 def measure() -> list[dict[str, Any]]:
     """Times of every kind at every shape, with the ratio to SDPA on the same tensors."""
     table = []
-    for queries, keys, d in ((16384, 16384, 128), (65536, 65536, 128), (16384, 16384, 64), (1, 131072, 128)):
+    for queries, keys, d in SHAPES:
         base, every = 0.0, kinds(*tensors(queries, keys, d))
         if queries == 1:  # launches outweigh the work: time the work by replaying a graph, too
             every |= {f"{name}, graph": graphed(run) for name, run in list(every.items())}
         for name, run in every.items():
-            ms = median(run)
+            ms = median(run, ahead=0 if queries == 1 else AHEAD)  # decoding waits for Python
             base = ms if name.startswith("sdpa") else base
             table.append({"queries": queries, "keys": keys, "d": d, "kind": name, "ms": ms, "ratio": ms / base})
             print(f"{queries:>7} x {keys:<7} d {d:<4} {name:<22} {ms:9.3f} ms  {ms / base:5.2f}x", flush=True)
@@ -235,7 +228,8 @@ def report(table: list[dict[str, Any]]) -> str:
         "`h100.py --time`; ratios to torch SDPA's default forward on the same tensors. `rows` is lse, entropy and 16"
     ]
     lines += [
-        "linear statistics, `fused` the same with the output; `graph` replays a CUDA graph (no launch overhead).",
+        "linear statistics of random keys, `fused` the same with the output, `16 spans` of contiguous ones. Work is",
+        "queued before it is due, but for single queries, where `graph` replays a CUDA graph instead.",
         "",
     ]
     lines += ["| queries x keys | d | what | ms | of SDPA |", "|---|---|---|---|---|"]

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,21 +24,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headscope.kernels import attention
+from headscope.kernels.benchmarks.clock import Run, median
 from headscope.kernels.benchmarks.pages import machine, save
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 
 HEADS, KV_HEADS, SPANS = 32, 8, 16
 LENGTHS = tuple(1 << n for n in range(11, 18))
-Run = Callable[[], Any]
 
 
 def tensors(tokens: int, d: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random bf16 q, k, v and the indicators of 16 spans."""
+    """Random bf16 q, k, v and the indicators of 16 spans, which share the tokens."""
     gen = torch.Generator(device).manual_seed(0)
     shapes = ((1, HEADS, tokens, d), (1, KV_HEADS, tokens, d), (1, KV_HEADS, tokens, d))
     q, k, v = (torch.randn(shape, generator=gen, device=device, dtype=torch.bfloat16) for shape in shapes)
-    return q, k, v, torch.rand(tokens, SPANS, generator=gen, device=device) < 0.1
+    spans = torch.arange(tokens, device=device)[:, None] * SPANS // tokens == torch.arange(SPANS, device=device)
+    return q, k, v, spans
 
 
 def kinds(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, longest_eager: int) -> Iterator[tuple[str, Run]]:
@@ -85,29 +84,6 @@ def peak_of(run: Run) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def median(run: Run, budget: float) -> float:
-    """Median milliseconds of at least three calls, for about ``budget`` seconds; on a GPU by events."""
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 1e3 * budget and len(times) < 50):
-        times.append(_gpu(run) if torch.cuda.is_available() else _cpu(run))
-    return statistics.median(times)
-
-
-def _gpu(run: Run) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
-def _cpu(run: Run) -> float:
-    begin = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - begin)
-
-
 def measure(lengths: tuple[int, ...], d: int, *, longest_eager: int, budget: float) -> Iterator[dict[str, Any]]:
     """One row a length and case, printed as it comes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +92,7 @@ def measure(lengths: tuple[int, ...], d: int, *, longest_eager: int, budget: flo
             row: dict[str, Any] = {"what": what, "tokens": tokens}
             try:
                 run()  # compiles
-                row |= {"extra bytes": peak_of(run), "ms": median(run, budget)}
+                row |= {"extra bytes": peak_of(run), "ms": median(run, budget, fewest=3)}
             except Exception as error:  # out of memory, say: reported, and the others go on
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             print(row, flush=True)

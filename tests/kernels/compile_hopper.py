@@ -68,7 +68,7 @@ def main(dtype: torch.dtype, mask: Mask) -> None:
         f = torch.zeros(1, 256, features, dtype=dtype) if features else None
         linear = torch.zeros(2, 8, 256, features) if features else None
         rows = triton_rows.Rows(lse=z, max=z, entropy=z, distance=z if features else None, linear=linear)
-        sizes = triton_rows.Sizes(8, 4, 256, 256)
+        sizes = triton_rows.Sizes(8, 4, 256, 256, features)
         hopper.fill_rows(q, k, None, f, None, rows, sizes, seen, 0.1, sparse=True)
         sinks, output = z[0, :, 0], rows._replace(output=q)
         for sparse in (True, False)[: 2 if features else 1]:

@@ -17,7 +17,6 @@ pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import attention, triton_engine, triton_tuning
 from headscope.kernels.checks import MASKS, Case, compare, everything, random_case
-from headscope.kernels.features import decode, encode
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.triton_tuning import Tiles
 
@@ -124,8 +123,6 @@ def test_features_that_half_precision_cannot_hold_stay_exact() -> None:
     assert (
         got is not None and (got - 1234.567).abs().max() < 1.0
     )  # float16 alone is 0.4 off, times a mass of 1 +- 2^-11
-    decoded = decode(encode(same, torch.float16).float(), same, torch.float16)
-    assert (decoded - same).abs().max() < 1e-3
 
 
 def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> None:
