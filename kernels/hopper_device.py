@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 
 from headscope.kernels import triton_masks, triton_softmax
 from headscope.kernels.features import runs
@@ -52,6 +53,17 @@ def feature_tiles(columns: Tensor | None, rows: int) -> tuple[Any, Any, int]:
     return tiles(batched, rows), (columns, runs(columns, rows)), int(batched.shape[0] > 1)
 
 
+def persistent(x: Tensor, items: int) -> int:
+    """How many programs work off ``items`` blocks on the card of ``x``: one a multiprocessor."""
+    return min(items, _multiprocessors(x.device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    properties = driver.active.utils.get_device_properties(device.index or 0)
+    return int(properties["multiprocessor_count"])
+
+
 @cache
 def _layout(shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
@@ -74,11 +86,13 @@ def buffers(at, count: gl.constexpr):
 
 
 @gluon.jit
-def block_rows(ROWS: gl.constexpr, sizes, rules, BN: gl.constexpr):
-    """Of this block of ``ROWS`` queries of a head: batch, head, the first row, and the keys ``lo:hi`` that it sees."""
-    block = gl.num_programs(0) - 1 - gl.program_id(0)  # under causal masks the last blocks are the longest: first
-    b, h = gl.program_id(1) // sizes.heads, gl.program_id(1) % sizes.heads
-    row = block * ROWS
+def block_rows(block, pair, ROWS: gl.constexpr, sizes, rules, BN: gl.constexpr):
+    """Of a block of ``ROWS`` queries of one head of one example: these two, the first row, the keys ``lo:hi`` it sees.
+
+    Blocks are counted from the last: under causal masks they are the longest, and go first.
+    """
+    b, h = pair // sizes.heads, pair % sizes.heads
+    row = (gl.cdiv(sizes.rows, ROWS) - 1 - block) * ROWS
     first = row_positions(row, rules)
     last = row_positions(gl.minimum(row + ROWS, sizes.rows) - 1, rules)
     lo, hi, _full_lo, _full_hi = key_range(first, last, b, sizes.keys, rules, BN)
@@ -86,15 +100,22 @@ def block_rows(ROWS: gl.constexpr, sizes, rules, BN: gl.constexpr):
 
 
 @gluon.jit
-def group_rows(first, b, sizes, rules, lo, hi, rows: gl.constexpr, BN: gl.constexpr):
-    """Of a group's rows from ``first``: indices, positions, and the tiles of ``lo:hi`` that they all see whole."""
+def group_rows(first, sizes, rules, rows: gl.constexpr):
+    """A group's rows from ``first``: their indices and positions."""
     i = first + gl.arange(0, GROUP_ROWS, layout=rows)
-    position = row_positions(gl.where(i < sizes.rows, i, 0), rules)
+    return i, row_positions(gl.where(i < sizes.rows, i, 0), rules)
+
+
+@gluon.jit
+def group_keys(first, b, sizes, rules, lo, hi, BN: gl.constexpr):
+    """The part of ``lo:hi`` that a group's rows from ``first`` see, and that of whole tiles which they all see."""
     begin = row_positions(gl.minimum(first, sizes.rows - 1), rules)
     end = row_positions(gl.minimum(first + GROUP_ROWS - 1, sizes.rows - 1), rules)
-    _lo, _hi, full_lo, full_hi = key_range(begin, end, b, sizes.keys, rules, BN)
+    mine, stop, full_lo, full_hi = key_range(begin, end, b, sizes.keys, rules, BN)
+    lo = gl.maximum(lo, mine)
+    hi = gl.maximum(gl.minimum(hi, stop), lo)
     full_lo = gl.minimum(gl.maximum(full_lo, lo), hi)
-    return i, position, full_lo, gl.maximum(gl.minimum(full_hi, hi // BN * BN), full_lo)
+    return lo, full_lo, gl.maximum(gl.minimum(full_hi, hi // BN * BN), full_lo), hi
 
 
 @gluon.jit

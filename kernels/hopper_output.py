@@ -42,6 +42,7 @@ from headscope.kernels.hopper_device import (
     fetch,
     finish,
     fold,
+    group_keys,
     group_rows,
     leave,
     no_features,
@@ -145,7 +146,9 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    i, position, full_lo, full_hi = group_rows(row + group * GROUP_ROWS, b, sizes, rules, lo, hi, rows, BN)
+    first = row + group * GROUP_ROWS
+    i, position = group_rows(first, sizes, rules, rows)
+    _lo, full_lo, full_hi, _hi = group_keys(first, b, sizes, rules, lo, hi, BN)
     nothing = fold(gl.zeros([GROUP_ROWS, BN], gl.float32, mma), False)
     state = (gl.full([GROUP_ROWS], FLOOR, gl.float32, rows), nothing, nothing, nothing)
     p = gl.zeros([GROUP_ROWS, BN], q_smem.dtype, gl.DotOperandLayout(0, wide, 2))  # weights of the tile before: none
@@ -190,7 +193,7 @@ def _kernel(q_at, k_at, v_at, f_at, columns, sinks, results, sizes, rules, scale
     """``columns`` (values, runs): features ``APART``; where it is None, ``f_at`` are to be multiplied ``BESIDE``."""
     BN: gl.constexpr = k_at.block_type.shape[2]
     F: gl.constexpr = ABSENT if f_at is None else BESIDE if columns is None else APART
-    b, h, row, lo, hi = block_rows(GROUPS * GROUP_ROWS, sizes, rules, BN)
+    b, h, row, lo, hi = block_rows(gl.program_id(0), gl.program_id(1), GROUPS * GROUP_ROWS, sizes, rules, BN)
     where = (b, h, h // sizes.group, b * batch, row)
     q_smem, k_smem, v_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES), buffers(v_at, STAGES)
     at, smem = (q_at, k_at, v_at, v_at), (q_smem, k_smem, v_smem, v_smem)
@@ -235,6 +238,7 @@ def output(
     grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value), q.shape[0] * sizes.heads)
     at = tiles(q, GROUP_ROWS.value), tiles(k, keys), tiles(v, keys)
     f_at, features, batch = feature_tiles(columns, keys)
-    features = features if sparse and q.shape[3] == 128 else None
+    if not sparse or q.shape[3] < 128:
+        features = None
     with on_device(q):
         _kernel[grid](*at, f_at, features, sinks, results, sizes, rules, scale, batch, STAGES=stages, num_warps=4)
