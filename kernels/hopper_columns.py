@@ -30,8 +30,9 @@ from headscope.kernels.hopper_device import (
     bounds,
     buffers,
     fetch,
-    persistent,
+    place,
     query_range,
+    taking_turns,
     tiles,
     visible,
 )
@@ -43,38 +44,22 @@ KEYS = gl.constexpr(128)  # of a group
 
 
 @gluon.jit
-def _block(item, pairs, sizes, rules):
-    """Of a block of keys of one head of one example: these two, the first key, the queries ``lo:hi`` that see it.
-
-    Under causal masks the first keys are seen by the most queries: they go first.
-    """
-    b, h = item % pairs // sizes.heads, item % pairs % sizes.heads
-    begin = item // pairs * (KEYS * GROUPS)
-    first, stop, keys = sizes.first, sizes.stop, sizes.keys
-    lo, hi, _full_lo, _full_hi = query_range(begin, KEYS * GROUPS, b, first, stop, keys, rules, GROUP_ROWS)
-    return b, h, begin, lo, hi
-
-
-@gluon.jit
-def _fetch(at, smem, bars, sizes, rules, pairs, items):
-    """The producer: of every block its keys, then its tiles of queries."""
+def _fetch(at, smem, bars, where, lo, hi):
+    """The producer: the block's keys, then its tiles of queries."""
     q_at, k_at = at
     q_smem, k_smem = smem
-    k_ready, k_free, ready, free, _turn = bars
-    n, done = 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, begin, lo, hi = _block(item, pairs, sizes, rules)
-        mbarrier.wait(k_free.index(0), (done & 1) ^ 1)
-        mbarrier.expect(k_ready.index(0), GROUPS * k_at.block_type.nbytes)
-        for group in gl.static_range(GROUPS):
-            fetch(k_at, [b, h // sizes.group, begin + group * KEYS, 0], k_ready.index(0), k_smem.index(group))
-        for start in range(lo, hi, GROUP_ROWS):
-            stage = n % STAGES
-            mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), q_at.block_type.nbytes)
-            fetch(q_at, [b, h, start, 0], ready.index(stage), q_smem.index(stage))
-            n += 1
-        done += 1
+    k_ready, ready, free, _turn = bars
+    b, h, kv, begin = where
+    mbarrier.expect(k_ready.index(0), GROUPS * k_at.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        fetch(k_at, [b, kv, begin + group * KEYS, 0], k_ready.index(0), k_smem.index(group))
+    n = 0
+    for start in range(lo, hi, GROUP_ROWS):
+        stage = n % STAGES
+        mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+        mbarrier.expect(ready.index(stage), q_at.block_type.nbytes)
+        fetch(q_at, [b, h, start, 0], ready.index(stage), q_smem.index(stage))
+        n += 1
 
 
 @gluon.jit
@@ -127,75 +112,76 @@ def _parts(mine, lo, hi, b, sizes, rules):
 @gluon.jit
 def _skip(n, queries, group: gl.constexpr, bars):
     """Tiles of queries that see none of this group's keys: the next n."""
-    _k_ready, _k_free, ready, free, turn = bars
-    for _ in range(0, queries, GROUP_ROWS):
-        mbarrier.wait(ready.index(n % STAGES), n // STAGES & 1)
-        mbarrier.wait(turn.index(group), (n & 1) ^ (1 if group == 0 else 0))
+    _k_ready, ready, free, turn = bars
+    for passed in range(0, queries, GROUP_ROWS):
+        at = n + passed // GROUP_ROWS
+        mbarrier.wait(ready.index(at % STAGES), at // STAGES & 1)
+        mbarrier.wait(turn.index(group), (at & 1) ^ (1 if group == 0 else 0))
         mbarrier.arrive(turn.index((group + 1) % GROUPS))
-        mbarrier.arrive(free.index(n % STAGES))
-        n += 1
-    return n
+        mbarrier.arrive(free.index(at % STAGES))
+    return n + gl.cdiv(gl.maximum(queries, 0), GROUP_ROWS)
 
 
 @gluon.jit
-def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules, scale, pairs, items):
-    """One group: the sums and maxima of its 128 keys of every block."""
+def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi):
+    """One group: the sums and maxima of its 128 keys."""
     q_smem, k_smem = smem
-    k_ready, k_free, ready, free, turn = bars
+    k_ready, ready, free, turn = bars
+    b, h, _kv, begin = where
     D: gl.constexpr = k_smem.shape[4]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     keys: gl.constexpr = gl.SliceLayout(0, mma)
     SUM: gl.constexpr = key_sum is not None
     MAX: gl.constexpr = key_max is not None
+    mine = begin + group * KEYS
+    j = mine + gl.arange(0, KEYS, layout=keys)
+    first, full_lo, full_hi, stop = _parts(mine, lo, hi, b, sizes, rules)
+    lse += (b.to(gl.int64) * sizes.heads + h) * sizes.queries
     zero = gl.zeros([GROUP_ROWS, KEYS], gl.float32, mma)
+    nothing = gl.sum(_pairs(zero), 1)
+    sums = (nothing, nothing)
+    mbarrier.wait(k_ready.index(0), 0)
     kt = k_smem.index(group).reshape([KEYS, D]).permute([1, 0])
-    n, done = 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, begin, lo, hi = _block(item, pairs, sizes, rules)
-        mine = begin + group * KEYS
-        j = mine + gl.arange(0, KEYS, layout=keys)
-        first, full_lo, full_hi, stop = _parts(mine, lo, hi, b, sizes, rules)
-        norms = lse + (b.to(gl.int64) * sizes.heads + h) * sizes.queries
-        nothing = gl.sum(_pairs(zero), 1)
-        sums = (nothing, nothing)
-        mbarrier.wait(k_ready.index(0), done & 1)
-        n = _skip(n, first - lo, group, bars)
-        for part in gl.static_range(3):
-            from_, to = bounds(part, first, full_lo, full_hi, stop)
-            for start in range(from_, to, GROUP_ROWS):
-                stage = n % STAGES
-                norm = _norm(norms, start, hi, b, rules, rows)
-                mbarrier.wait(ready.index(stage), n // STAGES & 1)
-                mbarrier.wait(turn.index(group), (n & 1) ^ (1 if group == 0 else 0))
-                s = warpgroup_mma(q_smem.index(stage).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(0, deps=[s])
-                mbarrier.arrive(turn.index((group + 1) % GROUPS))
-                mbarrier.arrive(free.index(stage))
-                sums = _gather(s, norm, sums, start, j, b, rules, scale, part != 1, SUM, MAX)
-                n += 1
-        mbarrier.arrive(k_free.index(0))
-        n = _skip(n, hi - first - gl.cdiv(stop - first, GROUP_ROWS) * GROUP_ROWS, group, bars)
-        total, highest = sums
-        out = (b.to(gl.int64) * sizes.heads + h) * sizes.keys + j
-        if SUM:
-            gl.store(key_sum + out, gl.convert_layout(gl.sum(gl.sum(total, 0), 0), keys), mask=j < sizes.keys)
-        if MAX:
-            gl.store(key_max + out, gl.convert_layout(gl.max(gl.max(highest, 0), 0), keys), mask=j < sizes.keys)
-        done += 1
+    n = _skip(0, first - lo, group, bars)
+    for part in gl.static_range(3):
+        from_, to = bounds(part, first, full_lo, full_hi, stop)
+        for start in range(from_, to, GROUP_ROWS):
+            stage = n % STAGES
+            norm = _norm(lse, start, hi, b, rules, rows)
+            mbarrier.wait(ready.index(stage), n // STAGES & 1)
+            mbarrier.wait(turn.index(group), (n & 1) ^ (1 if group == 0 else 0))
+            s = warpgroup_mma(q_smem.index(stage).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(turn.index((group + 1) % GROUPS))
+            mbarrier.arrive(free.index(stage))
+            sums = _gather(s, norm, sums, start, j, b, rules, scale, part != 1, SUM, MAX)
+            n += 1
+    _skip(n, hi - first - gl.cdiv(stop - first, GROUP_ROWS) * GROUP_ROWS, group, bars)
+    total, highest = sums
+    out = (b.to(gl.int64) * sizes.heads + h) * sizes.keys + j
+    if SUM:
+        gl.store(key_sum + out, gl.convert_layout(gl.sum(gl.sum(total, 0), 0), keys), mask=j < sizes.keys)
+    if MAX:
+        gl.store(key_max + out, gl.convert_layout(gl.max(gl.max(highest, 0), 0), keys), mask=j < sizes.keys)
 
 
 @gluon.jit
-def _kernel(q_at, k_at, lse, key_sum, key_max, sizes, rules, scale, pairs, items, REGISTERS: gl.constexpr):
+def _kernel(q_at, k_at, lse, key_sum, key_max, sizes, rules, scale, together, REGISTERS: gl.constexpr):
+    block, b, h = place(gl.cdiv(sizes.keys, KEYS * GROUPS), sizes.heads, together)
+    begin = block * (KEYS * GROUPS)  # under causal masks the first keys are seen by the most queries: they go first
+    first, stop, keys = sizes.first, sizes.stop, sizes.keys
+    lo, hi, _full_lo, _full_hi = query_range(begin, KEYS * GROUPS, b, first, stop, keys, rules, GROUP_ROWS)
+    where = (b, h, h // sizes.group, begin)
     smem = (buffers(q_at, STAGES), buffers(k_at, GROUPS))
-    bars = (barriers(1, 1), barriers(1, GROUPS), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(GROUPS, 1))
+    bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(GROUPS, 1))
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_reduce, (0, smem, bars, lse, key_sum, key_max, sizes, rules, scale, pairs, items)),
-            (_reduce, (1, smem, bars, lse, key_sum, key_max, sizes, rules, scale, pairs, items)),
-            (_reduce, (2, smem, bars, lse, key_sum, key_max, sizes, rules, scale, pairs, items)),
-            (_fetch, ((q_at, k_at), smem, bars, sizes, rules, pairs, items)),
+            (_reduce, (0, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_reduce, (1, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_reduce, (2, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_fetch, ((q_at, k_at), smem, bars, where, lo, hi)),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],
@@ -214,9 +200,8 @@ def columns(
 ) -> None:
     """Fill ``sums`` and ``highest`` (batch, head, key), each where it is wanted."""
     pairs = q.shape[0] * sizes.heads
-    items = triton.cdiv(sizes.keys, GROUPS.value * KEYS.value) * pairs
+    together = taking_turns(pairs, q[0, 0].nbytes)
+    grid = (triton.cdiv(sizes.keys, GROUPS.value * KEYS.value) * pairs,)
     at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS.value)
     with on_device(q):
-        _kernel[(persistent(q, items),)](
-            *at, lse, sums, highest, sizes, rules, scale, pairs, items, REGISTERS=160, num_warps=4
-        )
+        _kernel[grid](*at, lse, sums, highest, sizes, rules, scale, together, REGISTERS=160, num_warps=4)

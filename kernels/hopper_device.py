@@ -9,6 +9,7 @@ it). The producer warp walks the tiles of a block and waits for ``free``; the gr
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.runtime import driver
 
 from headscope.kernels import triton_masks, triton_softmax
 from headscope.kernels.features import runs
@@ -27,6 +27,7 @@ from headscope.kernels.triton_device import HIDDEN as _HIDDEN
 from headscope.kernels.triton_device import LOG2E as _LOG2E
 
 LOG2E, HIDDEN, FLOOR = (gl.constexpr(x.value) for x in (_LOG2E, _HIDDEN, _FLOOR))
+CACHE = 32 << 20  # bytes, of the 50 MB that Hopper's second-level cache holds
 GROUP_ROWS = gl.constexpr(64)  # rows of a warp group's tile: the height of Hopper's matrix instruction
 
 # Triton's own functions, compiled as Gluon
@@ -45,23 +46,21 @@ def tiles(x: Tensor, rows: int) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(shape), _layout(shape, x.dtype))
 
 
+def taking_turns(pairs: int, bytes_read: int) -> int:
+    """Of how many pairs of example and head the blocks take turns, where those of one read ``bytes_read`` bytes.
+
+    The last programs should be short ones, so that multiprocessors end together; what all read should stay in cache.
+    """
+    most = max(1, min(8, CACHE // bytes_read))
+    return math.gcd(pairs, 1 << (most.bit_length() - 1))
+
+
 def feature_tiles(columns: Tensor | None, rows: int) -> tuple[Any, Any, int]:
     """Features (key, n) or (batch, key, n) as a kernel takes them: tiles; values and runs; whether examples differ."""
     if columns is None:
         return None, None, 0
     batched = columns if columns.dim() == 3 else columns[None]
     return tiles(batched, rows), (columns, runs(columns, rows)), int(batched.shape[0] > 1)
-
-
-def persistent(x: Tensor, items: int) -> int:
-    """How many programs work off ``items`` blocks on the card of ``x``: one a multiprocessor."""
-    return min(items, _multiprocessors(x.device))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    properties = driver.active.utils.get_device_properties(device.index or 0)
-    return int(properties["multiprocessor_count"])
 
 
 @cache
@@ -86,13 +85,22 @@ def buffers(at, count: gl.constexpr):
 
 
 @gluon.jit
-def block_rows(block, pair, ROWS: gl.constexpr, sizes, rules, BN: gl.constexpr):
-    """Of a block of ``ROWS`` queries of one head of one example: these two, the first row, the keys ``lo:hi`` it sees.
+def place(blocks, heads, together):
+    """Of this program: its block of ``blocks``, its example and its head; see ``taking_turns``."""
+    chunk, rest = gl.program_id(0) // (blocks * together), gl.program_id(0) % (blocks * together)
+    pair = chunk * together + rest % together
+    return rest // together, pair // heads, pair % heads
+
+
+@gluon.jit
+def block_rows(together, ROWS: gl.constexpr, sizes, rules, BN: gl.constexpr):
+    """Of this program's ``ROWS`` queries: their example, head and first row, and the keys ``lo:hi`` that they see.
 
     Blocks are counted from the last: under causal masks they are the longest, and go first.
     """
-    b, h = pair // sizes.heads, pair % sizes.heads
-    row = (gl.cdiv(sizes.rows, ROWS) - 1 - block) * ROWS
+    blocks = gl.cdiv(sizes.rows, ROWS)
+    block, b, h = place(blocks, sizes.heads, together)
+    row = (blocks - 1 - block) * ROWS
     first = row_positions(row, rules)
     last = row_positions(gl.minimum(row + ROWS, sizes.rows) - 1, rules)
     lo, hi, _full_lo, _full_hi = key_range(first, last, b, sizes.keys, rules, BN)

@@ -50,6 +50,7 @@ from headscope.kernels.hopper_device import (
     run_of,
     scaled,
     store_rows,
+    taking_turns,
     tiles,
     weigh,
 )
@@ -189,11 +190,13 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
 
 
 @gluon.jit
-def _kernel(q_at, k_at, v_at, f_at, columns, sinks, results, sizes, rules, scale, batch, STAGES: gl.constexpr):
+def _kernel(
+    q_at, k_at, v_at, f_at, columns, sinks, results, sizes, rules, scale, batch, together, STAGES: gl.constexpr
+):
     """``columns`` (values, runs): features ``APART``; where it is None, ``f_at`` are to be multiplied ``BESIDE``."""
     BN: gl.constexpr = k_at.block_type.shape[2]
     F: gl.constexpr = ABSENT if f_at is None else BESIDE if columns is None else APART
-    b, h, row, lo, hi = block_rows(gl.program_id(0), gl.program_id(1), GROUPS * GROUP_ROWS, sizes, rules, BN)
+    b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
     where = (b, h, h // sizes.group, b * batch, row)
     q_smem, k_smem, v_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES), buffers(v_at, STAGES)
     at, smem = (q_at, k_at, v_at, v_at), (q_smem, k_smem, v_smem, v_smem)
@@ -235,10 +238,14 @@ def output(
     128 in smaller tiles for want of registers.
     """
     keys, stages = (128, 3) if q.shape[3] < 128 else (128, 2) if columns is None or sparse else (64, 4)
-    grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value), q.shape[0] * sizes.heads)
+    pairs = q.shape[0] * sizes.heads
+    together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
+    grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
     at = tiles(q, GROUP_ROWS.value), tiles(k, keys), tiles(v, keys)
     f_at, features, batch = feature_tiles(columns, keys)
     if not sparse or q.shape[3] < 128:
         features = None
     with on_device(q):
-        _kernel[grid](*at, f_at, features, sinks, results, sizes, rules, scale, batch, STAGES=stages, num_warps=4)
+        _kernel[grid](
+            *at, f_at, features, sinks, results, sizes, rules, scale, batch, together, STAGES=stages, num_warps=4
+        )

@@ -1,8 +1,7 @@
 """The row statistics of ``triton_rows`` without the output, for Hopper (see ``hopper``).
 
 A block is 192 queries of one head: three groups of 64 share every tile of keys. Each group multiplies, then takes its
-exponentials while the matrix unit works for the others; its sums stay with the threads until the end (``fold``). Every
-multiprocessor works off its blocks one after the other, the next one's tiles being fetched while the last is finished.
+exponentials while the matrix unit works for the others; its sums stay with the threads until the end (``fold``).
 Features c that stay the same over many tiles (sinks and spans: nearly everywhere) cost nothing there, for the sums F
 of features and l of weights change alike: F - c l is only scaled to the new maxima, so (see ``hopper_device.leave``)
 
@@ -44,9 +43,9 @@ from headscope.kernels.hopper_device import (
     leave,
     no_features,
     of_example,
-    persistent,
     run_of,
     scaled,
+    taking_turns,
     tiles,
     weigh,
 )
@@ -58,38 +57,34 @@ KEYS = 128  # of a tile
 
 
 @gluon.jit
-def _fetch(at, smem, bars, sizes, rules, shape, FEATURES: gl.constexpr):
-    """The producer: of every block its queries, then its tiles of keys, each with its rows of the features."""
+def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
+    """The producer: the block's queries, then its tiles of keys, each with its rows of the features."""
     q_at, k_at, f_at = at
     q_smem, k_smem, f_smem = smem
-    ready, free, q_ready, q_free = bars
-    pairs, items, example = shape
+    q_ready, ready, free = bars
+    b, h, kv, row, example = where
     BN: gl.constexpr = k_at.block_type.shape[2]
-    n, done = 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        b, h, row, lo, hi = block_rows(item // pairs, item % pairs, GROUPS * GROUP_ROWS, sizes, rules, BN)
-        mbarrier.wait(q_free.index(0), (done & 1) ^ 1)
-        mbarrier.expect(q_ready.index(0), GROUPS * q_at.block_type.nbytes)
-        for group in gl.static_range(GROUPS):
-            fetch(q_at, [b, h, row + group * GROUP_ROWS, 0], q_ready.index(0), q_smem.index(group))
-        for start in range(lo, hi, BN):
-            stage = n % STAGES
-            mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
-            if FEATURES:
-                mbarrier.expect(ready.index(stage), k_at.block_type.nbytes + f_at.block_type.nbytes)
-                fetch(f_at, [b * example, start, 0], ready.index(stage), f_smem.index(stage))
-            else:
-                mbarrier.expect(ready.index(stage), k_at.block_type.nbytes)
-            fetch(k_at, [b, h // sizes.group, start, 0], ready.index(stage), k_smem.index(stage))
-            n += 1
-        done += 1
+    mbarrier.expect(q_ready.index(0), GROUPS * q_at.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        fetch(q_at, [b, h, row + group * GROUP_ROWS, 0], q_ready.index(0), q_smem.index(group))
+    n = 0
+    for start in range(lo, hi, BN):
+        stage = n % STAGES
+        mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+        if FEATURES:
+            mbarrier.expect(ready.index(stage), k_at.block_type.nbytes + f_at.block_type.nbytes)
+            fetch(f_at, [example, start, 0], ready.index(stage), f_smem.index(stage))
+        else:
+            mbarrier.expect(ready.index(stage), k_at.block_type.nbytes)
+        fetch(k_at, [b, kv, start, 0], ready.index(stage), k_smem.index(stage))
+        n += 1
 
 
 @gluon.jit
 def _tile(n, b, start, q, smem, bars, position, state, linear, given, MASKED: gl.constexpr, MIXED: gl.constexpr):
     """The n-th tile of keys: (the next n, the sums, the sums of features where the tile's are ``MIXED``)."""
     _q_smem, k_smem, f_smem = smem
-    ready, free, _q_ready, _q_free = bars
+    _q_ready, ready, free = bars
     sizes, rules, results, scale = given
     BN: gl.constexpr = k_smem.shape[3]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -108,12 +103,22 @@ def _tile(n, b, start, q, smem, bars, position, state, linear, given, MASKED: gl
 
 
 @gluon.jit
-def _block(group: gl.constexpr, n, at, q, smem, bars, columns, sinks, given, FEATURES: gl.constexpr):
-    """The statistics of 64 rows: the next n."""
-    _q_smem, k_smem, f_smem = smem
-    ready, free, _q_ready, q_free = bars
+def _skip(n, keys, ready, free, BN: gl.constexpr):
+    """Tiles that this group does not see: the next n."""
+    for passed in range(0, keys, BN):
+        at = n + passed // BN
+        mbarrier.wait(ready.index(at % STAGES), at // STAGES & 1)
+        mbarrier.arrive(free.index(at % STAGES))
+    return n + gl.cdiv(gl.maximum(keys, 0), BN)
+
+
+@gluon.jit
+def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, FEATURES: gl.constexpr):
+    """One group: the statistics of 64 rows."""
+    q_smem, k_smem, f_smem = smem
+    q_ready, ready, free = bars
     sizes, rules, results, scale = given
-    b, h, row, lo, hi = at
+    b, h, _kv, row, _example = where
     BN: gl.constexpr = k_smem.shape[3]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
@@ -123,7 +128,9 @@ def _block(group: gl.constexpr, n, at, q, smem, bars, columns, sinks, given, FEA
     nothing = fold(gl.zeros([GROUP_ROWS, BN], gl.float32, mma), True)
     state = (gl.full([GROUP_ROWS], FLOOR, gl.float32, rows), nothing, nothing, nothing)
     linear = no_features(f_smem.shape[3] if FEATURES else 16)
-    n = _skip(n, mine - lo, ready, free, BN)
+    mbarrier.wait(q_ready.index(0), 0)
+    q = q_smem.index(group).reshape([GROUP_ROWS, q_smem.shape[4]])
+    n = _skip(0, mine - lo, ready, free, BN)
     for part in gl.static_range(3):
         start, to = bounds(part, mine, full_lo, full_hi, stop)
         if FEATURES and part == 1:
@@ -132,69 +139,41 @@ def _block(group: gl.constexpr, n, at, q, smem, bars, columns, sinks, given, FEA
                 if until > 0:
                     before = state[0]
                     linear = enter(linear, c, state[1], True)
-                    for at_ in range(start, until, BN):
-                        n, state, linear = _tile(n, b, at_, q, smem, bars, position, state, linear, given, False, False)
+                    for at in range(start, until, BN):
+                        n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, False, False)
                     linear = leave(linear, c, before, state, True)
                 else:
-                    for at_ in range(start, -until, BN):
-                        n, state, linear = _tile(n, b, at_, q, smem, bars, position, state, linear, given, False, True)
+                    for at in range(start, -until, BN):
+                        n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, False, True)
                 start = gl.maximum(until, -until)
         else:
-            for at_ in range(start, to, BN):
-                n, state, linear = _tile(n, b, at_, q, smem, bars, position, state, linear, given, part != 1, FEATURES)
-    mbarrier.arrive(q_free.index(0))
-    n = _skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, ready, free, BN)
+            for at in range(start, to, BN):
+                n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES)
+    _skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, ready, free, BN)
     finish(i, state, linear, results, sizes, sinks, b, h, True)
-    return n
 
 
 @gluon.jit
-def _skip(n, keys, ready, free, BN: gl.constexpr):
-    """Tiles that this group does not see: the next n."""
-    for _ in range(0, keys, BN):
-        mbarrier.wait(ready.index(n % STAGES), n // STAGES & 1)
-        mbarrier.arrive(free.index(n % STAGES))
-        n += 1
-    return n
-
-
-@gluon.jit
-def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, shape, FEATURES: gl.constexpr):
-    """One group: its rows of every block."""
-    q_smem, k_smem, f_smem = smem
-    _ready, _free, q_ready, _q_free = bars
-    sizes, rules, _results, _scale = given
-    pairs, items, example = shape
-    BN: gl.constexpr = k_smem.shape[3]
-    q = q_smem.index(group).reshape([GROUP_ROWS, q_smem.shape[4]])
-    n, done = 0, 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        at = block_rows(item // pairs, item % pairs, GROUPS * GROUP_ROWS, sizes, rules, BN)
-        own = columns
-        if FEATURES:
-            own = of_example(columns, at[0] * example, sizes.keys, BN, f_smem.shape[3])
-        mbarrier.wait(q_ready.index(0), done & 1)
-        n = _block(group, n, at, q, smem, bars, own, sinks, given, FEATURES)
-        done += 1
-
-
-@gluon.jit
-def _kernel(q_at, k_at, f_at, columns, sinks, results, sizes, rules, scale, shape, REGISTERS: gl.constexpr):
-    """``shape``: pairs of example and head, blocks of them all, and 1 where every example has features of its own."""
+def _kernel(q_at, k_at, f_at, columns, sinks, results, sizes, rules, scale, batch, together, REGISTERS: gl.constexpr):
+    """``batch`` is 1 where every example has features of its own, else 0."""
+    BN: gl.constexpr = k_at.block_type.shape[2]
     FEATURES: gl.constexpr = f_at is not None
+    b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
+    where = (b, h, h // sizes.group, row, b * batch)
     q_smem, k_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES)
     at, smem = (q_at, k_at, k_at), (q_smem, k_smem, k_smem)
     if FEATURES:
         at, smem = (q_at, k_at, f_at), (q_smem, k_smem, buffers(f_at, STAGES))
-    bars = (barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(1, 1), barriers(1, GROUPS))
+        columns = of_example(columns, b * batch, sizes.keys, BN, f_at.block_type.shape[2])
+    bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS))
     given = (sizes, rules, results, scale)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_reduce, (0, smem, bars, columns, sinks, given, shape, FEATURES)),
-            (_reduce, (1, smem, bars, columns, sinks, given, shape, FEATURES)),
-            (_reduce, (2, smem, bars, columns, sinks, given, shape, FEATURES)),
-            (_fetch, (at, smem, bars, sizes, rules, shape, FEATURES)),
+            (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
+            (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
+            (_reduce, (2, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
+            (_fetch, (at, smem, bars, where, lo, hi, FEATURES)),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],
@@ -213,10 +192,9 @@ def rows(
 ) -> None:
     """Fill ``results`` (``triton_rows.Rows``, no output); ``columns`` (key, n) or (batch, key, n) in q's type."""
     pairs = q.shape[0] * sizes.heads
-    items = triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs
-    f_at, features, example = feature_tiles(columns, KEYS)
-    at, shape = (tiles(q, GROUP_ROWS.value), tiles(k, KEYS), f_at), (pairs, items, example)
+    together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
+    grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
+    f_at, features, batch = feature_tiles(columns, KEYS)
+    at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), f_at
     with on_device(q):
-        _kernel[(persistent(q, items),)](
-            *at, features, sinks, results, sizes, rules, scale, shape, REGISTERS=160, num_warps=4
-        )
+        _kernel[grid](*at, features, sinks, results, sizes, rules, scale, batch, together, REGISTERS=160, num_warps=4)
