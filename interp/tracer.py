@@ -24,6 +24,7 @@ from headscope.interp.tracing.assemble import Piece, Session
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
 from headscope.interp.tracing.kinds import by_layer_kind, check_no_cache, datasets, join, refuse_several
+from headscope.interp.tracing.landing import Landing
 from headscope.interp.tracing.passes import Caches, check_repeats
 from headscope.interp.verify import verify_once
 from headscope.kernels.masks import Mask
@@ -60,7 +61,7 @@ class Tracer(Handler):
         self._plans: dict[Any, tuple[Any, Request, list[tuple[Statistic, Reader]], Tensor | None]] = {}
         self._roles: dict[str, tuple[bool, bool]] = {}
         self._times: dict[int, int] = {}
-        self._heap = Heap()
+        self._heap, self._landing = Heap(), Landing()
         self._pass: list[tuple[Session, Piece]] = []
         self._decoder: Mask | None = None
         self._padded = False
@@ -139,13 +140,15 @@ class Tracer(Handler):
         return request
 
     def observe(self, call: AttentionCall, attended: Attended) -> None:
-        """Store this call's statistics on the layer's device."""
+        """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
         _, piece = self._pass[-1]
         _, _, readers, rows = self._plan(call, piece.prompt)
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
             found = {name: _own(value.detach()) for name, value in reader(attended).items()}
+            if statistic.kind == ROW:
+                found = {name: self._landing.send(value) for name, value in found.items()}
             piece.values.setdefault(statistic.kind, {}).update(found)
         if call.query.device.type == "cpu":
             self._heap.called(call.query.shape[0] * call.query.shape[2])
@@ -195,6 +198,7 @@ class Tracer(Handler):
             return
         check_no_cache(kinds, cached=self._cache is not None)
         self._sessions.clear()
+        self._landing.wait()
         self._finished.append(datasets(kinds))
 
     def _plan(
@@ -215,6 +219,7 @@ class Tracer(Handler):
         self._sessions.clear()
 
     def _open(self) -> list[list[xr.Dataset]]:
+        self._landing.wait()
         made = (session.dataset() for session in self._sessions)
         return [[dataset] for dataset in made if dataset is not None]
 

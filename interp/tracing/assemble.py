@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,7 @@ class _Builder:
         for name in placed[0].values[ROW]:
             array: NDArray[Any] | None = None
             for i, layer in enumerate(self.layers):
-                value = torch.cat([piece.values[ROW][name] for piece in pieces[layer][:passes]], dim=2).cpu().numpy()
+                value = _joined([piece.values[ROW][name] for piece in pieces[layer][:passes]]).numpy()
                 if array is None:
                     shape = (self.batch, len(self.layers), value.shape[1], width, *value.shape[3:])
                     array = np.full(shape, missing(value.dtype), dtype=value.dtype)
@@ -266,6 +267,12 @@ class _Builder:
         for b, kept in enumerate(self._kept):
             tokens[b, : len(kept)] = whole[b, kept + self.start[b]]
         self.variables["token"] = (("example", "query"), tokens)
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    """Statistics of passes in a row, in host memory; neighbours on one device are joined there."""
+    parts = [torch.cat(list(same), dim=2).cpu() for _, same in groupby(values, key=lambda value: value.device)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _key_statistic(name: str, held: dict[str, Tensor]) -> Tensor:

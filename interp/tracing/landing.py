@@ -1,0 +1,31 @@
+"""Row statistics leave the GPU while later layers compute: a trace of a long text takes the host's memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGE = 1 << 20  # bytes; what is smaller stays until it is read, for a copy costs a launch and decoding makes many
+
+
+class Landing:
+    """Copies on their way to host memory, which may be read after ``wait``."""
+
+    def __init__(self) -> None:
+        self._events: dict[torch.device, torch.cuda.Event] = {}
+
+    def send(self, value: Tensor) -> Tensor:
+        """The copy of ``value`` in pinned host memory, not there yet; ``value`` itself if it is small or no GPU's."""
+        if not value.is_cuda or value.nbytes < LARGE:
+            return value
+        stream = torch.cuda.current_stream(value.device)
+        copy = value.to("cpu", non_blocking=True)  # torch pins the memory, and keeps it until the copy is done
+        event = self._events.setdefault(value.device, torch.cuda.Event())  # type: ignore[no-untyped-call]
+        event.record(stream)
+        return copy
+
+    def wait(self) -> None:
+        """Wait until every copy that was sent is there."""
+        for event in self._events.values():
+            event.synchronize()
+        self._events.clear()
