@@ -134,8 +134,8 @@ def test_a_second_turn_on_the_same_cache_continues_the_example(model):
 def test_generation_that_is_no_sequence_of_passes_is_refused_before_it_starts(model, options, why):
     options = {name: model if value == "itself" else value for name, value in options.items()}
     passes = []
-    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
-    with trace(model, [Entropy()]):
+    with trace(model, [Entropy()]):  # the first time, this runs the model to verify it
+        hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
         with pytest.raises(HeadscopeError, match=why):
             model.generate(tokens(), max_new_tokens=3, **FREE, **options)
     hook.remove()
