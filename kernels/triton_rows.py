@@ -100,7 +100,8 @@ def _kernel(
     kv_heads = sizes.heads // sizes.group
     if PACK:
         b, kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
-        i, h, exists = r % sizes.rows, kv * sizes.group + r // sizes.rows, r < sizes.rows * sizes.group
+        i, exists = r % sizes.rows, r < sizes.rows * sizes.group
+        h = tl.where(exists, kv * sizes.group + r // sizes.rows, 0)
         bias_head = h[:, None]
         batches = tl.num_programs(1) // kv_heads
         first, last = row_positions(0, rules), row_positions(sizes.rows - 1, rules)
@@ -111,7 +112,7 @@ def _kernel(
         batches = tl.num_programs(1) // sizes.heads
         first = row_positions(block * BM, rules)
         last = row_positions(tl.minimum(block * BM + BM, sizes.rows) - 1, rules)
-    b64, h64, kv64 = b.to(tl.int64), tl.where(exists, h, 0).to(tl.int64), kv.to(tl.int64)
+    b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv.to(tl.int64)
     position = row_positions(tl.where(exists, i, 0), rules)
     column = tl.arange(0, D)
     at = h64 * strides[0].head + i.to(tl.int64) * strides[0].position
