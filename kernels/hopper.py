@@ -2,8 +2,8 @@
 
 Triton waits for every matrix product where it issues it. Gluon, Triton's lower level, lets a kernel say when, and which
 warps do what: one warp fetches tiles, warp groups of four compute, and one group's exponentials run while the matrix
-unit works for another. That pays where a product is as long as the exponentials of its scores: at d_head 128. All other
-calls take the Triton kernels, which compute the same.
+unit works for another. They are written for the common widths of a head, 64 and 128. All other calls take the Triton
+kernels, which compute the same.
 """
 
 from __future__ import annotations

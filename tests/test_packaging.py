@@ -157,11 +157,27 @@ def dependency_faults(root: Path) -> set[str]:
     return faults
 
 
+def shadow_faults(root: Path) -> set[str]:
+    """Files in a folder of scripts that hide a module of the standard library from whatever such a script imports."""
+    benchmarks = (path for path in sources(root) if path.parent.name == "benchmarks")
+    return {
+        f"{path.relative_to(root)} hides {path.stem}" for path in benchmarks if path.stem in sys.stdlib_module_names
+    }
+
+
 def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-CHECKERS = (package_faults, init_faults, direction_faults, bare_name_faults, pickle_faults, dependency_faults)
+CHECKERS = (
+    package_faults,
+    init_faults,
+    direction_faults,
+    bare_name_faults,
+    pickle_faults,
+    dependency_faults,
+    shadow_faults,
+)
 
 
 @pytest.mark.parametrize("checker", CHECKERS, ids=lambda checker: checker.__name__)
@@ -275,6 +291,7 @@ def test_a_repository_that_keeps_the_rules_has_no_fault(small: Path, checker) ->
             "import pytest",  # declared for development only
             "interp/a.py imports pytest, which pyproject does not declare",
         ),
+        (shadow_faults, "kernels/benchmarks/profile.py", "", "kernels/benchmarks/profile.py hides profile"),
     ],
 )
 def test_a_violation_is_found(small: Path, checker, file: str, text: str | None, fault: str) -> None:

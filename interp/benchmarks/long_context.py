@@ -6,7 +6,7 @@
 
 Cases take turns, after one pass each that warms up (two chunks of it, where a prompt is read in chunks) and is not
 counted. Medians are over ``--repeats``. Memory is the peak of ``torch.cuda.max_memory_allocated`` during the passes;
-the record is gathered from the layers' device afterwards, timed apart. ``untraced`` is SDPA as transformers calls it
+the record is put together in host memory afterwards, timed apart. ``untraced`` is SDPA as transformers calls it
 or, for a prompt in chunks, SDPA's bottom-right causal kernel: transformers would make a (chunk, tokens) mask there.
 Row statistics are logsumexp, entropy, sink mass, distance and the masses of three spans, of every query unless the case
 says otherwise. Every traced pass is checked (``checks.py``); a few milliseconds of that are in the times. A case that

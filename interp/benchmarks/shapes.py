@@ -66,8 +66,8 @@ def random_model(shape: Shape, tokens: int, device: str) -> LlamaForCausalLM:
 def estimate(shape: Shape, tokens: int, chunk: int, values: int, every: int = 1) -> dict[str, float]:
     """GiB of a traced pass: weights, cache, the widest moment of a layer, and ``values`` float32 row statistics.
 
-    The widest moment is the MLP's: gate, its activation, up, their product and the residual stream. Statistics are kept
-    where the layer is. Appending to a cache holds the longest tensor twice.
+    The widest moment is the MLP's: gate, its activation, up, their product and the residual stream. Appending to a
+    cache holds the longest tensor twice. Statistics wait in host memory: ``"device"`` is all but them.
     """
     kv = shape.kv_heads * shape.d_head
     layer = shape.hidden * (2 * shape.hidden + 2 * kv) + 3 * shape.hidden * shape.intermediate
@@ -79,4 +79,5 @@ def estimate(shape: Shape, tokens: int, chunk: int, values: int, every: int = 1)
         "widest moment": 2 * chunk * (4 * shape.intermediate + 2 * shape.hidden),
         "statistics": 4 * values * shape.layers * shape.heads * tokens // every,
     }
-    return {name: size / GIB for name, size in parts.items()} | {"all": sum(parts.values()) / GIB}
+    device = sum(size for name, size in parts.items() if name != "statistics")
+    return {name: size / GIB for name, size in parts.items()} | {"device": device / GIB}

@@ -122,4 +122,4 @@ def test_what_is_expected_of_memory() -> None:
     assert eight["cache"] == 0 and eight["statistics"] == 0.5
     one = estimate(SHAPES["1b"], 1 << 20, 1 << 16, values=7)
     assert one["weights"] == pytest.approx(1_235_814_400 * 2 / 2**30, rel=1e-3)
-    assert one["cache"] == 33 and one["statistics"] == 14 and one["all"] < 75
+    assert one["cache"] == 33 and one["statistics"] == 14 and one["device"] < 74  # a card of 80 GB

@@ -5,6 +5,7 @@ Not a test: ``test_hopper.py`` runs it in a process of its own, for it replaces 
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
@@ -21,6 +23,8 @@ from triton.runtime import driver
 from headscope.kernels import hopper, hopper_columns, hopper_output, hopper_rows, triton_columns, triton_rows
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton_masks import rules
+
+COMPARISONS = 32  # a masked tile makes one for each of a thread's 64 scores
 
 
 class NoCard:
@@ -41,7 +45,8 @@ class NoCard:
 class Compiled:
     """In a kernel's place: compiles what it would launch, and prints what the card would need for it.
 
-    That is: shared memory, bytes spilt, and whether ptxas gave up overlapping matrix products.
+    That is: shared memory, loops over whole tiles, how many registers one of these has no room for, and whether ptxas
+    gave up overlapping matrix products.
     """
 
     def __init__(self, kernel: Any, name: str) -> None:
@@ -53,16 +58,37 @@ class Compiled:
     def say(self, compiled: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "kernel.ptx"
+            binary = source.with_suffix(".cubin")
             source.write_text(compiled.asm["ptx"])
-            command = [get_ptxas(90).path, "-arch=sm_90a", "-v", str(source), "-o", str(source.with_suffix(".cubin"))]
-            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        counts = (line.split("bytes spill stores")[0].split()[-1] for line in log.splitlines() if "spill" in line)
-        print(self.name, compiled.metadata.shared, sum(map(int, counts)), "serialized" in log)
+            log = run(get_ptxas(90).path, "-arch=sm_90a", "-v", str(source), "-o", str(binary)).stderr
+            loops = whole_tiles(run(knobs.nvidia.cuobjdump.path, "-sass", str(binary)).stdout)
+        stores = max((loop.count("STL") for loop in loops), default=0)
+        print(self.name, compiled.metadata.shared, len(loops), stores, "serialized" in log)
 
 
-def main(dtype: torch.dtype, mask: Mask) -> None:
-    """Compile every kernel with and without features, distance and maxima."""
-    q, k = torch.zeros(2, 8, 256, 128, dtype=dtype), torch.zeros(2, 2, 256, 128, dtype=dtype)
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    """The finished command."""
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def whole_tiles(disassembly: str) -> list[list[str]]:
+    """The operations of the innermost loops that multiply matrices and compare nothing, as whole tiles need no mask."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?([^;]*);", disassembly, re.M)
+    at = {int(address, 16): number for number, (address, _) in enumerate(lines)}
+    loops = []
+    for number, (address, text) in enumerate(lines):
+        target = re.match(r"BRA\S*.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < int(address, 16):
+            loops.append((at[int(target[1], 16)], number))
+    products = [(a, z) for a, z in loops if any("HGMMA" in text for _, text in lines[a:z])]
+    inner = [one for one in products if not any(a >= one[0] and z < one[1] for a, z in products)]
+    found = [[text.split(".")[0].split()[0] for _, text in lines[a:z]] for a, z in inner]
+    return [words for words in found if words.count("ISETP") < COMPARISONS]
+
+
+def main(d: int, dtype: torch.dtype, mask: Mask) -> None:
+    """Compile every kernel for heads ``d`` wide, with and without features, distance and maxima."""
+    q, k = torch.zeros(2, 8, 256, d, dtype=dtype), torch.zeros(2, 2, 256, d, dtype=dtype)
     z, seen = torch.zeros(2, 8, 256), rules(mask, 2)
     for features in (0, 16, 32):
         f = torch.zeros(1, 256, features, dtype=dtype) if features else None
@@ -82,4 +108,4 @@ if __name__ == "__main__":
     for module in (hopper_rows, hopper_output, hopper_columns):
         module._kernel = Compiled(module._kernel, module.__name__.rsplit("_", 1)[1])
     padded = Mask(start=torch.tensor([0, 3]), end=torch.tensor([256, 200]), right=0, left=100)
-    main(getattr(torch, sys.argv[1]), padded if sys.argv[2:] == ["padded"] else Mask.causal())
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), padded if sys.argv[3] == "padded" else Mask.causal())
