@@ -14,6 +14,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.kernels import attention as kernels
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
 
 STOPS = ("StopAtLayerException", "EarlyStopException")  # TransformerLens' stop_at_layer, nnsight's tracer.stop()
 LOWEST = -1e30  # stands for -inf where a bias says "never": finite, so that 0 times it is 0
@@ -31,6 +32,11 @@ class AttentionCall:
     head or 1, query, key) is added to the scores (T5). ``cross``: queries and keys are of different sequences, so that
     distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them. ``dense``: the
     mask came as a tensor, which may hold padding without saying so.
+
+    No model computes with the last two, which are for edits; statistics are those of the edited pattern. ``key_bias``
+    (batch or 1, head or 1, key) is added to each key's score after softcap: ``log c`` multiplies the key's weight by c
+    before renormalisation. ``score_edit`` (``headscope.kernels.score_edits``) changes the scores last; tables that it
+    holds must be on the layer's device.
     """
 
     query: Tensor
@@ -46,6 +52,8 @@ class AttentionCall:
     cross: bool = False
     gaps: bool = False
     dense: bool = False
+    key_bias: Tensor | None = None
+    score_edit: ScoreEdit | None = None
 
     def attend(self, request: Request) -> Attended:
         """Compute ``request``, sharing one pass."""
@@ -76,7 +84,8 @@ class AttentionCall:
             unit = torch.eye(keys, dtype=wide, device=k.device).expand(batch, kv_heads, -1, -1)
             q, k, scale = torch.cat([q.to(wide) * scale, bias], -1), torch.cat([k.to(wide), unit], -1), 1.0
             v = v.to(wide)
-        return {"q": q, "k": k, "v": v, "mask": self.mask, "scale": scale, "softcap": self.softcap, "sinks": self.sinks}
+        scores = {"scale": scale, "softcap": self.softcap, "sinks": self.sinks}
+        return {"q": q, "k": k, "v": v, "mask": self.mask, **scores, "bias": self.key_bias, "edit": self.score_edit}
 
     def with_(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed."""
