@@ -33,10 +33,9 @@ class AttentionCall:
     distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them. ``dense``: the
     mask came as a tensor, which may hold padding without saying so.
 
-    No model computes with the last two, which are for edits; statistics are those of the edited pattern. ``key_bias``
-    (batch or 1, head or 1, key) is added to each key's score after softcap: ``log c`` multiplies the key's weight by c
-    before renormalisation. ``score_edit`` (``headscope.kernels.score_edits``) changes the scores last; tables that it
-    holds must be on the layer's device.
+    No model computes with the last two, which are for edits (``with_key_bias``, ``with_score_edit``); statistics are
+    those of the edited pattern. ``key_bias`` (batch or 1, head or 1, key) is added to each key's score after softcap;
+    ``score_edit`` changes the scores last.
     """
 
     query: Tensor
@@ -90,6 +89,20 @@ class AttentionCall:
     def with_(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed."""
         return replace(self, **changes)
+
+    def with_key_bias(self, bias: Tensor) -> AttentionCall:
+        """A copy in which ``bias`` (batch or 1, head or 1, key) is added to each key's score, and to an earlier bias.
+
+        ``log c`` multiplies the key's weight by c before renormalisation.
+        """
+        return replace(self, key_bias=bias if self.key_bias is None else self.key_bias + bias)
+
+    def with_score_edit(self, edit: ScoreEdit) -> AttentionCall:
+        """A copy whose scores ``edit`` (see ``headscope.kernels.score_edits``) changes last, after an earlier edit.
+
+        Tables that it holds must be on the layer's device.
+        """
+        return replace(self, score_edit=edit if self.score_edit is None else self.score_edit.then(edit))
 
 
 class Handler:

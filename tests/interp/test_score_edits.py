@@ -22,14 +22,14 @@ def weigh(call: AttentionCall) -> AttentionCall:
     """The first key counts a tenth in head 1."""
     bias = torch.zeros(1, call.query.shape[1], call.key.shape[2])
     bias[0, 1, 0] = np.log(0.1)
-    return call.with_(key_bias=bias)
+    return call.with_key_bias(bias)
 
 
 def slope(call: AttentionCall) -> AttentionCall:
     """Every second head loses a score of 0.2 a token of distance."""
     heads = call.query.shape[1]
     edit = distance_slope(torch.full((heads,), 0.2)).on_heads(range(0, heads, 2), heads)
-    return call.with_(score_edit=edit)
+    return call.with_score_edit(edit)
 
 
 def inputs_of(kind: str) -> dict[str, Tensor]:
@@ -74,7 +74,25 @@ def dense(call: AttentionCall) -> Tensor:
     return s.softmax(-1)[..., :keys]
 
 
-@pytest.mark.parametrize("change", [weigh, slope])
+def both(call: AttentionCall) -> AttentionCall:
+    """Edits add up: each twice."""
+    return slope(weigh(slope(weigh(call))))
+
+
+def test_edits_add_up():
+    calls = Edit(lambda call: call)
+    model = tiny_model("llama")
+    with attached(model, calls), torch.no_grad():
+        model(**inputs_of("causal-lm"))
+    call = calls.seen[0][0]
+    once, twice = weigh(call), weigh(weigh(call))
+    assert torch.equal(twice.key_bias, 2 * once.key_bias)
+    ones = torch.ones(1, 1, 1, 1)
+    at = (ones.long() * 0, ones.long() * 0, ones.long() * 9, ones.long() * 4)  # head 0, five tokens away
+    assert float(slope(slope(call)).score_edit(ones, *at)) == pytest.approx(1.0 - 2 * 5 * 0.2)
+
+
+@pytest.mark.parametrize("change", [weigh, slope, both])
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("llama", "causal-lm"), ("gemma2", "causal-lm"), ("gpt_oss", "causal-lm"), ("t5", "encoder-decoder")],
@@ -115,7 +133,7 @@ def test_nothing_is_left_and_a_wrong_edit_says_so():
     inputs = inputs_of("causal-lm")
     with torch.no_grad():
         before = model(**inputs).logits
-    wrong = Edit(lambda call: call.with_(score_edit=ScoreEdit(lambda s, b, h, q, k: s[..., :1])))
+    wrong = Edit(lambda call: call.with_score_edit(ScoreEdit(lambda s, b, h, q, k: s[..., :1])))
     with pytest.raises(ValueError, match="a score edit was given"):
         with attached(model, wrong), torch.no_grad():
             model(**inputs)
