@@ -278,8 +278,8 @@ def trace(
 ) -> Iterator[Tracer]:
     """Record ``statistics`` of every forward pass of ``model`` inside the block; nothing stays on the model after it.
 
-    Row statistics of a megabyte or more leave a GPU for (pinned) host memory as they are made, so that a long text needs
-    no more of the card than untraced; the host needs room for the record twice.
+    Row statistics of a megabyte or more leave a GPU for (pinned) host memory as they are made, so that a long text
+    needs no more of the card than untraced; the host needs room for the record twice.
 
     Args:
         model: load_model's result or a Hugging Face model.
