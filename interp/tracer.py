@@ -24,7 +24,7 @@ from headscope.interp.tracing.assemble import Piece, Session
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
 from headscope.interp.tracing.kinds import by_layer_kind, check_no_cache, datasets, join, refuse_several
-from headscope.interp.tracing.landing import Landing
+from headscope.interp.tracing.landing import Landing, owned
 from headscope.interp.tracing.passes import Caches, check_repeats
 from headscope.interp.verify import verify_once
 from headscope.kernels.masks import Mask
@@ -146,7 +146,7 @@ class Tracer(Handler):
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
-            found = {name: _own(value.detach()) for name, value in reader(attended).items()}
+            found = {name: owned(value.detach()) for name, value in reader(attended).items()}
             if statistic.kind == ROW:
                 found = {name: self._landing.send(value) for name, value in found.items()}
             piece.values.setdefault(statistic.kind, {}).update(found)
@@ -258,12 +258,6 @@ class Tracer(Handler):
         self._pass.clear()
         self._sessions.clear()
         self._finished.clear()
-
-
-def _own(value: Tensor) -> Tensor:
-    """``value`` without the larger tensor that it may be a view of, which the record would keep in memory."""
-    held = value.untyped_storage().nbytes()
-    return value.clone(memory_format=torch.contiguous_format) if held > value.nbytes else value
 
 
 @contextmanager

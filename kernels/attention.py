@@ -213,8 +213,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor |
         raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly")
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks must have one logit a head, shape ({q.shape[1]},); got {tuple(sinks.shape)}")
-    if bias is not None and (bias.dim() != 3 or bias.shape[2] != k.shape[2] or bias.shape[1] not in (1, q.shape[1])):
-        raise ValueError(f"bias must be (batch or 1, {q.shape[1]} or 1, {k.shape[2]}); got {tuple(bias.shape)}")
+    sizes = ((1, q.shape[0]), (1, q.shape[1]), (k.shape[2],))
+    if bias is not None and (bias.dim() != 3 or any(n not in fit for n, fit in zip(bias.shape, sizes, strict=True))):
+        raise ValueError(f"bias must be ({q.shape[0]} or 1, {q.shape[1]} or 1, {k.shape[2]}); got {tuple(bias.shape)}")
 
 
 def _check_request(q: Tensor, k: Tensor, request: Request) -> None:

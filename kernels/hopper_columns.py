@@ -30,8 +30,10 @@ from headscope.kernels.hopper_device import (
     bounds,
     buffers,
     fetch,
+    pass_turn,
     place,
     query_range,
+    take_turn,
     taking_turns,
     tiles,
     visible,
@@ -116,8 +118,8 @@ def _skip(n, queries, group: gl.constexpr, bars):
     for passed in range(0, queries, GROUP_ROWS):
         at = n + passed // GROUP_ROWS
         mbarrier.wait(ready.index(at % STAGES), at // STAGES & 1)
-        mbarrier.wait(turn.index(group), (at & 1) ^ (1 if group == 0 else 0))
-        mbarrier.arrive(turn.index((group + 1) % GROUPS))
+        take_turn(turn, group, at)
+        pass_turn(turn, group, GROUPS)
         mbarrier.arrive(free.index(at % STAGES))
     return n + gl.cdiv(gl.maximum(queries, 0), GROUP_ROWS)
 
@@ -150,10 +152,10 @@ def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules
             stage = n % STAGES
             norm = _norm(lse, start, hi, b, rules, rows)
             mbarrier.wait(ready.index(stage), n // STAGES & 1)
-            mbarrier.wait(turn.index(group), (n & 1) ^ (1 if group == 0 else 0))
+            take_turn(turn, group, n)
             s = warpgroup_mma(q_smem.index(stage).reshape([GROUP_ROWS, D]), kt, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.arrive(turn.index((group + 1) % GROUPS))
+            pass_turn(turn, group, GROUPS)
             mbarrier.arrive(free.index(stage))
             sums = _gather(s, norm, sums, start, j, b, rules, scale, part != 1, SUM, MAX)
             n += 1

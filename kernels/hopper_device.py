@@ -55,12 +55,14 @@ def taking_turns(pairs: int, bytes_read: int) -> int:
     return math.gcd(pairs, 1 << (most.bit_length() - 1))
 
 
-def feature_tiles(columns: Tensor | None, rows: int) -> tuple[Any, Any, int]:
-    """Features (key, n) or (batch, key, n) as a kernel takes them: tiles; values and runs; whether examples differ."""
+def feature_tiles(columns: Tensor | None, rows: int, *, asked: bool) -> tuple[Any, Any, int]:
+    """Features (key, n) or (batch, key, n) as a kernel takes them: tiles; values and runs, where tiles are ``asked``
+    for them; and 1 where every example has features of its own, else 0."""
     if columns is None:
         return None, None, 0
     batched = columns if columns.dim() == 3 else columns[None]
-    return tiles(batched, rows), (columns, runs(columns, rows)), int(batched.shape[0] > 1)
+    found = (columns, runs(columns, rows)) if asked else None
+    return tiles(batched, rows), found, int(batched.shape[0] > 1)
 
 
 @cache
@@ -82,6 +84,18 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
 def buffers(at, count: gl.constexpr):
     """Room for ``count`` tiles of the descriptor ``at``."""
     return gl.allocate_shared_memory(at.dtype, [count] + at.block_type.shape, at.layout)
+
+
+@gluon.jit
+def take_turn(turn, group: gl.constexpr, n):
+    """Wait until the group before this one has passed the matrix unit on for the n-th tile; the first group begins."""
+    mbarrier.wait(turn.index(group), (n & 1) ^ (1 if group == 0 else 0))
+
+
+@gluon.jit
+def pass_turn(turn, group: gl.constexpr, GROUPS: gl.constexpr):
+    """Let the next group have the matrix unit."""
+    mbarrier.arrive(turn.index((group + 1) % GROUPS))
 
 
 @gluon.jit

@@ -47,9 +47,11 @@ from headscope.kernels.hopper_device import (
     leave,
     no_features,
     of_example,
+    pass_turn,
     run_of,
     scaled,
     store_rows,
+    take_turn,
     taking_turns,
     tiles,
     weigh,
@@ -107,7 +109,7 @@ def _tile(n, start, group: gl.constexpr, q, smem, bars, position, sums, given, M
     mbarrier.wait(k_ready.index(stage), n // STAGES & 1)
     kt = k_smem.index(stage).reshape([BN, D]).permute([1, 0])
     if D < 128:
-        mbarrier.wait(turn.index(group), (n & 1) ^ (1 if group == 0 else 0))
+        take_turn(turn, group, n)
     s_ = warpgroup_mma(q, kt, gl.zeros([GROUP_ROWS, BN], gl.float32, mma), use_acc=False, is_async=True)
     mbarrier.wait(v_ready.index(before), last // STAGES & 1)
     o_ = warpgroup_mma(p, v_smem.index(before).reshape([BN, v_smem.shape[4]]), output, is_async=True)
@@ -116,7 +118,7 @@ def _tile(n, start, group: gl.constexpr, q, smem, bars, position, sums, given, M
         weights = gl.convert_layout(p, gl.DotOperandLayout(0, linear.type.layout, 2))
         f_ = warpgroup_mma(weights, f, linear, is_async=True)
     if D < 128:
-        mbarrier.arrive(turn.index((group + 1) % GROUPS))
+        pass_turn(turn, group, GROUPS)
     s = warpgroup_mma_wait(2 if F == BESIDE else 1, deps=[s_])
     mbarrier.arrive(k_free.index(stage))
     new, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, False, MASKED)
@@ -234,17 +236,15 @@ def output(
 ) -> None:
     """Fill ``results`` (``triton_rows.Rows`` with an output); ``columns`` (key, n) or (batch, key, n) in q's type.
 
-    ``sparse``: most tiles of keys share one row of ``columns``, so they are asked; else each is multiplied, at d_head
-    128 in smaller tiles for want of registers.
+    ``sparse``: most tiles of keys share one row of ``columns``, so at d_head 128 they are asked; else each is
+    multiplied, there in smaller tiles for want of registers. At 64 that costs less than asking does.
     """
     keys, stages = (128, 3) if q.shape[3] < 128 else (128, 2) if columns is None or sparse else (64, 4)
     pairs = q.shape[0] * sizes.heads
     together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
     grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
     at = tiles(q, GROUP_ROWS.value), tiles(k, keys), tiles(v, keys)
-    f_at, features, batch = feature_tiles(columns, keys)
-    if not sparse or q.shape[3] < 128:
-        features = None
+    f_at, features, batch = feature_tiles(columns, keys, asked=sparse and q.shape[3] == 128)
     with on_device(q):
         _kernel[grid](
             *at, f_at, features, sinks, results, sizes, rules, scale, batch, together, STAGES=stages, num_warps=4

@@ -194,7 +194,7 @@ def rows(
     pairs = q.shape[0] * sizes.heads
     together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
     grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
-    f_at, features, batch = feature_tiles(columns, KEYS)
+    f_at, features, batch = feature_tiles(columns, KEYS, asked=True)
     at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), f_at
     with on_device(q):
         _kernel[grid](*at, features, sinks, results, sizes, rules, scale, batch, together, REGISTERS=160, num_warps=4)

@@ -1,4 +1,4 @@
-"""Row statistics leave the GPU while later layers compute: a trace of a long text takes the host's memory."""
+"""What the tracer keeps of a layer's statistics: large ones of rows leave a GPU while later layers compute."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 20  # bytes; what is smaller stays until it is read, for a copy costs a launch and decoding makes many
+
+
+def owned(value: Tensor) -> Tensor:
+    """``value`` without the larger tensor that it may be a view of, which the record would keep in memory."""
+    held = value.untyped_storage().nbytes()
+    return value.clone(memory_format=torch.contiguous_format) if held > value.nbytes else value
 
 
 class Landing:

@@ -165,6 +165,7 @@ def test_the_output_keeps_its_gradient(kind: str, options: dict) -> None:
         ({"k": torch.zeros(2, 2, 8)}, "must be"),
         ({"sinks": torch.zeros(3)}, "sinks"),
         ({"bias": torch.zeros(2, 3, 5)}, "bias"),
+        ({"bias": torch.zeros(3, 1, 5)}, "bias"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
