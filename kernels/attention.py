@@ -52,7 +52,8 @@ def attend(
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: one extra logit a head (head,) in the softmax denominator.
         bias: a logit added to each key's score after softcap (batch or 1, head or 1, key). Adding ``log c`` multiplies
-            the key's weight by ``c`` before renormalisation; statistics are those of the edited pattern.
+            the key's weight by ``c`` before renormalisation, and -inf takes the key away; statistics are those of the
+            edited pattern.
         edit: changes the scores last, after softcap and bias, of the pairs that the mask shows; statistics are those
             of the edited pattern. Streaming evaluates it tile by tile on any device; the output and lse come from
             FlexAttention on a GPU, where it takes the call.

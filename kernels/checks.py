@@ -214,12 +214,19 @@ def random_case(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Case:
-    """A random call with the mask ``kind`` of ``MASKS``; scores have a standard deviation of about 2."""
+    """A random call with the mask ``kind`` of ``MASKS``; scores have a standard deviation of about 2.
+
+    A ``bias`` hides every eighth key or so of a head: it is -inf there.
+    """
     gen = torch.Generator().manual_seed(seed)
     heads = kv_heads * group
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=gen).to(device=device)
+
+    def key_bias() -> Tensor:
+        hidden = torch.rand(batch, heads, keys, generator=gen) < 0.125
+        return normal(batch, heads, keys).masked_fill(hidden.to(device), -torch.inf)
 
     return Case(
         q=(2.0 * normal(batch, heads, queries, d_head)).to(dtype),
@@ -229,7 +236,7 @@ def random_case(
         scale=d_head**-0.5,
         softcap=softcap,
         sinks=normal(heads) if sinks else None,
-        bias=normal(batch, heads, keys) if bias else None,
+        bias=key_bias() if bias else None,
     )
 
 

@@ -39,7 +39,9 @@ def scores(
         examples, heads, rows, keys = (torch.arange(n, device=s.device) for n in s.shape)
         s = edit.tile(s, examples, heads, rows + mask.query_offset, keys + mask.key_offset)
     visible = dense_mask(mask, q.shape, k.shape[2], q.device)
-    return s.masked_fill(~visible, float("-inf"))
+    if bias is not None:  # a row that a bias hides whole would otherwise have no gradient
+        visible = visible & (bias > -torch.inf)[:, :, None]
+    return s.masked_fill(~visible, -torch.inf)
 
 
 def dense_mask(mask: Mask, query_shape: torch.Size, keys: int, device: torch.device) -> Tensor:

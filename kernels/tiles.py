@@ -150,7 +150,7 @@ class Block:
 
     def _bias(self, bias: Tensor, unit: float) -> Tensor:
         """The key bias of this block (batch or 1, kv_head or 1, group or 1, 1, key), in ``unit``s a nat."""
-        bias = bias.to(self.k.dtype) * unit
+        bias = bias.to(self.k.dtype).clamp(min=HIDDEN) * unit  # -inf takes a key's weight away
         if bias.shape[0] > 1:
             bias = bias[self.examples]
         if bias.shape[1] == 1:

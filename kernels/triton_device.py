@@ -37,12 +37,12 @@ class Score(NamedTuple):
 
 
 def score(scale: float, softcap: float | None, bias: Tensor | None, *, registers: bool = False) -> Score:
-    """The kernel argument for ``scale``, ``softcap`` and a key bias (batch or 1, head or 1, key)."""
+    """The kernel argument for ``scale``, ``softcap`` and a key bias (batch or 1, head or 1, key), where -inf hides."""
     sign = math.copysign(1.0, scale) if registers or scale < 0 else None
     scale = abs(scale)  # a maximum commutes with positive scales only
     if bias is None:
         return Score(scale, softcap, None, 0, 0, sign)
-    bias = bias.float().contiguous()
+    bias = bias.float().clamp(min=HIDDEN.value).contiguous()
     batch, head = (0 if bias.shape[d] == 1 else bias.stride(d) for d in (0, 1))
     return Score(scale, softcap, bias, batch, head, sign)
 
