@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from headscope.interp.compiled import plain
 from headscope.interp.errors import HeadscopeError
 from headscope.kernels import attention as kernels
+from headscope.kernels import redistribution
 from headscope.kernels.masks import Mask
+from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit
 
@@ -33,9 +35,9 @@ class AttentionCall:
     distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them. ``dense``: the
     mask came as a tensor, which may hold padding without saying so.
 
-    No model computes with the last two, which are for edits (``with_key_bias``, ``with_score_edit``); statistics are
-    those of the edited pattern. ``key_bias`` (batch or 1, head or 1, key) is added to each key's score after softcap;
-    ``score_edit`` changes the scores last.
+    No model computes with the last three, which are for edits (``with_key_bias`` and so on); statistics are those of
+    the edited pattern. ``key_bias`` (batch or 1, head or 1, key) is added to each key's score after softcap;
+    ``score_edit`` changes the scores last; ``redistribution`` moves mass between keys after softmax.
     """
 
     query: Tensor
@@ -53,22 +55,32 @@ class AttentionCall:
     dense: bool = False
     key_bias: Tensor | None = None
     score_edit: ScoreEdit | None = None
+    redistribution: Redistribution | None = None
 
     def attend(self, request: Request) -> Attended:
         """Compute ``request``, sharing one pass."""
-        seen = kernels.attend(**self._inputs(), request=request)
+        if self.redistribution is None:
+            seen = kernels.attend(**self._inputs(), request=request)
+        else:
+            seen = redistribution.redistribute(**self._inputs(), move=self.redistribution, request=request)
         if seen.output is not None:
             seen.output = seen.output.to(self.value.dtype)
         return seen
 
     def output(self) -> Tensor:
         """The heads' outputs z (batch, head, query, d_value)."""
+        if self.redistribution is not None:
+            z = self.attend(Request()).output
+            assert z is not None
+            return z
         return kernels.output(**self._inputs()).to(self.value.dtype)
 
     def pattern(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """One exact tile of the pattern (batch, head, row, key), float32."""
         inputs = self._inputs()
         del inputs["v"]
+        if self.redistribution is not None:
+            return redistribution.pattern(**inputs, move=self.redistribution, rows=rows, keys=keys)
         return kernels.pattern(**inputs, rows=rows, keys=keys)
 
     def _inputs(self) -> dict[str, Any]:
@@ -93,7 +105,7 @@ class AttentionCall:
     def with_key_bias(self, bias: Tensor) -> AttentionCall:
         """A copy in which ``bias`` (batch or 1, head or 1, key) is added to each key's score, and to an earlier bias.
 
-        ``log c`` multiplies the key's weight by c before renormalisation.
+        ``log c`` multiplies the key's weight by c before renormalisation; -inf takes the key away.
         """
         return replace(self, key_bias=bias if self.key_bias is None else self.key_bias + bias)
 
@@ -103,6 +115,15 @@ class AttentionCall:
         Tables that it holds must be on the layer's device.
         """
         return replace(self, score_edit=edit if self.score_edit is None else self.score_edit.then(edit))
+
+    def with_redistribution(self, move: Redistribution) -> AttentionCall:
+        """A copy in which ``move`` moves mass between keys after softmax, so after any edit of scores.
+
+        Raises HeadscopeError where an earlier edit did: one ``Redistribution`` can hold different keys for every head.
+        """
+        if self.redistribution is not None:
+            raise HeadscopeError(f"two edits redistribute layer {self.layer} of {self.site}; make them one")
+        return replace(self, redistribution=move)
 
 
 class Handler:

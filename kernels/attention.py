@@ -63,8 +63,8 @@ def attend(
     Raises:
         ValueError: shapes that do not belong together, or an unknown engine.
     """
-    _check(q, k, v, sinks, bias)
-    _check_request(q, k, request)
+    check(q, k, v, sinks, bias)
+    check_request(q, k, request)
     run = _engine(engine, q, v, edit)
     call = {"mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks, "bias": bias, "edit": edit}
     if request.output and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -91,7 +91,7 @@ def output(
     edit: ScoreEdit | None = None,
 ) -> Tensor:
     """The attention output alone (batch, head, query, d_value), by PyTorch's own kernel wherever it has one."""
-    _check(q, k, v, sinks, bias)
+    check(q, k, v, sinks, bias)
     call: dict[str, Any] = {
         "mask": mask,
         "scale": scale,
@@ -205,7 +205,8 @@ def pattern(
     return out if seen is None else out.masked_fill_(~seen, 0.0)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ValueError where the inputs of a call do not belong together."""
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x.shape) for x in (q, k, v)]}")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
@@ -219,7 +220,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor |
         raise ValueError(f"bias must be ({q.shape[0]} or 1, {q.shape[1]} or 1, {k.shape[2]}); got {tuple(bias.shape)}")
 
 
-def _check_request(q: Tensor, k: Tensor, request: Request) -> None:
+def check_request(q: Tensor, k: Tensor, request: Request) -> None:
+    """Raise ValueError where ``request`` does not fit a call."""
     linear = request.linear
     if linear is not None and (linear.dim() not in (2, 3) or linear.shape[-2] != k.shape[2]):
         raise ValueError(

@@ -11,7 +11,8 @@ import torch
 
 from headscope.kernels import hopper, triton_engine
 from headscope.kernels.blocks import Pool, blocks, dense
-from headscope.kernels.checks import MASKS, Case, allowed, compare, distance, everything, random_case
+from headscope.kernels.cases import MASKS, Case, everything, random_case
+from headscope.kernels.checks import allowed, compare, distance
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
 from headscope.kernels.masks import Mask

@@ -1,4 +1,4 @@
-"""Heaviest keys, span outputs and edited scores on the GPU against the float64 definition, on poisoned memory, twice.
+"""Top keys, span outputs, edited scores and moved mass on the GPU against the definition, on poisoned memory, twice.
 
     python -m headscope.kernels.benchmarks.gpu_check_edits
 
@@ -20,7 +20,9 @@ import torch
 
 from headscope.kernels import attention, flex, triton_engine
 from headscope.kernels.benchmarks.gpu_check import WORKERS, poison
-from headscope.kernels.checks import MASKS, Case, allowed, compare, distance, random_case, random_edits
+from headscope.kernels.cases import MASKS, Case, everything, random_case, random_edits, random_moves
+from headscope.kernels.checks import allowed, compare, distance
+from headscope.kernels.redistribution import redistribute
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.spans import span_outputs
 
@@ -47,16 +49,22 @@ def jobs() -> list[Job]:
     spans = [{**base, "kind": kind} for kind in ("causal", "left padding", "chunks")]
     spans += [{**base, "kind": "causal", "dtype": torch.float32, **options}]
     edits = [{**base, "kind": kind, "edit": "distance slope"} for kind in MASKS]
-    edits += [{**base, "kind": "causal", "edit": name, **options} for name in _names()]
+    edits += [{**base, "kind": "causal", "edit": name, **options} for name in _names(random_edits)]
     for d, dv in ((60, 60), (128, 64), (256, 256)):
         edits.append({**base, "kind": "causal", "d_head": d, "d_value": dv, "keys": 400, "edit": "distance table"})
     edits.append({**base, "kind": "window", "dtype": torch.float16, "edit": "key scale"})
-    listed = [("edits", spec) for spec in edits] + [("top", spec) for spec in top] + [("spans", spec) for spec in spans]
+    moves = [{**base, "kind": kind, "move": "onto a set"} for kind in kinds]
+    moves += [{**base, "kind": "causal", "move": name, **options} for name in _names(random_moves)]
+    moves.append({**base, "kind": "causal", "d_head": 128, "queries": 2000, "keys": 2000, "move": "no first key"})
+    listed = [("moves", spec) for spec in moves]
+    listed += (
+        [("edits", spec) for spec in edits] + [("top", spec) for spec in top] + [("spans", spec) for spec in spans]
+    )
     return listed
 
 
-def _names() -> list[str]:
-    return list(random_edits(random_case("causal", queries=3, keys=3)))
+def _names(kinds: Callable[[Case], dict[str, Any]]) -> list[str]:
+    return list(kinds(random_case("causal", queries=3, keys=3)))
 
 
 def _twice(label: str, case: Case, run: Callable[..., Attended], request: Request) -> list[str]:
@@ -116,15 +124,28 @@ def check_edits(spec: dict[str, Any]) -> list[str]:
     return wrong + [f"{name} {spec}: {x.message}" for x in said if "does not compile" in str(x.message)]
 
 
+def check_moves(spec: dict[str, Any]) -> list[str]:
+    """Everything of a redistributed pattern, of all rows and of some."""
+    spec = dict(spec)
+    name = spec.pop("move")
+    case = random_case(**spec, device=DEVICE)
+    case = replace(case, move=random_moves(case)[name])
+    asked = [everything(case, subset=subset) for subset in (False, True)]
+    return [line for request in asked for line in _twice(f"{name} {spec}", case, redistribute, request)]
+
+
 def _guarded(job: Job) -> list[str]:
     torch.set_num_threads(1)
     kind, spec = job
     if kind != "edits":  # the compiler of FlexAttention allocates, too
         poison()
     try:
-        return {"top": check_top, "spans": check_spans, "edits": check_edits}[kind](spec)
+        return CHECKS[kind](spec)
     except Exception as error:  # one broken case must not hide the others
         return [f"{kind} {spec}: {type(error).__name__}: {str(error)[:600]}"]
+
+
+CHECKS = {"top": check_top, "spans": check_spans, "edits": check_edits, "moves": check_moves}
 
 
 def check() -> bool:

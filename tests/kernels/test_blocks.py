@@ -10,7 +10,8 @@ import torch
 from headscope.kernels import blocks as module
 from headscope.kernels import weights
 from headscope.kernels.blocks import Pool, blocks, dense, top_blocks
-from headscope.kernels.checks import MASKS, Case, allowed, distance, random_case
+from headscope.kernels.cases import MASKS, Case, random_case
+from headscope.kernels.checks import allowed, distance
 
 ENGINES = ["streaming", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from headscope.kernels import attention, flex
-from headscope.kernels.checks import MASKS, Case, compare, everything, random_case, random_edits
+from headscope.kernels.cases import MASKS, Case, everything, random_case, random_edits
+from headscope.kernels.checks import compare
 from headscope.kernels.reference import dense_mask
 from headscope.kernels.request import Request
 

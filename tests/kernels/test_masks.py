@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headscope.kernels.checks import MASKS, random_mask
+from headscope.kernels.cases import MASKS, random_mask
 from headscope.kernels.counts import count_queries
 from headscope.kernels.masks import Mask
 from headscope.kernels.reference import dense_mask

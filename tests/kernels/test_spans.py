@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headscope.kernels import attention, streaming
-from headscope.kernels.checks import MASKS, Case, random_case, random_edits
+from headscope.kernels.cases import MASKS, Case, random_case, random_edits
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.spans import span_outputs
 

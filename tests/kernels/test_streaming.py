@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headscope.kernels import attention, streaming
-from headscope.kernels.checks import MASKS, Case, compare, everything, random_case
+from headscope.kernels.cases import MASKS, Case, everything, random_case
+from headscope.kernels.checks import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 

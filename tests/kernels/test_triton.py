@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import attention, triton_engine, triton_tuning
-from headscope.kernels.checks import MASKS, Case, compare, everything, random_case
+from headscope.kernels.cases import MASKS, Case, everything, random_case
+from headscope.kernels.checks import compare
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.triton_tuning import Tiles
 

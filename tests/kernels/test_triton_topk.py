@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import streaming, triton_engine, triton_topk, triton_tuning
-from headscope.kernels.checks import MASKS, Case, compare, random_case
+from headscope.kernels.cases import MASKS, Case, random_case
+from headscope.kernels.checks import compare
 from headscope.kernels.request import Attended, Request
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

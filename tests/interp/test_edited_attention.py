@@ -1,4 +1,4 @@
-"""Edits of a layer's scores: the output, the statistics and the pattern are those of the edited scores."""
+"""Edits of a layer's scores and of its mass: the output, the statistics and the pattern are those of the edited one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from headscope.interp.attention import AttentionCall, Handler
+from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.tiny import tiny_model
 from headscope.interp.sites import attached
 from headscope.interp.statistics import Entropy, KeyMass, SinkMass
 from headscope.interp.tracer import trace
+from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.redistribution import dense as redistributed
 from headscope.kernels.score_edits import ScoreEdit, distance_slope
 
 # scores of 16 or so keys and d_head 16 to 32, in float32: products, softmax and the sum over values
@@ -30,6 +33,14 @@ def slope(call: AttentionCall) -> AttentionCall:
     heads = call.query.shape[1]
     edit = distance_slope(torch.full((heads,), 0.2)).on_heads(range(0, heads, 2), heads)
     return call.with_score_edit(edit)
+
+
+def move(call: AttentionCall) -> AttentionCall:
+    """Head 1 gives half of the first key's mass to the keys after the third."""
+    keep = torch.ones(call.query.shape[1])
+    keep[1] = 0.5
+    at = torch.arange(call.key.shape[2])
+    return call.with_redistribution(Redistribution(at < 1, keep, onto=at > 2))
 
 
 def inputs_of(kind: str) -> dict[str, Tensor]:
@@ -71,12 +82,13 @@ def dense(call: AttentionCall) -> Tensor:
     s = s if seen is None else s.masked_fill(~seen, -torch.inf)
     if call.sinks is not None:
         s = torch.cat([s, call.sinks.detach().double()[None, :, None, None].expand(batch, -1, queries, 1)], -1)
-    return s.softmax(-1)[..., :keys]
+    p = s.softmax(-1)[..., :keys]
+    return p if call.redistribution is None else redistributed(p, call.redistribution)
 
 
 def both(call: AttentionCall) -> AttentionCall:
-    """Edits add up: each twice."""
-    return slope(weigh(slope(weigh(call))))
+    """Edits of scores add up, each twice, and mass moves after them."""
+    return slope(weigh(slope(weigh(move(call)))))
 
 
 def test_edits_add_up():
@@ -92,7 +104,7 @@ def test_edits_add_up():
     assert float(slope(slope(call)).score_edit(ones, *at)) == pytest.approx(1.0 - 2 * 5 * 0.2)
 
 
-@pytest.mark.parametrize("change", [weigh, slope, both])
+@pytest.mark.parametrize("change", [weigh, slope, move, both])
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("llama", "causal-lm"), ("gemma2", "causal-lm"), ("gpt_oss", "causal-lm"), ("t5", "encoder-decoder")],
@@ -116,10 +128,11 @@ def test_outputs_and_statistics_are_of_the_edited_scores(name, kind, change):
         assert np.abs(found.key_mass.values - pattern.sum(2).numpy()).max() <= pattern.shape[2] * NEAR
 
 
-def test_an_edit_changes_the_heads_it_names_alone():
+@pytest.mark.parametrize("change", [weigh, move])
+def test_an_edit_changes_the_heads_it_names_alone(change):
     model = tiny_model("llama")
     inputs = inputs_of("causal-lm")
-    plain, edited = Edit(lambda call: call), Edit(weigh)
+    plain, edited = Edit(lambda call: call), Edit(change)
     for handler in (plain, edited):
         with attached(model, handler), torch.no_grad():
             model(**inputs)
@@ -139,3 +152,10 @@ def test_nothing_is_left_and_a_wrong_edit_says_so():
             model(**inputs)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
+
+
+def test_mass_is_moved_once():
+    model = tiny_model("llama")
+    twice = Edit(lambda call: move(move(call)))
+    with pytest.raises(HeadscopeError, match="make them one"), attached(model, twice), torch.no_grad():
+        model(**inputs_of("causal-lm"))

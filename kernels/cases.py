@@ -1,0 +1,242 @@
+"""Random calls for tests and for checks on a card: masks of every kind, edits, and a request for everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.kernels import reference
+from headscope.kernels.masks import Mask
+from headscope.kernels.redistribution import Redistribution, dense
+from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
+
+MASKS = (
+    "causal",
+    "full",
+    "window",
+    "band",
+    "future",
+    "left padding",
+    "right padding",
+    "padding, full",
+    "chunks",
+    "chunks from origin",
+    "segments",
+    "rule",
+    "shifted keys",
+    "empty rows",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One attention call; shapes as in ``headscope.kernels.attention.attend``.
+
+    Where mass is moved, ``pattern`` and ``eager`` are of what ``redistribute`` gives, and that is the engine to run.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Mask
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    edit: ScoreEdit | None = None
+    move: Redistribution | None = None
+
+    def run(self, engine: Callable[..., Attended], request: Request) -> Attended:
+        """The call under ``engine``."""
+        moved = {} if self.move is None else {"move": self.move}
+        return engine(
+            self.q,
+            self.k,
+            self.v,
+            mask=self.mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            bias=self.bias,
+            edit=self.edit,
+            request=request,
+            **moved,
+        )
+
+    def pattern(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The dense pattern as eager attention computes it in ``dtype``: softmax in at least float32, then rounded."""
+        s = self._scores(dtype)
+        p = reference.normalise(s.to(torch.promote_types(dtype, torch.float32)), self.sinks)
+        return (p if self.move is None else dense(p, self.move)).to(dtype)
+
+    def log_pattern(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The logarithm of the pattern, its scores rounded to ``dtype``; -inf at hidden keys."""
+        s = self._scores(dtype).to(torch.promote_types(dtype, torch.float32))
+        lse = reference.log_total(s, self.sinks)
+        return s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
+
+    def eager(self, request: Request, dtype: torch.dtype = torch.float64) -> Attended:
+        """Every reduction of the pattern that eager attention computes in ``dtype`` (float64: the definition)."""
+        wide = torch.promote_types(dtype, torch.float32)
+        s, p = self._scores(dtype).to(wide), self.pattern(dtype).to(wide)
+        return reference.reduce(s, p, self.v.to(wide), mask=self.mask, sinks=self.sinks, request=request)
+
+    def score_size(self) -> float:
+        """The largest absolute score or lse: a float32 weight computed from them is off by this many roundings."""
+        s = self._scores(torch.float64)
+        return float(torch.cat([s[torch.isfinite(s)].abs(), s.new_ones(1)]).max())
+
+    def _scores(self, dtype: torch.dtype) -> Tensor:
+        q, k = self.q.to(dtype), self.k.to(dtype)
+        options: dict[str, Any] = {"softcap": self.softcap, "bias": self.bias, "edit": self.edit}
+        return reference.scores(q, k, mask=self.mask, scale=self.scale, **options)
+
+
+def random_mask(kind: str, batch: int, queries: int, keys: int, device: torch.device | str = "cpu") -> Mask:
+    """One mask of ``MASKS`` for queries that end where the keys end."""
+    offset = keys - queries
+
+    def at(*fractions: float) -> Tensor:
+        picks = [int(keys * fractions[b % len(fractions)]) for b in range(batch)]
+        return torch.tensor(picks, device=device)
+
+    masks = {
+        "causal": lambda: Mask.causal(offset),
+        "full": lambda: Mask.full(),
+        "window": lambda: Mask.causal(offset, window=max(1, keys // 5)),
+        "band": lambda: Mask(query_offset=offset, left=5, right=7),
+        "future": lambda: Mask(query_offset=offset, left=0, right=None),
+        "left padding": lambda: Mask(query_offset=offset, start=at(0.0, 0.3, 0.6)),
+        "right padding": lambda: Mask(query_offset=offset, end=at(1.0, 0.8, 0.5)),
+        "padding, full": lambda: Mask(query_offset=offset, right=None, start=at(0.0, 0.3), end=at(1.0, 0.7)),
+        "chunks": lambda: Mask(query_offset=offset, chunk=max(1, keys // 3)),
+        "chunks from origin": lambda: Mask(query_offset=offset, chunk=max(1, keys // 4), origin=at(0.1, 0.4)),
+        "segments": lambda: Mask(query_offset=offset, segments=(torch.arange(keys, device=device) * 4 // keys)[None]),
+        "rule": lambda: Mask(
+            query_offset=offset, right=None, rule=lambda b, h, q, k: (k <= q) | ((k + h) % 3 == b), examples=batch
+        ),
+        "shifted keys": lambda: Mask(query_offset=offset + 9, key_offset=11, right=2),
+        "empty rows": lambda: Mask(query_offset=-(queries // 2), right=0, left=keys // 2),
+    }
+    return masks[kind]()
+
+
+def random_case(
+    kind: str,
+    *,
+    batch: int = 2,
+    kv_heads: int = 2,
+    group: int = 2,
+    queries: int = 63,
+    keys: int = 63,
+    d_head: int = 32,
+    d_value: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    softcap: float | None = None,
+    sinks: bool = False,
+    bias: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Case:
+    """A random call with the mask ``kind`` of ``MASKS``; scores have a standard deviation of about 2.
+
+    A ``bias`` hides every eighth key or so of a head: it is -inf there.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    heads = kv_heads * group
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=gen).to(device=device)
+
+    def key_bias() -> Tensor:
+        hidden = torch.rand(batch, heads, keys, generator=gen) < 0.125
+        return normal(batch, heads, keys).masked_fill(hidden.to(device), -torch.inf)
+
+    return Case(
+        q=(2.0 * normal(batch, heads, queries, d_head)).to(dtype),
+        k=normal(batch, kv_heads, keys, d_head).to(dtype),
+        v=normal(batch, kv_heads, keys, d_value or d_head).to(dtype),
+        mask=random_mask(kind, batch, queries, keys, device),
+        scale=d_head**-0.5,
+        softcap=softcap,
+        sinks=normal(heads) if sinks else None,
+        bias=key_bias() if bias else None,
+    )
+
+
+def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
+    """Score edits of every kind for ``case``, by name."""
+    gen = torch.Generator().manual_seed(seed)
+    heads, device = case.q.shape[1], case.q.device
+    last = case.k.shape[2] + abs(case.mask.key_offset)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=gen).to(device)
+
+    slope = distance_slope(uniform(heads) / 8)
+    scale = key_scale(0.5 + uniform(1, last))
+    table = by_distance(scale=0.5 + uniform(heads, 20), bias=uniform(1, 9))
+    hide = ScoreEdit(lambda s, b, h, q, k: torch.where((k + b) % 4 == h % 4, -torch.inf, s))
+    return {
+        "distance slope": slope,
+        "key scale": scale,
+        "distance table": table,
+        "hidden keys": hide,
+        "two, on some heads": table.then(scale).on_heads(range(1, heads, 2), heads, device=device),
+    }
+
+
+def random_moves(case: Case, *, seed: int = 0) -> dict[str, Redistribution]:
+    """Redistributions of every kind for ``case``, by name."""
+    gen = torch.Generator().manual_seed(seed)
+    batch, heads, queries, keys, device = *case.q.shape[:3], case.k.shape[2], case.q.device
+    first, none = torch.arange(keys, device=device) < 1, torch.zeros(keys, dtype=torch.bool, device=device)
+    scattered = (torch.rand(batch, heads, keys, generator=gen) < 0.2).to(device)
+    image = (torch.rand(batch, 1, keys, generator=gen) < 0.5).to(device)
+    rows = torch.rand(batch, heads, queries, generator=gen).to(device)
+    return {
+        "no first key": Redistribution(first),
+        "a head's own keys": Redistribution(scattered, torch.linspace(0.0, 2.5, heads, device=device)),
+        "onto a set": Redistribution(scattered, torch.where(rows < 0.5, 1.0, rows), onto=image),
+        "more than there is": Redistribution(scattered, 30.0, onto=image),
+        "nobody gives": Redistribution(none, 0.3, onto=image),
+        "nobody takes": Redistribution(scattered, 0.3, onto=none),
+    }
+
+
+def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5, features: int = 3) -> Request:
+    """A request for every reduction; ``subset``: rows on every third query, columns over the second half.
+
+    Linear columns are ``features`` of random numbers; 0: the memberships of a sink and of short and long spans.
+    """
+    gen = torch.Generator().manual_seed(seed)
+    batch, _, queries, _ = case.q.shape
+    keys, device = case.k.shape[2], case.q.device
+    columns = torch.randn(batch, keys, features, generator=gen)
+    columns[..., :1] = 1.0  # the mass
+    if features == 0:
+        at = torch.arange(keys)
+        long = [at // (keys // 3 + 1) == n for n in range(3)]
+        columns = torch.stack([at < 4, (at // 50) == keys // 150, *long], -1).expand(batch, -1, -1)
+    targets = torch.randint(-1, keys + 2, (batch, queries, 2), generator=gen) + case.mask.key_offset
+    return Request(
+        output=True,
+        lse=True,
+        max=True,
+        entropy=True,
+        linear=columns.to(device),
+        distance=True,
+        windows=(4, 30),
+        top=top,
+        targets=targets.to(device),
+        query_rows=torch.arange(0, queries, 3, device=device) if subset else None,
+        key_sum=True,
+        key_max=True,
+        key_count=True,
+        key_queries=(queries // 2, queries) if subset else None,
+    )

@@ -1,0 +1,185 @@
+"""Redistribution against its dense form, and that against what the papers' authors do; a key bias beside it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from headscope.kernels import attention, columns, reference
+from headscope.kernels.cases import MASKS, Case, everything, random_case, random_moves
+from headscope.kernels.checks import ROUNDINGS, compare
+from headscope.kernels.redistribution import Redistribution, dense, pattern, redistribute
+from headscope.kernels.request import Attended, Request
+
+SIZES: dict[str, Any] = {"batch": 2, "kv_heads": 1, "queries": 12, "keys": 40}
+OPTIONS = pytest.mark.parametrize(
+    "options", [{}, {"softcap": 5.0, "sinks": True, "bias": True}], ids=["plain", "all three"]
+)
+
+
+NAMES = list(random_moves(random_case("causal", **SIZES)))
+
+
+def moved(case: Case, name: str) -> Case:
+    return replace(case, move=random_moves(case)[name])
+
+
+def answer(case: Case, request: Request, engine: str = "auto") -> Attended:
+    return case.run(functools.partial(redistribute, engine=engine), request)
+
+
+def wrong(case: Case, request: Request, engine: str = "auto") -> list[str]:
+    return [str(v) for v in compare(answer(case, request, engine), case, request) if not v.holds]
+
+
+@pytest.mark.parametrize(("kind", "name"), [("causal", name) for name in NAMES] + [(kind, NAMES[2]) for kind in MASKS])
+@OPTIONS
+def test_every_reduction_is_of_the_edited_pattern(kind: str, name: str, options: dict[str, Any]) -> None:
+    case = moved(random_case(kind, **SIZES, **options), name)
+    for subset in (False, True):
+        request = everything(case, subset=subset)
+        assert not wrong(case, request)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@OPTIONS
+def test_by_triton(name: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("triton")
+    case = moved(random_case("causal", **SIZES, **options), name)
+    assert not wrong(case, everything(case), "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_in_half_precision(dtype: torch.dtype) -> None:
+    case = moved(random_case("causal", **SIZES, dtype=dtype, sinks=True), "onto a set")
+    assert not wrong(case, everything(case))
+
+
+def test_what_a_heavy_sink_hides_is_not_lost() -> None:
+    """The sink holds all but a hundred-millionth; taken away, the others hold everything, to float32's precision."""
+    case = random_case("full", **SIZES)
+    case.k[:, :, 0] = 0.0
+    case = replace(case, bias=torch.zeros(1, 1, 40).index_fill(2, torch.tensor([0]), 30.0))
+    case = moved(case, "no first key")
+    assert answer(case, Request(lse=True, linear=torch.ones(40, 1))).linear.sub(1).abs().max() < ROUNDINGS  # type: ignore[union-attr]
+    assert not wrong(case, everything(case))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tile_of_the_edited_pattern(name: str) -> None:
+    case = moved(random_case("left padding", **SIZES), name)
+    options = {x: getattr(case, x) for x in ("mask", "scale", "softcap", "sinks", "bias", "edit")}
+    found = pattern(case.q, case.k, case.move, **options, rows=slice(3, 9), keys=slice(5, 31))
+    assert (found - case.pattern()[:, :, 3:9, 5:31]).abs().max() < ROUNDINGS * case.score_size()
+
+
+def test_the_output_keeps_its_gradient() -> None:
+    case = moved(random_case("left padding", **SIZES, dtype=torch.float64, bias=True), "onto a set")
+    gradients = []
+    for run in (redistribute, None):
+        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+        here = replace(case, q=leaves[0], k=leaves[1], v=leaves[2])
+        v = leaves[2].repeat_interleave(2, 1)
+        out = here.pattern() @ v if run is None else here.run(run, Request(entropy=True)).output
+        out.square().sum().backward()  # type: ignore[union-attr]
+        gradients.append([x.grad for x in leaves])
+    for ours, want in zip(*gradients, strict=True):
+        assert ours is not None and torch.allclose(ours, want)
+
+
+def test_attention_calibration_as_its_authors_do_it() -> None:
+    """ACT, methods' section 3: A (T, T) of one head; sinks after the first give 1 - beta of theirs to all others."""
+    beta, case = 0.4, random_case("causal", batch=1, kv_heads=2, group=2, queries=30, keys=30)
+    case = replace(case, bias=torch.where(torch.rand(1, 4, 30) < 0.1, 3.0, 0.0))
+    given, expected = torch.zeros(1, 4, 30, dtype=torch.bool), []
+    for head, weights in enumerate(case.pattern()[0]):
+        received = weights.sum(0) / (30 - torch.arange(30))
+        chosen = [j for j in torch.nonzero(received > 0.1)[:, 0].tolist() if j > 0]
+        assert chosen
+        given[0, head, chosen] = True
+        freed = (1 - beta) * weights[:, chosen].sum(1)
+        others, calibrated = weights.clone(), weights.clone()
+        calibrated[:, chosen] *= beta
+        others[1:, chosen] = 0
+        expected.append(calibrated + freed[:, None] * others / others.sum(1, keepdim=True))
+    move = Redistribution(given, beta)
+    assert (dense(case.pattern(), move)[0] - torch.stack(expected)).abs().max() < 1e-12
+    case = replace(case, move=move)
+    assert not wrong(case, everything(case))
+
+
+def test_visual_attention_redistribution_as_its_authors_do_it() -> None:
+    """VAR, methods' section 2: heads and queries that look at the image take from sinks what its other tokens get."""
+    keep, limit, least = 0.6, 0.5, 0.2
+    case = random_case("causal", batch=1, kv_heads=2, group=2, queries=40, keys=40)
+    image, sinks = torch.zeros(40, dtype=torch.bool), torch.zeros(40, dtype=torch.bool)
+    image[5:25], sinks[[0, 7, 19]] = True, True
+    p = case.pattern()
+    seen = p[..., image].sum(-1)
+    share = p[..., image & sinks].sum(-1) / (p[..., image] + 1e-6).sum(-1)
+    chosen = (share <= limit) & (seen >= least) & (torch.arange(40) >= 25)
+    assert 0 < int(chosen.sum()) < chosen.numel()
+    expected = p.clone()
+    budget = (1 - keep) * p[..., sinks].sum(-1, keepdim=True)
+    expected[..., sinks] *= keep
+    others = image & ~sinks
+    expected[..., others] += budget * p[..., others] / p[..., others].sum(-1, keepdim=True)
+    expected = torch.where(chosen[..., None], expected, p)
+    move = Redistribution(sinks, torch.ones_like(seen).masked_fill(chosen, keep), onto=image)
+    assert (dense(p, move) - expected).abs().max() < 1e-12
+    case = replace(case, move=move)
+    assert not wrong(case, everything(case))
+
+
+@pytest.mark.parametrize(
+    ("move", "said"),
+    [
+        (Redistribution(torch.tensor([0, 3])), "keys must be bool"),
+        (Redistribution(torch.zeros(39, dtype=torch.bool)), "keys must be bool"),
+        (Redistribution(torch.zeros(40, dtype=torch.bool), onto=torch.zeros(2, 40, dtype=torch.bool)), "onto must be"),
+        (Redistribution(torch.zeros(40, dtype=torch.bool), torch.ones(3)), "keep must be"),
+        (Redistribution(torch.zeros(40, dtype=torch.bool), -0.1), "at least 0"),
+        (Redistribution(torch.zeros(40, dtype=torch.bool), torch.nan), "at least 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(move: Redistribution, said: str) -> None:
+    case = random_case("causal", **SIZES)
+    with pytest.raises(ValueError, match=said):
+        redistribute(case.q, case.k, case.v, move, mask=case.mask, scale=1.0, request=Request())
+
+
+@pytest.mark.parametrize("engine", ["streaming", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", MASKS)
+@OPTIONS
+def test_columns_from_a_known_lse(kind: str, engine: str, options: dict[str, Any]) -> None:
+    """Weighted columns, from less than the lse, and plain ones are those of the dense pattern."""
+    case = random_case(kind, **SIZES, **options)
+    given = {x: getattr(case, x) for x in ("mask", "scale", "softcap", "bias", "edit")}
+    weights = torch.rand(2, 2, 12, generator=torch.Generator().manual_seed(2)).mul(2).round()  # 0 among them
+    for weight in (torch.ones_like(weights), weights):
+        lse = case.run(reference.attend, Request(output=False, lse=True)).lse
+        assert lse is not None
+        norm = torch.where(weight > 0, lse - weight.log(), torch.inf)
+        found = columns.columns(case.q, case.k, norm, **given, queries=(3, 11), highest=True, engine=engine)
+        real = case.mask.query_is_real(torch.arange(12))
+        p = case.pattern() * weight[..., None] * (1 if real is None else real[:, None, :, None])
+        limit = ROUNDINGS * case.score_size() * 2
+        assert found.total is not None and (found.total - p[:, :, 3:11].sum(2)).abs().max() < 8 * limit
+        assert found.highest is not None and (found.highest - p[:, :, 3:11].amax(2)).abs().max() < limit
+
+
+def test_a_key_bias_rescales_and_renormalises() -> None:
+    case = random_case("causal", queries=20, keys=20)
+    weight = torch.ones(20)
+    weight[[0, 3, 17]] = 0.25
+    p = case.pattern() * weight
+    p = p / p.sum(-1, keepdim=True)
+    got = replace(case, bias=weight.log()[None, None]).run(attention.attend, Request(entropy=True, key_sum=True))
+    assert got.entropy is not None and got.key_sum is not None
+    assert (got.entropy - torch.special.entr(p).sum(-1)).abs().max() < 1e-5
+    assert (got.key_sum - p.sum(2)).abs().max() < 1e-5
