@@ -60,9 +60,9 @@ class AttentionCall:
     def attend(self, request: Request) -> Attended:
         """Compute ``request``, sharing one pass."""
         if self.redistribution is None:
-            seen = kernels.attend(**self._inputs(), request=request)
+            seen = kernels.attend(**self.inputs(), request=request)
         else:
-            seen = redistribution.redistribute(**self._inputs(), move=self.redistribution, request=request)
+            seen = redistribution.redistribute(**self.inputs(), move=self.redistribution, request=request)
         if seen.output is not None:
             seen.output = seen.output.to(self.value.dtype)
         return seen
@@ -73,17 +73,17 @@ class AttentionCall:
             z = self.attend(Request()).output
             assert z is not None
             return z
-        return kernels.output(**self._inputs()).to(self.value.dtype)
+        return kernels.output(**self.inputs()).to(self.value.dtype)
 
     def pattern(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """One exact tile of the pattern (batch, head, row, key), float32."""
-        inputs = self._inputs()
+        inputs = self.inputs()
         del inputs["v"]
         if self.redistribution is not None:
             return redistribution.pattern(**inputs, move=self.redistribution, rows=rows, keys=keys)
         return kernels.pattern(**inputs, rows=rows, keys=keys)
 
-    def _inputs(self) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """The kernels' arguments. A position bias becomes ``key`` further dimensions: q.k + b = [q, b].[k, e]."""
         q, k, v, scale = self.query, self.key, self.value, self.scale
         if self.position_bias is not None:
@@ -97,6 +97,31 @@ class AttentionCall:
             v = v.to(wide)
         scores = {"scale": scale, "softcap": self.softcap, "sinks": self.sinks}
         return {"q": q, "k": k, "v": v, "mask": self.mask, **scores, "bias": self.key_bias, "edit": self.score_edit}
+
+    def cut(self, examples: slice, rows: slice, keys: slice) -> AttentionCall:
+        """The call of some examples alone, of some of its query rows over some of its keys; slices with both ends.
+
+        Weights are no longer those of the whole where keys that a query sees are left out.
+        """
+        if self.redistribution is not None:
+            raise HeadscopeError("attention whose mass was moved cannot be cut: its sets are of the whole call")
+        b, mask = examples.start, self.mask.select_batch(examples.start, examples.stop)
+        mask = replace(mask, query_offset=mask.query_offset + rows.start, key_offset=mask.key_offset + keys.start)
+        edit = self.score_edit
+
+        def mine(x: Tensor | None, *places: slice) -> Tensor | None:
+            return None if x is None else x[(examples if x.shape[0] > 1 else slice(None), slice(None), *places)]
+
+        return replace(
+            self,
+            query=self.query[examples, :, rows],
+            key=self.key[examples, :, keys],
+            value=self.value[examples, :, keys],
+            mask=mask,
+            position_bias=mine(self.position_bias, rows, keys),
+            key_bias=mine(self.key_bias, keys),
+            score_edit=edit and ScoreEdit(lambda s, e, h, q, k: edit(s, e + b, h, q, k)),
+        )
 
     def with_(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed."""

@@ -14,7 +14,7 @@ from xarray.core import indexing
 
 from headscope.interp.errors import HeadscopeError
 
-RAGGED = ("query", "key")  # dimensions whose length depends on the examples
+RAGGED = ("query", "key", "query_block", "key_block")  # dimensions whose length depends on the examples
 
 
 def missing(dtype: np.dtype[Any]) -> float | int:

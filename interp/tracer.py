@@ -19,13 +19,23 @@ from headscope.interp.sites import attached
 from headscope.interp.sites.huggingface import sites_of
 from headscope.interp.sites.support import require_exact
 from headscope.interp.sites.towers import check_name, default_tower, selects, tower
-from headscope.interp.statistics import OUTPUT, ROW, Plan, Reader, Statistic
-from headscope.interp.tracing.assemble import Piece, Session
+from headscope.interp.statistics import (
+    BLOCK,
+    OUTPUT,
+    ROW,
+    BlockStatistic,
+    CallStatistic,
+    Plan,
+    Reader,
+    Statistic,
+)
+from headscope.interp.tracing.assemble import Session
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
 from headscope.interp.tracing.kinds import by_layer_kind, check_no_cache, datasets, join, refuse_several
 from headscope.interp.tracing.landing import Landing, owned
 from headscope.interp.tracing.passes import Caches, check_repeats
+from headscope.interp.tracing.piece import Piece
 from headscope.interp.verify import verify_once
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
@@ -52,6 +62,8 @@ class Tracer(Handler):
         names = [name for statistic in statistics for name in statistic.variables]
         if len(set(names)) != len(names):
             raise HeadscopeError(f"two statistics write the same variable: {sorted(names)}; declare each once")
+        if len({statistic.size for statistic in statistics if isinstance(statistic, BlockStatistic)}) > 1:
+            raise HeadscopeError("the statistics of blocks in one trace need blocks of one size")
         self.model, self.statistics = model, tuple(statistics)
         self.layers = None if layers is None else frozenset(layers)
         self.queries, self.site = queries, site
@@ -135,7 +147,7 @@ class Tracer(Handler):
         _, request, _, rows = self._plan(call, prompt)
         self._pass.append((session, Piece.of(call, offset, rows, prompt=prompt)))
         if rows is not None and rows.numel() == 0 and not request.wants_keys:
-            if not any(statistic.kind == OUTPUT for statistic in self.statistics):
+            if not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics):
                 return None
         return request
 
@@ -146,8 +158,14 @@ class Tracer(Handler):
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
-            found = {name: owned(value.detach()) for name, value in reader(attended).items()}
-            if statistic.kind == ROW:
+            if isinstance(statistic, CallStatistic):
+                values = statistic.measure(call, attended.lse if rows is None else None)
+            else:
+                values = reader(attended)
+            found = {name: owned(value.detach()) for name, value in values.items()}
+            if isinstance(statistic, BlockStatistic):
+                piece.places[statistic.name] = statistic.place(call)
+            if statistic.kind in (ROW, BLOCK):
                 found = {name: self._landing.send(value) for name, value in found.items()}
             piece.values.setdefault(statistic.kind, {}).update(found)
         if call.query.device.type == "cpu":

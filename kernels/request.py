@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -90,4 +90,3 @@ class Attended:
     key_sum: Tensor | None = None
     key_max: Tensor | None = None
     key_count: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)

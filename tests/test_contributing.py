@@ -76,7 +76,7 @@ def patterns(lm: LanguageModel, text: str) -> np.ndarray:
 
 
 def test_there_is_an_example_of_each_kind() -> None:
-    assert list(EXAMPLES) == ["interp/heads/first_token.py", "interp/statistics.py", "interventions/scale.py"]
+    assert list(EXAMPLES) == ["interp/heads/first_token.py", "interp/statistics/rows.py", "interventions/scale.py"]
 
 
 def test_the_head_method(lm: LanguageModel, example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_head_method(lm: LanguageModel, example: Any, monkeypatch: pytest.Mo
 
 
 def test_the_statistic(lm: LanguageModel, example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = example("interp/statistics.py")
+    module = example("interp/statistics/rows.py")
     assert '`"EffectiveKeys": {},`' in PAGE
     monkeypatch.setitem(support.REFUSED, "EffectiveKeys", {})
     with trace(lm, [module.EffectiveKeys()]) as tracer:

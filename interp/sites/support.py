@@ -22,6 +22,7 @@ CONDITIONS = {
 }
 _ONE_SEQUENCE = "it is a distance between positions of one sequence"
 _PACKED = "positions count from the example's start, not from each packed sequence's"
+_BLOCKS = "blocks of queries and keys count in one sequence"
 _GAPS = "positions would count the gaps as tokens"
 # Statistic -> condition -> why it is not exact there.
 REFUSED: dict[str, dict[str, str]] = {
@@ -40,6 +41,8 @@ REFUSED: dict[str, dict[str, str]] = {
         "cache": "query rows count from each pass",
         "chunked prefill": "query rows count from each pass",
     },
+    "BlockMap": {"cross-attention": _BLOCKS},
+    "TopBlocks": {"cross-attention": _BLOCKS},
     "HeadOutput": {
         "chunked prefill": "the end of the prompt is not known in its first pass",
         "cross-attention": "positions would count in the other sequence",

@@ -18,7 +18,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
 from headscope.interp.models.tiny import takes
 from headscope.interp.queries import Queries
-from headscope.interp.statistics import KEY, ROW, Statistic
+from headscope.interp.statistics import KEY, OUTPUT, ROW, BlockStatistic, Statistic
 from headscope.kernels.streaming import CPU_TILE, GPU_TILE
 
 CHUNK = 256  # prompts that are tokenized at a time to learn their lengths
@@ -155,13 +155,16 @@ class Cost:
         each = COPIES * recorded * info.heads
         self._row = each * sum(_bytes(s) for s in statistics if s.kind == ROW)
         self._key = each * 2 * sum(_bytes(s) for s in statistics if s.kind == KEY)
-        outputs = [s for s in statistics if s.kind not in (ROW, KEY)]
+        self._blocks = [s for s in statistics if isinstance(s, BlockStatistic)]
+        self._each = each
+        outputs = [s for s in statistics if s.kind == OUTPUT]
         self._example += each * info.d_value * sum(_bytes(s) for s in outputs)
 
     def __call__(self, prompts: int, tokens: int) -> int:
         rows = min(tokens, prompts * len(rows_alone(self._queries, tokens)))  # prompts end at different rows
+        blocks = self._each * sum(s.bytes_a_head(tokens) for s in self._blocks)
         tile = 4 * 4 * min(self._tile, prompts * self._heads * tokens * tokens)
-        return int(prompts * (self._example + tokens * (self._token + self._key) + rows * self._row) + tile)
+        return int(prompts * (self._example + blocks + tokens * (self._token + self._key) + rows * self._row) + tile)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -16,40 +15,10 @@ from torch import Tensor
 from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.joined import missing
-from headscope.interp.statistics import KEY, OUTPUT, ROW, Statistic
-
-
-@dataclass(eq=False)
-class Piece:
-    """What one attention call of ``shape`` (batch, heads, queries) leaves: query rows ``rows`` (n,; None: all) of those
-    from position ``offset``, and values by kind (row, key, output) and name.
-
-    ``start`` and ``end`` (batch,) are the real positions, ``key_offset`` is the first key's; nothing else of the call's
-    mask is kept, whose rule may hold tensors as long as the text.
-    """
-
-    layer: int
-    shape: tuple[int, int, int]
-    offset: int
-    prompt: bool
-    start: Tensor | None
-    end: Tensor | None
-    key_offset: int
-    cross: bool
-    rows: Tensor | None
-    values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, call: AttentionCall, offset: int, rows: Tensor | None, *, prompt: bool) -> Piece:
-        """The empty piece of a call."""
-        mask, (batch, heads, queries, _) = call.mask, call.query.shape
-        shape, real = (batch, heads, queries), (mask.start, mask.end)
-        return cls(call.layer, shape, offset, prompt, *real, mask.key_offset, call.cross, rows)
-
-    def positions(self) -> NDArray[np.int64]:
-        """Where the rows stand."""
-        rows = np.arange(self.shape[2]) if self.rows is None else self.rows.cpu().numpy()
-        return rows + self.offset
+from headscope.interp.statistics import BLOCK, KEY, OUTPUT, ROW, BlockStatistic, Statistic
+from headscope.interp.tracing.blocks import BLOCKS
+from headscope.interp.tracing.blocks import variables as block_variables
+from headscope.interp.tracing.piece import Piece
 
 
 class Session:
@@ -59,6 +28,7 @@ class Session:
         self.statistics, self.site, self.batch = statistics, site, batch
         self._pieces: dict[int, list[Piece]] = {}
         self._keys: dict[int, dict[str, Tensor]] = {}
+        self._blocks: dict[int, list[Piece]] = {}
         self._outputs: dict[int, dict[str, Tensor]] = {}
         self._stop: dict[int, int] = {}
         self._tokens: list[tuple[int, Tensor]] = []
@@ -108,10 +78,11 @@ class Session:
         self._cache = self._cache or cache
 
     def add(self, piece: Piece) -> None:
-        """Keep one call's statistics by kind (row, key, output)."""
+        """Keep one call's statistics by kind."""
         self._note(piece)
-        if ROW in piece.values:
-            self._pieces.setdefault(piece.layer, []).append(piece)
+        for kind, held_pieces in ((ROW, self._pieces), (BLOCK, self._blocks)):
+            if kind in piece.values:
+                held_pieces.setdefault(piece.layer, []).append(piece)
         if KEY in piece.values:
             held = self._keys.setdefault(piece.layer, {})
             for name, value in piece.values[KEY].items():
@@ -137,7 +108,7 @@ class Session:
 
     def dataset(self) -> xr.Dataset | None:
         """The session as a Dataset, or None if no layer recorded anything."""
-        layers = sorted(set(self._pieces) | set(self._keys) | set(self._outputs))
+        layers = sorted({*self._pieces, *self._keys, *self._blocks, *self._outputs})
         if not layers or self._prompt_end is None:
             return None
         start = np.zeros(self.batch, dtype=np.int64) if self._start is None else self._start.cpu().numpy()
@@ -145,6 +116,7 @@ class Session:
         builder = _Builder(self.statistics, layers, self.batch, start, length)
         builder.rows(self._pieces)
         builder.keys(self._keys, cross=self._cross)
+        builder.blocks(self._blocks)
         builder.outputs(self._outputs)
         builder.tokens(self._tokens)
         coords: dict[str, Any] = {
@@ -248,6 +220,16 @@ class _Builder:
                 array[b, ..., :n] = stacked[b, ..., s : s + n]
             self.coords["key"] = np.arange(width)
             self._put(name, array, "key")
+
+    def blocks(self, pieces: dict[int, list[Piece]]) -> None:
+        """Block statistics to (example, layer, head, query_block, ...)."""
+        for statistic in self.statistics if pieces else ():
+            if isinstance(statistic, BlockStatistic):
+                made = block_variables(statistic, {layer: pieces[layer] for layer in self.layers}, self.length)
+                self.variables.update(made)
+                for variable in made.values():
+                    self.coords.update({str(dim): np.arange(n) for dim, n in variable.sizes.items() if dim in BLOCKS})
+                self.coords.update({"head": np.arange(variable.sizes["head"]), **statistic.coordinates})
 
     def outputs(self, held: dict[int, dict[str, Tensor]]) -> None:
         """Chosen positions' head outputs to (example, layer, head, position, d_head)."""

@@ -14,7 +14,8 @@ import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.record import concatenate
-from headscope.interp.tracing.assemble import Piece, Session
+from headscope.interp.tracing.assemble import Session
+from headscope.interp.tracing.piece import Piece
 
 Done = list[tuple[Session, Piece]]
 

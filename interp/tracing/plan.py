@@ -41,6 +41,10 @@ class Plan:
         """Ask for a reduction of ``Request`` that is on or off."""
         self._fields[name] = True
 
+    def key_queries(self, first: int, stop: int) -> None:
+        """Limit the reductions over queries to the rows ``first:stop`` of the call."""
+        self._fields["key_queries"] = (first, stop)
+
     def linear(self, columns: Tensor) -> slice:
         """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Attended.linear``.
 

@@ -1,52 +1,19 @@
-"""Declarations of the statistics a tracer records. A declaration asks for reductions and reads its share of the result.
-
-To add one: a frozen dataclass with ``name``, ``dims`` and ``ask``. ``ask`` receives a ``Plan`` for one attention call,
-asks it for reductions and returns a function from the computed ``Attended`` to this statistic's variables. The plan
-merges what all declared statistics ask for into one request, so sharing is automatic.
-
-Positions are counted from each example's first real token: padding never shifts a statistic.
-"""
+"""Statistics with one value a query: (example, layer, head, query)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.spans import members
-from headscope.interp.tracing.plan import Plan as Plan
+from headscope.interp.statistics.base import Plan, Reader, Statistic, need
 from headscope.interp.tracing.plan import concatenate
 from headscope.kernels.request import Attended
-
-Reader = Callable[[Attended], dict[str, Tensor]]
-ROW, KEY, OUTPUT = "row", "key", "output"
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """Base of the declarations. ``kind`` says whether values belong to queries, keys, or chosen positions' outputs."""
-
-    name: ClassVar[str] = ""
-    kind: ClassVar[Literal["row", "key", "output"]] = "row"
-
-    def ask(self, plan: Plan) -> Reader:
-        """Ask ``plan`` for reductions; return how to read them."""
-        raise NotImplementedError
-
-    @property
-    def coordinates(self) -> dict[str, list[Any]]:
-        """Extra trailing dimensions and their labels."""
-        return {}
-
-    @property
-    def variables(self) -> tuple[str, ...]:
-        """Names of the record variables this statistic writes."""
-        return (self.name,)
 
 
 @dataclass(frozen=True)
@@ -57,7 +24,7 @@ class _Simple(Statistic):
 
     def ask(self, plan: Plan) -> Reader:
         plan.flag(self.fieldname)
-        return lambda seen: {self.name: _need(getattr(seen, self.fieldname))}
+        return lambda seen: {self.name: need(getattr(seen, self.fieldname))}
 
 
 @dataclass(frozen=True)
@@ -86,7 +53,7 @@ class SinkMass(Statistic):
     def ask(self, plan: Plan) -> Reader:
         at = plan.key_positions
         place = plan.linear(((at >= 0) & (at < self.first))[..., None])
-        return lambda seen: {self.name: _linear(seen)[..., place].squeeze(-1)}
+        return lambda seen: {self.name: need(seen.linear)[..., place].squeeze(-1)}
 
 
 @dataclass(frozen=True)
@@ -112,7 +79,7 @@ class SpanMass(Statistic):
         at = plan.key_positions
         columns = [members(span, at, plan.call.query.shape[0])[..., None] for span in self.spans.values()]
         place = plan.linear(concatenate(columns))
-        return lambda seen: {self.name: _linear(seen)[..., place]}
+        return lambda seen: {self.name: need(seen.linear)[..., place]}
 
 
 @dataclass(frozen=True)
@@ -132,7 +99,7 @@ class WindowedDistance(Statistic):
 
     def ask(self, plan: Plan) -> Reader:
         place = plan.window(self.window)
-        return lambda seen: {self.name: _need(seen.window_distance)[..., place]}
+        return lambda seen: {self.name: need(seen.window_distance)[..., place]}
 
 
 @dataclass(frozen=True)
@@ -144,7 +111,7 @@ class WindowMass(Statistic):
 
     def ask(self, plan: Plan) -> Reader:
         place = plan.window(self.window)
-        return lambda seen: {self.name: _need(seen.window_mass)[..., place]}
+        return lambda seen: {self.name: need(seen.window_mass)[..., place]}
 
 
 @dataclass(frozen=True)
@@ -168,7 +135,7 @@ class TopKeys(Statistic):
         start = plan.call.mask.start
 
         def read(seen: Attended) -> dict[str, Tensor]:
-            keys, mass = _need(seen.top_keys)[..., place], _need(seen.top_mass)[..., place]
+            keys, mass = need(seen.top_keys)[..., place], need(seen.top_mass)[..., place]
             if start is not None:
                 keys = torch.where(keys < 0, -1, keys - start[:, None, None, None])
             return {"top_keys": keys, "top_mass": mass}
@@ -200,7 +167,7 @@ class TargetMass(Statistic):
         at = plan.query_positions
         columns = [self._keys(target, at)[..., None] for target in self.targets.values()]
         place = plan.targets(concatenate(columns))
-        return lambda seen: {self.name: _need(seen.target_mass)[..., place]}
+        return lambda seen: {self.name: need(seen.target_mass)[..., place]}
 
     def _keys(self, target: Callable[[Tensor], Tensor] | Tensor, at: Tensor) -> Tensor:
         if callable(target):
@@ -210,83 +177,3 @@ class TargetMass(Statistic):
         index = at.clamp(0, table.shape[1] - 1).expand(batch, -1)
         keys = table.expand(batch, -1).gather(1, index)
         return torch.where((at < 0) | (at >= table.shape[1]), -1, keys)
-
-
-@dataclass(frozen=True)
-class KeyMass(Statistic):
-    """Attention received by each key: (example, layer, head, key).
-
-    ``reduce``: ``"sum"`` over the queries, ``"mean"`` over the queries that see the key (alpha of Gu et al. 2024,
-    arXiv 2410.10781), or ``"max"``. ``queries = (first, stop)`` limits the rows of each forward pass; padded queries
-    never count. Over several forward passes (chunks, decoding steps) sums and counts add up.
-    """
-
-    reduce: Literal["sum", "mean", "max"] = "sum"
-    queries: tuple[int, int] | None = None
-    name: ClassVar[str] = "key_mass"
-    kind: ClassVar[Literal["row", "key", "output"]] = "key"
-
-    def __post_init__(self) -> None:
-        if self.reduce not in ("sum", "mean", "max"):
-            raise HeadscopeError(f"KeyMass reduces by 'sum', 'mean' or 'max', not {self.reduce!r}")
-
-    @property
-    def variables(self) -> tuple[str, ...]:
-        return ("key_mass" if self.reduce == "sum" else f"key_mass_{self.reduce}",)
-
-    def ask(self, plan: Plan) -> Reader:
-        wanted = {"sum": ("key_sum",), "mean": ("key_sum", "key_count"), "max": ("key_max",)}[self.reduce]
-        for name in wanted:
-            plan.flag(name)
-        if self.queries is not None:
-            plan._fields["key_queries"] = self.queries
-        return lambda seen: {name: _need(getattr(seen, name)) for name in wanted}
-
-
-@dataclass(frozen=True)
-class HeadOutput(Statistic):
-    """The heads' outputs z at chosen prompt positions: ``z`` (example, layer, head, position, d_head), after any edits.
-
-    ``positions`` count from the example's first token, or from its end where negative (-1: the last prompt token). Read
-    from the first forward pass of a prompt.
-    """
-
-    positions: tuple[int, ...] = (-1,)
-    name: ClassVar[str] = "z"
-    kind: ClassVar[Literal["row", "key", "output"]] = "output"
-
-    @property
-    def coordinates(self) -> dict[str, list[Any]]:
-        return {"position": list(self.positions)}
-
-    def ask(self, plan: Plan) -> Reader:
-        call = plan.call
-        rows = self.rows(call)
-
-        def read(seen: Attended) -> dict[str, Tensor]:
-            z = _need(seen.output)
-            index = rows[:, None, :, None].expand(z.shape[0], z.shape[1], -1, z.shape[3])
-            return {"z": z.gather(2, index)}
-
-        return read
-
-    def rows(self, call: AttentionCall) -> Tensor:
-        """Row index of each position in this call: (batch or 1, position)."""
-        mask, queries = call.mask, call.query.shape[2]
-        start = torch.zeros(1, dtype=torch.long) if mask.start is None else mask.start.cpu()
-        end = torch.full((1,), mask.query_offset + queries) if mask.end is None else mask.end.cpu()
-        wanted = torch.tensor(self.positions)
-        at = torch.where(wanted < 0, end[:, None] + wanted, start[:, None] + wanted)
-        row = at - mask.query_offset
-        if bool(((at < start[:, None]) | (at >= end[:, None]) | (row < 0) | (row >= queries)).any()):
-            raise HeadscopeError(f"positions {list(self.positions)} do not all exist in a prompt of this length")
-        return row.to(call.query.device)
-
-
-def _need(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x
-
-
-def _linear(seen: Attended) -> Tensor:
-    return _need(seen.linear)

@@ -1,0 +1,70 @@
+"""What a declaration of a statistic is.
+
+A statistic says which variables of the record it writes, over which dimensions, and what it needs of an attention call.
+``ask`` asks a ``Plan`` for reductions and returns a function from the computed ``Attended`` to the variables; the plan
+merges what all declared statistics ask for into one request, so sharing is automatic. A statistic that needs more than
+reductions (a ``CallStatistic``) is given the call itself.
+
+Positions are counted from each example's first real token: padding never shifts a statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from headscope.interp.attention import AttentionCall
+from headscope.interp.tracing.plan import Plan as Plan
+from headscope.kernels.request import Attended
+
+Reader = Callable[[Attended], dict[str, Tensor]]
+Kind = Literal["row", "key", "block", "output"]
+ROW: Kind = "row"
+KEY: Kind = "key"
+BLOCK: Kind = "block"
+OUTPUT: Kind = "output"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Base of the declarations. ``kind``: values belong to queries, keys, blocks of both, or outputs at positions."""
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[Kind] = ROW
+
+    def ask(self, plan: Plan) -> Reader:
+        """Ask ``plan`` for reductions; return how to read them."""
+        raise NotImplementedError
+
+    @property
+    def coordinates(self) -> dict[str, list[Any]]:
+        """Extra trailing dimensions and their labels."""
+        return {}
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the record variables this statistic writes."""
+        return (self.name,)
+
+
+@dataclass(frozen=True)
+class CallStatistic(Statistic):
+    """A statistic that is computed from the call itself, beside the shared pass."""
+
+    def ask(self, plan: Plan) -> Reader:
+        """Ask for the logsumexp of every query, from which ``measure`` starts."""
+        plan.flag("lse")
+        return lambda seen: {}
+
+    def measure(self, call: AttentionCall, lse: Tensor | None) -> dict[str, Tensor]:
+        """This statistic's variables for ``call``; ``lse`` (batch, head, query), None where rows were left out."""
+        raise NotImplementedError
+
+
+def need(x: Tensor | None) -> Tensor:
+    """A result that was asked for."""
+    assert x is not None
+    return x
