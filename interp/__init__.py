@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from headscope.interp import plots as plots
     from headscope.interp.errors import HeadscopeError as HeadscopeError
     from headscope.interp.headset import HeadSet as HeadSet
+    from headscope.interp.kept import keep_attention as keep_attention
     from headscope.interp.models import load_model as load_model
     from headscope.interp.record import append_record as append_record
     from headscope.interp.record import each_part as each_part
@@ -33,6 +34,7 @@ _HOME = {
     "Tracer": "tracer",
     "append_record": "record",
     "each_part": "record",
+    "keep_attention": "kept",
     "load_model": "models",
     "load_record": "record",
     "open_record": "record",

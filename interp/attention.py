@@ -98,31 +98,6 @@ class AttentionCall:
         scores = {"scale": scale, "softcap": self.softcap, "sinks": self.sinks}
         return {"q": q, "k": k, "v": v, "mask": self.mask, **scores, "bias": self.key_bias, "edit": self.score_edit}
 
-    def cut(self, examples: slice, rows: slice, keys: slice) -> AttentionCall:
-        """The call of some examples alone, of some of its query rows over some of its keys; slices with both ends.
-
-        Weights are no longer those of the whole where keys that a query sees are left out.
-        """
-        if self.redistribution is not None:
-            raise HeadscopeError("attention whose mass was moved cannot be cut: its sets are of the whole call")
-        b, mask = examples.start, self.mask.select_batch(examples.start, examples.stop)
-        mask = replace(mask, query_offset=mask.query_offset + rows.start, key_offset=mask.key_offset + keys.start)
-        edit = self.score_edit
-
-        def mine(x: Tensor | None, *places: slice) -> Tensor | None:
-            return None if x is None else x[(examples if x.shape[0] > 1 else slice(None), slice(None), *places)]
-
-        return replace(
-            self,
-            query=self.query[examples, :, rows],
-            key=self.key[examples, :, keys],
-            value=self.value[examples, :, keys],
-            mask=mask,
-            position_bias=mine(self.position_bias, rows, keys),
-            key_bias=mine(self.key_bias, keys),
-            score_edit=edit and ScoreEdit(lambda s, e, h, q, k: edit(s, e + b, h, q, k)),
-        )
-
     def with_(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed."""
         return replace(self, **changes)

@@ -12,6 +12,7 @@ from headscope.interp.attention import AttentionCall, Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.headset import HeadSet
 from headscope.interp.sites import attached
+from headscope.interp.slicing import one_head
 from headscope.interp.verify import verify_once
 from headscope.kernels.request import Attended, Request
 
@@ -31,16 +32,7 @@ class _Maps(Handler):
         if heads is None:
             self.found[call.layer] = call.pattern()[0].cpu()
             return
-        group = call.query.shape[1] // call.key.shape[1]
-        rows = []
-        for head in heads:
-            one = call.with_(
-                query=call.query[:, head : head + 1],
-                key=call.key[:, head // group : head // group + 1],
-                value=call.value[:, head // group : head // group + 1],
-                sinks=None if call.sinks is None else call.sinks[head : head + 1],
-            )
-            rows.append(one.pattern()[0, 0].cpu())
+        rows = [one_head(call, head).pattern()[0, 0].cpu() for head in heads]
         self.found[call.layer] = torch.stack(rows)
 
 

@@ -25,10 +25,9 @@ from headscope.interp.statistics import (
     ROW,
     BlockStatistic,
     CallStatistic,
-    Plan,
-    Reader,
     Statistic,
 )
+from headscope.interp.statistics.base import check_together
 from headscope.interp.tracing.assemble import Session
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
@@ -36,6 +35,7 @@ from headscope.interp.tracing.kinds import by_layer_kind, check_no_cache, datase
 from headscope.interp.tracing.landing import Landing, owned
 from headscope.interp.tracing.passes import Caches, check_repeats
 from headscope.interp.tracing.piece import Piece
+from headscope.interp.tracing.plan import Plans
 from headscope.interp.verify import verify_once
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
@@ -57,20 +57,14 @@ class Tracer(Handler):
         queries: Queries | None = None,
         site: str | None = None,
     ) -> None:
-        if not statistics:
-            raise HeadscopeError("name at least one statistic to trace, e.g. trace(model, [Entropy()])")
-        names = [name for statistic in statistics for name in statistic.variables]
-        if len(set(names)) != len(names):
-            raise HeadscopeError(f"two statistics write the same variable: {sorted(names)}; declare each once")
-        if len({statistic.size for statistic in statistics if isinstance(statistic, BlockStatistic)}) > 1:
-            raise HeadscopeError("the statistics of blocks in one trace need blocks of one size")
+        check_together(statistics)
         self.model, self.statistics = model, tuple(statistics)
         self.layers = None if layers is None else frozenset(layers)
         self.queries, self.site = queries, site
         self._sessions: list[Session] = []
         self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
         self._pending_ids: Tensor | None = None
-        self._plans: dict[Any, tuple[Any, Request, list[tuple[Statistic, Reader]], Tensor | None]] = {}
+        self._plans = Plans(self.statistics, queries)
         self._roles: dict[str, tuple[bool, bool]] = {}
         self._times: dict[int, int] = {}
         self._heap, self._landing = Heap(), Landing()
@@ -144,7 +138,7 @@ class Tracer(Handler):
         session, offset = self._session_of(call)
         require_exact(self.statistics, call, continues=session.continues)
         prompt = session.is_prompt(call, offset, self._boundary)
-        _, request, _, rows = self._plan(call, prompt)
+        request, _, rows = self._plans.of(call, prompt=prompt)
         self._pass.append((session, Piece.of(call, offset, rows, prompt=prompt)))
         if rows is not None and rows.numel() == 0 and not request.wants_keys:
             if not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics):
@@ -154,12 +148,12 @@ class Tracer(Handler):
     def observe(self, call: AttentionCall, attended: Attended) -> None:
         """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
         _, piece = self._pass[-1]
-        _, _, readers, rows = self._plan(call, piece.prompt)
+        _, readers, rows = self._plans.of(call, prompt=piece.prompt)
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
             if isinstance(statistic, CallStatistic):
-                values = statistic.measure(call, attended.lse if rows is None else None)
+                values = statistic.measure(call, attended, rows)
             else:
                 values = reader(attended)
             found = {name: owned(value.detach()) for name, value in values.items()}
@@ -218,19 +212,6 @@ class Tracer(Handler):
         self._sessions.clear()
         self._landing.wait()
         self._finished.append(datasets(kinds))
-
-    def _plan(
-        self, call: AttentionCall, prompt: bool
-    ) -> tuple[Any, Request, list[tuple[Statistic, Reader]], Tensor | None]:
-        # layers of one pass share their mask object, so the plan is made once a pass and mask
-        key = (id(call.mask), call.query.shape[2], call.key.shape[2], call.query.device, prompt)
-        if key not in self._plans:
-            rows = None if self.queries is None else self.queries.rows(call, prompt=prompt)
-            plan = Plan(call)
-            asked = [s for s in self.statistics if s.kind != OUTPUT or prompt]
-            readers = [(statistic, statistic.ask(plan)) for statistic in asked]
-            self._plans[key] = (call.mask, plan.request(rows), readers, rows)
-        return self._plans[key]
 
     def _finish(self) -> None:
         self._finished += self._open()

@@ -57,6 +57,7 @@ def divergence(
     scale: float,
     softcap: float | None = None,
     sinks: tuple[Tensor | None, Tensor | None] = (None, None),
+    biases: tuple[Tensor | None, Tensor | None] = (None, None),
     edits: tuple[ScoreEdit | None, ScoreEdit | None] = (None, None),
     engine: attention.Engine = "auto",
 ) -> Divergence:
@@ -64,28 +65,29 @@ def divergence(
 
     q (batch, head, query, d), k (batch, kv_head, key, d); the pairs may differ in d and kv_head. To compare heads
     of one call, index them: ``(q[:, a], k[:, a_kv])``; to see what an edit of the scores did, give the same pair twice
-    and ``edits=(None, edit)``. Raises ValueError where queries, heads or keys differ.
+    and ``edits=(None, edit)``, or ``biases`` of keys. Raises ValueError where queries, heads or keys differ.
     """
     (q, k), (u, w) = first, second
     if q.shape[:3] != u.shape[:3] or k.shape[2] != w.shape[2]:
         raise ValueError(f"patterns of different shapes: {[tuple(x.shape) for x in (q, k, u, w)]}")
     options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap}
     norms = []
-    for (a, b), z, edit in zip((first, second), sinks, edits, strict=True):
+    for (a, b), z, bias, edit in zip((first, second), sinks, biases, edits, strict=True):
         request = Request(output=False, lse=True)
-        got = attention.attend(a, b, b, sinks=z, edit=edit, request=request, engine=engine, **options)
+        got = attention.attend(a, b, b, sinks=z, bias=bias, edit=edit, request=request, engine=engine, **options)
         assert got.lse is not None
         norms.append(got.lse)
     same = q.shape[3] == u.shape[3] and q.dtype == u.dtype and k.shape[1] == w.shape[1]
-    if same and edits == (None, None) and attention.uses_triton(engine, q, k, mask):
+    plain = all(x is None for x in (*biases, *edits))
+    if same and plain and attention.uses_triton(engine, q, k, mask):
         from headscope.kernels.triton_divergence import distances  # triton is optional
 
         return Divergence(*distances(first, second, norms[0], norms[1], **options))
     parts = [
         dense(log_p, log_r)
         for (_, _, log_p), (_, _, log_r) in zip(
-            log_weights(q, k, norms[0], edit=edits[0], **options),
-            log_weights(u, w, norms[1], edit=edits[1], **options),
+            log_weights(q, k, norms[0], bias=biases[0], edit=edits[0], **options),
+            log_weights(u, w, norms[1], bias=biases[1], edit=edits[1], **options),
             strict=True,
         )
     ]

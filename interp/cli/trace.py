@@ -99,7 +99,7 @@ def _below(cls: Any) -> list[Any]:
 def _needs_nothing(cls: type) -> bool:
     try:
         cls()
-    except HeadscopeError:
+    except (HeadscopeError, TypeError):
         return False
     return bool(getattr(cls, "name", "")) and cls.__name__ != "HeadOutput"
 

@@ -35,6 +35,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "WindowMass": {"cross-attention": _ONE_SEQUENCE},
     "TopKeys": {},
     "TargetMass": {"packed sequences": _PACKED},
+    "Divergence": {},
     "KeyMass": {},
     "KeyMass(queries=...)": {
         "padding": "query rows would count the padding",
@@ -48,6 +49,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "cross-attention": "positions would count in the other sequence",
     },
 }
+REFUSED["SpanOutput"] = dict(REFUSED["HeadOutput"])
 for _refused in REFUSED.values():
     _refused["gaps"] = _GAPS
 

@@ -11,8 +11,9 @@ from headscope.interp.statistics.base import (
     Statistic,
 )
 from headscope.interp.statistics.blocks import BlockMap, BlockStatistic, TopBlocks
+from headscope.interp.statistics.divergence import Divergence
 from headscope.interp.statistics.keys import KeyMass
-from headscope.interp.statistics.outputs import HeadOutput
+from headscope.interp.statistics.outputs import HeadOutput, SpanOutput
 from headscope.interp.statistics.rows import (
     Distance,
     Entropy,
@@ -34,6 +35,7 @@ __all__ = [
     "ROW",
     "CallStatistic",
     "Distance",
+    "Divergence",
     "Entropy",
     "HeadOutput",
     "KeyMass",
@@ -42,6 +44,7 @@ __all__ = [
     "Reader",
     "SinkMass",
     "SpanMass",
+    "SpanOutput",
     "Statistic",
     "TargetMass",
     "TopBlocks",

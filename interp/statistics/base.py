@@ -10,13 +10,14 @@ Positions are counted from each example's first real token: padding never shifts
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from headscope.interp.attention import AttentionCall
+from headscope.interp.errors import HeadscopeError
 from headscope.interp.tracing.plan import Plan as Plan
 from headscope.kernels.request import Attended
 
@@ -55,13 +56,34 @@ class CallStatistic(Statistic):
     """A statistic that is computed from the call itself, beside the shared pass."""
 
     def ask(self, plan: Plan) -> Reader:
-        """Ask for the logsumexp of every query, from which ``measure`` starts."""
-        plan.flag("lse")
+        """Ask for nothing of the shared pass; a subclass may ask, and find it in ``measure``."""
         return lambda seen: {}
 
-    def measure(self, call: AttentionCall, lse: Tensor | None) -> dict[str, Tensor]:
-        """This statistic's variables for ``call``; ``lse`` (batch, head, query), None where rows were left out."""
+    def measure(self, call: AttentionCall, seen: Attended, rows: Tensor | None) -> dict[str, Tensor]:
+        """This statistic's variables for ``call``, of query rows ``rows`` (None: all); ``seen``: what was asked for."""
         raise NotImplementedError
+
+
+def check_together(statistics: Sequence[Statistic]) -> None:
+    """Refuse declarations that one record cannot hold.
+
+    Raises:
+        HeadscopeError: none at all, a variable twice, or a dimension whose labels or blocks differ.
+    """
+    if not statistics:
+        raise HeadscopeError("name at least one statistic to trace, e.g. trace(model, [Entropy()])")
+    names = [name for statistic in statistics for name in statistic.variables]
+    if len(set(names)) != len(names):
+        raise HeadscopeError(f"two statistics write the same variable: {sorted(names)}; declare each once")
+    seen: dict[str, Any] = {}
+    for statistic in statistics:
+        axes = dict(statistic.coordinates) | ({"block": statistic.size} if hasattr(statistic, "size") else {})
+        for dim, labels in axes.items():
+            if seen.setdefault(dim, labels) != labels:
+                raise HeadscopeError(
+                    f"statistics in one trace share the dimension {dim}, but ask for {seen[dim]} and {labels}; make "
+                    "them alike, or trace twice"
+                )
 
 
 def need(x: Tensor | None) -> Tensor:

@@ -18,9 +18,10 @@ from torch.nn.functional import pad
 
 from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.statistics.base import BLOCK, CallStatistic, Kind
+from headscope.interp.slicing import cut
+from headscope.interp.statistics.base import BLOCK, CallStatistic, Kind, Plan, Reader
 from headscope.kernels import blocks
-from headscope.kernels.request import Request
+from headscope.kernels.request import Attended, Request
 
 
 @dataclass(frozen=True)
@@ -80,17 +81,23 @@ class BlockMap(BlockStatistic):
         found = [(text.query // self.size, text.key // self.size) for text in texts(call)] or [(0, 0)]
         return min(i for i, _ in found), min(j for _, j in found)
 
-    def measure(self, call: AttentionCall, lse: Tensor | None) -> dict[str, Tensor]:
+    def ask(self, plan: Plan) -> Reader:
+        """Ask for the lse, from which blocks follow."""
+        plan.flag("lse")
+        return super().ask(plan)
+
+    def measure(self, call: AttentionCall, seen: Attended, rows: Tensor | None) -> dict[str, Tensor]:
         """The blocks of a pass; sums, also where the record holds their means."""
+        lse = seen.lse if rows is None else None
         i, j = self.place(call)
         pool: blocks.Pool = "max" if self.pool == "max" else "sum"
         found = []
         for text in texts(call):
-            part = call.cut(text.examples, text.rows, text.keys)
+            part = cut(call, text.examples, text.rows, text.keys)
             norm = _lse(part) if lse is None else lse[text.examples, :, text.rows]
-            rows = text.query % self.size  # of the first block, in an earlier pass
-            norm = pad(norm, (rows, 0), value=torch.inf)
-            values = blocks.blocks(**_behind(part, rows, text.key % self.size), size=self.size, pool=pool, lse=norm)
+            before = text.query % self.size  # rows of the first block, in an earlier pass
+            norm = pad(norm, (before, 0), value=torch.inf)
+            values = blocks.blocks(**_behind(part, before, text.key % self.size), size=self.size, pool=pool, lse=norm)
             found.append((text.examples, (text.query // self.size - i, text.key // self.size - j), values))
         return {self.name: _together(call, found)}
 
@@ -135,7 +142,7 @@ class TopBlocks(BlockStatistic):
         """The first query block, and the heaviest."""
         return min((text.query // self.size for text in texts(call)), default=0), 0
 
-    def measure(self, call: AttentionCall, lse: Tensor | None) -> dict[str, Tensor]:
+    def measure(self, call: AttentionCall, seen: Attended, rows: Tensor | None) -> dict[str, Tensor]:
         """The heaviest blocks of a pass's query blocks; indices are one more, so that 0 is none."""
         i, _ = self.place(call)
         found: dict[str, list[tuple[slice, tuple[int, ...], Tensor]]] = {name: [] for name in self.dims}
@@ -145,7 +152,7 @@ class TopBlocks(BlockStatistic):
                     f"TopBlocks({self.size}) needs whole blocks of queries, but a pass begins at token {text.query}; "
                     "choose chunks of a multiple of the size, and trace a finished text instead of a generation"
                 )
-            part = call.cut(text.examples, text.rows, text.keys)
+            part = cut(call, text.examples, text.rows, text.keys)
             top = blocks.top_blocks(**_behind(part, 0, text.key % self.size), size=self.size, top=self.k)
             index = torch.where(top.index < 0, 0, top.index + text.key // self.size + 1)
             lost = (0, self.k - index.shape[-1])

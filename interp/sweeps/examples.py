@@ -19,7 +19,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.joined import missing
 from headscope.interp.queries import Queries
 from headscope.interp.spans import by_example
-from headscope.interp.statistics import ROW, HeadOutput, Statistic
+from headscope.interp.statistics import OUTPUT, ROW, Statistic
 from headscope.interp.sweeps.batches import rows_alone
 
 Target = Callable[[Tensor], Tensor] | Tensor
@@ -39,8 +39,8 @@ def check_statistics(statistics: Sequence[Statistic], lengths: Sequence[int], qu
         for name, count in rows.items():
             if count not in (1, len(lengths)):
                 raise HeadscopeError(f"{name!r} is given for {count} prompts, but there are {len(lengths)}")
-        if isinstance(statistic, HeadOutput):
-            for position in statistic.positions:
+        if statistic.kind == OUTPUT:
+            for position in statistic.coordinates["position"]:
                 if not -lengths[short] <= position < lengths[short]:
                     raise HeadscopeError(f"prompt {short} has {lengths[short]} tokens and no position {position}")
     if any(s.kind == ROW for s in statistics) and not len(rows_alone(queries, lengths[short])):

@@ -186,18 +186,14 @@ class _Builder:
                 for b, real in enumerate(inside):
                     # an index by bool copies once more and slowly: not where every row is real
                     array[b, i, :, : len(self._kept[b])] = value[b] if real.all() else value[b][:, real]
-            self._put(name, array, "query")
+            self._put(name, array, "query", *self._extra(name))
 
-    def _put(self, name: str, array: NDArray[Any] | None, axis: str) -> None:
+    def _put(self, name: str, array: NDArray[Any] | None, *dims: str) -> None:
+        """Keep a variable of (example, layer, head, *dims)."""
         assert array is not None
-        extra = self._extra(name)
-        dims = (
-            ("example", "layer", "head", axis, *extra) if axis != "position" else ("example", "layer", "head", *extra)
-        )
-        dims = (*dims, "d_head") if name == "z" else dims
-        self.variables[name] = (dims, array)
+        self.variables[name] = (("example", "layer", "head", *dims), array)
         self.coords["head"] = np.arange(array.shape[2])
-        self.coords.update(extra)
+        self.coords.update(self._extra(name))
 
     def keys(self, held: dict[int, dict[str, Tensor]], *, cross: bool) -> None:
         """Column statistics to (example, layer, head, key); all keys of cross-attention, which are another sequence."""
@@ -232,10 +228,10 @@ class _Builder:
                 self.coords.update({"head": np.arange(variable.sizes["head"]), **statistic.coordinates})
 
     def outputs(self, held: dict[int, dict[str, Tensor]]) -> None:
-        """Chosen positions' head outputs to (example, layer, head, position, d_head)."""
-        if held:
-            stacked = torch.stack([held[layer]["z"].float().cpu() for layer in self.layers], dim=1)
-            self._put("z", stacked.numpy(), "position")
+        """Outputs at chosen positions to (example, layer, head, position, ..., d_head)."""
+        for name in next(iter(held.values()), {}):
+            stacked = torch.stack([held[layer][name].float().cpu() for layer in self.layers], dim=1)
+            self._put(name, stacked.numpy(), *self._extra(name), "d_head")
 
     def tokens(self, held: list[tuple[int, Tensor]]) -> None:
         """Token ids of the recorded queries (example, query)."""

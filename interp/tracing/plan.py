@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headscope.interp.attention import AttentionCall
-from headscope.kernels.request import Request
+from headscope.interp.queries import Queries
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Attended, Request
+
+_Planned = tuple[Request, list[tuple[Any, Callable[[Attended], dict[str, Tensor]]]], Tensor | None]
 
 
 class Plan:
@@ -81,6 +86,29 @@ class Plan:
         if self._targets:
             fields["targets"] = concatenate(self._targets)
         return Request(windows=tuple(self._windows), query_rows=rows, **fields)
+
+
+class Plans:
+    """The plans of one forward pass: layers share their mask object, so that one is made for each mask and shape."""
+
+    def __init__(self, statistics: Sequence[Any], queries: Queries | None) -> None:
+        self.statistics, self.queries = statistics, queries
+        self._made: dict[Any, tuple[Mask, _Planned]] = {}
+
+    def of(self, call: AttentionCall, *, prompt: bool) -> _Planned:
+        """The request for ``call``, how each statistic reads the result, and which query rows (None: all)."""
+        key = (id(call.mask), call.query.shape[2], call.key.shape[2], call.query.device, prompt)
+        if key not in self._made:
+            rows = None if self.queries is None else self.queries.rows(call, prompt=prompt)
+            plan = Plan(call)
+            asked = [s for s in self.statistics if s.kind != "output" or prompt]
+            readers = [(statistic, statistic.ask(plan)) for statistic in asked]
+            self._made[key] = call.mask, (plan.request(rows), readers, rows)  # with the mask, so that its id stays its
+        return self._made[key][1]
+
+    def clear(self) -> None:
+        """The pass is over."""
+        self._made.clear()
 
 
 def concatenate(parts: list[Tensor]) -> Tensor:

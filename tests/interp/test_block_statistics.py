@@ -184,7 +184,7 @@ def test_what_is_refused(model):
         BlockMap(0)
     with pytest.raises(HeadscopeError, match="pools by"):
         BlockMap(4, "median")  # type: ignore[arg-type]
-    with pytest.raises(HeadscopeError, match="one size"), trace(model, [BlockMap(4), TopBlocks(8)]):
+    with pytest.raises(HeadscopeError, match="dimension block"), trace(model, [BlockMap(4), TopBlocks(8)]):
         pass
     ids = torch.randint(4, 100, (1, 9))
     other = tiny_model("t5", "encoder-decoder")

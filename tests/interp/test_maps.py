@@ -9,9 +9,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Gemma3TextConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from headscope.interp.attention import AttentionCall, Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.maps import head_pattern, patterns
 from headscope.interp.models import LanguageModel
+from headscope.interp.sites import attached
+from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.score_edits import distance_slope
 
 PROMPT = " ".join(f"w{i % 7}" for i in range(30))
 SIZES = dict(
@@ -67,3 +71,25 @@ def test_limit_is_said_before_anything_runs(lm: LanguageModel, monkeypatch: pyte
 def test_heads_that_do_not_exist(lm: LanguageModel, layer: int, head: int) -> None:
     with pytest.raises(HeadscopeError, match="does not exist"):
         head_pattern(lm, PROMPT, layer, head)
+
+
+class Edit(Handler):
+    """What differs from head to head: a score a token of distance, the first key's weight, and mass that is moved."""
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        heads, keys = call.query.shape[1], call.key.shape[2]
+        bias = torch.zeros(1, heads, keys)
+        bias[0, :, 0] = -torch.arange(heads)
+        by_head = torch.arange(heads)[:, None] == torch.arange(keys) % heads
+        moved = call.with_redistribution(Redistribution(by_head[None], torch.linspace(0, 1, heads)))
+        return moved.with_key_bias(bias).with_score_edit(distance_slope(0.1 * torch.arange(1.0, 1 + heads)))
+
+
+def test_one_heads_map_is_of_its_own_edit(lm: LanguageModel) -> None:
+    before, _ = patterns(lm, PROMPT, layer=1)
+    with attached(lm, Edit()):
+        whole, _ = patterns(lm, PROMPT, layer=1)
+        for head, want in enumerate(whole):
+            found, _ = head_pattern(lm, PROMPT, 1, head)
+            assert np.abs(found - want).max() < 64 * np.finfo(np.float32).eps
+            assert np.abs(found - before[head]).max() > 1e-2

@@ -1,0 +1,51 @@
+"""How far a run's patterns lie from those of another run: (example, layer, head, query)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from headscope.interp.attention import AttentionCall
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.kept import Kept
+from headscope.interp.statistics.base import CallStatistic
+from headscope.kernels.divergence import divergence
+from headscope.kernels.request import Attended
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence(CallStatistic):
+    """Per query, of the pattern p of the run that ``keep_attention`` kept and the pattern r of this one, on the same
+    number of tokens: what an intervention or another prompt changes about where a head looks.
+
+    ``js_divergence`` (nats, at most log 2), ``kl_divergence`` KL(p || r) (nats; infinite where an edit took a key away
+    that p looks at), ``total_variation`` in [0, 1] and ``cosine_similarity``.
+    """
+
+    kept: Kept
+    name: ClassVar[str] = "js_divergence"
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the record variables."""
+        return ("js_divergence", "kl_divergence", "total_variation", "cosine_similarity")
+
+    def measure(self, call: AttentionCall, seen: Attended, rows: Tensor | None) -> dict[str, Tensor]:
+        """The distances of a pass's queries from what was kept."""
+        before = self.kept.like(call)
+        if call.redistribution is not None or before.redistribution is not None:
+            raise HeadscopeError("divergences of attention whose mass was moved after softmax are not computed")
+        p, r = before.inputs(), call.inputs()
+        apart = divergence(
+            (p["q"], p["k"]),
+            (r["q"], r["k"]),
+            mask=r["mask"],
+            scale=r["scale"],
+            softcap=r["softcap"],
+            sinks=(p["sinks"], r["sinks"]),
+            biases=(p["bias"], r["bias"]),
+            edits=(p["edit"], r["edit"]),
+        )
+        return {name: x if rows is None else x[:, :, rows] for name, x in zip(self.variables, apart, strict=True)}
