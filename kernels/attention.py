@@ -19,6 +19,7 @@ from headscope.kernels import library, reference, streaming
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.weights import log_tile
 
 Engine = Literal["auto", "reference", "streaming", "triton", "flex"]
 _HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -171,38 +172,15 @@ def pattern(
 
     The softmax runs over all the keys of each row, a block of rows at a time, so memory is the tile asked for.
     """
-    r0, r1, _ = rows.indices(q.shape[2])
-    k0, k1, _ = keys.indices(k.shape[2])
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros(q.shape[0], q.shape[1], max(0, r1 - r0), max(0, k1 - k0), dtype=dtype, device=q.device)
-    if out.numel() == 0:
-        return out
-    at = torch.arange(r0, r1, device=q.device)
-    request = Request(output=False, lse=True, query_rows=at)
-    call: dict[str, Any] = {
-        "mask": mask,
-        "scale": scale,
-        "softcap": softcap,
-        "sinks": sinks,
-        "bias": bias,
-        "edit": edit,
-    }
-    lse = attend(q, k, k, **call, request=request).lse
+    rows, keys = slice(*rows.indices(q.shape[2])[:2]), slice(*keys.indices(k.shape[2])[:2])
+    call: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
+    if rows.start >= rows.stop or keys.start >= keys.stop:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return torch.zeros(*q[:, :, rows].shape[:3], k[:, :, keys].shape[2], dtype=dtype, device=q.device)
+    request = Request(output=False, lse=True, query_rows=torch.arange(rows.start, rows.stop, device=q.device))
+    lse = attend(q, k, k, **call, sinks=sinks, request=request).lse
     assert lse is not None
-    head_keys = k[:, :, k0:k1].to(dtype).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    torch.matmul(q[:, :, r0:r1].to(dtype) * scale, head_keys.transpose(-1, -2), out=out)
-    if softcap is not None:
-        out.div_(softcap).tanh_().mul_(softcap)
-    if bias is not None:
-        out.add_(bias[:, :, None, k0:k1])
-    heads, columns = torch.arange(q.shape[1], device=q.device), torch.arange(k0, k1, device=q.device)
-    if edit is not None:
-        examples = torch.arange(q.shape[0], device=q.device)
-        out = edit.tile(out, examples, heads, at + mask.query_offset, columns + mask.key_offset)
-    norm = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # an edit or a bias may hide every key
-    out = torch.sub(out, norm).exp_() if edit is not None else out.sub_(norm).exp_()
-    seen = mask.tile(at, columns, heads)
-    return out if seen is None else out.masked_fill_(~seen, 0.0)
+    return log_tile(q, k, lse, rows, keys, **call).exp_()
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None) -> None:

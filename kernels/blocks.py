@@ -144,16 +144,16 @@ def _lse(q: Tensor, k: Tensor, sinks: Tensor | None, engine: attention.Engine, o
 def _stream(q: Tensor, k: Tensor, lse: Tensor, size: int, pool: Pool, options: dict[str, Any]) -> Tensor:
     across, down = -(-k.shape[2] // size), -(-q.shape[2] // size)
     out = lse.new_zeros(q.shape[0], q.shape[1], down, across)
-    for r0, r1, log_p in log_weights(q, k, lse, **options):
-        p = log_p.exp_()
-        rows = torch.arange(r0, r1, device=q.device)
-        real = options["mask"].query_is_real(rows)
+    for rows, keys, log_p in log_weights(q, k, lse, align=size, **options):
+        p, at = log_p.exp_(), torch.arange(rows.start, rows.stop, device=q.device)
+        real = options["mask"].query_is_real(at)
         if real is not None:
             p *= real[:, None, :, None]
-        p = torch.nn.functional.pad(p, (0, -k.shape[2] % size)).unflatten(3, (-1, size))
-        p, block = (p.amax(-1) if pool == "max" else p.sum(-1)), rows // size
+        p = torch.nn.functional.pad(p, (0, -p.shape[3] % size)).unflatten(3, (-1, size))
+        p, block = (p.amax(-1) if pool == "max" else p.sum(-1)), at // size
+        here = out[..., keys.start // size : keys.start // size + p.shape[3]]
         if pool == "max":
-            out.scatter_reduce_(2, block[None, None, :, None].expand_as(p), p, "amax")
+            here.scatter_reduce_(2, block[None, None, :, None].expand_as(p), p, "amax")
         else:
-            out.index_add_(2, block, p)
+            here.index_add_(2, block, p)
     return out

@@ -59,13 +59,13 @@ def columns(
     options["mask"], options["edit"] = here, edit
     zero = lse.new_zeros(q.shape[0], q.shape[1], k.shape[2])
     sums, most = zero, zero.clone()
-    for r0, r1, log_p in log_weights(q[:, :, first:stop], k, lse[:, :, first:stop], **options):
+    for rows, keys, log_p in log_weights(q[:, :, first:stop], k, lse[:, :, first:stop], **options):
         p = log_p.exp_()
-        real = here.query_is_real(torch.arange(r0, r1, device=q.device))
+        real = here.query_is_real(torch.arange(rows.start, rows.stop, device=q.device))
         if real is not None:
             p *= real[:, None, :, None]
         if total:
-            sums += p.sum(2)
+            sums[..., keys] += p.sum(2)
         if highest:
-            most = torch.maximum(most, p.amax(2))
+            most[..., keys] = torch.maximum(most[..., keys], p.amax(2))
     return Columns(sums if total else None, most if highest else None)

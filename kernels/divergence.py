@@ -84,8 +84,8 @@ def divergence(
 
         return Divergence(*distances(first, second, norms[0], norms[1], **options))
     parts = [
-        dense(log_p, log_r)
-        for (_, _, log_p), (_, _, log_r) in zip(
+        dense(p.log_p, r.log_p)
+        for p, r in zip(
             log_weights(q, k, norms[0], bias=biases[0], edit=edits[0], **options),
             log_weights(u, w, norms[1], bias=biases[1], edit=edits[1], **options),
             strict=True,

@@ -1,18 +1,62 @@
-"""The pattern a few query rows at a time, from the lse: what the plain PyTorch form of a reduction folds over."""
+"""The pattern from the lse, tile by tile: what the plain PyTorch form of a reduction folds over."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
-from headscope.kernels.reference import scores
 from headscope.kernels.score_edits import ScoreEdit
 
-HELD = 1 << 24  # weights held at a time
+HELD = 1 << 24  # weights held at a time on a GPU
+CPU_HELD = 400_000  # on a CPU: a tile stays in a core's cache
+
+
+class Tile(NamedTuple):
+    """``log_p`` (batch, head, row, key) of query rows ``rows`` and keys ``keys``; -inf where a key is hidden."""
+
+    rows: slice
+    keys: slice
+    log_p: Tensor
+
+
+def log_tile(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    rows: slice,
+    keys: slice,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
+) -> Tensor:
+    """log p (batch, head, row, key) of rows ``rows`` and keys ``keys`` (slices with both ends) in the dtype of ``lse``.
+
+    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, row) of those rows.
+    """
+    batch, heads, _, d = q.shape
+    n, m, kv_heads = rows.stop - rows.start, keys.stop - keys.start, k.shape[1]
+    queries = (q[:, :, rows].to(lse.dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * n, d)
+    s = torch.matmul(queries, k[:, :, keys].to(lse.dtype).transpose(-1, -2)).view(batch, heads, n, m)
+    if softcap is not None:
+        s.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        s.add_(bias[:, :, None, keys])
+    at, columns = (torch.arange(x.start, x.stop, device=q.device) for x in (rows, keys))
+    each = torch.arange(heads, device=q.device)
+    if edit is not None and s.numel():
+        examples = torch.arange(batch, device=q.device)
+        s = edit.tile(s, examples, each, at + mask.query_offset, columns + mask.key_offset)
+    norm = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # an edit or a bias may hide every key
+    s = torch.sub(s, norm) if edit is not None else s.sub_(norm)
+    seen = mask.tile(at, columns, each) if s.numel() else None
+    return s if seen is None else s.masked_fill_(~seen, -torch.inf)
 
 
 def log_weights(
@@ -25,19 +69,20 @@ def log_weights(
     softcap: float | None = None,
     bias: Tensor | None = None,
     edit: ScoreEdit | None = None,
-    held: int = HELD,
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield ``(first, stop, log p)`` for blocks of query rows; log p (batch, head, row, key) is -inf where hidden.
+    align: int = 1,
+    held: int | None = None,
+) -> Iterator[Tile]:
+    """Yield a pattern in tiles: a few query rows at a time, with the keys that they may see, in the dtype of ``lse``.
 
-    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, query). Blocks depend on the
-    shapes alone, so that two calls on equal shapes go in step.
+    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, query). The first key of a tile
+    is a multiple of ``align``. Tiles depend on the mask and the shapes alone, so that two calls go in step.
     """
-    queries = q.shape[2]
+    held = held or (CPU_HELD if q.device.type == "cpu" else HELD)
     step = max(1, held // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     wide = k.to(lse.dtype)
-    for r0 in range(0, queries, step):
-        r1 = min(r0 + step, queries)
-        here = replace(mask, query_offset=mask.query_offset + r0)
-        s = scores(q[:, :, r0:r1].to(lse.dtype), wide, mask=here, scale=scale, softcap=softcap, bias=bias, edit=edit)
-        norm = lse[:, :, r0:r1]
-        yield r0, r1, s.sub_(norm.masked_fill(norm == -torch.inf, 0.0)[..., None])
+    for first in range(0, q.shape[2], step):
+        rows = slice(first, min(first + step, q.shape[2]))
+        lo, hi = mask.key_bounds(rows.start, rows.stop, k.shape[2])
+        keys = slice(lo // align * align, hi)
+        options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
+        yield Tile(rows, keys, log_tile(q, wide, lse[:, :, rows], rows, keys, **options))

@@ -1,5 +1,6 @@
 """Plotly figures of what headscope measures; every function returns a ``plotly.graph_objects.Figure``."""
 
+from headscope.interp.plots.blocks import block_map
 from headscope.interp.plots.maps import head_map, ranked, statistic_map
 from headscope.interp.plots.pattern import pattern
 from headscope.interp.plots.profile import statistic_profile
@@ -7,6 +8,7 @@ from headscope.interp.plots.style import show_token
 from headscope.interp.plots.tasks import evaluation, needle_grid
 
 __all__ = [
+    "block_map",
     "evaluation",
     "head_map",
     "needle_grid",

@@ -94,13 +94,14 @@ def _draw(
         colorscale=style.SEQUENTIAL,
         hoverongaps=False,
         hovertemplate="%{text}<extra></extra>",
-        **_colours(values, log=log),
+        **colours(values, log=log),
     )
     fig.update_xaxes(title_text="Key", tickangle=-90, range=_ends(keys), **_token_ticks(keys, text_key))
     return fig.update_yaxes(title_text="Query", range=_ends(queries)[::-1], **_token_ticks(queries, text_query))
 
 
-def _colours(values: NDArray[np.float64], *, log: bool) -> dict[str, Any]:
+def colours(values: NDArray[np.float64], *, log: bool) -> dict[str, Any]:
+    """Colour ends and bar of attention weights, or of their logarithms from ``FLOOR`` to 1."""
     bar = style.colour_bar("Attention weight")
     if log:
         powers = list(range(round(np.log10(FLOOR)), 1))

@@ -274,6 +274,34 @@ def test_statistic_profile_shows_mean_and_band(record) -> None:
     assert len(single.data) == 1 and single.layout.title.subtitle.text == "one example"
 
 
+def blocks(values: np.ndarray, size: int = 4) -> xr.Dataset:
+    """A record of one head's map."""
+    dims = ("example", "layer", "head", "query_block", "key_block")
+    coords = {"example": [0], "layer": [3], "head": [1]}
+    return xr.Dataset({"block_map": (dims, values[None, None, None], {"block": size})}, coords)
+
+
+def test_block_map_shows_tokens_and_leaves_the_future_blank() -> None:
+    values = np.array([[1.0, 0.0, np.nan], [0.25, 0.75, np.nan], [np.nan] * 3])
+    fig = plots.block_map(blocks(values), 3, 1)
+    heat = fig.data[0]
+    np.testing.assert_allclose(heat.customdata, [[1.0, np.nan], [0.25, 0.75]])
+    np.testing.assert_allclose(heat.z[1], np.log10([0.25, 0.75]))
+    assert list(heat.x) == list(heat.y) == [1.5, 5.5]
+    assert heat.text[1][0] == "queries 4 to 7<br>keys 0 to 3"
+    sums = plots.block_map(blocks(np.array([[4.0, 0.0], [1.0, 3.0]])), 3, 1).data[0]
+    np.testing.assert_allclose(sums.z, [[4.0, np.nan], [1.0, 3.0]])
+
+
+def test_block_map_refuses_what_it_cannot_draw(record) -> None:
+    with pytest.raises(HeadscopeError, match="block_map"):
+        plots.block_map(record, 0, 0)
+    with pytest.raises(HeadscopeError, match="no head 0"):
+        plots.block_map(blocks(np.ones((1, 1))), 3, 0)
+    with pytest.raises(HeadscopeError, match="larger blocks"):
+        plots.block_map(blocks(np.ones((1025, 1025))), 3, 1)
+
+
 def test_statistics_refuse_what_the_record_does_not_hold(record) -> None:
     wide = record.assign(top_keys=record["entropy"].expand_dims(rank=2))
     for call, message in (
