@@ -21,6 +21,7 @@ from headscope.interp.sweeps import sweep
 from headscope.kernels.blocks import dense
 from headscope.kernels.masks import Mask
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (23, 9, 16)
 SIZE = 4
 NEAR = 256 * torch.finfo(torch.float32).eps  # sums of at most 16 weights, each with the roundings of its score
@@ -33,18 +34,18 @@ class Patterns(Handler):
         self.found: list[Tensor] = []
 
     def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
-        self.found.append(call.pattern()[0])
+        self.found.append(call.pattern()[0].cpu())
         return z
 
 
 def prompts(lengths=LENGTHS) -> list[Tensor]:
     gen = torch.Generator().manual_seed(0)
-    return [torch.randint(4, 100, (n,), generator=gen) for n in lengths]
+    return [torch.randint(4, 100, (n,), generator=gen).to(DEVICE) for n in lengths]
 
 
 def padded(examples: list[Tensor], side: str) -> dict[str, Tensor]:
     width = max(len(x) for x in examples)
-    ids, real = (torch.zeros(len(examples), width, dtype=torch.long) for _ in range(2))
+    ids, real = (torch.zeros(len(examples), width, dtype=torch.long, device=DEVICE) for _ in range(2))
     for b, x in enumerate(examples):
         at = slice(width - len(x), width) if side == "left" else slice(0, len(x))
         ids[b, at], real[b, at] = x, 1
@@ -74,7 +75,7 @@ def check(model, record, examples: list[Tensor], pool: str = "mean", layers=None
 
 @pytest.fixture
 def model():
-    return tiny_model("llama")
+    return tiny_model("llama").to(DEVICE)
 
 
 @pytest.mark.parametrize("pool", ["mean", "sum", "max"])
@@ -91,7 +92,7 @@ def test_a_map_of_every_example_of_a_padded_batch(model, side, pool):
 @pytest.mark.parametrize("step", [1, 5, 8])
 def test_passes_over_a_text_add_up(name, step):
     """Chunks that do not end with a block, single tokens, and windows whose cache has dropped the first keys."""
-    model, (ids,) = tiny_model(name), prompts((41,))
+    model, (ids,) = tiny_model(name).to(DEVICE), prompts((41,))
     cache = DynamicCache(config=model.config)
     with trace(model, [BlockMap(SIZE)]) as tracer:
         for at in range(0, len(ids), step):
@@ -102,7 +103,7 @@ def test_passes_over_a_text_add_up(name, step):
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_a_generation_has_a_map(name):
     """Of padded prompts, whose first blocks differ where a window's cache has dropped the first keys."""
-    model = tiny_model(name)
+    model = tiny_model(name).to(DEVICE)
     with trace(model, [BlockMap(SIZE, "max")]) as tracer:
         ids = model.generate(**padded(prompts(), "left"), max_new_tokens=20, do_sample=False, eos_token_id=None)
     width = max(LENGTHS)
@@ -112,7 +113,7 @@ def test_a_generation_has_a_map(name):
 def test_an_edited_pattern_has_an_edited_map(model):
     class Hide(Handler):
         def edit(self, call: AttentionCall) -> AttentionCall:
-            bias = torch.zeros(1, 1, call.key.shape[2])
+            bias = torch.zeros(1, 1, call.key.shape[2], device=DEVICE)
             bias[..., 2] = -torch.inf
             return call.with_key_bias(bias)
 
@@ -186,7 +187,7 @@ def test_what_is_refused(model):
         BlockMap(4, "median")  # type: ignore[arg-type]
     with pytest.raises(HeadscopeError, match="dimension block"), trace(model, [BlockMap(4), TopBlocks(8)]):
         pass
-    ids = torch.randint(4, 100, (1, 9))
-    other = tiny_model("t5", "encoder-decoder")
+    ids = torch.randint(4, 100, (1, 9), device=DEVICE)
+    other = tiny_model("t5", "encoder-decoder").to(DEVICE)
     with pytest.raises(HeadscopeError, match="BlockMap is not exact"), trace(other, [BlockMap(4)], site="cross"):
         other(input_ids=ids, decoder_input_ids=ids)

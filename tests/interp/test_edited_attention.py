@@ -17,13 +17,14 @@ from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.redistribution import dense as redistributed
 from headscope.kernels.score_edits import ScoreEdit, distance_slope
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # scores of 16 or so keys and d_head 16 to 32, in float32: products, softmax and the sum over values
 NEAR = 64 * torch.finfo(torch.float32).eps
 
 
 def weigh(call: AttentionCall) -> AttentionCall:
     """The first key counts a tenth in head 1."""
-    bias = torch.zeros(1, call.query.shape[1], call.key.shape[2])
+    bias = torch.zeros(1, call.query.shape[1], call.key.shape[2], device=DEVICE)
     bias[0, 1, 0] = np.log(0.1)
     return call.with_key_bias(bias)
 
@@ -31,7 +32,7 @@ def weigh(call: AttentionCall) -> AttentionCall:
 def slope(call: AttentionCall) -> AttentionCall:
     """Every second head loses a score of 0.2 a token of distance."""
     heads = call.query.shape[1]
-    edit = distance_slope(torch.full((heads,), 0.2)).on_heads(range(0, heads, 2), heads)
+    edit = distance_slope(torch.full((heads,), 0.2, device=DEVICE)).on_heads(range(0, heads, 2), heads, device=DEVICE)
     return call.with_score_edit(edit)
 
 
@@ -44,7 +45,7 @@ def move(call: AttentionCall) -> AttentionCall:
 
 
 def inputs_of(kind: str) -> dict[str, Tensor]:
-    ids = torch.randint(4, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(4, 100, (2, 16), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     return {"input_ids": ids} | ({"decoder_input_ids": ids[:, :9]} if kind == "encoder-decoder" else {})
 
 
@@ -74,11 +75,12 @@ def dense(call: AttentionCall) -> Tensor:
     if call.key_bias is not None:
         s = s + call.key_bias[:, :, None]
     batch, heads, queries, keys = s.shape
-    rows, columns = torch.arange(queries), torch.arange(keys)
+    rows, columns = torch.arange(queries, device=DEVICE), torch.arange(keys, device=DEVICE)
+    each = torch.arange(heads, device=DEVICE)
     if call.score_edit is not None:
         at = rows + call.mask.query_offset, columns + call.mask.key_offset
-        s = call.score_edit.tile(s, torch.arange(batch), torch.arange(heads), *at)
-    seen = call.mask.tile(rows, columns, torch.arange(heads))
+        s = call.score_edit.tile(s, torch.arange(batch, device=DEVICE), each, *at)
+    seen = call.mask.tile(rows, columns, each)
     s = s if seen is None else s.masked_fill(~seen, -torch.inf)
     if call.sinks is not None:
         s = torch.cat([s, call.sinks.detach().double()[None, :, None, None].expand(batch, -1, queries, 1)], -1)
@@ -93,13 +95,13 @@ def both(call: AttentionCall) -> AttentionCall:
 
 def test_edits_add_up():
     calls = Edit(lambda call: call)
-    model = tiny_model("llama")
+    model = tiny_model("llama").to(DEVICE)
     with attached(model, calls), torch.no_grad():
         model(**inputs_of("causal-lm"))
     call = calls.seen[0][0]
     once, twice = weigh(call), weigh(weigh(call))
     assert torch.equal(twice.key_bias, 2 * once.key_bias)
-    ones = torch.ones(1, 1, 1, 1)
+    ones = torch.ones(1, 1, 1, 1, device=DEVICE)
     at = (ones.long() * 0, ones.long() * 0, ones.long() * 9, ones.long() * 4)  # head 0, five tokens away
     assert float(slope(slope(call)).score_edit(ones, *at)) == pytest.approx(1.0 - 2 * 5 * 0.2)
 
@@ -110,7 +112,7 @@ def test_edits_add_up():
     [("llama", "causal-lm"), ("gemma2", "causal-lm"), ("gpt_oss", "causal-lm"), ("t5", "encoder-decoder")],
 )
 def test_outputs_and_statistics_are_of_the_edited_scores(name, kind, change):
-    model = tiny_model(name, kind)
+    model = tiny_model(name, kind).to(DEVICE)
     edit = Edit(change)
     with trace(model, [Entropy(), SinkMass(1), KeyMass()]) as tracer, attached(model, edit):
         model(**inputs_of(kind))
@@ -123,14 +125,14 @@ def test_outputs_and_statistics_are_of_the_edited_scores(name, kind, change):
         assert (z - pattern @ values).abs().max() <= NEAR * max(1.0, float(values.abs().max()))
         assert (call.pattern() - pattern).abs().max() <= NEAR
         found = tracer.record.sel(layer=layer)
-        assert np.abs(found.sink_mass.values - pattern[..., 0].numpy()).max() <= NEAR
-        assert np.abs(found.entropy.values - torch.special.entr(pattern).sum(-1).numpy()).max() <= 4 * NEAR
-        assert np.abs(found.key_mass.values - pattern.sum(2).numpy()).max() <= pattern.shape[2] * NEAR
+        assert np.abs(found.sink_mass.values - pattern[..., 0].cpu().numpy()).max() <= NEAR
+        assert np.abs(found.entropy.values - torch.special.entr(pattern).sum(-1).cpu().numpy()).max() <= 4 * NEAR
+        assert np.abs(found.key_mass.values - pattern.sum(2).cpu().numpy()).max() <= pattern.shape[2] * NEAR
 
 
 @pytest.mark.parametrize("change", [weigh, move])
 def test_an_edit_changes_the_heads_it_names_alone(change):
-    model = tiny_model("llama")
+    model = tiny_model("llama").to(DEVICE)
     inputs = inputs_of("causal-lm")
     plain, edited = Edit(lambda call: call), Edit(change)
     for handler in (plain, edited):
@@ -142,7 +144,7 @@ def test_an_edit_changes_the_heads_it_names_alone(change):
 
 
 def test_nothing_is_left_and_a_wrong_edit_says_so():
-    model = tiny_model("llama")
+    model = tiny_model("llama").to(DEVICE)
     inputs = inputs_of("causal-lm")
     with torch.no_grad():
         before = model(**inputs).logits
@@ -155,7 +157,7 @@ def test_nothing_is_left_and_a_wrong_edit_says_so():
 
 
 def test_mass_is_moved_once():
-    model = tiny_model("llama")
+    model = tiny_model("llama").to(DEVICE)
     twice = Edit(lambda call: move(move(call)))
     with pytest.raises(HeadscopeError, match="make them one"), attached(model, twice), torch.no_grad():
         model(**inputs_of("causal-lm"))

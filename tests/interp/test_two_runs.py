@@ -19,6 +19,7 @@ from headscope.kernels.divergence import dense
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.score_edits import distance_slope
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("js_divergence", "kl_divergence", "total_variation", "cosine_similarity")
 NEAR = 256 * torch.finfo(torch.float32).eps  # logarithms of float32 weights of up to 24 keys, and their sums
 
@@ -36,20 +37,20 @@ class Edit(Handler):
 
     def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
         self.calls.append(call)
-        self.patterns.append(call.pattern().double())
+        self.patterns.append(call.pattern().double().cpu())
         return z
 
 
 def weigh(call: AttentionCall) -> AttentionCall:
     """Head 1 sees a tenth of the first key."""
-    bias = torch.zeros(1, call.query.shape[1], call.key.shape[2])
+    bias = torch.zeros(1, call.query.shape[1], call.key.shape[2], device=DEVICE)
     bias[0, 1, 0] = np.log(0.1)
     return call.with_key_bias(bias)
 
 
 def slope(call: AttentionCall) -> AttentionCall:
     """Every head another score a token of distance."""
-    return call.with_score_edit(distance_slope(0.1 * torch.arange(1.0, 1 + call.query.shape[1])))
+    return call.with_score_edit(distance_slope(0.1 * torch.arange(1.0, 1 + call.query.shape[1], device=DEVICE)))
 
 
 def move(call: AttentionCall) -> AttentionCall:
@@ -63,21 +64,21 @@ def batch(side: str | None = None) -> dict[str, Tensor]:
     real = torch.ones_like(ids)
     if side is not None:
         real[0, slice(0, 5) if side == "left" else slice(12, 17)] = 0
-    return {"input_ids": ids, "attention_mask": real}
+    return {"input_ids": ids.to(DEVICE), "attention_mask": real.to(DEVICE)}
 
 
 @pytest.mark.parametrize("change", [weigh, slope])
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
 def test_what_an_edit_does_to_every_pattern(name, side, change):
-    model, inputs = tiny_model(name), batch(side)
+    model, inputs = tiny_model(name).to(DEVICE), batch(side)
     before, after = Edit(), Edit(change)
     with keep_attention(model) as kept, attached(model, before):
         model(**inputs)
     with trace(model, [Divergence(kept)]) as tracer, attached(model, after):
         model(**inputs)
     n = len(tracer.record["layer"])
-    real = inputs["attention_mask"].bool()
+    real = inputs["attention_mask"].bool().cpu()
     for layer, (p, r) in enumerate(zip(before.patterns[-n:], after.patterns[-n:], strict=True)):
         for field, want in zip(NAMES, dense(p.log(), r.log()), strict=True):
             found = tracer.record[field].values[:, layer]
@@ -90,8 +91,8 @@ def test_what_an_edit_does_to_every_pattern(name, side, change):
 
 
 def test_another_text_through_a_cache_and_of_some_rows():
-    model = tiny_model("llama")
-    one, other = (torch.randint(4, 100, (1, 12), generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+    model = tiny_model("llama").to(DEVICE)
+    one, other = (torch.randint(4, 100, (1, 12), generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in (0, 1))
     with keep_attention(model, layers=[1], device="cpu") as kept:
         model(one)
     with trace(model, [Divergence(kept)], layers=[1]) as tracer:
@@ -112,7 +113,7 @@ def test_another_text_through_a_cache_and_of_some_rows():
 
 
 def test_runs_that_cannot_be_held_against_each_other():
-    model, inputs = tiny_model("llama"), batch()
+    model, inputs = tiny_model("llama").to(DEVICE), batch()
     with keep_attention(model, layers=[0]) as kept:
         model(**inputs)
     with pytest.raises(HeadscopeError, match="nothing was kept"), trace(model, [Divergence(kept)]):
@@ -133,7 +134,7 @@ def test_runs_that_cannot_be_held_against_each_other():
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_what_heads_write_from_spans(name, side, change):
-    model, inputs, seen = tiny_model(name), batch(side), Edit(change)
+    model, inputs, seen = tiny_model(name).to(DEVICE), batch(side), Edit(change)
     spans = {"sink": (0, 1), "each": [(1, 4), (2, 6)], "scattered": [[(5, 6), (8, 9)], [(6, 9)]]}
     spans |= {"all": (0, 17)}
     positions = (7, -1)
@@ -144,9 +145,9 @@ def test_what_heads_write_from_spans(name, side, change):
     assert record["z_span"].dims == ("example", "layer", "head", "position", "span", "d_head")
     assert np.abs(record["z_span"].sel(span="all").values - record["z"].values).max() < NEAR
     n = len(record["layer"])
-    real = inputs["attention_mask"].bool()
+    real = inputs["attention_mask"].bool().cpu()
     for layer, (call, p) in enumerate(zip(seen.calls[-n:], seen.patterns[-n:], strict=True)):
-        v = call.value.double().repeat_interleave(p.shape[1] // call.value.shape[1], 1)
+        v = call.value.double().cpu().repeat_interleave(p.shape[1] // call.value.shape[1], 1)
         for b in range(2):
             tokens = real[b].nonzero()[:, 0]
             for i, position in enumerate(positions):
@@ -163,5 +164,5 @@ def test_spans_that_do_not_fit():
     with pytest.raises(HeadscopeError, match="at least one named span"):
         SpanOutput()
     with pytest.raises(HeadscopeError, match="dimension position"):
-        with trace(tiny_model("llama"), [SpanOutput({"all": (0, 9)}), HeadOutput((0,))]):
+        with trace(tiny_model("llama").to(DEVICE), [SpanOutput({"all": (0, 9)}), HeadOutput((0,))]):
             pass
