@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headscope.interp.compiled import plain
 from headscope.interp.errors import HeadscopeError
 from headscope.kernels import attention as kernels
-from headscope.kernels import redistribution
+from headscope.kernels import redistribute as redistributed
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.request import Attended, Request
@@ -62,7 +62,7 @@ class AttentionCall:
         if self.redistribution is None:
             seen = kernels.attend(**self.inputs(), request=request)
         else:
-            seen = redistribution.redistribute(**self.inputs(), move=self.redistribution, request=request)
+            seen = redistributed.redistribute(**self.inputs(), move=self.redistribution, request=request)
         if seen.output is not None:
             seen.output = seen.output.to(self.value.dtype)
         return seen
@@ -80,7 +80,7 @@ class AttentionCall:
         inputs = self.inputs()
         del inputs["v"]
         if self.redistribution is not None:
-            return redistribution.pattern(**inputs, move=self.redistribution, rows=rows, keys=keys)
+            return redistributed.pattern(**inputs, move=self.redistribution, rows=rows, keys=keys)
         return kernels.pattern(**inputs, rows=rows, keys=keys)
 
     def inputs(self) -> dict[str, Any]:

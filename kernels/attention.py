@@ -41,8 +41,8 @@ def attend(
 ) -> Attended:
     """One attention call: its output and every reduction in ``request``, in as few passes as the engine can.
 
-    Statistics carry no gradient. The output does where an input requires one: it is then computed apart, by the
-    library or, with softcap, sinks, bias or edit, densely.
+    Statistics carry no gradient. The output does where q, k, v, sinks or bias require one: it is then computed apart,
+    by the library or, with softcap, sinks, bias or edit, densely.
 
     Args:
         q: queries (batch, head, query, d_head), after position embedding and any normalisation.
@@ -68,7 +68,7 @@ def attend(
     check_request(q, k, request)
     run = _engine(engine, q, v, edit)
     call = {"mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks, "bias": bias, "edit": edit}
-    if request.output and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if request.output and wants_gradient(q, k, v, sinks, bias):
         out = _differentiable_output(q, k, v, call)
         request = replace(request, output=False)
     else:
@@ -106,6 +106,11 @@ def output(
     out = attend(q, k, v, **call, request=Request()).output
     assert out is not None
     return out
+
+
+def wants_gradient(*inputs: Tensor | None) -> bool:
+    """Whether any of a call's inputs requires a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 def _is_plain(call: dict[str, Any]) -> bool:
@@ -172,7 +177,7 @@ def pattern(
 
     The softmax runs over all the keys of each row, a block of rows at a time, so memory is the tile asked for.
     """
-    rows, keys = slice(*rows.indices(q.shape[2])[:2]), slice(*keys.indices(k.shape[2])[:2])
+    rows, keys = whole_slice(rows, q.shape[2]), whole_slice(keys, k.shape[2])
     call: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
     if rows.start >= rows.stop or keys.start >= keys.stop:
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -181,6 +186,14 @@ def pattern(
     lse = attend(q, k, k, **call, sinks=sinks, request=request).lse
     assert lse is not None
     return log_tile(q, k, lse, rows, keys, **call).exp_()
+
+
+def whole_slice(part: slice, count: int) -> slice:
+    """``part`` of ``count`` places with both its ends. Raises ValueError for a step other than 1."""
+    start, stop, step = part.indices(count)
+    if step != 1:
+        raise ValueError(f"a tile is a run of rows and keys; take every {step}th of its rows afterwards")
+    return slice(start, max(start, stop))
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None) -> None:

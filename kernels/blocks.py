@@ -123,7 +123,7 @@ def top_blocks(
     across = -(-k.shape[2] // size)
     rows = max(1, held // max(1, q.shape[0] * q.shape[1] * across)) * size
     parts = []
-    for r0 in range(0, q.shape[2], rows):
+    for r0 in range(0, max(1, q.shape[2]), rows):
         here = {**options, "mask": replace(mask, query_offset=mask.query_offset + r0)}
         piece, norm = q[:, :, r0 : r0 + rows], lse[:, :, r0 : r0 + rows]
         pooled = blocks(piece, k, size=size, pool="mean", lse=norm, engine=engine, **here)

@@ -180,6 +180,8 @@ def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
 
     slope = distance_slope(uniform(heads) / 8)
     scale = key_scale(0.5 + uniform(1, last))
+    neutral = key_scale(torch.tensor([1.0, 0.0, -1.0, 2.0], device=device).repeat(last)[None, :last])
+    squash = ScoreEdit(lambda s, b, h, q, k: 3 * torch.tanh(s / 3))  # as distant from a hidden score as can be
     table = by_distance(scale=0.5 + uniform(heads, 20), bias=uniform(1, 9))
     hide = ScoreEdit(lambda s, b, h, q, k: torch.where((k + b) % 4 == h % 4, -torch.inf, s))
     return {
@@ -187,6 +189,8 @@ def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
         "key scale": scale,
         "distance table": table,
         "hidden keys": hide,
+        "keys turned round": neutral,
+        "bounded scores": squash,
         "two, on some heads": table.then(scale).on_heads(range(1, heads, 2), heads, device=device),
     }
 

@@ -48,13 +48,20 @@ def columns(
 
     ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, query) as ``attention.attend``
     gives it, a sink logit included, less the logarithm of the queries' weights where they have any (+inf: weight 0).
+    Raises ValueError for inputs that do not belong together.
     """
+    first, stop = queries or (0, q.shape[2])
+    attention.check(q, k, k, None, bias)
+    if lse.shape != q.shape[:3] or not 0 <= first <= stop <= q.shape[2]:
+        raise ValueError(
+            f"lse must be (batch, head, query) {tuple(q.shape[:3])} of all queries, and queries a part of them; got "
+            f"{tuple(lse.shape)} and {(first, stop)}"
+        )
     options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
     if edit is None and attention.uses_triton(engine, q, k, mask):
         from headscope.kernels import passes  # triton is optional, and slow to import
 
         return Columns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
-    first, stop = queries or (0, q.shape[2])
     here = replace(mask, query_offset=mask.query_offset + first)
     options["mask"], options["edit"] = here, edit
     zero = lse.new_zeros(q.shape[0], q.shape[1], k.shape[2])

@@ -12,6 +12,8 @@ def count_queries(mask: Mask, q: Tensor, keys: int, rows: tuple[int, int]) -> Te
     """How many real queries of rows ``first:stop`` see each key: int64 (batch or 1, head or 1, key)."""
     first, stop = rows[0] + mask.query_offset, rows[1] + mask.query_offset
     at = torch.arange(keys, device=q.device) + mask.key_offset
+    if not keys:
+        return torch.zeros(1, 1, 0, dtype=torch.int64, device=q.device)
     if mask.chunk is None and mask.segments is None and mask.rule is None:
         lo = torch.full_like(at, first) if mask.right is None else torch.clamp(at - mask.right, min=first)
         hi = torch.full_like(at, stop) if mask.left is None else torch.clamp(at + mask.left + 1, max=stop)

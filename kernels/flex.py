@@ -145,9 +145,12 @@ def _score_mod(
     def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if cap is not None:
             s = cap * torch.tanh(s / cap)
-        if keyed is not None:
-            s = s + keyed[b, h, j]
-        return s if edit is None else edit(s, b, h, i + first_query, j + first_key)
+        own = None if keyed is None else keyed[b, h, j]
+        s = s if own is None else s + own
+        if edit is None:
+            return s
+        s = edit(s, b, h, i + first_query, j + first_key)
+        return s if own is None else torch.where(own == -torch.inf, -torch.inf, s)  # no edit brings a key back
 
     return score_mod
 

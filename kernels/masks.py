@@ -97,9 +97,9 @@ class Mask:
             lo = max(lo, q0 + self.query_offset - self.left - self.key_offset)
         if self.right is not None:
             hi = min(hi, q1 - 1 + self.query_offset + self.right - self.key_offset + 1)
-        if self.start is not None:
+        if self.start is not None and self.start.numel():
             lo = max(lo, int(self.start.min()) - self.key_offset)
-        if self.end is not None:
+        if self.end is not None and self.end.numel():
             hi = min(hi, int(self.end.max()) - self.key_offset)
         return (lo, hi) if lo < hi else (0, 0)
 

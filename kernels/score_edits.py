@@ -6,7 +6,7 @@
 3. The pattern, and with it every statistic, is the softmax of s'.
 
 What a cheaper form says exactly needs no edit: a per-key weight is ``bias = log w`` (every engine), and weights changed
-after softmax are ``headscope.kernels.redistribution.redistribute``.
+after softmax are a ``headscope.kernels.redistribution.Redistribution``.
 """
 
 from __future__ import annotations

@@ -68,13 +68,15 @@ def _block(
     s = (queries * chosen).sum(-1).reshape(batch, heads, n, -1) * scale
     if softcap is not None:
         s = softcap * torch.tanh(s / softcap)
+    added = torch.zeros_like(s)
     if bias is not None:
         wide = bias.to(s.dtype).expand(batch, heads, -1)
-        s = s + wide.gather(2, index.reshape(batch, 1, -1).expand(-1, heads, -1)).view_as(s)
+        added = wide.gather(2, index.reshape(batch, 1, -1).expand(-1, heads, -1)).view_as(s)
+        s = s + added
     examples, each = torch.arange(batch, device=q.device), torch.arange(heads, device=q.device)
     if edit is not None:
         at = (rows + mask.query_offset)[None, None, :, None], (index + mask.key_offset)[:, None]
         s = edit(s, examples[:, None, None, None], each[None, :, None, None], *at)
-    visible = seen[:, None] & mask.pairs(rows[None, :, None], index, each)
+    visible = seen[:, None] & mask.pairs(rows[None, :, None], index, each) & (added > -torch.inf)
     empty = (lse == -torch.inf)[..., None]
     return torch.exp(s - lse[..., None]).masked_fill(~visible | empty, 0.0)

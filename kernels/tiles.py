@@ -133,9 +133,13 @@ class Block:
         if call.softcap is not None:
             s.div_(call.softcap).tanh_().mul_(call.softcap * unit)
         if call.bias is not None:
-            s.view(self.nb, self.nh, call.group, n, hi - lo).add_(self._bias(call.bias, unit)[..., lo:hi])
+            bias = call.bias.to(s.dtype).clamp(min=HIDDEN) * unit
+            s.view(self.nb, self.nh, call.group, n, hi - lo).add_(self._of_keys(bias)[..., lo:hi])
         if call.edit is not None:
             self._edit(call.edit, s.view(self.nb, self.nh * call.group, n, hi - lo), rows, lo)
+            if call.bias is not None:  # what a bias takes away no edit brings back
+                hidden = self._of_keys(call.bias == -math.inf)[..., lo:hi]
+                s.view(self.nb, self.nh, call.group, n, hi - lo).masked_fill_(hidden, HIDDEN)
         self._hide(s.view(self.nb, self.nh, call.group, n, hi - lo), rows, first, last, lo, hi)
         return s
 
@@ -148,14 +152,13 @@ class Block:
         edited = edit.tile(s, examples, heads, rows + self.mask.query_offset, keys)
         torch.mul(edited, LOG2E, out=s).clamp_(min=HIDDEN)  # an edit may hide a key by -inf
 
-    def _bias(self, bias: Tensor, unit: float) -> Tensor:
-        """The key bias of this block (batch or 1, kv_head or 1, group or 1, 1, key), in ``unit``s a nat."""
-        bias = bias.to(self.k.dtype).clamp(min=HIDDEN) * unit  # -inf takes a key's weight away
-        if bias.shape[0] > 1:
-            bias = bias[self.examples]
-        if bias.shape[1] == 1:
-            return bias[:, :, None, None]
-        return bias[:, self.heads].view(-1, self.nh, self.call.group, 1, bias.shape[-1])
+    def _of_keys(self, x: Tensor) -> Tensor:
+        """This block's part (batch or 1, kv_head or 1, group or 1, 1, key) of (batch or 1, head or 1, key)."""
+        if x.shape[0] > 1:
+            x = x[self.examples]
+        if x.shape[1] == 1:
+            return x[:, :, None, None]
+        return x[:, self.heads].view(-1, self.nh, self.call.group, 1, x.shape[-1])
 
     def _hide(self, s: Tensor, rows: Tensor, first: int, last: int, lo: int, hi: int) -> None:
         """Set hidden keys to HIDDEN, touching for the band only the columns that some row does not see."""

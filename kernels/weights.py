@@ -53,6 +53,8 @@ def log_tile(
     if edit is not None and s.numel():
         examples = torch.arange(batch, device=q.device)
         s = edit.tile(s, examples, each, at + mask.query_offset, columns + mask.key_offset)
+        if bias is not None:  # what a bias takes away no edit brings back
+            s = s.masked_fill((bias == -torch.inf)[:, :, None, keys], -torch.inf)
     norm = lse.masked_fill(lse == -torch.inf, 0.0)[..., None]  # an edit or a bias may hide every key
     s = torch.sub(s, norm) if edit is not None else s.sub_(norm)
     seen = mask.tile(at, columns, each) if s.numel() else None
@@ -80,7 +82,7 @@ def log_weights(
     held = held or (CPU_HELD if q.device.type == "cpu" else HELD)
     step = max(1, held // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     wide = k.to(lse.dtype)
-    for first in range(0, q.shape[2], step):
+    for first in range(0, max(1, q.shape[2]), step):
         rows = slice(first, min(first + step, q.shape[2]))
         lo, hi = mask.key_bounds(rows.start, rows.stop, k.shape[2])
         keys = slice(lo // align * align, hi)

@@ -22,7 +22,7 @@ from headscope.kernels import attention, flex, triton_engine
 from headscope.kernels.benchmarks.gpu_check import WORKERS, poison
 from headscope.kernels.cases import MASKS, Case, everything, random_case, random_edits, random_moves
 from headscope.kernels.checks import allowed, compare, distance
-from headscope.kernels.redistribution import redistribute
+from headscope.kernels.redistribute import redistribute
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.spans import span_outputs
 

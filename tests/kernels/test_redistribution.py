@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from headscope.kernels import attention, columns, reference
+from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.cases import MASKS, Case, everything, random_case, random_moves
 from headscope.kernels.checks import ROUNDINGS, compare
-from headscope.kernels.redistribution import Redistribution, dense, pattern, redistribute
+from headscope.kernels.divergence import divergence
+from headscope.kernels.redistribute import pattern, redistribute
+from headscope.kernels.redistribution import Redistribution, dense
 from headscope.kernels.request import Attended, Request
 
 SIZES: dict[str, Any] = {"batch": 2, "kv_heads": 1, "queries": 12, "keys": 40}
@@ -78,18 +81,66 @@ def test_a_tile_of_the_edited_pattern(name: str) -> None:
     assert (found - case.pattern()[:, :, 3:9, 5:31]).abs().max() < ROUNDINGS * case.score_size()
 
 
+def gradients(case: Case, run: Any, dtype: torch.dtype, keep: torch.Tensor | float) -> list[torch.Tensor]:
+    """Of the output's squares, for q, k, v and a bias; by ``run``, or densely."""
+    leaves = [
+        x.detach().to(dtype).clone().requires_grad_() for x in (case.q, case.k, case.v, case.bias) if x is not None
+    ]
+    assert case.move is not None
+    move = replace(case.move, keep=keep.to(dtype) if isinstance(keep, torch.Tensor) else keep)
+    here = replace(case, q=leaves[0], k=leaves[1], v=leaves[2], bias=leaves[3], move=move)
+    v = leaves[2].repeat_interleave(case.q.shape[1] // case.v.shape[1], 1)
+    out = here.pattern(dtype) @ v if run is None else here.run(run, Request(entropy=True)).output
+    out.square().sum().backward()
+    return [x.grad for x in leaves if x.grad is not None]
+
+
 def test_the_output_keeps_its_gradient() -> None:
-    case = moved(random_case("left padding", **SIZES, dtype=torch.float64, bias=True), "onto a set")
-    gradients = []
-    for run in (redistribute, None):
-        leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
-        here = replace(case, q=leaves[0], k=leaves[1], v=leaves[2])
-        v = leaves[2].repeat_interleave(2, 1)
-        out = here.pattern() @ v if run is None else here.run(run, Request(entropy=True)).output
-        out.square().sum().backward()  # type: ignore[union-attr]
-        gradients.append([x.grad for x in leaves])
-    for ours, want in zip(*gradients, strict=True):
-        assert ours is not None and torch.allclose(ours, want)
+    case = moved(random_case("left padding", **SIZES, bias=True), "onto a set")
+    assert case.move is not None
+    ours, want = (gradients(case, run, torch.float64, case.move.keep) for run in (redistribute, None))
+    assert len(ours) == 4 and all(torch.allclose(x, y) for x, y in zip(ours, want, strict=True))
+    keep = torch.tensor([0.5, 0.7], requires_grad=True)
+    alone = replace(case, move=replace(case.move, keep=keep)).run(redistribute, Request()).output
+    assert alone is not None and alone.requires_grad
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("gap", [-110.0, -50.0, 30.0, 80.0, 110.0])
+def test_sets_whose_mass_float32_cannot_hold(gap: float, keep: float) -> None:
+    """Outputs and gradients as in float64, where a sink is e^110 times as heavy as all others, or they as it."""
+    case = random_case("full", **SIZES)
+    case = replace(case, bias=torch.zeros(1, 1, 40).index_fill(2, torch.tensor([0]), gap))
+    case = replace(case, move=Redistribution(torch.arange(40) < 1, keep))
+    exact = case.eager(Request()).output
+    for request in (Request(), Request(lse=True, linear=torch.ones(40, 1))):
+        got = answer(case, request)
+        assert got.output is not None and (got.output - exact).abs().max() < 1e-4
+    assert got.linear is not None and got.linear.sub(1).abs().max() < ROUNDINGS
+    ours, want = gradients(case, redistribute, torch.float32, keep), gradients(case, None, torch.float64, keep)
+    assert len(ours) == 4
+    for x, y in zip(ours, want, strict=True):
+        assert (x - y).abs().max() < 1e-4 * max(1.0, float(y.abs().max()))
+
+
+def test_rows_are_computed_alone_where_they_are_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, Request]] = []
+    attend = attention.attend
+
+    def noting(q: torch.Tensor, *args: Any, **options: Any) -> Attended:
+        seen.append((q.shape[2], options["request"]))
+        return attend(q, *args, **options)
+
+    monkeypatch.setattr(attention, "attend", noting)
+    case = moved(random_case("window", **SIZES), "onto a set")
+    rows = torch.tensor([2, 7])
+    assert not wrong(case, Request(output=False, entropy=True, top=3, query_rows=rows))
+    assert all(torch.equal(request.query_rows, rows) for _, request in seen)
+    seen.clear()
+    pattern(case.q, case.k, case.move, mask=case.mask, scale=case.scale, rows=slice(4, 6))
+    assert [n for n, _ in seen] == [2, 2, 2]
+    seen.clear()
+    assert not wrong(case, Request(output=False, key_count=True)) and not seen
 
 
 def test_attention_calibration_as_its_authors_do_it() -> None:
@@ -171,6 +222,43 @@ def test_columns_from_a_known_lse(kind: str, engine: str, options: dict[str, Any
         limit = ROUNDINGS * case.score_size() * 2
         assert found.total is not None and (found.total - p[:, :, 3:11].sum(2)).abs().max() < 8 * limit
         assert found.highest is not None and (found.highest - p[:, :, 3:11].amax(2)).abs().max() < limit
+
+
+def test_columns_of_another_lse_are_refused() -> None:
+    """A kernel would read beyond its end."""
+    case = random_case("causal", **SIZES)
+    lse = torch.zeros(2, 2, 12)
+    for wrong_lse, queries in ((lse[..., :1], None), (lse[..., :3], None), (lse, (4, 13)), (lse, (5, 4))):
+        with pytest.raises(ValueError, match="lse must be"):
+            columns.columns(case.q, case.k, wrong_lse, mask=case.mask, scale=1.0, queries=queries)
+    with pytest.raises(ValueError, match="bias must be"):
+        columns.columns(case.q, case.k, lse, mask=case.mask, scale=1.0, bias=torch.zeros(1, 1, 1))
+
+
+def test_a_tile_is_a_run_of_rows_and_keys() -> None:
+    case = moved(random_case("causal", **SIZES), "onto a set")
+    for part in ({"rows": slice(0, 8, 2)}, {"keys": slice(None, None, -1)}):
+        with pytest.raises(ValueError, match="a tile is a run"):
+            attention.pattern(case.q, case.k, mask=case.mask, scale=1.0, **part)
+        with pytest.raises(ValueError, match="a tile is a run"):
+            pattern(case.q, case.k, case.move, mask=case.mask, scale=1.0, **part)
+
+
+@pytest.mark.parametrize("kind", ["causal", "left padding", "rule"])
+@pytest.mark.parametrize("sizes", [{"queries": 0}, {"batch": 0}])
+def test_nothing_comes_of_nothing(kind: str, sizes: dict[str, int]) -> None:
+    case = random_case(kind, **{**SIZES, **sizes}) if "batch" not in sizes else random_case(kind, **SIZES)
+    if "batch" in sizes:
+        case = replace(case, q=case.q[:0], k=case.k[:0], v=case.v[:0], mask=case.mask.select_batch(0, 0))
+    options = {"mask": case.mask, "scale": case.scale}
+    lse = torch.zeros(case.q.shape[:3])
+    assert columns.columns(case.q, case.k, lse, **options).total.shape == case.q.shape[:2] + (40,)
+    assert blocks(case.q, case.k, size=4, **options).numel() == 0
+    assert top_blocks(case.q, case.k, size=4, top=2, **options).mass.numel() == 0
+    assert divergence((case.q, case.k), (case.q, case.k), **options).js.numel() == 0
+    move = Redistribution(torch.arange(40) < 1)
+    got = redistribute(case.q, case.k, case.v, move, **options, request=Request(key_sum=True, key_count=True))
+    assert got.output.shape == case.q.shape and not got.key_sum.any()
 
 
 def test_a_key_bias_rescales_and_renormalises() -> None:

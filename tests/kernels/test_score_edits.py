@@ -14,7 +14,7 @@ from headscope.kernels.cases import MASKS, Case, everything, random_case, random
 from headscope.kernels.checks import compare
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
-from headscope.kernels.redistribution import redistribute
+from headscope.kernels.redistribute import redistribute
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
 from headscope.kernels.targets import target_mass

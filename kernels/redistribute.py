@@ -1,0 +1,266 @@
+"""Attention whose mass is moved between keys after softmax, put together from attention over sets of keys.
+
+1. Attention over a set S alone has the pattern exp(s - lse_S); the whole pattern is w_S times that on each set, with
+   w the softmax of the sets' lse (and of a sink logit).
+2. After the edit it is W_S times that (``redistribution``).
+3. Sums of the pattern, of which the output is one, are sums over sets: X = sum_S W_S X_S. As every term is added and
+   none taken away, nothing cancels where a sink held nearly all the mass.
+4. The entropy is H = sum_S (W_S H_S - W_S log W_S); the heaviest keys are among the heaviest of each set; a column of
+   W_S exp(s - lse_S) is that of a pattern whose lse is lse_S - log W_S (``columns``). Scores, so lse and max, stay.
+
+A set is a slice of the keys and a bias that hides the others in it, so no kernel is needed: up to three passes, and as
+many for columns. Definition: ``redistribution.dense``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from headscope.kernels import attention, reference
+from headscope.kernels.columns import columns
+from headscope.kernels.counts import count_queries
+from headscope.kernels.masks import Mask
+from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.weights import log_tile
+
+SUMS = ("output", "entropy", "linear", "distance", "window_mass", "window_distance", "target_mass")
+ROWS = ("lse", "max", *SUMS[1:], "top_mass", "top_keys")
+
+
+def redistribute(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    move: Redistribution,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
+    request: Request,
+    engine: attention.Engine = "auto",
+) -> Attended:
+    """``attention.attend`` with the mass moved: the output and every reduction of the edited pattern.
+
+    ``q`` (batch, head, query, d), ``k``, ``v`` (batch, kv_head, key, ·); ``lse`` and ``max`` are of the scores, which
+    do not change. The output keeps its gradient where q, k, v, sinks, bias or ``keep`` require one: it is then computed
+    densely. Raises ValueError where ``move`` does not fit.
+    """
+    attention.check(q, k, v, sinks, bias)
+    attention.check_request(q, k, request)
+    move.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "edit": edit}
+    out = None
+    keep = move.keep if isinstance(move.keep, Tensor) else None
+    if request.output and attention.wants_gradient(q, k, v, sinks, bias, keep):
+        out = _differentiable_output(q, k, v, move, mask, sinks, bias, scores)
+        request = replace(request, output=False)
+    result, by_key = Attended(), request.key_sum or request.key_max
+    if request.output or request.wants_rows or by_key:
+        rows = None if request.output or by_key else request.query_rows
+        parts, lse = _attended(q, k, v, move, mask, sinks, bias, replace(request, query_rows=rows), engine, scores)
+        result = _summed(parts, lse, request if rows is None else replace(request, query_rows=None), v.dtype)
+        if by_key:
+            _reduce_columns(result, q, k, parts, request, engine, scores)
+    if request.key_count:
+        result.key_count = count_queries(mask, q, k.shape[2], request.key_queries or (0, q.shape[2]))
+    result.output = result.output if out is None else out
+    return result
+
+
+def _differentiable_output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    move: Redistribution,
+    mask: Mask,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    scores: dict[str, Any],
+) -> Tensor:
+    """The output by steps 1 to 3, every set a dense softmax of its own."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = reference.scores(q.to(wide), k.to(wide), mask=mask, bias=bias, **scores)
+    sets = [s.masked_fill(~chosen[:, :, None], -torch.inf) for chosen in move.sets(q.device)]
+    norms = [torch.logsumexp(x, -1) for x in sets]
+    values = v.to(wide).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    after = move.masses(_shares(norms, sinks), norms[1] > -torch.inf)
+    terms = (w[..., None] * (reference.normalise(x, None) @ values) for x, w in zip(sets, after, strict=True))
+    return reduce(torch.add, terms).to(v.dtype)
+
+
+def _shares(norms: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
+    """Step 1: w of every set from its lse (batch, head, query); a softmax, so that they sum to one at any lse."""
+    whole = torch.stack(norms, -1)
+    empty = (whole == -torch.inf).all(-1, keepdim=True)
+    if sinks is not None:
+        own = sinks.to(whole.dtype)[None, :, None, None].expand(*whole.shape[:3], 1)
+        whole = torch.cat([whole, own], -1)
+    share = whole.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return list(share.unbind(-1))[: len(norms)]
+
+
+@torch.no_grad()
+def pattern(
+    q: Tensor,
+    k: Tensor,
+    move: Redistribution,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
+    rows: slice = slice(None),
+    keys: slice = slice(None),
+) -> Tensor:
+    """One exact tile of the edited pattern: rows ``rows`` and keys ``keys``, as ``attention.pattern`` gives it."""
+    attention.check(q, k, k, sinks, bias)
+    move.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    rows, keys = attention.whole_slice(rows, q.shape[2]), attention.whole_slice(keys, k.shape[2])
+    q, move, mask = q[:, :, rows], move.of_rows(rows), replace(mask, query_offset=mask.query_offset + rows.start)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(*q.shape[:3], keys.stop - keys.start, dtype=wide, device=q.device)
+    if not out.numel():
+        return out
+    scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "edit": edit}
+    parts, _ = _attended(q, k, k, move, mask, sinks, bias, Request(output=False), "auto", scores)
+    for part in parts:
+        a, b = max(keys.start, part.keys.start), min(keys.stop, part.keys.stop)
+        if a < b:
+            inside = slice(a - part.keys.start, b - part.keys.start)
+            own = {"mask": part.mask, "bias": part.bias, **scores}
+            tile = log_tile(q, k[:, :, part.keys], part.norm, slice(0, q.shape[2]), inside, **own)
+            out[..., a - keys.start : b - keys.start] += tile.exp_()
+    return out
+
+
+class _Part(NamedTuple):
+    """Attention over a set: the slice of the keys that holds it, that slice's mask, a bias that hides its other keys,
+    what was found, its lse and the set's mass W after the edit (batch, head, query)."""
+
+    keys: slice
+    mask: Mask
+    bias: Tensor | None
+    found: Attended
+    lse: Tensor
+    mass: Tensor
+
+    @property
+    def norm(self) -> Tensor:
+        """The lse of the set's weights after the edit: exp(s - norm) is W exp(s - lse)."""
+        return torch.where(self.mass > 0, self.lse - self.mass.log(), torch.inf)
+
+
+@torch.no_grad()
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    move: Redistribution,
+    mask: Mask,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    request: Request,
+    engine: attention.Engine,
+    scores: dict[str, Any],
+) -> tuple[list[_Part], Tensor]:
+    """Steps 1 and 2: every set of ``move``, of the rows asked for; and the lse of all sets (batch, head, row)."""
+    asked = replace(request, lse=True, key_sum=False, key_max=False, key_count=False)
+    found = []
+    for chosen in move.sets(q.device):
+        keys, here, own = _slice(chosen, mask, bias)
+        linear = None if asked.linear is None else asked.linear[..., keys, :]
+        options: dict[str, Any] = {"mask": here, "bias": own, "engine": engine, **scores}
+        got = attention.attend(q, k[:, :, keys], v[:, :, keys], request=replace(asked, linear=linear), **options)
+        assert got.lse is not None
+        found.append((keys, here, own, got, got.lse))
+    norms = [lse for *_, lse in found]
+    move = move if request.query_rows is None else move.of_rows(request.query_rows)
+    after = move.masses(_shares(norms, sinks), norms[1] > -torch.inf)
+    parts = [_Part(*part, mass) for part, mass in zip(found, after, strict=True)]
+    return parts, reference.log_total(torch.stack(norms, -1), sinks)
+
+
+def _slice(chosen: Tensor, mask: Mask, bias: Tensor | None) -> tuple[slice, Mask, Tensor | None]:
+    """The slice that holds the keys ``chosen`` (batch or 1, head or 1, key), its mask, and its bias."""
+    some = chosen.flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0]  # no key: one that is hidden
+    keys = slice(some[0], some[-1] + 1)
+    own = None if bias is None else bias[..., keys]
+    if not chosen[..., keys].all():
+        own = torch.where(chosen[..., keys], 0.0 if own is None else own, -torch.inf)
+    return keys, replace(mask, key_offset=mask.key_offset + keys.start), own
+
+
+def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtype) -> Attended:
+    """Steps 3 and 4: the output, in ``dtype``, and the rows."""
+    result = Attended(lse=lse if request.lse else None)
+    for name in SUMS:
+        if getattr(parts[0].found, name) is not None:
+            setattr(result, name, reduce(torch.add, _terms(parts, name)))
+    if result.entropy is not None:
+        result.entropy = reduce(torch.add, (torch.special.entr(part.mass) for part in parts), result.entropy)
+    if request.max:
+        result.max = torch.stack([part.found.max for part in parts if part.found.max is not None]).amax(0)
+    if request.top:
+        mass = torch.cat(list(_terms(parts, "top_mass")), -1)
+        keys = torch.cat([part.found.top_keys for part in parts if part.found.top_keys is not None], -1)
+        result.top_mass, at = mass.topk(request.top, dim=-1)
+        result.top_keys = keys.gather(-1, at).masked_fill(result.top_mass <= 0, -1)
+    if request.query_rows is not None:
+        for name in ROWS:
+            x = getattr(result, name)
+            setattr(result, name, None if x is None else x[:, :, request.query_rows])
+    result.output = None if result.output is None else result.output.to(dtype)
+    return result
+
+
+def _terms(parts: list[_Part], name: str) -> Iterator[Tensor]:
+    """The result ``name`` (batch, head, query, ...) of every set, times the set's mass."""
+    for part in parts:
+        x = getattr(part.found, name)
+        yield x * part.mass.view(part.mass.shape + (1,) * (x.dim() - 3))
+
+
+def _reduce_columns(
+    result: Attended,
+    q: Tensor,
+    k: Tensor,
+    parts: list[_Part],
+    request: Request,
+    engine: attention.Engine,
+    scores: dict[str, Any],
+) -> None:
+    """Step 4 for the columns."""
+    zero = parts[0].mass.new_zeros(q.shape[0], q.shape[1], k.shape[2])
+    result.key_sum = zero if request.key_sum else None
+    result.key_max = zero.clone() if request.key_max else None
+    for part in parts:
+        found = columns(
+            q,
+            k[:, :, part.keys],
+            part.norm,
+            mask=part.mask,
+            bias=part.bias,
+            queries=request.key_queries,
+            total=request.key_sum,
+            highest=request.key_max,
+            engine=engine,
+            **scores,
+        )
+        if result.key_sum is not None and found.total is not None:
+            result.key_sum[..., part.keys] += found.total
+        if result.key_max is not None and found.highest is not None:
+            here = result.key_max[..., part.keys]
+            torch.maximum(here, found.highest, out=here)
