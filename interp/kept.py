@@ -9,40 +9,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall, Handler
+from headscope.interp.attention import AttentionCall, Handler, bare_model
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached
+from headscope.interp.sites.huggingface import sites_of
+from headscope.interp.sites.towers import check_name, default_tower, selects
 from headscope.interp.verify import verify_once
+from headscope.kernels.request import Attended, Request
+
+_Place = tuple[str, int, int]  # site, layer, position of the first query
 
 
 class Kept(Handler):
     """The queries and keys of one run, of every pass and layer, after any edits; values are not kept."""
 
-    def __init__(self, layers: Sequence[int] | None = None, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, model: Any, layers: Sequence[int] | None, site: str | None, device: torch.device | str | None
+    ) -> None:
+        inner = bare_model(model)
+        check_name(site, sites_of(inner))
+        name = default_tower(sites_of(inner), inner) if site is None else site
+        self.sites = frozenset(each for each in sites_of(inner) if selects(name, each, inner))
         self.layers, self.device = None if layers is None else frozenset(layers), device
-        self._calls: dict[tuple[str, int, int], AttentionCall] = {}
+        self._calls: dict[_Place, AttentionCall] = {}
+        self._pass: dict[_Place, AttentionCall] = {}
 
     def __repr__(self) -> str:
         return f"Kept({len(self._calls)} calls)"
 
     def concerns(self, site: str, layer: int) -> bool:
-        """The kept layers."""
-        return self.layers is None or layer in self.layers
+        """The kept layers of the kept tower."""
+        return site in self.sites and (self.layers is None or layer in self.layers)
 
-    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
-        """Keep the call, whose edits are done."""
-        if self.concerns(call.site, call.layer):
-            at = call.site, call.layer, call.mask.query_offset
-            if at in self._calls:
-                raise HeadscopeError(
-                    f"layer {call.layer} of {call.site} attends at position {at[2]} once more: keep one prompt, with "
-                    "what continues its cache, in a block"
-                )
-            # clones: a cache may write into its keys again
-            key = call.key.detach().to(self.device, copy=True) if self.device else call.key.detach().clone()
-            query = call.query.detach().to(self.device, copy=True) if self.device else call.query.detach().clone()
-            self._calls[at] = call.with_(query=query, key=key, value=key)
-        return z
+    def begin_forward(self, inputs: dict[str, Any]) -> None:
+        """Forget a pass that broke off where no hook could tell."""
+        self._pass.clear()
+
+    def end_forward(self) -> None:
+        """The pass is whole: it is kept."""
+        self._calls.update(self._pass)
+        self._pass.clear()
+
+    def abort_forward(self) -> None:
+        """Forget a pass that broke off."""
+        self._pass.clear()
+
+    def request(self, call: AttentionCall) -> Request | None:
+        """Nothing but to see the call, whose edits are done."""
+        return Request(output=False) if self.concerns(call.site, call.layer) else None
+
+    def observe(self, call: AttentionCall, attended: Attended) -> None:
+        """Keep the call."""
+        at = call.site, call.layer, call.mask.query_offset
+        if at in self._pass:
+            raise HeadscopeError(
+                f"layer {call.layer} of {call.site} attends more than once in a forward pass, as towers do that go "
+                "through images or windows: keep another tower with site=..."
+            )
+        if at in self._calls:
+            raise HeadscopeError(
+                f"layer {call.layer} of {call.site} attends at position {at[2]} once more: keep one prompt, with what "
+                "continues its cache, in a block"
+            )
+        self._pass[at] = _moved(call, self.device)
 
     def like(self, call: AttentionCall) -> AttentionCall:
         """What was kept of the same layer and positions, on the device of ``call``.
@@ -58,10 +87,21 @@ class Kept(Handler):
         if sizes[0] != sizes[1] or not _same_padding(found, call):
             raise HeadscopeError(
                 f"{where} attends with (example, head, query, key) of {sizes[1]}, but {sizes[0]} were kept, or with "
-                "other padding; give both runs texts of the same tokens' number, padded alike"
+                "other padding; give both runs texts of the same number of tokens, padded alike"
             )
-        key = found.key.to(call.key.device)
-        return found.with_(query=found.query.to(call.query.device), key=key, value=key)
+        return _moved(found, call.key.device, copy=False)
+
+
+def _moved(call: AttentionCall, device: torch.device | str | None, *, copy: bool = True) -> AttentionCall:
+    """``call`` with its large tensors on ``device`` (None: where they are), copied, for a cache may write into its
+    keys again; keys stand for the values."""
+
+    def there(x: Tensor) -> Tensor:
+        return x.detach().to(device=device or x.device, copy=copy)
+
+    key, bias = there(call.key), call.position_bias
+    bias = None if bias is None else there(bias)
+    return call.with_(query=there(call.query), key=key, value=key, position_bias=bias)
 
 
 def _same_padding(one: AttentionCall, other: AttentionCall) -> bool:
@@ -76,17 +116,28 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 @contextmanager
 def keep_attention(
-    model: Any, *, layers: Sequence[int] | None = None, device: torch.device | str | None = None
+    model: Any,
+    *,
+    layers: Sequence[int] | None = None,
+    site: str | None = None,
+    device: torch.device | str | None = None,
 ) -> Iterator[Kept]:
     """Keep the queries and keys of the run inside the block, for ``statistics.Divergence`` of a later run from it.
 
-    Memory is theirs: 2 x (head + kv_head) x d_head bytes a token and layer in half precision. ``layers``: which (all by
-    default). ``device``: where to keep them, such as ``"cpu"``; by default where they are.
+    A pass takes (head + kv_head) x d_head numbers a token and layer, and the position bias where there is one (T5);
+    keys that it reads from a cache are kept again, so a text is best kept in one pass.
+
+    Args:
+        model: load_model's result or a Hugging Face model.
+        layers: keep only these (all by default).
+        site: which tower, as in ``trace``.
+        device: where to keep them, such as ``"cpu"``; by default where they are.
 
     Raises:
-        HeadscopeError: an architecture that cannot be traced exactly, or two prompts in one block.
+        HeadscopeError: an architecture that cannot be traced exactly, two prompts in one block, or a tower that
+            attends more than once in a pass.
     """
+    kept = Kept(model, layers, site, device)
     verify_once(model)
-    kept = Kept(layers, device)
     with attached(model, kept), torch.no_grad():
         yield kept

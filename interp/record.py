@@ -33,7 +33,7 @@ def concatenate(parts: list[xr.Dataset]) -> xr.Dataset:
     """Records of different examples as one, padded to the longest example.
 
     Raises:
-        HeadscopeError: the records hold different variables, layers or heads.
+        HeadscopeError: the records hold different statistics, layers, heads, spans, positions or blocks.
     """
     if not parts:
         raise HeadscopeError("nothing was recorded: no forward pass ran inside `trace`")
@@ -41,15 +41,29 @@ def concatenate(parts: list[xr.Dataset]) -> xr.Dataset:
         return parts[0]
     first = parts[0]
     for part in parts[1:]:
-        same_layers = np.array_equal(part["layer"], first["layer"]) and part.sizes["head"] == first.sizes["head"]
-        if set(part.data_vars) != set(first.data_vars) or not same_layers:
-            raise HeadscopeError("records of different models or statistics cannot be joined; trace them alike")
+        what = _difference(first, part)
+        if what:
+            raise HeadscopeError(f"records that differ in their {what} cannot be joined; trace them alike")
     sizes = {dim: max(part.sizes.get(dim, 0) for part in parts) for dim in RAGGED}
     padded = [_pad(part, sizes) for part in parts]
     joined = xr.concat(padded, dim="example", data_vars="minimal", coords="minimal", compat="override", join="override")
     joined = joined.assign_coords(example=np.arange(joined.sizes["example"]))
     joined.attrs = dict(first.attrs)
     return joined
+
+
+def _difference(one: xr.Dataset, other: xr.Dataset) -> str:
+    """In what two records differ that one record has once: variables, labels, what values must be read with; or ''."""
+    if set(one.data_vars) != set(other.data_vars):
+        return "statistics"
+    for dim in (dim for dim in one.dims if dim not in ("example", *RAGGED)):
+        labels = [x[dim].to_numpy().tolist() if dim in x.coords else x.sizes.get(dim) for x in (one, other)]
+        if labels[0] != labels[1]:
+            return f"{dim} ({labels[0]} and {labels[1]})"
+    for name, variable in one.data_vars.items():
+        if variable.attrs != other[name].attrs:
+            return f"{name} ({variable.attrs} and {other[name].attrs})"
+    return ""
 
 
 def _pad(part: xr.Dataset, sizes: dict[str, int]) -> xr.Dataset:
@@ -90,9 +104,9 @@ def append_record(record: xr.Dataset, path: str | Path) -> Path:
         raise HeadscopeError(f"{path} was written by a sweep over its own prompts; save this record elsewhere")
     parts = manifest["parts"]
     if parts:
-        existing = _open(path, parts[0])
-        if set(existing.data_vars) != set(record.data_vars) or not np.array_equal(existing["layer"], record["layer"]):
-            raise HeadscopeError(f"{path} holds other statistics or layers; save this record to a folder of its own")
+        what = _difference(_open(path, parts[0]), record)
+        if what:
+            raise HeadscopeError(f"the record at {path} differs in its {what}; save this one to a folder of its own")
     return _append(record, path, parts)
 
 

@@ -25,7 +25,10 @@ def cut(call: AttentionCall, examples: slice, rows: slice, keys: slice) -> Atten
         HeadscopeError: mass was moved between the keys of the whole.
     """
     if call.redistribution is not None:
-        raise HeadscopeError("mass was moved between the keys of this layer, so no part of them attends by itself")
+        raise HeadscopeError(
+            f"mass was moved between the keys of layer {call.layer} of {call.site}, so no part of them attends by "
+            "itself: leave statistics of blocks out, or trace without that edit"
+        )
     mask = call.mask.select_batch(examples.start, examples.stop)
     mask = replace(mask, query_offset=mask.query_offset + rows.start, key_offset=mask.key_offset + keys.start)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import reference
+from headscope.kernels.divergence import Side
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution, dense
 from headscope.kernels.request import Attended, Request
@@ -67,6 +68,10 @@ class Case:
             request=request,
             **moved,
         )
+
+    def side(self) -> Side:
+        """The call's pattern as ``divergence`` takes it."""
+        return Side(*(getattr(self, name) for name in Side._fields))
 
     def pattern(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The dense pattern as eager attention computes it in ``dtype``: softmax in at least float32, then rounded."""

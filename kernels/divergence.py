@@ -48,50 +48,64 @@ def dense(log_p: Tensor, log_r: Tensor) -> Divergence:
     return Divergence(js, relative(p, log_p, log_r), (p - r).abs().sum(-1) / 2, cosine)
 
 
-@torch.no_grad()
-def divergence(
-    first: tuple[Tensor, Tensor],
-    second: tuple[Tensor, Tensor],
-    *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: tuple[Tensor | None, Tensor | None] = (None, None),
-    biases: tuple[Tensor | None, Tensor | None] = (None, None),
-    edits: tuple[ScoreEdit | None, ScoreEdit | None] = (None, None),
-    engine: attention.Engine = "auto",
-) -> Divergence:
-    """Distances between the patterns of ``first`` and ``second``, each (q, k) under the same mask and scale.
+class Side(NamedTuple):
+    """One of two patterns: what its scores are made of, as in ``attention.attend``."""
 
-    q (batch, head, query, d), k (batch, kv_head, key, d); the pairs may differ in d and kv_head. To compare heads
-    of one call, index them: ``(q[:, a], k[:, a_kv])``; to see what an edit of the scores did, give the same pair twice
-    and ``edits=(None, edit)``, or ``biases`` of keys. Raises ValueError where queries, heads or keys differ.
-    """
-    (q, k), (u, w) = first, second
-    if q.shape[:3] != u.shape[:3] or k.shape[2] != w.shape[2]:
-        raise ValueError(f"patterns of different shapes: {[tuple(x.shape) for x in (q, k, u, w)]}")
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap}
-    norms = []
-    for (a, b), z, bias, edit in zip((first, second), sinks, biases, edits, strict=True):
+    q: Tensor
+    k: Tensor
+    mask: Mask
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    edit: ScoreEdit | None = None
+
+    def lse(self, engine: attention.Engine) -> Tensor:
+        """The logsumexp of every query's scores (batch, head, query)."""
         request = Request(output=False, lse=True)
-        got = attention.attend(a, b, b, sinks=z, bias=bias, edit=edit, request=request, engine=engine, **options)
+        got = attention.attend(
+            self.q, self.k, self.k, sinks=self.sinks, request=request, engine=engine, **self.scores()
+        )
         assert got.lse is not None
-        norms.append(got.lse)
-    same = q.shape[3] == u.shape[3] and q.dtype == u.dtype and k.shape[1] == w.shape[1]
-    plain = all(x is None for x in (*biases, *edits))
-    if same and plain and attention.uses_triton(engine, q, k, mask):
+        return got.lse
+
+    def scores(self) -> dict[str, Any]:
+        """What makes the scores of q and k."""
+        return {name: getattr(self, name) for name in ("mask", "scale", "softcap", "bias", "edit")}
+
+
+@torch.no_grad()
+def divergence(first: Side, second: Side, *, engine: attention.Engine = "auto") -> Divergence:
+    """Distances between two patterns of the same queries, heads and keys: two runs, two heads, or with and without an
+    edit.
+
+    Their q (batch, head, query, d) and k (batch, kv_head, key, d) may differ in d and kv_head. To compare heads of one
+    call, index them: ``q[:, a], k[:, a_kv]``. Raises ValueError where queries, heads or keys differ.
+    """
+    shapes = [(*x.q.shape[:3], x.k.shape[2]) for x in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"patterns of different (batch, head, query, key): {shapes[0]} and {shapes[1]}")
+    norms = [side.lse(engine) for side in (first, second)]
+    if _alike(first, second) and attention.uses_triton(engine, first.q, first.k, first.mask):
         from headscope.kernels.triton_divergence import distances  # triton is optional
 
-        return Divergence(*distances(first, second, norms[0], norms[1], **options))
-    parts = [
-        dense(p.log_p, r.log_p)
-        for p, r in zip(
-            log_weights(q, k, norms[0], bias=biases[0], edit=edits[0], **options),
-            log_weights(u, w, norms[1], bias=biases[1], edit=edits[1], **options),
-            strict=True,
-        )
+        options: dict[str, Any] = {"mask": first.mask, "scale": first.scale, "softcap": first.softcap}
+        return Divergence(*distances((first.q, first.k), (second.q, second.k), *norms, **options))
+    tiles = [
+        log_weights(x.q, x.k, norm, beside=other.mask, **x.scores())
+        for x, other, norm in ((first, second, norms[0]), (second, first, norms[1]))
     ]
+    parts = [dense(p.log_p, r.log_p) for p, r in zip(*tiles, strict=True)]
     return Divergence(*(torch.cat(x, -1) for x in zip(*parts, strict=True)))
+
+
+def _alike(first: Side, second: Side) -> bool:
+    """Whether both are made the same way, from q and k of one shape and type, without a bias or an edit."""
+    q, u = first.q, second.q
+    same = q.shape[3] == u.shape[3] and q.dtype == u.dtype and first.k.shape[1] == second.k.shape[1]
+    plain = all(x is None for side in (first, second) for x in (side.bias, side.edit))
+    scores = (first.scale, first.softcap) == (second.scale, second.softcap)
+    return same and plain and scores and first.mask.alike(second.mask)
 
 
 def output_distance(first: Tensor, second: Tensor) -> Tensor:

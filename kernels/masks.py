@@ -87,6 +87,17 @@ class Mask:
             examples=1 if self.examples == 1 else stop - first,
         )
 
+    def alike(self, other: Mask) -> bool:
+        """Whether both hide the same keys for sure; two index rules are never known to."""
+        numbers = ("query_offset", "key_offset", "left", "right", "chunk")
+        tensors = [(getattr(self, name), getattr(other, name)) for name in ("start", "end", "origin", "segments")]
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in numbers)
+            and all((a is b) or (a is not None and b is not None and torch.equal(a, b)) for a, b in tensors)
+            and self.rule is None
+            and other.rule is None
+        )
+
     def key_bounds(self, q0: int, q1: int, keys: int) -> tuple[int, int]:
         """Key indices ``(lo, hi)`` outside which no key is visible to any query row of ``q0:q1`` (``lo == hi``: none).
 

@@ -72,19 +72,22 @@ def log_weights(
     bias: Tensor | None = None,
     edit: ScoreEdit | None = None,
     align: int = 1,
+    beside: Mask | None = None,
     held: int | None = None,
 ) -> Iterator[Tile]:
     """Yield a pattern in tiles: a few query rows at a time, with the keys that they may see, in the dtype of ``lse``.
 
     ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, query). The first key of a tile
-    is a multiple of ``align``. Tiles depend on the mask and the shapes alone, so that two calls go in step.
+    is a multiple of ``align``. Tiles depend on the shapes and on what the mask, and one ``beside`` it, show: so two
+    calls go in step.
     """
     held = held or (CPU_HELD if q.device.type == "cpu" else HELD)
     step = max(1, held // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     wide = k.to(lse.dtype)
     for first in range(0, max(1, q.shape[2]), step):
         rows = slice(first, min(first + step, q.shape[2]))
-        lo, hi = mask.key_bounds(rows.start, rows.stop, k.shape[2])
-        keys = slice(lo // align * align, hi)
+        seen = [x.key_bounds(rows.start, rows.stop, k.shape[2]) for x in (mask, beside or mask)]
+        some = [(lo, hi) for lo, hi in seen if lo < hi] or [(0, 0)]
+        keys = slice(min(lo for lo, _ in some) // align * align, max(hi for _, hi in some))
         options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
         yield Tile(rows, keys, log_tile(q, wide, lse[:, :, rows], rows, keys, **options))

@@ -29,6 +29,8 @@ def block_map(
         raise HeadscopeError("the record holds no block_map; trace BlockMap(size) with it")
     variable = record["block_map"]
     for dim, index in (("layer", layer), ("head", head), ("example", example)):
+        if dim not in variable.dims:
+            raise HeadscopeError(f"this block_map has no dimension {dim} left; give the record, not one {dim} of it")
         known = variable[dim].to_numpy()
         if index not in known:
             raise HeadscopeError(f"the record has no {dim} {index}; it has {known.min()} to {known.max()}")

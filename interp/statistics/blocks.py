@@ -41,6 +41,11 @@ class BlockStatistic(CallStatistic):
         """Names of the record variables this statistic writes."""
         return tuple(self.dims)
 
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What its variables must be read with."""
+        return {"block": self.size}
+
     def place(self, call: AttentionCall) -> tuple[int, int]:
         """The first query block and the first index along the second of ``dims``."""
         raise NotImplementedError
@@ -50,8 +55,8 @@ class BlockStatistic(CallStatistic):
         added: NDArray[Any] = held + value
         return added
 
-    def finish(self, name: str, array: NDArray[Any], length: int) -> NDArray[Any]:
-        """What is recorded of one example of ``length`` tokens whose merged values ``array`` (..., *dims) holds."""
+    def finish(self, name: str, array: NDArray[Any], first: int, stop: int) -> NDArray[Any]:
+        """What is recorded of one example whose queries ``first:stop`` gave the merged ``array`` (..., *dims)."""
         raise NotImplementedError
 
     def bytes_a_head(self, tokens: int) -> int:
@@ -75,6 +80,10 @@ class BlockMap(BlockStatistic):
         super().__post_init__()
         if self.pool not in ("mean", "sum", "max"):
             raise HeadscopeError(f"BlockMap pools by 'mean', 'sum' or 'max', not {self.pool!r}")
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        return {"block": self.size, "pool": self.pool}
 
     def place(self, call: AttentionCall) -> tuple[int, int]:
         """The first query block and the first key block."""
@@ -105,11 +114,11 @@ class BlockMap(BlockStatistic):
         """Passes over one block add up, or the heaviest counts."""
         return np.maximum(held, value) if self.pool == "max" else super().merge(held, value)
 
-    def finish(self, name: str, array: NDArray[Any], length: int) -> NDArray[Any]:
-        """Means where they are wanted; nothing beyond the end of the text."""
-        queries = _tokens(length, self.size, array.shape[-2])
+    def finish(self, name: str, array: NDArray[Any], first: int, stop: int) -> NDArray[Any]:
+        """Means where they are wanted; nothing of blocks without a query, and of keys beyond the end of the text."""
+        queries = _tokens(stop, self.size, array.shape[-2]) - _tokens(first, self.size, array.shape[-2])
         found = array / np.maximum(queries, 1)[:, None].astype(array.dtype) if self.pool == "mean" else array
-        beyond = _tokens(length, self.size, array.shape[-1]) == 0
+        beyond = _tokens(stop, self.size, array.shape[-1]) == 0
         return np.where((queries == 0)[:, None] | beyond, np.nan, found)
 
     def bytes_a_head(self, tokens: int) -> int:
@@ -149,8 +158,9 @@ class TopBlocks(BlockStatistic):
         for text in texts(call):
             if text.query % self.size:
                 raise HeadscopeError(
-                    f"TopBlocks({self.size}) needs whole blocks of queries, but a pass begins at token {text.query}; "
-                    "choose chunks of a multiple of the size, and trace a finished text instead of a generation"
+                    f"TopBlocks({self.size}) needs whole blocks of queries, but a pass begins at token {text.query} of "
+                    "an example, padding not counted: choose chunks of a multiple of the size for texts without "
+                    "padding on the left, and trace a finished text instead of a generation"
                 )
             part = cut(call, text.examples, text.rows, text.keys)
             top = blocks.top_blocks(**_behind(part, 0, text.key % self.size), size=self.size, top=self.k)
@@ -162,12 +172,12 @@ class TopBlocks(BlockStatistic):
         whole = {name: _together(call, held, len(self.dims[name])) for name, held in found.items()}
         return {**whole, "top_blocks": whole["top_blocks"].long()}
 
-    def finish(self, name: str, array: NDArray[Any], length: int) -> NDArray[Any]:
-        """Indices as they are; nothing beyond the end of the text."""
-        axis = -len(self.dims[name])
-        beyond = _tokens(length, self.size, array.shape[axis]) == 0
-        beyond = beyond if axis == -1 else beyond[:, None]
-        return np.where(beyond, -1, array - 1) if name == "top_blocks" else np.where(beyond, np.nan, array)
+    def finish(self, name: str, array: NDArray[Any], first: int, stop: int) -> NDArray[Any]:
+        """Indices as they are; nothing of blocks without a query."""
+        count = array.shape[-len(self.dims[name])]
+        without = _tokens(stop, self.size, count) == _tokens(first, self.size, count)
+        without = without if len(self.dims[name]) == 1 else without[:, None]
+        return np.where(without, -1, array - 1) if name == "top_blocks" else np.where(without, np.nan, array)
 
     def bytes_a_head(self, tokens: int) -> int:
         """An index and a mass for every rank, and the rest."""
@@ -188,6 +198,9 @@ def texts(call: AttentionCall) -> list[_Text]:
     """The tokens of a call without the padding: every example apart where there may be some."""
     mask, batch = call.mask, call.query.shape[0]
     rows, keys = slice(0, call.query.shape[2]), slice(0, call.key.shape[2])
+    if mask.right is not None:  # a cache may have room for more keys than there are
+        last = mask.query_offset + rows.stop + mask.right - mask.key_offset
+        keys = slice(0, max(0, min(keys.stop, last)))
     if mask.start is None and mask.end is None:
         return [_Text(slice(0, batch), rows, keys, mask.query_offset, mask.key_offset)]
     starts = [0] if mask.start is None else mask.start.tolist()

@@ -11,7 +11,7 @@ from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.kept import Kept
 from headscope.interp.statistics.base import CallStatistic
-from headscope.kernels.divergence import divergence
+from headscope.kernels.divergence import Side, divergence
 from headscope.kernels.request import Attended
 
 
@@ -36,16 +36,14 @@ class Divergence(CallStatistic):
         """The distances of a pass's queries from what was kept."""
         before = self.kept.like(call)
         if call.redistribution is not None or before.redistribution is not None:
-            raise HeadscopeError("divergences of attention whose mass was moved after softmax are not computed")
-        p, r = before.inputs(), call.inputs()
-        apart = divergence(
-            (p["q"], p["k"]),
-            (r["q"], r["k"]),
-            mask=r["mask"],
-            scale=r["scale"],
-            softcap=r["softcap"],
-            sinks=(p["sinks"], r["sinks"]),
-            biases=(p["bias"], r["bias"]),
-            edits=(p["edit"], r["edit"]),
-        )
+            raise HeadscopeError(
+                f"mass was moved after softmax in layer {call.layer} of {call.site}, whose divergence is not computed: "
+                "leave Divergence out, or trace without that edit"
+            )
+        apart = divergence(_side(before), _side(call))
         return {name: x if rows is None else x[:, :, rows] for name, x in zip(self.variables, apart, strict=True)}
+
+
+def _side(call: AttentionCall) -> Side:
+    inputs = call.inputs()
+    return Side(*(inputs[name] for name in Side._fields))

@@ -19,7 +19,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.joined import missing
 from headscope.interp.queries import Queries
 from headscope.interp.spans import by_example
-from headscope.interp.statistics import OUTPUT, ROW, Statistic
+from headscope.interp.statistics import OUTPUT, ROW, Divergence, Statistic
 from headscope.interp.sweeps.batches import rows_alone
 
 Target = Callable[[Tensor], Tensor] | Tensor
@@ -33,6 +33,8 @@ def check_statistics(statistics: Sequence[Statistic], lengths: Sequence[int], qu
     """
     short = min(range(len(lengths)), key=lambda i: lengths[i])
     for statistic in statistics:
+        if isinstance(statistic, Divergence):
+            raise HeadscopeError("Divergence holds one run against another; trace prompt by prompt instead of a sweep")
         rows = {name: len(by_example(span)) for name, span in getattr(statistic, "spans", {}).items()}
         targets = getattr(statistic, "targets", {})
         rows |= {name: target.shape[0] for name, target in targets.items() if not callable(target)}

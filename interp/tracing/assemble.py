@@ -221,7 +221,8 @@ class _Builder:
         """Block statistics to (example, layer, head, query_block, ...)."""
         for statistic in self.statistics if pieces else ():
             if isinstance(statistic, BlockStatistic):
-                made = block_variables(statistic, {layer: pieces[layer] for layer in self.layers}, self.length)
+                held = {layer: pieces[layer] for layer in self.layers}
+                made = block_variables(statistic, held, self.start, self.length)
                 self.variables.update(made)
                 for variable in made.values():
                     self.coords.update({str(dim): np.arange(n) for dim, n in variable.sizes.items() if dim in BLOCKS})

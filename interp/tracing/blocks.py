@@ -16,9 +16,16 @@ BLOCKS = ("query_block", "key_block")
 
 
 def variables(
-    statistic: BlockStatistic, pieces: Mapping[int, Sequence[Piece]], lengths: NDArray[np.int64]
+    statistic: BlockStatistic,
+    pieces: Mapping[int, Sequence[Piece]],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
 ) -> dict[str, xr.Variable]:
-    """What ``statistic`` writes: (example, layer, head, *dims) from every layer's pieces, of texts of ``lengths``."""
+    """What ``statistic`` writes: (example, layer, head, *dims) from every layer's pieces.
+
+    ``starts`` and ``lengths`` are of the texts; their first tokens may have been read before the trace began.
+    """
+    first_read = np.maximum(next(iter(pieces.values()))[0].offset - starts, 0)
     passes = min(len(layer) for layer in pieces.values())  # an interrupted pass left some layers behind
     made = {}
     for name, dims in statistic.dims.items():
@@ -30,8 +37,9 @@ def variables(
             for at, value in layer:
                 held = array[:, i][(slice(None), slice(None), *at)]
                 held[...] = statistic.merge(held, value)
-        whole = np.stack([statistic.finish(name, one, int(n)) for one, n in zip(array, lengths, strict=True)])
-        made[name] = xr.Variable(("example", "layer", "head", *dims), whole, {"block": statistic.size})
+        ends = zip(array, first_read.tolist(), lengths.tolist(), strict=True)
+        whole = np.stack([statistic.finish(name, one, start, stop) for one, start, stop in ends])
+        made[name] = xr.Variable(("example", "layer", "head", *dims), whole, statistic.attributes)
     return made
 
 

@@ -128,7 +128,8 @@ def response_steps(record: xr.Dataset) -> xr.Dataset:
     found[example, step[example, query]] = query
     index = xr.DataArray(found, dims=("example", "step"), coords={"step": np.arange(count)})
     rows = record.drop_vars([name for name, value in record.data_vars.items() if "query" not in value.dims])
-    rows = rows.drop_vars(["query", *({"key", "position"} & set(rows.coords))])
+    used = {dim for value in rows.data_vars.values() for dim in value.dims} - {"query"}
+    rows = rows.drop_vars([name for name in rows.coords if name in rows.dims and name not in used])
     whole = {name: value.dtype for name, value in rows.data_vars.items() if np.issubdtype(value.dtype, np.integer)}
     taken = rows.isel(query=index.clip(min=0)).where(index >= 0)
     taken = taken.assign({name: taken[name].fillna(-1).astype(dtype) for name, dtype in whole.items()})

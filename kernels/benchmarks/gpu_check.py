@@ -93,8 +93,7 @@ def check_pairs(spec: dict[str, Any]) -> list[str]:
         want, low = (dense(p, a.mask, width, pool) for p in patterns)
         hold(f"blocks {pool} {width}", got, want, low)
     if a.bias is None:
-        call: dict[str, Any] = {"mask": a.mask, "scale": a.scale, "softcap": a.softcap, "sinks": (a.sinks, b.sinks)}
-        apart = divergence((a.q, a.k), (b.q, b.k), **call)
+        apart = divergence(a.side(), b.side())
         exact = dense_divergence(a.log_pattern(), b.log_pattern())
         eager = dense_divergence(a.log_pattern(a.q.dtype), b.log_pattern(b.q.dtype))
         for name, x, y, z in zip(apart._fields, apart, exact, eager, strict=True):

@@ -29,7 +29,7 @@ from headscope.kernels.benchmarks import gpu_check_edits
 from headscope.kernels.benchmarks.clock import AHEAD, median
 from headscope.kernels.benchmarks.gpu_check import WORKERS, check, check_few, check_long
 from headscope.kernels.blocks import blocks, top_blocks
-from headscope.kernels.divergence import divergence
+from headscope.kernels.divergence import Side, divergence
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import distance_slope
@@ -85,7 +85,7 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
         every["columns: sum, max"] = lambda: passes.columns(q, k, lse, highest=True, **call)
         every["blocks of 128"] = lambda: blocks(q, k, size=128, lse=lse, **call)
         every["top 16 blocks of 128"] = lambda: top_blocks(q, k, size=128, top=16, **call)
-        every["divergence"] = lambda: divergence((q, k), (q, v), **call)
+        every["divergence"] = lambda: divergence(Side(q, k, **call), Side(q, v, **call))
         quarters = [(n * keys // 4, (n + 1) * keys // 4) for n in range(4)]
         every["4 spans"] = lambda: span_outputs(q, k, v, quarters, **call)
         edit = distance_slope(torch.full((HEADS,), 1e-3, device="cuda"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from headscope.interp import trace
 from headscope.interp.attention import AttentionCall, Handler
@@ -14,10 +14,11 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.tiny import tiny_model
 from headscope.interp.queries import Last
-from headscope.interp.record import concatenate, load_record, save_record
+from headscope.interp.record import append_record, concatenate, load_record, save_record
 from headscope.interp.sites import attached
 from headscope.interp.statistics import BlockMap, Entropy, TopBlocks
 from headscope.interp.sweeps import sweep
+from headscope.interp.tracing.generation import response_steps
 from headscope.kernels.blocks import dense
 from headscope.kernels.masks import Mask
 
@@ -84,7 +85,7 @@ def test_a_map_of_every_example_of_a_padded_batch(model, side, pool):
     with trace(model, [Entropy(), BlockMap(SIZE, pool)], queries=Last(2)) as tracer:  # rows alone are selected
         model(**padded(prompts(), side))
     assert tracer.record["block_map"].dims == ("example", "layer", "head", "query_block", "key_block")
-    assert tracer.record["block_map"].attrs == {"block": SIZE}
+    assert tracer.record["block_map"].attrs == {"block": SIZE, "pool": pool}
     check(model, tracer.record, prompts(), pool)
 
 
@@ -98,6 +99,40 @@ def test_passes_over_a_text_add_up(name, step):
         for at in range(0, len(ids), step):
             model(ids[None, at : at + step], past_key_values=cache)
     check(model, tracer.record, [ids])
+
+
+def test_a_map_as_wide_as_the_text_in_a_cache_with_room(model):
+    (ids,) = prompts((22,))
+    cache = StaticCache(config=model.config, max_cache_len=300)
+    with trace(model, [BlockMap(SIZE), TopBlocks(SIZE, 3)]) as tracer:
+        model(ids[None], past_key_values=cache)
+    assert tracer.record["block_map"].shape[-2:] == (6, 6)
+    check(model, tracer.record, [ids])
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_what_was_read_before_the_trace_is_missing(model, pool):
+    """Ten tokens in the cache: half of the third block is recorded, and its mean is of those two queries."""
+    (ids,) = prompts((22,))
+    cache = DynamicCache(config=model.config)
+    model(ids[None, :10], past_key_values=cache)
+    with trace(model, [BlockMap(SIZE, pool)]) as tracer:
+        model(ids[None, 10:], past_key_values=cache)
+    found = tracer.record["block_map"].values[0]
+    assert np.isnan(found[:, :, :2]).all()
+    for layer, p in enumerate(patterns(model, ids)):
+        p[:, :10] = 0
+        want = pooled(p, pool)
+        if pool == "mean":
+            want[:, 2] *= 2
+        assert np.abs(found[layer][:, 2:] - want[:, 2:]).max() < NEAR
+    cache = DynamicCache(config=model.config)
+    model(ids[None, :12], past_key_values=cache)
+    with trace(model, [TopBlocks(SIZE, 2)]) as tracer:
+        model(ids[None, 12:], past_key_values=cache)
+    assert np.isnan(tracer.record["residual_mass"].values[..., :3]).all()
+    assert (tracer.record["top_blocks"].values[..., :3, :] == -1).all()
+    assert (tracer.record["top_blocks"].values[..., 3:, 0] >= 0).all()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -178,6 +213,29 @@ def test_records_of_texts_of_other_lengths_are_joined_and_kept(model, tmp_path):
     given, lm = [x.tolist() for x in prompts()], LanguageModel.wrap(model)
     swept = sweep(lm, given, [BlockMap(SIZE), TopBlocks(SIZE, 3)], out=tmp_path / "swept", progress=False).load()
     assert np.allclose(swept["block_map"].values, whole["block_map"].values, atol=NEAR, equal_nan=True)
+
+
+def test_records_that_differ_in_their_blocks_are_not_joined(model, tmp_path):
+    found = []
+    for statistic in (BlockMap(4), BlockMap(8), BlockMap(4, "sum"), TopBlocks(4, 3), TopBlocks(4, 5)):
+        with trace(model, [statistic]) as tracer:
+            model(prompts()[0][None])
+        found.append(tracer.record)
+    save_record(found[0], tmp_path / "map")
+    save_record(found[3], tmp_path / "top")
+    for path, kept, other in (("map", 0, 1), ("map", 0, 2), ("top", 3, 4)):
+        with pytest.raises(HeadscopeError, match="cannot be joined"):
+            concatenate([found[kept], found[other]])
+        with pytest.raises(HeadscopeError, match="differs in its"):
+            append_record(found[other], tmp_path / path)
+        append_record(found[kept], tmp_path / path)
+        assert load_record(tmp_path / path).sizes["example"] >= 2
+
+
+def test_steps_of_a_generation_leave_the_blocks_out(model):
+    with trace(model, [Entropy(), BlockMap(SIZE), TopBlocks(SIZE, 3)], layers=[0]) as tracer:
+        model(prompts()[0][None])
+    assert set(response_steps(tracer.record).sizes) == {"example", "layer", "head", "step"}
 
 
 def test_what_is_refused(model):

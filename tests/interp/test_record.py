@@ -123,7 +123,7 @@ def test_records_of_different_models_or_statistics_are_not_joined(tmp_path):
     with pytest.raises(HeadscopeError, match="nothing was recorded"):
         concatenate([])
     append_record(record(), tmp_path / "r")
-    with pytest.raises(HeadscopeError, match="other statistics or layers"):
+    with pytest.raises(HeadscopeError, match="differs in its"):
         append_record(record().drop_vars("key_mass"), tmp_path / "r")
 
 

@@ -17,8 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(a: Case, b: Case, engine: str) -> Divergence:
-    options = {"mask": a.mask, "scale": a.scale, "softcap": a.softcap, "sinks": (a.sinks, b.sinks)}
-    return divergence((a.q, a.k), (b.q, b.k), engine=engine, **options)
+    return divergence(a.side(), b.side(), engine=engine)
 
 
 def wrong(a: Case, b: Case, engine: str) -> list[str]:
@@ -37,6 +36,17 @@ def test_two_runs_under_every_mask(kind: str, engine: str) -> None:
     first = random_case(kind, kv_heads=1, queries=33, keys=40, seed=0, device=DEVICE)
     second = replace(random_case(kind, kv_heads=1, queries=33, keys=40, seed=1, device=DEVICE), mask=first.mask)
     assert not wrong(first, second, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("other", ["window", "band", "segments", "left padding", "full"])
+def test_two_runs_that_hide_other_keys_and_scale_and_cap_otherwise(other: str, engine: str) -> None:
+    """Each pattern is made by its own rules; where one run hides a key that the other sees, KL is infinite."""
+    first = random_case("causal", kv_heads=1, queries=33, keys=40, device=DEVICE)
+    second = replace(random_case(other, kv_heads=1, queries=33, keys=40, device=DEVICE), scale=0.1, softcap=3.0)
+    for a, b in ((first, second), (second, first), (first, replace(first, scale=0.4))):
+        assert not wrong(a, b, engine)
+    assert (dense(first.log_pattern(), second.log_pattern()).kl == math.inf).any() or other == "full"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -77,7 +87,7 @@ def test_js_is_symmetric_and_kl_is_not() -> None:
 
 def test_patterns_over_different_keys_are_refused() -> None:
     first, second = random_case("causal", keys=63), random_case("causal", keys=70)
-    with pytest.raises(ValueError, match="different shapes"):
+    with pytest.raises(ValueError, match="different .batch, head, query, key"):
         run(first, second, "streaming")
 
 

@@ -255,7 +255,7 @@ def test_nothing_comes_of_nothing(kind: str, sizes: dict[str, int]) -> None:
     assert columns.columns(case.q, case.k, lse, **options).total.shape == case.q.shape[:2] + (40,)
     assert blocks(case.q, case.k, size=4, **options).numel() == 0
     assert top_blocks(case.q, case.k, size=4, top=2, **options).mass.numel() == 0
-    assert divergence((case.q, case.k), (case.q, case.k), **options).js.numel() == 0
+    assert divergence(case.side(), case.side()).js.numel() == 0
     move = Redistribution(torch.arange(40) < 1)
     got = redistribute(case.q, case.k, case.v, move, **options, request=Request(key_sum=True, key_count=True))
     assert got.output.shape == case.q.shape and not got.key_sum.any()
