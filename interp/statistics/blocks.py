@@ -143,6 +143,11 @@ class TopBlocks(BlockStatistic):
         "residual_mass": ("query_block",),
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise HeadscopeError(f"TopBlocks keeps at least one block, not {self.k}")
+
     @property
     def coordinates(self) -> dict[str, list[Any]]:
         return {"block_rank": list(range(self.k))}

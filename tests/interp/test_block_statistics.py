@@ -241,6 +241,8 @@ def test_steps_of_a_generation_leave_the_blocks_out(model):
 def test_what_is_refused(model):
     with pytest.raises(HeadscopeError, match="at least one token"):
         BlockMap(0)
+    with pytest.raises(HeadscopeError, match="at least one block"):
+        TopBlocks(4, 0)
     with pytest.raises(HeadscopeError, match="pools by"):
         BlockMap(4, "median")  # type: ignore[arg-type]
     with pytest.raises(HeadscopeError, match="dimension block"), trace(model, [BlockMap(4), TopBlocks(8)]):
