@@ -32,11 +32,15 @@ from torch import Tensor
 from headscope.interp import load_model, trace
 from headscope.interp.benchmarks.attaching import attach
 from headscope.interp.needle import load_haystack
-from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, Statistic
+from headscope.interp.statistics import BlockMap, Distance, Entropy, KeyMass, LogSumExp, SinkMass, Statistic
 
 MODEL = "smollm2-135m"
 ROWS: tuple[Statistic, ...] = (LogSumExp(), Entropy(), SinkMass(4), Distance())
-SETS: dict[str, tuple[Statistic, ...]] = {"rows": ROWS, "rows and key mass": (*ROWS, KeyMass())}
+SETS: dict[str, tuple[Statistic, ...]] = {
+    "rows": ROWS,
+    "rows and key mass": (*ROWS, KeyMass()),
+    "rows and a map of blocks": (*ROWS, BlockMap(64)),
+}
 
 
 def prompt(length: int) -> Tensor:
