@@ -1,10 +1,10 @@
 """The record: traced statistics as an xarray Dataset, assembled from forward passes, saved to and read from zarr.
 
-Dimensions: example, layer, head, query or key, and what a statistic adds (span, rank, target, position, d_head). Query
-and key positions count from each example's first token: left and right padding are gone from a record. Missing values
-are NaN (floats) or -1 (positions). On disk a record is a folder of zarr parts and a manifest that is replaced
-atomically: a part that is not in the manifest does not exist, so an interrupted append leaves the record as it was.
-``load_record`` reads a whole record, ``open_record`` reads values when they are used.
+Dimensions: example, layer, head, query or key (or blocks of them), and what a statistic adds (span, rank, target,
+position, d_head). Query and key positions count from each example's first token: left and right padding are gone from a
+record. Missing values are NaN (floats) or -1 (positions). On disk a record is a folder of zarr parts and a manifest
+that is replaced atomically: a part that is not in the manifest does not exist, so an interrupted append leaves the
+record as it was. ``load_record`` reads a whole record, ``open_record`` reads values when they are used.
 """
 
 from __future__ import annotations

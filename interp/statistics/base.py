@@ -46,6 +46,11 @@ class Statistic:
         return {}
 
     @property
+    def shared(self) -> dict[str, Any]:
+        """What every statistic of one record must agree on, by name: the labels of dimensions, and a size of blocks."""
+        return dict(self.coordinates)
+
+    @property
     def variables(self) -> tuple[str, ...]:
         """Names of the record variables this statistic writes."""
         return (self.name,)
@@ -77,8 +82,7 @@ def check_together(statistics: Sequence[Statistic]) -> None:
         raise HeadscopeError(f"two statistics write the same variable: {sorted(names)}; declare each once")
     seen: dict[str, Any] = {}
     for statistic in statistics:
-        axes = dict(statistic.coordinates) | ({"block": statistic.size} if hasattr(statistic, "size") else {})
-        for dim, labels in axes.items():
+        for dim, labels in statistic.shared.items():
             if seen.setdefault(dim, labels) != labels:
                 raise HeadscopeError(
                     f"statistics in one trace share the dimension {dim}, but ask for {seen[dim]} and {labels}; make "

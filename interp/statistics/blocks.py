@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from headscope.interp.attention import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.slicing import cut
+from headscope.interp.spans import OPEN
 from headscope.interp.statistics.base import BLOCK, CallStatistic, Kind, Plan, Reader
 from headscope.kernels import blocks
 from headscope.kernels.request import Attended, Request
@@ -40,6 +41,10 @@ class BlockStatistic(CallStatistic):
     def variables(self) -> tuple[str, ...]:
         """Names of the record variables this statistic writes."""
         return tuple(self.dims)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        return {**self.coordinates, "block": self.size}
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -209,7 +214,7 @@ def texts(call: AttentionCall) -> list[_Text]:
     if mask.start is None and mask.end is None:
         return [_Text(slice(0, batch), rows, keys, mask.query_offset, mask.key_offset)]
     starts = [0] if mask.start is None else mask.start.tolist()
-    ends = [mask.key_offset + keys.stop + rows.stop] if mask.end is None else mask.end.tolist()
+    ends = [OPEN] if mask.end is None else mask.end.tolist()
     found = []
     for e in range(batch):
         start, end = starts[e % len(starts)], ends[e % len(ends)]

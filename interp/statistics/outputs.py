@@ -76,7 +76,7 @@ class SpanOutput(CallStatistic):
         rows = rows_of(self.positions, call).expand(batch, -1)
         values = call.value.to(torch.promote_types(call.value.dtype, torch.float32))
         z = values.new_zeros(batch, heads, len(self.positions), len(self.spans), values.shape[3])
-        for row in set(rows.flatten().tolist()):
+        for row in set(rows.flatten().tolist()):  # few rows, spans in pieces: ``kernels.spans`` is for every row
             p = call.pattern(rows=slice(row, row + 1)).to(values.dtype)  # (batch, head, 1, key)
             split = (p * inside.transpose(1, 2)[:, None]).reshape(batch, values.shape[1], -1, keys)
             here = (split @ values).view(batch, heads, 1, len(self.spans), -1)

@@ -113,7 +113,7 @@ def response_steps(record: xr.Dataset) -> xr.Dataset:
     Step t is the query that chooses the response's token t: the prompt's last token for t = 0, then every token of the
     response that was read. The record's ``prompt_length`` is the boundary; with ``num_return_sequences`` = n, examples
     n b to n b + n - 1 are of prompt b. Missing steps (shorter responses, or ``queries=Generated()``, which leaves out
-    step 0) are NaN, or -1 in whole numbers. Key statistics are of the whole text and not in the result.
+    step 0) are NaN, or -1 in whole numbers. Statistics of keys and blocks are of the whole text, and left out.
 
     Raises:
         HeadscopeError: the record has no query rows.
