@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # all of it needs Triton
 
 D_HEADS = (64, 128)
 FEWEST = 1024  # queries: with fewer, too few blocks to fill the card
+SMALLEST = 1e-6  # scale: what stands for a hidden key's product is divided by it
 MOST_COLUMNS = 32  # linear columns that fit beside the scores in registers
 
 
@@ -46,7 +47,7 @@ def takes(
         and all(x.shape[3] == q.shape[3] and _fetchable(x) for x in tensors)
         and q.shape[2] >= FEWEST
         and (columns is None or columns.shape[-1] <= MOST_COLUMNS)
-        and scale > 0
+        and scale > SMALLEST
         and softcap is None
         and bias is None
         and mask.chunk is None

@@ -152,6 +152,17 @@ def bounds(part: gl.constexpr, lo, full_lo, full_hi, hi):
 
 
 @gluon.jit
+def skip(n, keys, ready, free, BN: gl.constexpr):
+    """Pass on the tiles of ``keys`` keys that a group does not see, from the n-th: the next n."""
+    STAGES: gl.constexpr = ready.shape[0]
+    for passed in range(0, keys, BN):
+        at = n + passed // BN
+        mbarrier.wait(ready.index(at % STAGES), at // STAGES & 1)
+        mbarrier.arrive(free.index(at % STAGES))
+    return n + gl.cdiv(gl.maximum(keys, 0), BN)
+
+
+@gluon.jit
 def fold(x, FOLD: gl.constexpr):
     """Sums over the keys of a tile (row, key): (row,), or (row, 4) that each thread keeps to itself until the end."""
     if FOLD:
@@ -179,6 +190,28 @@ def total(x, rows: gl.constexpr, FOLD: gl.constexpr):
 
 
 @gluon.jit
+def seen_in_tile(position, j, start, b, sizes, rules):
+    """Which keys ``start + j`` rows at ``position`` see: (row, key). A rule is a bound that each row has.
+
+    A score is compared with its row's bounds and nothing else, where ``visible`` asks every rule of every pair.
+    """
+    stop = gl.zeros_like(position) + sizes.keys
+    if rules.right is not None:
+        stop = gl.minimum(stop, position + (rules.right + 1 - rules.key_offset))
+    if rules.end is not None:
+        stop = gl.minimum(stop, gl.load(rules.end + b).to(gl.int32) - rules.key_offset)
+    seen = j[None, :] < (stop - start)[:, None]
+    if (rules.left is not None) or (rules.start is not None):
+        first = gl.zeros_like(position)
+        if rules.left is not None:
+            first = gl.maximum(first, position - (rules.left + rules.key_offset))
+        if rules.start is not None:
+            first = gl.maximum(first, gl.load(rules.start + b).to(gl.int32) - rules.key_offset)
+        seen = seen & (j[None, :] >= (first - start)[:, None])
+    return seen
+
+
+@gluon.jit
 def absorb(s, state, position, start, b, sizes, rules, results, scale, FOLD: gl.constexpr, MASKED: gl.constexpr):
     """Steps 1 to 4 of ``triton_rows`` on products ``s``: (weights p, factor of what was summed before, state)."""
     m, norm, e, x = state
@@ -186,10 +219,8 @@ def absorb(s, state, position, start, b, sizes, rules, results, scale, FOLD: gl.
     like: gl.constexpr = norm.type.layout
     j = gl.arange(0, s.shape[1], layout=keys)
     unit = scale * LOG2E
-    if MASKED:  # scaled at once: a multiply-add would leave the rounding error of a huge product
-        seen = visible(position, start + j + rules.key_offset, b, rules) & (start + j < sizes.keys)[None, :]
-        s = gl.where(seen, s * unit, HIDDEN)
-        unit = 1.0
+    if MASKED:
+        s = gl.where(seen_in_tile(position, j, start, b, sizes, rules), s, HIDDEN / unit)
     new = gl.maximum(m, gl.max(s, 1) * unit)
     t = s * unit - new[:, None]
     p = gl.exp2(t)

@@ -45,6 +45,7 @@ from headscope.kernels.hopper_device import (
     of_example,
     run_of,
     scaled,
+    skip,
     taking_turns,
     tiles,
     weigh,
@@ -103,16 +104,6 @@ def _tile(n, b, start, q, smem, bars, position, state, linear, given, MASKED: gl
 
 
 @gluon.jit
-def _skip(n, keys, ready, free, BN: gl.constexpr):
-    """Tiles that this group does not see: the next n."""
-    for passed in range(0, keys, BN):
-        at = n + passed // BN
-        mbarrier.wait(ready.index(at % STAGES), at // STAGES & 1)
-        mbarrier.arrive(free.index(at % STAGES))
-    return n + gl.cdiv(gl.maximum(keys, 0), BN)
-
-
-@gluon.jit
 def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, FEATURES: gl.constexpr):
     """One group: the statistics of 64 rows."""
     q_smem, k_smem, f_smem = smem
@@ -130,7 +121,7 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     linear = no_features(f_smem.shape[3] if FEATURES else 16)
     mbarrier.wait(q_ready.index(0), 0)
     q = q_smem.index(group).reshape([GROUP_ROWS, q_smem.shape[4]])
-    n = _skip(0, mine - lo, ready, free, BN)
+    n = skip(0, mine - lo, ready, free, BN)
     for part in gl.static_range(3):
         start, to = bounds(part, mine, full_lo, full_hi, stop)
         if FEATURES and part == 1:
@@ -149,7 +140,7 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
         else:
             for at in range(start, to, BN):
                 n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES)
-    _skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, ready, free, BN)
+    skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, ready, free, BN)
     finish(i, state, linear, results, sizes, sinks, b, h, True)
 
 
