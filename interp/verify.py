@@ -54,15 +54,15 @@ class Verification:
         """Whether every call agreed."""
         return self.calls > 0 and not self.problems
 
-    def note(self, call: AttentionCall, differences: Iterable[Difference]) -> None:
-        """Take in what comparing one call gave."""
+    def note(self, call: AttentionCall, differences: Iterable[Difference], hint: str = "") -> None:
+        """Take in what comparing one call gave; ``hint`` says why it may differ."""
         for seen in differences:
             self.largest_difference = max(self.largest_difference, seen.size)
             self.worst = max(self.worst, seen.share)
             if not seen.share <= 1.0:
                 self.problems.append(
                     f"{seen.what} of layer {call.layer} ({call.query.dtype}) differs from ours by up to "
-                    f"{seen.size:.2g}, {seen.share:.2g} times what rounding can do"
+                    f"{seen.size:.2g}, {seen.share:.2g} times what rounding can do{hint}"
                 )
 
 
@@ -251,10 +251,18 @@ def _check(
         return real(module, call.query, call.key, value, original, **kwargs)
 
     result = run(call.value)
-    found.note(call, compare_call(call, result[0], lambda value: run(value)[0]))
+    found.note(call, compare_call(call, result[0], lambda value: run(value)[0]), _dropped(call, place.implementation))
     if call.query.dtype in (torch.float16, torch.bfloat16):
         _compare_wide(found, module, real, call, original, kwargs)
     return result
+
+
+def _dropped(call: AttentionCall, implementation: str) -> str:
+    """What transformers' SDPA function leaves out of a call, in words; some versions choose it all the same."""
+    parts = [name for name, x in (("softcap", call.softcap), ("sink logits", call.sinks)) if x is not None]
+    if implementation != "sdpa" or not parts:
+        return ""
+    return f" (sdpa leaves out its {' and '.join(parts)}: load the model with attn_implementation='eager')"
 
 
 def _compare_wide(

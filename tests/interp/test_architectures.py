@@ -94,3 +94,11 @@ def test_architectures_with_attention_of_their_own_are_refused_by_name(name):
     with pytest.raises(HeadscopeError, match=f"{type(model).__name__}.*refused"):
         with trace(model, [Entropy()]):
             raise AssertionError("the block must not be entered")
+
+
+def test_a_kernel_that_drops_sink_logits_is_refused_with_the_way_out():
+    model = tiny_model("gpt_oss")
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(HeadscopeError, match="sdpa leaves out its sink logits: load the model with attn_impl"):
+        with trace(model, [Entropy()]):
+            raise AssertionError("the block must not be entered")

@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 from headscope.kernels import attention, triton_engine, triton_tuning
 from headscope.kernels.cases import MASKS, Case, everything, random_case
 from headscope.kernels.checks import compare
+from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.triton_tuning import Tiles
 
@@ -53,6 +54,16 @@ def test_logit_options(option: str, queries: int) -> None:
     chosen = OPTIONS if option == "all three" else {option: OPTIONS[option]}
     case = random_case("causal", queries=queries, keys=40, kv_heads=1, device=DEVICE, **chosen)
     assert not fails(case, everything(case, top=0))
+
+
+def test_a_softcap_leaves_small_scores_as_exact_as_they_were() -> None:
+    x = torch.logspace(-5, 4, 300, dtype=torch.float64).float() * torch.tensor([1.0, -1.0]).repeat(150)
+    q, k = torch.zeros(1, 1, 300, 16, device=DEVICE), torch.zeros(1, 1, 1, 16, device=DEVICE)
+    q[0, 0, :, 0], k[0, 0, 0, 0] = x, 1.0
+    request = Request(output=False, lse=True)  # of one key: its score
+    lse = triton_engine.attend(q, k, k, mask=Mask.full(), scale=1.0, softcap=50.0, request=request).lse
+    want = 50 * torch.tanh(x.double() / 50)
+    assert ((lse[0, 0].cpu() - want) / want).abs().max() <= 16 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("d, dv", [(16, 16), (80, 80), (96, 32), (128, 64), (256, 256)])
