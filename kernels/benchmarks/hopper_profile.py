@@ -2,7 +2,7 @@
 
 metrics=sm__pipe_tensor_cycles_active,sm__inst_executed_pipe_xu,sm__inst_issued
 metrics=$(echo $metrics | sed 's/,\\|$/.avg.pct_of_peak_sustained_elapsed&/g')
-ncu --clock-control none -k regex:_kernel --metrics $metrics python kernels/benchmarks/hopper_profile.py
+ncu --clock-control none -k regex:^_kernel$ --metrics $metrics python kernels/benchmarks/hopper_profile.py
 """
 
 from __future__ import annotations
