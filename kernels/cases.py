@@ -219,7 +219,7 @@ def random_moves(case: Case, *, seed: int = 0) -> dict[str, Redistribution]:
 
 
 def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5, features: int = 3) -> Request:
-    """A request for every reduction; ``subset``: rows on every third query, columns over the second half.
+    """A request for every reduction; ``subset``: rows of some queries, near and far, columns of the second half.
 
     Linear columns are ``features`` of random numbers; 0: the memberships of a sink and of short and long spans.
     """
@@ -232,6 +232,7 @@ def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5,
         at = torch.arange(keys)
         long = [at // (keys // 3 + 1) == n for n in range(3)]
         columns = torch.stack([at < 4, (at // 50) == keys // 150, *long], -1).expand(batch, -1, -1)
+    near = torch.arange(0, (queries + 1) // 2, 3, device=device)
     targets = torch.randint(-1, keys + 2, (batch, queries, 2), generator=gen) + case.mask.key_offset
     return Request(
         output=True,
@@ -243,7 +244,7 @@ def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5,
         windows=(4, 30),
         top=top,
         targets=targets.to(device),
-        query_rows=torch.arange(0, queries, 3, device=device) if subset else None,
+        query_rows=torch.cat([near, near.new_tensor(range(queries - queries // 4, queries))]) if subset else None,
         key_sum=True,
         key_max=True,
         key_count=True,

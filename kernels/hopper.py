@@ -3,7 +3,7 @@
 Triton waits for every matrix product where it issues it. Gluon, Triton's lower level, lets a kernel say when, and which
 warps do what: one warp fetches tiles, warp groups of four compute, and one group's exponentials run while the matrix
 unit works for another. They are written for the common widths of a head, 64 and 128. All other calls take the Triton
-kernels, which compute the same.
+kernels, which compute the same. Without a card, tests run them by ``emulator``.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ def takes(
     softcap: float | None = None,
     bias: Tensor | None = None,
     columns: Tensor | None = None,
+    consecutive: bool = True,
 ) -> bool:
-    """Whether the Hopper kernels compute a call over q, k and, with the output, v; ``columns`` are features."""
+    """Whether the Hopper kernels compute a call over q, k and, with the output, v; ``columns`` are features.
+
+    ``consecutive``: whether the rows of q are (the output's kernel takes no others).
+    """
     tensors = [x for x in (q, k, v) if x is not None]
     return (
-        q.is_cuda
+        _on_hopper(q)
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] in D_HEADS
         and all(x.shape[3] == q.shape[3] and _fetchable(x) for x in tensors)
@@ -53,7 +57,7 @@ def takes(
         and mask.chunk is None
         and mask.segments is None
         and mask.rule is None
-        and _hopper(q.device)
+        and (consecutive or v is None)
     )
 
 
@@ -102,6 +106,10 @@ def _fetchable(x: Tensor) -> bool:
     """Whether Hopper's copy engine can address ``x``: contiguous rows, every other stride a multiple of 16 bytes."""
     steps = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
     return x.numel() > 0 and x.stride(-1) == 1 and all(step % 16 == 0 and step > 0 for step in steps)
+
+
+def _on_hopper(x: Tensor) -> bool:
+    return x.is_cuda and _hopper(x.device)
 
 
 @cache

@@ -226,7 +226,7 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     n = 0
     if LATE:  # its first tile may not be one that was passed on
         mine, stop = lo, hi
-    else:
+    else:  # two tiles at most, for rows are consecutive: fewer than there is room for, so nothing waits for another
         skip(0, mine - lo, v_ready, v_free, BN)
         n = skip(0, mine - lo, k_ready, k_free, BN)
     nothing = fold(gl.zeros([GROUP_ROWS, BN], gl.float32, mma), not LATE)
@@ -327,6 +327,7 @@ def output(
 ) -> None:
     """Fill ``results`` (``triton_rows.Rows`` with an output); ``columns`` (key, n) or (batch, key, n) in q's type.
 
+    Rows are consecutive: groups of one block that see keys far apart would wait for each other for ever.
     ``sparse``: most tiles of keys share one row of ``columns``, so they are asked; else each is multiplied.
     """
     groups, stages = (3, 3) if q.shape[3] < 128 else (2, 2)

@@ -39,7 +39,17 @@ def rows(
     sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept or 0)
     if q.shape[0] * sizes.rows == 0:
         found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
-    elif hopper.takes(q, k, v, mask=mask, scale=scale, softcap=softcap, bias=bias, columns=columns):
+    elif hopper.takes(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        columns=columns,
+        consecutive=positions is None,
+    ):
         found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
         seen = rules(mask, q.shape[0], positions)
         sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans

@@ -48,10 +48,9 @@ def for_hopper() -> list[dict[str, Any]]:
         base = {"dtype": torch.bfloat16, "d_head": d, "queries": 1100, "keys": 1100}
         every += [{**base, "kind": kind} for kind in kinds]
         every += [{**base, "kind": kind, "sinks": True, "features": 10} for kind in ("causal", "left padding")]
-        every += [{**base, "kind": kind, "features": 20} for kind in ("causal", "right padding")]
         every += [{**base, "kind": kind, "features": 0} for kind in ("causal", "window", "left padding")]
         every.append({**base, "kind": "causal", "dtype": torch.float16, "queries": 1030, "keys": 1700})
-        every.append({**base, "kind": "window", "batch": 1, "queries": 3300, "keys": 3300})
+        every += [{**base, "kind": kind, "batch": 1, "queries": 3300, "keys": 3300} for kind in ("causal", "window")]
         every.append({**base, "kind": "causal", "batch": 1, "queries": 1100, "keys": 3300, "features": 0})
     return every
 

@@ -1,4 +1,4 @@
-"""The kernels for Hopper: they compile here for a card that is not here; the GPU check compares their numbers."""
+"""The kernels for Hopper compile here for a card that is not here; ``test_hopper_emulated`` looks at their numbers."""
 
 from __future__ import annotations
 

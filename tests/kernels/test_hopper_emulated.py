@@ -1,0 +1,192 @@
+"""The kernels for Hopper against the float64 definition, emulated: their sums, and who waits for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton.experimental.gluon", reason="the kernels for Hopper are written in Gluon")
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from headscope.kernels import hopper, hopper_columns, hopper_output, hopper_rows, passes
+from headscope.kernels.cases import Case, everything, random_case
+from headscope.kernels.checks import compare
+from headscope.kernels.emulator import Deadlock, Emulated, emulated
+from headscope.kernels.features import encode
+from headscope.kernels.hopper_device import _beside
+from headscope.kernels.request import Attended, Request
+
+BASE: dict[str, Any] = {"kv_heads": 1, "dtype": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True)
+def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls go to the Hopper kernels as on such a card, short ones too, and they run here."""
+    monkeypatch.setattr(hopper, "_on_hopper", lambda _: True)
+    monkeypatch.setattr(hopper, "FEWEST", 1)
+    with emulated(hopper_rows, hopper_output, hopper_columns):
+        yield
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, request: Request, together: bool, **call: Any) -> Attended:
+    """What the Hopper kernels compute of a request, as an engine; ``together``: the output in the statistics' pass."""
+    for name in ("softcap", "bias", "edit"):
+        assert call.pop(name) is None
+    assert request.linear is not None
+    assert hopper.takes(q, k, v, mask=call["mask"], scale=call["scale"], columns=encode(request.linear, q.dtype))
+    where, wants = request.query_rows, frozenset({"lse", "max", "entropy", "distance", "linear"})
+    if where is None:
+        values, some, positions = (v if together else None), q, None
+    else:
+        values, some, positions = None, q[:, :, where], (where + call["mask"].query_offset).int()
+    asked = wants if values is None else wants | {"output"}
+    rows = passes.rows(some, k, values, features=request.linear, wants=asked, positions=positions, **call)
+    every = rows if values is not None else passes.rows(q, k, v, wants=frozenset({"lse", "output"}), **call)
+    call.pop("sinks")  # they are in lse
+    sums, most = passes.columns(q, k, every.lse, queries=request.key_queries, highest=True, **call)
+    statistics = {name: getattr(rows, name) for name in wants}
+    return Attended(output=every.output, key_sum=sums, key_max=most, **statistics)
+
+
+def request_of(case: Case, *, features: int, subset: bool = False) -> Request:
+    """What the Hopper kernels compute, of ``everything``."""
+    whole = everything(case, subset=subset, top=0, features=features)
+    named = ("output", "lse", "max", "entropy", "linear", "distance", "query_rows", "key_sum", "key_max", "key_queries")
+    return Request(**{name: getattr(whole, name) for name in named})
+
+
+def fails(case: Case, request: Request) -> list[Any]:
+    ways = (True, False) if request.query_rows is None else (False,)
+    found = [case.run(partial(attend, together=together), request) for together in ways]
+    return [verdict for one in found for verdict in compare(one, case, request) if not verdict.holds]
+
+
+@pytest.mark.parametrize("d", hopper.D_HEADS)
+@pytest.mark.parametrize(
+    "kind",
+    ["causal", "full", "window", "band", "future", "left padding", "right padding", "padding, full", "shifted keys"],
+)
+def test_every_mask(kind: str, d: int) -> None:
+    case = random_case(kind, **BASE, batch=2, d_head=d, queries=200, keys=410)
+    assert not fails(case, request_of(case, features=3))
+
+
+@pytest.mark.parametrize("d", hopper.D_HEADS)
+def test_rows_that_see_nothing_and_sink_logits(d: int) -> None:
+    case = random_case("empty rows", **BASE, d_head=d, queries=400, keys=300, sinks=True)
+    assert not fails(case, request_of(case, features=3))
+
+
+@pytest.mark.parametrize("d", hopper.D_HEADS)
+@pytest.mark.parametrize("features", [0, 10])  # spans, which tiles of keys share; 32 columns for 10 random ones
+@pytest.mark.parametrize(
+    "kind, dtype", [("causal", torch.float16), pytest.param("window", torch.bfloat16, marks=pytest.mark.slow)]
+)
+def test_features(kind: str, dtype: torch.dtype, features: int, d: int) -> None:
+    case = random_case(kind, **(BASE | {"dtype": dtype}), batch=2, d_head=d, queries=330, keys=900)
+    assert not fails(case, request_of(case, features=features))
+
+
+@pytest.mark.parametrize("d", hopper.D_HEADS)
+@pytest.mark.parametrize(
+    "kind", ["window", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("causal", "future"))]
+)
+def test_rows_far_apart(kind: str, d: int) -> None:
+    """Groups of one block pass on many tiles that others see, before theirs and after."""
+    case = random_case(kind, **BASE, d_head=d, queries=1300, keys=1300)
+    request = request_of(case, features=3, subset=True)
+    assert not fails(case, request)
+
+
+def far_rows(case: Case) -> tuple[Tensor, dict[str, Any]]:
+    """Rows of a call near each other and far apart, and the call of their output alone."""
+    at = request_of(case, features=3, subset=True).query_rows
+    assert at is not None and case.mask.query_offset == 0
+    wants = frozenset({"output"})
+    return at, {"mask": case.mask, "scale": case.scale, "wants": wants, "positions": at.int()}
+
+
+def test_the_output_of_rows_far_apart_is_left_to_triton() -> None:
+    case = random_case("window", **(BASE | {"dtype": torch.float16}), d_head=64, queries=1300, keys=1300)
+    at, call = far_rows(case)
+    some = passes.rows(case.q[:, :, at], case.k, case.v, **call).output
+    every = case.eager(Request(output=True)).output
+    assert some is not None and every is not None
+    assert (some - every[:, :, at]).abs().max() <= 2 * torch.finfo(torch.float16).eps * every.abs().max()
+
+
+def test_for_groups_of_the_output_kernel_would_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy engine waits for room for keys, which a group gives back after the values that come behind them."""
+    monkeypatch.setattr(hopper, "takes", lambda *_, **__: True)
+    case = random_case("window", **BASE, d_head=64, queries=1300, keys=1300)
+    at, call = far_rows(case)
+    with pytest.raises(Deadlock):
+        passes.rows(case.q[:, :, at], case.k, case.v, **call)
+
+
+# -- the emulator sees what a card would do ----------------------------------------------------------------------------
+
+
+@gluon.jit
+def _waits(bars):
+    mbarrier.wait(bars.index(0), 0)
+
+
+@gluon.jit
+def _never_arrives(x):
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), 2)
+    mbarrier.arrive(bars.index(0))
+    gl.warp_specialize([(_waits, (bars,)), (_waits, (bars,))], [4], [24])
+
+
+@gluon.jit
+def _does_not_wait(x):
+    tile = gl.allocate_shared_memory(gl.float32, [16, 16], None)
+    a = gl.zeros([64, 16], gl.float32, None)
+    p = warpgroup_mma(a, tile, a, is_async=True)
+    gl.store(x + gl.arange(0, 64), gl.sum(p, 1))
+
+
+@gluon.jit
+def _waits_for_another(x):
+    tile = gl.allocate_shared_memory(gl.float32, [16, 16], None)
+    a = gl.zeros([64, 16], gl.float32, None)
+    first = warpgroup_mma(a, tile, a, is_async=True)
+    last = warpgroup_mma(a, tile, a, is_async=True)
+    warpgroup_mma_wait(1, deps=[first])
+    warpgroup_mma_wait(1, deps=[last])
+
+
+@pytest.mark.parametrize(
+    "kernel, error, words",
+    [
+        (_never_arrives, Deadlock, "all of .* wait"),
+        (_does_not_wait, RuntimeError, "before it was waited for"),
+        (_waits_for_another, RuntimeError, "still being computed"),
+    ],
+)
+def test_the_emulator_refuses(kernel: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        Emulated(kernel)[(1,)](torch.zeros(64), num_warps=4)
+
+
+@gluon.jit
+def _forgets_the_scale(linear, c, before, state, FOLD: gl.constexpr):
+    return linear + _beside(linear, state[1], FOLD) * c[None, :]
+
+
+def test_a_planted_bug_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case("causal", **BASE, d_head=64, queries=300, keys=900)
+    for module in (hopper_rows, hopper_output):
+        monkeypatch.setattr(module, "leave", _forgets_the_scale)
+    with emulated(hopper_rows, hopper_output):
+        assert {verdict.name for verdict in fails(case, request_of(case, features=0))} == {"linear"}
