@@ -226,7 +226,7 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     n = 0
     if LATE:  # its first tile may not be one that was passed on
         mine, stop = lo, hi
-    else:  # two tiles at most, for rows are consecutive: fewer than there is room for, so nothing waits for another
+    else:  # a tile at most, for rows are consecutive: there is room for it, whatever order they are passed on in
         skip(0, mine - lo, v_ready, v_free, BN)
         n = skip(0, mine - lo, k_ready, k_free, BN)
     nothing = fold(gl.zeros([GROUP_ROWS, BN], gl.float32, mma), not LATE)
