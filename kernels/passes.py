@@ -34,6 +34,7 @@ def rows(
     """
     v = None if v is None or "output" not in wants else last_dim_contiguous(v)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
+    sinks = None if sinks is None else sinks.contiguous()
     columns = None if features is None else encode(features, q.dtype)
     kept = None if features is None else width(features, q.dtype)
     sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from headscope.kernels.checks import compare
 from headscope.kernels.emulator import Deadlock, Emulated, emulated
 from headscope.kernels.features import encode
 from headscope.kernels.hopper_device import _beside
+from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 
 BASE: dict[str, Any] = {"kv_heads": 1, "dtype": torch.bfloat16}
@@ -83,6 +85,33 @@ def test_every_mask(kind: str, d: int) -> None:
 def test_rows_that_see_nothing_and_sink_logits(d: int) -> None:
     case = random_case("empty rows", **BASE, d_head=d, queries=400, keys=300, sinks=True)
     assert not fails(case, request_of(case, features=3))
+
+
+@pytest.mark.parametrize("d", hopper.D_HEADS)
+@pytest.mark.parametrize("offset", [11, -7])
+def test_bounds_of_keys_that_do_not_begin_at_0(offset: int, d: int) -> None:
+    """Each bound alone is the tightest somewhere: a window, and padding on both sides, in absolute positions."""
+    case = random_case("causal", **BASE, batch=2, d_head=d, queries=200, keys=330)
+    start, end = (torch.tensor(x) + offset for x in ([40, 0], [330, 290]))
+    mask = Mask(query_offset=offset + 130, key_offset=offset, left=150, right=3, start=start, end=end)
+    case = replace(case, mask=mask)
+    assert not fails(case, request_of(case, features=3))
+
+
+@pytest.mark.parametrize("d", hopper.D_HEADS)
+def test_spans_of_its_own_for_every_example(d: int) -> None:
+    case = random_case("causal", **BASE, batch=2, d_head=d, queries=200, keys=900)
+    request = request_of(case, features=0)
+    assert request.linear is not None
+    own = torch.stack([request.linear[0], request.linear[1].roll(150, 0)])
+    assert not fails(case, replace(request, linear=own))
+
+
+def test_scales_by_which_a_hidden_score_cannot_be_divided() -> None:
+    case = random_case("causal", **BASE, d_head=64)
+    assert hopper.takes(case.q, case.k, case.v, mask=case.mask, scale=1e-5)
+    assert not hopper.takes(case.q, case.k, case.v, mask=case.mask, scale=1e-7)
+    assert not hopper.takes(case.q, case.k, case.v, mask=case.mask, scale=-1.0)
 
 
 @pytest.mark.parametrize("d", hopper.D_HEADS)

@@ -128,6 +128,13 @@ def test_strided_inputs_are_read_in_place() -> None:
     assert not fails(strided, everything(case, top=0))
 
 
+def test_sink_logits_may_be_a_view() -> None:
+    case = random_case("causal", queries=20, keys=20, kv_heads=1, sinks=True, device=DEVICE)
+    assert case.sinks is not None
+    apart = torch.stack([case.sinks, torch.full_like(case.sinks, 50.0)], -1)[:, 0]
+    assert not fails(replace(case, sinks=apart), everything(case, top=0))
+
+
 def test_features_that_half_precision_cannot_hold_stay_exact() -> None:
     case = random_case("full", batch=1, kv_heads=1, group=1, queries=40, keys=40, dtype=torch.float16, device=DEVICE)
     same = torch.full((40, 1), 1234.567, device=DEVICE)
