@@ -1,8 +1,9 @@
 """Gluon kernels for Hopper run as Python on the CPU: a thread for each group of warps, with the card's barriers.
 
 It knows what the kernels here use, and holds them to what a card does to those who break its rules. Shared memory
-begins as NaN; a product is computed where it is waited for, of what lies in shared memory by then; one that is not
-waited for cannot be used; and groups that all wait for each other are an error that says who waits for what.
+begins as NaN; a tile comes when its barrier is waited for, not before; a product is computed where it is waited for, of
+what lies in shared memory by then; one that is not waited for cannot be used; and groups that all wait for each other
+are an error. What it cannot see: a missing fence, numbers that wrap around in int32, registers.
 """
 
 from __future__ import annotations
@@ -138,9 +139,19 @@ class Barrier:
 
     def __init__(self) -> None:
         self.phase = self.count = self.missing = self.bytes = 0
+        self.coming: list[tuple[Tensor, Tensor, int]] = []  # tile, what it will hold, bytes
+
+    def land(self) -> None:
+        """Let what was fetched arrive."""
+        for tile, part, size in self.coming:
+            tile.zero_()
+            tile[tuple(slice(0, n) for n in part.shape)] = part
+            self.bytes -= size
+        self.coming.clear()
+        self.settle()
 
     def settle(self) -> None:
-        if self.missing == 0 and self.bytes == 0:
+        if self.missing == 0 and self.bytes == 0 and not self.coming:
             self.phase, self.missing = self.phase + 1, self.count
 
 
@@ -162,6 +173,8 @@ class Block:
         me = threading.current_thread().name
         with self.change:
             self.waiting[me] = barrier, parity
+            barrier.land()
+            self.change.notify_all()
             while barrier.phase & 1 == parity:
                 stuck = all(one.phase & 1 == its for one, its in self.waiting.values())
                 if stuck and len(self.waiting) == self.running:
@@ -180,6 +193,14 @@ class Block:
             barrier.bytes += announced
             barrier.settle()
             self.change.notify_all()
+
+    def send(self, barrier: Barrier, tile: Tensor, part: Tensor, size: int) -> None:
+        """Let a tile come by ``barrier``: at once where a group waits for it, else when one does."""
+        with self.change:
+            barrier.coming.append((tile, part, size))
+            if any(one is barrier for one, _ in self.waiting.values()):
+                barrier.land()
+                self.change.notify_all()
 
 
 class Pending:
@@ -235,9 +256,8 @@ class Descriptor:
 def fetch(at: Descriptor, corner: list[Any], barrier: Barrier, tile: Shared) -> None:
     begin = [int(plain(i)) for i in corner]
     part = at.x[tuple(slice(i, i + n) for i, n in zip(begin, at.block_type.shape, strict=True))]
-    tile.x.zero_()
-    tile.x[tuple(slice(0, n) for n in part.shape)] = part
-    _block().alter(barrier, announced=-at.block_type.nbytes)
+    tile.x.fill_(float("nan"))
+    _block().send(barrier, tile.x, part, at.block_type.nbytes)
 
 
 def _init(barrier: Barrier, count: int) -> None:
