@@ -41,7 +41,7 @@ def cases() -> list[dict[str, Any]]:
 
 
 def for_hopper() -> list[dict[str, Any]]:
-    """Calls that the kernels for Hopper take; with half of their rows, too."""
+    """Calls that the kernels for Hopper take; the longest also with some of their rows."""
     kinds = [kind for kind in MASKS if kind not in ("chunks", "chunks from origin", "segments", "rule")]
     every: list[dict[str, Any]] = []
     for d in hopper.D_HEADS:

@@ -16,7 +16,9 @@ from headscope.kernels import hopper
 from headscope.kernels.masks import Mask
 
 SHARED = 227 * 1024  # bytes a block may have on an H100
-SPILT = 16  # registers: with 32 features 13 do not fit; what a thread holds of a tile of scores are 64
+SPILT = 8  # registers: bookkeeping; what a thread holds of a tile of scores are 64
+SPILT_BY_32 = 16  # with 32 features and distances 13 do not fit
+WITH_32 = range(5, 8)  # of the kernels in the order in which they are compiled
 
 
 @pytest.mark.slow
@@ -29,10 +31,11 @@ def test_compile_within_what_the_card_has(d: str, dtype: str, mask: str, tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
     kernels = [line.rsplit(maxsplit=4) for line in done.stdout.splitlines() if line.endswith(("True", "False"))]
     assert len(kernels) == 10
-    for name, shared, loops, stores, serialized in kernels:
+    for number, (name, shared, loops, stores, serialized) in enumerate(kernels):
+        most = SPILT_BY_32 if number in WITH_32 else SPILT
         assert int(shared) <= SHARED, name
         assert int(loops) >= 2, f"{name}: every group has a loop over whole tiles"
-        assert int(stores) <= SPILT, f"{name}: a loop over whole tiles has no room for its registers"
+        assert int(stores) <= most, f"{name}: a loop over whole tiles has no room for its registers"
         assert serialized == "False", f"{name}: ptxas runs its matrix products one after the other"
 
 

@@ -152,7 +152,7 @@ def test_the_output_of_rows_far_apart_is_left_to_triton() -> None:
     assert (some - every[:, :, at]).abs().max() <= 2 * torch.finfo(torch.float16).eps * every.abs().max()
 
 
-def test_for_groups_of_the_output_kernel_would_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_the_output_kernel_would_wait_for_each_other_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy engine waits for room for keys, which a group gives back after the values that come behind them."""
     monkeypatch.setattr(hopper, "takes", lambda *_, **__: True)
     case = random_case("window", **BASE, d_head=64, queries=1300, keys=1300)
