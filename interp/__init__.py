@@ -12,39 +12,41 @@ if TYPE_CHECKING:
     from headscope.interp import heads as heads
     from headscope.interp import plots as plots
     from headscope.interp.errors import HeadscopeError as HeadscopeError
-    from headscope.interp.headset import HeadSet as HeadSet
-    from headscope.interp.kept import keep_attention as keep_attention
     from headscope.interp.models import load_model as load_model
-    from headscope.interp.record import append_record as append_record
-    from headscope.interp.record import each_part as each_part
-    from headscope.interp.record import load_record as load_record
-    from headscope.interp.record import open_record as open_record
-    from headscope.interp.record import save_record as save_record
-    from headscope.interp.scores import HeadScores as HeadScores
+    from headscope.interp.prompts.vision import vision_prompt as vision_prompt
+    from headscope.interp.records.record import append_record as append_record
+    from headscope.interp.records.record import each_part as each_part
+    from headscope.interp.records.record import load_record as load_record
+    from headscope.interp.records.record import open_record as open_record
+    from headscope.interp.records.record import save_record as save_record
+    from headscope.interp.results.headset import HeadSet as HeadSet
+    from headscope.interp.results.scores import HeadScores as HeadScores
+    from headscope.interp.survey.tiny import tiny_model as tiny_model
     from headscope.interp.sweeps import sweep as sweep
-    from headscope.interp.tracer import Tracer as Tracer
-    from headscope.interp.tracer import trace as trace
     from headscope.interp.tracing.generation import response_steps as response_steps
-    from headscope.interp.vision import vision_prompt as vision_prompt
+    from headscope.interp.tracing.kept import keep_attention as keep_attention
+    from headscope.interp.tracing.tracer import Tracer as Tracer
+    from headscope.interp.tracing.tracer import trace as trace
 
 _HOME = {
-    "HeadScores": "scores",
-    "HeadSet": "headset",
+    "HeadScores": "results.scores",
+    "HeadSet": "results.headset",
     "HeadscopeError": "errors",
-    "Tracer": "tracer",
-    "append_record": "record",
-    "each_part": "record",
-    "keep_attention": "kept",
+    "Tracer": "tracing.tracer",
+    "append_record": "records.record",
+    "each_part": "records.record",
+    "keep_attention": "tracing.kept",
     "load_model": "models",
-    "load_record": "record",
-    "open_record": "record",
+    "load_record": "records.record",
+    "open_record": "records.record",
     "response_steps": "tracing.generation",
-    "save_record": "record",
+    "save_record": "records.record",
     "sweep": "sweeps",
-    "trace": "tracer",
-    "vision_prompt": "vision",
+    "tiny_model": "survey.tiny",
+    "trace": "tracing.tracer",
+    "vision_prompt": "prompts.vision",
 }
-_MODULES = ("heads", "plots", "statistics", "spans", "queries", "models", "report")
+_MODULES = ("heads", "models", "plots", "prompts", "statistics")
 
 __all__ = [*_HOME, "heads", "plots"]
 

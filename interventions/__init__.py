@@ -6,22 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headscope.interventions.ablate import AblateHeads as AblateHeads
-    from headscope.interventions.ablate import head_means as head_means
+    from headscope.interp.results.evaluation import Evaluation as Evaluation
     from headscope.interventions.base import Intervention as Intervention
     from headscope.interventions.base import apply as apply
-    from headscope.interventions.comparison import Evaluation as Evaluation
-    from headscope.interventions.evaluation import evaluate as evaluate
-    from headscope.interventions.tasks import TextLoss as TextLoss
+    from headscope.interventions.evaluation.evaluate import evaluate as evaluate
+    from headscope.interventions.outputs.ablate import AblateHeads as AblateHeads
+    from headscope.interventions.outputs.ablate import head_means as head_means
+    from headscope.interventions.tasks.text_loss import TextLoss as TextLoss
 
 _HOME = {
-    "AblateHeads": "ablate",
-    "Evaluation": "comparison",
+    "AblateHeads": "outputs.ablate",
+    "Evaluation": "evaluation",
     "Intervention": "base",
     "TextLoss": "tasks",
     "apply": "base",
-    "evaluate": "evaluation",
-    "head_means": "ablate",
+    "evaluate": "evaluation.evaluate",
+    "head_means": "outputs.ablate",
 }
 
 __all__ = list(_HOME)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.interp.attention import AttentionCall, Handler, bare_model, origin
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.headset import HeadSet
-from headscope.interp.sites import attached
-from headscope.interp.sites.hf_switch import implementations
-from headscope.interp.sites.huggingface import Route, places, sites_of
+from headscope.interp.results.headset import HeadSet
+from headscope.interp.sites import attached, verify_once
+from headscope.interp.sites.huggingface.route import Route, places, sites_of
+from headscope.interp.sites.huggingface.switch import implementations
 from headscope.interp.sites.towers import check_name, default_tower, selects
-from headscope.interp.verify import verify_once
+from headscope.interp.sites.unwrap import bare_model, origin
 from headscope.kernels.request import Attended, Request
 
 

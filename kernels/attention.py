@@ -15,11 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from headscope.kernels import library, reference, streaming
+from headscope.kernels import reference
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit
-from headscope.kernels.weights import log_tile
+from headscope.kernels.streaming import engine as streaming
+from headscope.kernels.streaming import library
+from headscope.kernels.streaming.weights import log_tile
 
 Engine = Literal["auto", "reference", "streaming", "triton", "flex"]
 _HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -134,7 +136,7 @@ def _engine(engine: str, q: Tensor, v: Tensor, edit: ScoreEdit | None) -> Callab
     if engine == "streaming":
         return streaming.attend
     if engine == "triton":
-        from headscope.kernels import triton_engine  # triton is optional, and slow to import
+        from headscope.kernels import gpu_engine as triton_engine
 
         return triton_engine.attend
     if engine == "flex":
@@ -149,7 +151,7 @@ def uses_triton(engine: str, q: Tensor, k: Tensor, mask: Mask) -> bool:
     wanted = engine == "triton" or (engine == "auto" and _triton_takes(q, k))
     if not wanted:
         return False
-    from headscope.kernels import triton_engine  # triton is optional, and slow to import
+    from headscope.kernels import gpu_engine as triton_engine
 
     return triton_engine.takes(q, k, mask)
 

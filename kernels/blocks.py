@@ -20,7 +20,7 @@ from headscope.kernels import attention
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import ScoreEdit
-from headscope.kernels.weights import HELD, log_weights
+from headscope.kernels.streaming.weights import HELD, log_weights
 
 Pool = Literal["sum", "mean", "max"]
 
@@ -88,7 +88,7 @@ def blocks(
     if lse is None:
         lse = _lse(q, k, sinks, engine, options)
     if size >= 16 and size & (size - 1) == 0 and edit is None and attention.uses_triton(engine, q, k, mask):
-        from headscope.kernels.triton_blocks import pooled  # triton is optional
+        from headscope.kernels.triton.blocks import pooled
 
         options.pop("edit")
         out = pooled(q, k, lse, size=size, highest=pool == "max", **options)

@@ -18,7 +18,7 @@ from torch import Tensor
 from headscope.kernels import attention
 from headscope.kernels.masks import Mask
 from headscope.kernels.score_edits import ScoreEdit
-from headscope.kernels.weights import log_weights
+from headscope.kernels.streaming.weights import log_weights
 
 
 class Columns(NamedTuple):
@@ -59,7 +59,7 @@ def columns(
         )
     options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
     if edit is None and attention.uses_triton(engine, q, k, mask):
-        from headscope.kernels import passes  # triton is optional, and slow to import
+        from headscope.kernels import gpu_passes as passes
 
         return Columns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
     here = replace(mask, query_offset=mask.query_offset + first)

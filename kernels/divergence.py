@@ -22,7 +22,7 @@ from headscope.kernels import attention
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import ScoreEdit
-from headscope.kernels.weights import log_weights
+from headscope.kernels.streaming.weights import log_weights
 
 
 class Divergence(NamedTuple):
@@ -87,7 +87,7 @@ def divergence(first: Side, second: Side, *, engine: attention.Engine = "auto") 
         raise ValueError(f"patterns of different (batch, head, query, key): {shapes[0]} and {shapes[1]}")
     norms = [side.lse(engine) for side in (first, second)]
     if _alike(first, second) and attention.uses_triton(engine, first.q, first.k, first.mask):
-        from headscope.kernels.triton_divergence import distances  # triton is optional
+        from headscope.kernels.triton.divergence import distances
 
         options: dict[str, Any] = {"mask": first.mask, "scale": first.scale, "softcap": first.softcap}
         return Divergence(*distances((first.q, first.k), (second.q, second.k), *norms, **options))

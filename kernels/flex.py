@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
-from headscope.kernels import streaming
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.streaming import engine as streaming
 
 BLOCK = 128
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "num_stages": 1}  # tiles for edits that look up tables: those lie beside them

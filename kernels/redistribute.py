@@ -24,12 +24,12 @@ from torch import Tensor
 
 from headscope.kernels import attention, reference
 from headscope.kernels.columns import columns
-from headscope.kernels.counts import count_queries
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit
-from headscope.kernels.weights import log_tile
+from headscope.kernels.streaming.counts import count_queries
+from headscope.kernels.streaming.weights import log_tile
 
 SUMS = ("output", "entropy", "linear", "distance", "window_mass", "window_distance", "target_mass")
 ROWS = ("lse", "max", *SUMS[1:], "top_mass", "top_keys")

@@ -9,28 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headscope.probes.activations import head_outputs as head_outputs
-    from headscope.probes.dataset import Labelled as Labelled
-    from headscope.probes.dataset import load_labelled as load_labelled
-    from headscope.probes.dataset import subject_number as subject_number
-    from headscope.probes.dataset import truth as truth
-    from headscope.probes.lens import logit_attribution as logit_attribution
-    from headscope.probes.linear import probe_activations as probe_activations
-    from headscope.probes.linear import probe_heads as probe_heads
-    from headscope.probes.result import Directions as Directions
-    from headscope.probes.result import ProbeResult as ProbeResult
+    from headscope.probes.lenses.attribution import logit_attribution as logit_attribution
+    from headscope.probes.linear.activations import head_outputs as head_outputs
+    from headscope.probes.linear.dataset import Labelled as Labelled
+    from headscope.probes.linear.dataset import load_labelled as load_labelled
+    from headscope.probes.linear.dataset import subject_number as subject_number
+    from headscope.probes.linear.dataset import truth as truth
+    from headscope.probes.linear.heads import probe_activations as probe_activations
+    from headscope.probes.linear.heads import probe_heads as probe_heads
+    from headscope.probes.linear.result import Directions as Directions
+    from headscope.probes.linear.result import ProbeResult as ProbeResult
 
 _HOME = {
-    "Directions": "result",
-    "Labelled": "dataset",
-    "ProbeResult": "result",
-    "head_outputs": "activations",
-    "load_labelled": "dataset",
-    "logit_attribution": "lens",
-    "probe_activations": "linear",
-    "probe_heads": "linear",
-    "subject_number": "dataset",
-    "truth": "dataset",
+    "Directions": "linear.result",
+    "Labelled": "linear.dataset",
+    "ProbeResult": "linear.result",
+    "head_outputs": "linear.activations",
+    "load_labelled": "linear.dataset",
+    "logit_attribution": "lenses.attribution",
+    "probe_activations": "linear.heads",
+    "probe_heads": "linear.heads",
+    "subject_number": "linear.dataset",
+    "truth": "linear.dataset",
 }
 
 __all__ = [*_HOME]

@@ -20,11 +20,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.interp import heads, trace
-from headscope.interp.headset import HeadSet
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.sites import support
+from headscope.interp.results.headset import HeadSet
+from headscope.interp.statistics import exactness as support
 from headscope.interventions import apply, evaluate
-from headscope.interventions.tasks import TextLoss
+from headscope.interventions.tasks.text_loss import TextLoss
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -238,7 +238,12 @@ def test_a_repository_that_keeps_the_rules_has_no_fault(small: Path, checker) ->
             "from headscope.interp import trace",
             "kernels/a.py imports headscope.interp",
         ),
-        (direction_faults, "interp/a.py", "import headscope.probes.linear", "interp/a.py imports headscope.probes"),
+        (
+            direction_faults,
+            "interp/a.py",
+            "import headscope.probes.linear.heads",
+            "interp/a.py imports headscope.probes",
+        ),
         (
             direction_faults,
             "interp/a.py",
@@ -358,7 +363,8 @@ def test_importing_everything_patches_nothing_of_transformers() -> None:
         "import transformers\n"
         "from transformers import AttentionInterface, AttentionMaskInterface\n"
         "before = set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)\n"
-        "import headscope.interp.tracer, headscope.interp.verify, headscope.interventions.evaluation\n"
+        "import headscope.interp.tracing.tracer, headscope.interp.sites.huggingface.verify\n"
+        "import headscope.interventions.evaluation.evaluate\n"
         "after = set(AttentionInterface._global_mapping), set(AttentionMaskInterface._global_mapping)\n"
         "assert before == after, (before, after)"
     )

@@ -27,7 +27,7 @@ import torch
 from transformers import DynamicCache
 
 from headscope.interp import load_model, trace
-from headscope.interp.attention import Handler
+from headscope.interp.attention.handler import Handler
 from headscope.interp.sites import attached
 from headscope.interp.statistics import LogSumExp
 

@@ -15,7 +15,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall, Handler
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler
 
 NATS = (
     1e-4  # of lse and entropy: scores of size 10 as float32 sums of 128 products are within 128 * 2**-24 * 10 at worst

@@ -32,13 +32,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from headscope.interp import trace
-from headscope.interp.attention import Handler
+from headscope.interp.attention.handler import Handler
 from headscope.interp.benchmarks.checks import OneQuery, compare, compare_logits
 from headscope.interp.benchmarks.shapes import SHAPES, Shape, estimate, random_model
-from headscope.interp.queries import Every
 from headscope.interp.sites import attached
-from headscope.interp.sites.hf_switch import implementations, restore, switch
+from headscope.interp.sites.huggingface.switch import implementations, restore, switch
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, SpanMass, Statistic
+from headscope.interp.statistics.queries import Every
 from headscope.kernels.benchmarks.pages import machine, page, save
 
 EVERY = 4

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from headscope.interp import load_model, trace
 from headscope.interp.benchmarks.attaching import attach
-from headscope.interp.needle import load_haystack
+from headscope.interp.prompts import load_haystack
 from headscope.interp.statistics import BlockMap, Distance, Entropy, KeyMass, LogSumExp, SinkMass, Statistic
 
 MODEL = "smollm2-135m"

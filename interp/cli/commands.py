@@ -9,10 +9,10 @@ from typing import Any
 from headscope.interp.cli import console
 from headscope.interp.cli.settings import keywords, passages, shared
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.estimate import Work, dry_run, estimate
-from headscope.interp.files import write_atomically
 from headscope.interp.models import load_model
-from headscope.interp.provenance import provenance
+from headscope.interp.runs.estimate import Work, dry_run, estimate
+from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.provenance import provenance
 
 
 def run_discover(
@@ -97,7 +97,7 @@ def run_evaluate(
     dtype: Any,
 ) -> None:
     """Evaluate tasks with and without an ablation, and show the comparison."""
-    from headscope.interp.scores import HeadScores
+    from headscope.interp.results.scores import HeadScores
     from headscope.interventions import AblateHeads, evaluate, head_means
     from headscope.interventions.tasks import TASKS
 
@@ -147,7 +147,7 @@ def show_evaluation(result: Any) -> None:
 
 def run_report(folder: Path, out: Path | None, prompt: str | None, model: str | None, as_json: bool) -> None:
     """Write the report of a results folder."""
-    from headscope.interp.cli.reporting import Results
+    from headscope.interp.reports.results import Results
 
     results = Results.find(folder)
     path = results.report(prompt, model).save(out or folder / "report.html")

@@ -82,7 +82,7 @@ def read_text(file: Path) -> str:
 
 def passages(file: Path | None) -> list[str]:
     """Paragraphs of a reference text (the bundled haystack by default), at most ``PASSAGES``, evenly spread."""
-    from headscope.interp.needle import load_haystack
+    from headscope.interp.prompts import load_haystack
 
     paragraphs = [part for part in load_haystack(file).split("\n\n") if part.strip()]
     if file is None:

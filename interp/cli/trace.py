@@ -14,10 +14,10 @@ from headscope.interp import statistics as catalogue
 from headscope.interp.cli import commands, console
 from headscope.interp.cli.settings import numbers, read_text
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.estimate import dry_run
 from headscope.interp.models import load_model
-from headscope.interp.queries import Last
-from headscope.interp.record import each_part
+from headscope.interp.records.record import each_part
+from headscope.interp.runs.estimate import dry_run
+from headscope.interp.statistics.queries import Last
 from headscope.interp.sweeps import sweep
 from headscope.interp.sweeps.ranks import device as launched_device
 from headscope.interp.sweeps.ranks import leave, ranks

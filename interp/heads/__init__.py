@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from headscope.interp.errors import HeadscopeError
 
 if TYPE_CHECKING:
-    from headscope.interp.heads.duplicate_token import duplicate_token as duplicate_token
-    from headscope.interp.heads.induction import induction as induction
-    from headscope.interp.heads.previous_token import previous_token as previous_token
-    from headscope.interp.heads.retrieval import retrieval as retrieval
-    from headscope.interp.heads.sinks import sinks as sinks
+    from headscope.interp.heads.lookup.duplicate_token import duplicate_token as duplicate_token
+    from headscope.interp.heads.lookup.induction import induction as induction
+    from headscope.interp.heads.lookup.previous_token import previous_token as previous_token
+    from headscope.interp.heads.recall.retrieval import retrieval as retrieval
+    from headscope.interp.heads.sinking.alpha import sinks as sinks
 
 # A method's name (on the command line, in result files, as a function) -> the module that defines that function.
 METHODS: dict[str, str] = {
-    "sinks": "headscope.interp.heads.sinks",
-    "induction": "headscope.interp.heads.induction",
-    "previous_token": "headscope.interp.heads.previous_token",
-    "duplicate_token": "headscope.interp.heads.duplicate_token",
-    "retrieval": "headscope.interp.heads.retrieval",
+    "sinks": "headscope.interp.heads.sinking.alpha",
+    "induction": "headscope.interp.heads.lookup.induction",
+    "previous_token": "headscope.interp.heads.lookup.previous_token",
+    "duplicate_token": "headscope.interp.heads.lookup.duplicate_token",
+    "retrieval": "headscope.interp.heads.recall.retrieval",
 }
 
 __all__ = ["METHODS", "duplicate_token", "induction", "method", "previous_token", "retrieval", "sinks"]

@@ -13,17 +13,18 @@ import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headscope.interp.discovery import Scored, Trial, discover
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.heads import sequences
-from headscope.interp.heads.sequences import Sample
-from headscope.interp.heads.tokens import bos_tokens
+from headscope.interp.heads.discovery import Scored, discover
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.provenance import hash_texts
-from headscope.interp.scores import HeadScores
+from headscope.interp.prompts import sequences
+from headscope.interp.prompts.sequences import Sample
+from headscope.interp.prompts.tokens import bos_tokens
+from headscope.interp.results.scores import HeadScores
+from headscope.interp.runs.journal import Trial
+from headscope.interp.runs.provenance import hash_texts
 from headscope.interp.statistics import Statistic, TargetMass
-from headscope.interp.tracer import trace
+from headscope.interp.tracing.tracer import trace
 
 Text = str | Sequence[str]
 Method = TypeVar("Method", bound=Callable[..., HeadScores])

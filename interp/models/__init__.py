@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from headscope.interp.models.load import load_model
     from headscope.interp.models.packages import AvailableModel, available_models
     from headscope.interp.models.projections import output_projections
-    from headscope.interp.models.tiny import tiny_model
 
 _HOME = {
     "AvailableModel": "packages",
@@ -23,7 +22,6 @@ _HOME = {
     "available_models": "packages",
     "load_model": "load",
     "output_projections": "projections",
-    "tiny_model": "tiny",
 }
 
 __all__ = [
@@ -33,7 +31,6 @@ __all__ = [
     "available_models",
     "load_model",
     "output_projections",
-    "tiny_model",
 ]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headscope.interp.attention import bare_model, model_device
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import ModelInfo
+from headscope.interp.sites.unwrap import bare_model, model_device
 
 Prompts = str | Sequence[str]
 LOGITS = 1 << 30  # bytes of logits that a call computes without being asked for them

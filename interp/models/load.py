@@ -23,12 +23,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from headscope.interp.compiled import plain
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.gguf import read_gguf
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.options import NEEDS_BITSANDBYTES, DeviceMap, Options
 from headscope.interp.models.packages import PACKAGED, ensure_packaged
+from headscope.interp.sites.compiled import plain
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _TOKENIZER_FILES = (

@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
-from headscope.interp.attention import model_device
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.unwrap import model_device
 
 
 def devices(model: nn.Module) -> str:

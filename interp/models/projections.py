@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from headscope.interp.attention import bare_model, model_device
-from headscope.interp.compiled import uncompiled
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
+from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.unwrap import bare_model, model_device
 
 _NAME = "headscope_projection_probe"
 

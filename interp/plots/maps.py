@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.plots import style
-from headscope.interp.scores import HeadScores
+from headscope.interp.results.scores import HeadScores
 
 REDUCTIONS = ("mean", "median", "max", "min", "std")
 

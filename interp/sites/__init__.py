@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from headscope.interp.attention import Handler, origin
-from headscope.interp.compiled import plain, uncompiled
-from headscope.interp.sites import huggingface
+from headscope.interp.attention.handler import Handler
+from headscope.interp.sites.agreement import Verification
+from headscope.interp.sites.compiled import plain, uncompiled
+from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.huggingface import verify
+from headscope.interp.sites.unwrap import origin
 
-__all__ = ["attached", "is_attached"]
+__all__ = ["attached", "is_attached", "verify_once"]
 
 
 @contextmanager
@@ -19,13 +22,26 @@ def attached(model: Any, handler: Handler) -> Iterator[Any]:
 
     ``model``: what ``load_model`` returns, a Hugging Face module, a TransformerLens ``TransformerBridge``, or an
     nnsight wrapper. TransformerLens and nnsight are imported only for objects of theirs. What torch.compile compiled
-    runs uncompiled inside the block (``headscope.interp.compiled`` says why).
+    runs uncompiled inside the block (``headscope.interp.sites.compiled`` says why).
 
     Raises:
         HeadscopeError: an architecture or an object that cannot be traced exactly.
     """
     with uncompiled(), _site(model).attached(plain(model), handler) as route:
         yield route
+
+
+def verify_once(model: Any) -> Verification:
+    """Verify a model the first time it is seen; afterwards return what was found.
+
+    Raises:
+        HeadscopeError: the model does not route its attention, or disagrees; the message names the layer.
+    """
+    if origin(model) == "transformer_lens":
+        with uncompiled():
+            found: Verification = _site(model).verify_once(plain(model))
+        return found
+    return verify.verify_once(model)
 
 
 def is_attached(model: Any) -> bool:
@@ -36,7 +52,7 @@ def is_attached(model: Any) -> bool:
 
 def _site(model: Any) -> Any:
     if origin(model) == "transformer_lens":
-        from headscope.interp.sites import transformer_lens
+        from headscope.interp.sites.transformer_lens import route as transformer_lens
 
         return transformer_lens
     return huggingface  # an nnsight wrapper runs the Hugging Face module it holds

@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.interp.attention import AttentionCall, Handler, edit_call, finish_call, origin
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler, edit_call, finish_call
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites import huggingface
-from headscope.interp.sites.dense_masks import rule_of
-from headscope.interp.sites.tl_verify import bound_of
+from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.huggingface.dense_masks import rule_of
+from headscope.interp.sites.transformer_lens.verify import bound_of
+from headscope.interp.sites.unwrap import origin
 from headscope.kernels.masks import Mask
 
 CALL = re.compile(r"attention_interface_\d+$")

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall
+from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.tracing.plan import Plan as Plan
+from headscope.interp.statistics.plan import Plan as Plan
 from headscope.kernels.request import Attended
 
 Reader = Callable[[Attended], dict[str, Tensor]]

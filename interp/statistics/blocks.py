@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from headscope.interp.attention import AttentionCall
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.parts import cut
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.slicing import cut
-from headscope.interp.spans import OPEN
 from headscope.interp.statistics.base import BLOCK, CallStatistic, Kind, Plan, Reader
+from headscope.interp.statistics.spans import OPEN
 from headscope.kernels import blocks
 from headscope.kernels.request import Attended, Request
 

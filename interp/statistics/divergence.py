@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall
+from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.kept import Kept
 from headscope.interp.statistics.base import CallStatistic
 from headscope.kernels.divergence import Side, divergence
 from headscope.kernels.request import Attended
+
+
+class Kept(Protocol):
+    """What ``keep_attention`` kept."""
+
+    def like(self, call: AttentionCall) -> AttentionCall:
+        """What was kept of the same layer and positions."""
 
 
 @dataclass(frozen=True, eq=False)

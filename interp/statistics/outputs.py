@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall
+from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.spans import members
 from headscope.interp.statistics.base import OUTPUT, CallStatistic, Kind, Plan, Reader, Statistic, need
-from headscope.interp.tracing.plan import concatenate
+from headscope.interp.statistics.plan import concatenate
+from headscope.interp.statistics.spans import members
 from headscope.kernels.request import Attended
 
 

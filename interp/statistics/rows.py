@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.spans import members
 from headscope.interp.statistics.base import Plan, Reader, Statistic, need
-from headscope.interp.tracing.plan import concatenate
+from headscope.interp.statistics.plan import concatenate
+from headscope.interp.statistics.spans import members
 from headscope.kernels.request import Attended
 
 
@@ -61,7 +61,7 @@ class SpanMass(Statistic):
     """Mass on named spans of tokens, dimension ``span``.
 
     ``spans`` maps a name to ``(first, stop)`` positions, the same for all examples, or to a list with one pair, or one
-    list of pairs, an example (in the order the examples are traced within a batch). See ``headscope.interp.spans``.
+    list of pairs, an example (in the order the examples are traced within a batch).
     """
 
     spans: Mapping[str, Any] = field(default_factory=dict)

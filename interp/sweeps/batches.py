@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall, Mask, bare_model
+from headscope.interp.attention.call import AttentionCall, Mask
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
-from headscope.interp.models.tiny import takes
-from headscope.interp.queries import Queries
+from headscope.interp.sites.unwrap import bare_model, takes
 from headscope.interp.statistics import KEY, OUTPUT, ROW, BlockStatistic, Statistic
-from headscope.kernels.streaming import CPU_TILE, GPU_TILE
+from headscope.interp.statistics.queries import Queries
+from headscope.kernels.streaming.engine import CPU_TILE, GPU_TILE
 
 CHUNK = 256  # prompts that are tokenized at a time to learn their lengths
 SLACK = 8  # a prompt may be an eighth, or so many tokens, shorter than the longest of its batch

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.joined import missing
-from headscope.interp.queries import Queries
-from headscope.interp.spans import by_example
+from headscope.interp.records.lazy import missing
 from headscope.interp.statistics import OUTPUT, ROW, Divergence, Statistic
+from headscope.interp.statistics.queries import Queries
+from headscope.interp.statistics.spans import by_example
 from headscope.interp.sweeps.batches import rows_alone
 
 Target = Callable[[Tensor], Tensor] | Tensor

@@ -19,24 +19,24 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from headscope.interp.attention import Handler, origin
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.estimate import begin
-from headscope.interp.files import locked, write_atomically
-from headscope.interp.journal import plain, require_same
 from headscope.interp.models.load import load_model
-from headscope.interp.models.tiny import takes
-from headscope.interp.progress import track
-from headscope.interp.provenance import describe, fingerprint, provenance
-from headscope.interp.queries import Queries
-from headscope.interp.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest, write_part
+from headscope.interp.records.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest, write_part
+from headscope.interp.runs.estimate import begin
+from headscope.interp.runs.files import locked, write_atomically
+from headscope.interp.runs.journal import plain, require_same
+from headscope.interp.runs.progress import track
+from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.interp.sites import attached
-from headscope.interp.sites.support import is_exact
+from headscope.interp.sites.unwrap import origin, takes
 from headscope.interp.statistics import Statistic
+from headscope.interp.statistics.exactness import is_exact
+from headscope.interp.statistics.queries import Queries
 from headscope.interp.sweeps.batches import Batch, Budget, Cost, Prompts, bytes_of
 from headscope.interp.sweeps.examples import check_statistics, for_examples, own_rows
 from headscope.interp.sweeps.ranks import Ranks, ranks
-from headscope.interp.tracer import Tracer, trace
+from headscope.interp.tracing.tracer import Tracer, trace
 
 
 def sweep(

@@ -1,1 +1,1 @@
-"""What the tracer is made of: one pass's plan, its pieces, the sessions and records they become."""
+"""The tracer: one pass's pieces, the sessions and records they become; kept runs, and explicit maps."""

@@ -16,8 +16,8 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from headscope.interp.attention import bare_model, origin
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.unwrap import bare_model, origin
 
 
 class Listener(Protocol):

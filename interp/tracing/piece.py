@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headscope.interp.attention import AttentionCall
+from headscope.interp.attention.call import AttentionCall
 
 
 @dataclass(eq=False)

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from headscope.kernels import hopper, triton_engine
+from headscope.kernels import gpu_engine as triton_engine
 from headscope.kernels.blocks import Pool, blocks, dense
-from headscope.kernels.cases import MASKS, Case, everything, random_case
-from headscope.kernels.checks import allowed, compare, distance
+from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
+from headscope.kernels.checks.compare import allowed, compare, distance
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
+from headscope.kernels.gpu_passes import columns, rows
+from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
-from headscope.kernels.passes import columns, rows
 
 WORKERS = 12
 

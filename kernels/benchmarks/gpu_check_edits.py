@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from headscope.kernels import attention, flex, triton_engine
+from headscope.kernels import attention, flex
+from headscope.kernels import gpu_engine as triton_engine
 from headscope.kernels.benchmarks.gpu_check import WORKERS, poison
-from headscope.kernels.cases import MASKS, Case, everything, random_case, random_edits, random_moves
-from headscope.kernels.checks import allowed, compare, distance
+from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_edits, random_moves
+from headscope.kernels.checks.compare import allowed, compare, distance
 from headscope.kernels.redistribute import redistribute
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.spans import span_outputs

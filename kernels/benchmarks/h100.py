@@ -24,18 +24,21 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from headscope.kernels import attention, flex, hopper, passes, triton_tuning
+from headscope.kernels import attention, flex
+from headscope.kernels import gpu_passes as passes
 from headscope.kernels.benchmarks import gpu_check_edits
 from headscope.kernels.benchmarks.clock import AHEAD, median
 from headscope.kernels.benchmarks.gpu_check import WORKERS, check, check_few, check_long
 from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.divergence import Side, divergence
+from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import distance_slope
 from headscope.kernels.spans import span_outputs
-from headscope.kernels.triton_topk import top_keys
-from headscope.kernels.triton_tuning import Tiles
+from headscope.kernels.triton import tuning as triton_tuning
+from headscope.kernels.triton.topk import top_keys
+from headscope.kernels.triton.tuning import Tiles
 
 HEADS, KV_HEADS = 32, 8
 TILES = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 128, 4)]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from headscope.interp import trace
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.headset import HeadSet
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.models.tiny import tiny_model
+from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites import is_attached
 from headscope.interp.statistics import Entropy, HeadOutput, SinkMass
+from headscope.interp.survey.tiny import tiny_model
 from headscope.interventions import AblateHeads, Intervention, apply, head_means
 
 TOLERANCE = 1e-5

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.estimate import dry_run
-from headscope.interp.headset import HeadSet
-from headscope.interp.journal import Journal
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.results.evaluation import _interval, _two_way_interval
+from headscope.interp.results.headset import HeadSet
+from headscope.interp.runs.estimate import dry_run
+from headscope.interp.runs.journal import Journal
 from headscope.interp.sites import is_attached
 from headscope.interventions import AblateHeads, Evaluation, Intervention, TextLoss, evaluate
-from headscope.interventions.comparison import _interval, _two_way_interval
-from headscope.interventions.evaluation import plan
+from headscope.interventions.evaluation.evaluate import plan
 from headscope.interventions.tasks import TASKS, resolve
 
 PICKED = [(0, 1), (1, 0), (1, 3)]

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from headscope.interp import trace
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.models.inputs import example_inputs
-from headscope.interp.models.tiny import tiny_model
+from headscope.interp.sites.inputs import example_inputs
 from headscope.interp.statistics import Entropy
+from headscope.interp.survey.tiny import tiny_model
 from headscope.interventions import AblateHeads, apply
 
 PICKED = [(0, 1), (1, 0)]

@@ -20,9 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
-from headscope.kernels import hopper, hopper_columns, hopper_output, hopper_rows, triton_columns, triton_rows
+from headscope.kernels.hopper import columns as hopper_columns
+from headscope.kernels.hopper import dispatch as hopper
+from headscope.kernels.hopper import output as hopper_output
+from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.masks import Mask
-from headscope.kernels.triton_masks import rules
+from headscope.kernels.triton import columns as triton_columns
+from headscope.kernels.triton import rows as triton_rows
+from headscope.kernels.triton.masks import rules
 
 COMPARISONS = 32  # a masked tile makes one for each of a thread's 64 scores
 

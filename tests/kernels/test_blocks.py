@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from headscope.kernels import blocks as module
-from headscope.kernels import weights
 from headscope.kernels.blocks import Pool, blocks, dense, top_blocks
-from headscope.kernels.cases import MASKS, Case, random_case
-from headscope.kernels.checks import allowed, distance
+from headscope.kernels.checks.cases import MASKS, Case, random_case
+from headscope.kernels.checks.compare import allowed, distance
+from headscope.kernels.streaming import weights
 
 ENGINES = ["streaming", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

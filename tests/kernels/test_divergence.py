@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headscope.kernels.cases import MASKS, Case, random_case
-from headscope.kernels.checks import allowed, distance
+from headscope.kernels.checks.cases import MASKS, Case, random_case
+from headscope.kernels.checks.compare import allowed, distance
 from headscope.kernels.divergence import Divergence, dense, divergence, output_distance
 
 ENGINES = ["streaming", "triton"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from headscope.kernels.features import decode, encode, runs, width
+from headscope.kernels.triton.features import decode, encode, runs, width
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

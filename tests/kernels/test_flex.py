@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from headscope.kernels import attention, flex
-from headscope.kernels.cases import MASKS, Case, everything, random_case, random_edits
-from headscope.kernels.checks import compare
+from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_edits
+from headscope.kernels.checks.compare import compare
 from headscope.kernels.reference import dense_mask
 from headscope.kernels.request import Request
 

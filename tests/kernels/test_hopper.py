@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="the kernels for Hopper are written in Gluon")
 
-from headscope.kernels import hopper
+from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 
 SHARED = 227 * 1024  # bytes a block may have on an H100

@@ -17,14 +17,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from headscope.kernels import hopper, hopper_columns, hopper_output, hopper_rows, passes
-from headscope.kernels.cases import Case, everything, random_case
-from headscope.kernels.checks import compare
-from headscope.kernels.emulator import Deadlock, Emulated, emulated
-from headscope.kernels.features import encode
-from headscope.kernels.hopper_device import _beside
+from headscope.kernels import gpu_passes as passes
+from headscope.kernels.checks.cases import Case, everything, random_case
+from headscope.kernels.checks.compare import compare
+from headscope.kernels.hopper import columns as hopper_columns
+from headscope.kernels.hopper import dispatch as hopper
+from headscope.kernels.hopper import output as hopper_output
+from headscope.kernels.hopper import rows as hopper_rows
+from headscope.kernels.hopper.device import _beside
+from headscope.kernels.hopper.emulator import Deadlock, Emulated, emulated
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.triton.features import encode
 
 BASE: dict[str, Any] = {"kv_heads": 1, "dtype": torch.bfloat16}
 

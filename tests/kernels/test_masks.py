@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headscope.kernels.cases import MASKS, random_mask
-from headscope.kernels.counts import count_queries
+from headscope.kernels.checks.cases import MASKS, random_mask
 from headscope.kernels.masks import Mask
 from headscope.kernels.reference import dense_mask
+from headscope.kernels.streaming.counts import count_queries
 
 BATCH, HEADS = 3, 2
 

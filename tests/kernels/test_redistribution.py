@@ -11,8 +11,8 @@ import torch
 
 from headscope.kernels import attention, columns, reference
 from headscope.kernels.blocks import blocks, top_blocks
-from headscope.kernels.cases import MASKS, Case, everything, random_case, random_moves
-from headscope.kernels.checks import ROUNDINGS, compare
+from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_moves
+from headscope.kernels.checks.compare import ROUNDINGS, compare
 from headscope.kernels.divergence import divergence
 from headscope.kernels.redistribute import pattern, redistribute
 from headscope.kernels.redistribution import Redistribution, dense

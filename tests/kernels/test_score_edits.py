@@ -7,17 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headscope.kernels import attention, reference, streaming
+from headscope.kernels import attention, reference
 from headscope.kernels.blocks import blocks
 from headscope.kernels.blocks import dense as dense_blocks
-from headscope.kernels.cases import MASKS, Case, everything, random_case, random_edits, random_moves
-from headscope.kernels.checks import compare
+from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_edits, random_moves
+from headscope.kernels.checks.compare import compare
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
 from headscope.kernels.redistribute import redistribute
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
-from headscope.kernels.targets import target_mass
+from headscope.kernels.streaming import engine as streaming
+from headscope.kernels.triton.targets import target_mass
 
 EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads")
 ALL_THREE = {"softcap": 5.0, "sinks": True, "bias": True}

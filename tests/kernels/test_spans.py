@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from headscope.kernels import attention, streaming
-from headscope.kernels.cases import MASKS, Case, random_case, random_edits
+from headscope.kernels import attention
+from headscope.kernels.checks.cases import MASKS, Case, random_case, random_edits
 from headscope.kernels.request import Attended, Request
 from headscope.kernels.spans import span_outputs
+from headscope.kernels.streaming import engine as streaming
 
 SPANS = [(0, 4), (4, 30), (30, 50), (10, 10)]
 

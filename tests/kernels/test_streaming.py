@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headscope.kernels import attention, streaming
-from headscope.kernels.cases import MASKS, Case, everything, random_case
-from headscope.kernels.checks import compare
+from headscope.kernels import attention
+from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
+from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.streaming import engine as streaming
 
 SINGLE = torch.float32
 SHAPES = {  # batch, kv_heads, group, queries, keys, d_head, d_value

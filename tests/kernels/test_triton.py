@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
-from headscope.kernels import attention, triton_engine, triton_tuning
-from headscope.kernels.cases import MASKS, Case, everything, random_case
-from headscope.kernels.checks import compare
+from headscope.kernels import attention
+from headscope.kernels import gpu_engine as triton_engine
+from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
+from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Attended, Request
-from headscope.kernels.triton_tuning import Tiles
+from headscope.kernels.triton import tuning as triton_tuning
+from headscope.kernels.triton.tuning import Tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"softcap": 5.0, "sinks": True, "bias": True}

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
-from headscope.kernels import streaming, triton_engine, triton_topk, triton_tuning
-from headscope.kernels.cases import MASKS, Case, random_case
-from headscope.kernels.checks import compare
+from headscope.kernels import gpu_engine as triton_engine
+from headscope.kernels.checks.cases import MASKS, Case, random_case
+from headscope.kernels.checks.compare import compare
 from headscope.kernels.request import Attended, Request
+from headscope.kernels.streaming import engine as streaming
+from headscope.kernels.triton import topk as triton_topk
+from headscope.kernels.triton import tuning as triton_tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"softcap": 5.0, "sinks": True, "bias": True}

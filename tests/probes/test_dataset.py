@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from headscope.interp.errors import HeadscopeError
-from headscope.probes.dataset import DATASETS, Labelled, load_labelled, subject_number, truth
-from headscope.probes.facts import ATTRACTORS, RELATIONS, SUBJECTS
-from headscope.probes.fitting import Settings, shuffle_labels, split, surface_baselines
+from headscope.probes.linear.dataset import DATASETS, Labelled, load_labelled, subject_number, truth
+from headscope.probes.linear.facts import ATTRACTORS, RELATIONS, SUBJECTS
+from headscope.probes.linear.fitting import Settings, shuffle_labels, split, surface_baselines
 
 
 def leaky(count: int = 40) -> Labelled:

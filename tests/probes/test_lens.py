@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
-from headscope.probes.lens import logit_attribution
+from headscope.probes.lenses.attribution import logit_attribution
 
 SIZES = dict(
     vocab_size=24,

@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
-from headscope.probes import Labelled, ProbeResult, activations, head_outputs, probe_activations, probe_heads, truth
-from headscope.probes.fitting import Settings
+from headscope.probes import Labelled, ProbeResult, head_outputs, probe_activations, probe_heads, truth
+from headscope.probes.linear import activations
+from headscope.probes.linear.fitting import Settings
 
 LAYERS, HEADS, D = 3, 4, 8
 PLANTED = (1, 2)

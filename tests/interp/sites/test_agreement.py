@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from headscope.interp import Tracer, trace
-from headscope.interp.attention import Handler
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import nnsight as nnsight_site
-from headscope.interp.sites import transformer_lens as bridge_site
+from headscope.interp.sites.transformer_lens import route as bridge_site
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, TopKeys
 from headscope.interventions import AblateHeads, apply
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from headscope.interp import Tracer, trace
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites import tl_bridge
-from headscope.interp.sites import transformer_lens as bridge_site
+from headscope.interp.sites.huggingface.verify import verify_once
+from headscope.interp.sites.transformer_lens import bridge as tl_bridge
+from headscope.interp.sites.transformer_lens import route as bridge_site
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, TopKeys
-from headscope.interp.verify import verify_once
 from headscope.interventions import AblateHeads, apply
 
 STATISTICS = [Entropy(), SinkMass(), KeyMass(), TopKeys(1), HeadOutput((-1,))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headscope.interp.sites import dense_masks
+from headscope.interp.sites.huggingface import dense_masks
 from headscope.kernels.masks import Mask
 
 

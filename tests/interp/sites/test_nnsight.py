@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from headscope.interp import Tracer, trace
-from headscope.interp.attention import AttentionCall, Handler
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached, is_attached
 from headscope.interp.sites import nnsight as nnsight_site

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from headscope.interp import Tracer, trace
-from headscope.interp.attention import AttentionCall, Handler
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached, is_attached
-from headscope.interp.sites import transformer_lens as bridge_site
+from headscope.interp.sites.huggingface.verify import verify_once
+from headscope.interp.sites.transformer_lens import route as bridge_site
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, TopKeys
-from headscope.interp.verify import verify_once
 from headscope.interventions import AblateHeads, Intervention, apply
 
 STATISTICS = [Entropy(), SinkMass(), KeyMass(), TopKeys(1), HeadOutput((-1,))]

@@ -23,16 +23,16 @@ import torch
 import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.estimate import dry_run, estimate
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.models.tiny import tiny_model
-from headscope.interp.queries import Every, Generated, Last
-from headscope.interp.record import append_record, concatenate, each_part, load_record, open_record
+from headscope.interp.records.record import append_record, concatenate, each_part, load_record, open_record
+from headscope.interp.runs.estimate import dry_run, estimate
 from headscope.interp.sites import is_attached
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, SpanMass, TargetMass, TopKeys
+from headscope.interp.statistics.queries import Every, Generated, Last
+from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.sweeps import run, sweep
 from headscope.interp.sweeps.batches import Budget, Cost, Prompts, bytes_of, rows_alone
-from headscope.interp.tracer import trace
+from headscope.interp.tracing.tracer import trace
 from headscope.interventions import AblateHeads, apply
 
 BOUND = 4e-5

@@ -8,8 +8,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 from headscope.interp import trace
-from headscope.interp.models import tiny_model
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
+from headscope.interp.survey.tiny import tiny_model
 
 STATISTICS = [LogSumExp(), Entropy(), SinkMass(first=2), KeyMass(), TopKeys(2), Distance()]
 

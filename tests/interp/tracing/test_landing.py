@@ -9,13 +9,13 @@ import xarray as xr
 from torch import Tensor
 from transformers import DynamicCache
 
-from headscope.interp.models.inputs import example_inputs
-from headscope.interp.models.tiny import tiny_model
-from headscope.interp.queries import Every
+from headscope.interp.sites.inputs import example_inputs
 from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SpanMass
-from headscope.interp.tracer import trace
-from headscope.interp.tracing import landing
-from headscope.interp.tracing.landing import Landing
+from headscope.interp.statistics.queries import Every
+from headscope.interp.survey.tiny import tiny_model
+from headscope.interp.tracing import host_copies as landing
+from headscope.interp.tracing.host_copies import Landing
+from headscope.interp.tracing.tracer import trace
 
 STATISTICS = [LogSumExp(), Entropy(), SpanMass({"start": (0, 2), "rest": (2, 9)}), KeyMass()]
 
@@ -52,7 +52,7 @@ def passes(model: torch.nn.Module, ids: Tensor) -> xr.Dataset:
 def test_the_record_waits_for_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = passes(model, ids)
-    monkeypatch.setattr("headscope.interp.tracer.Landing", Late)
+    monkeypatch.setattr("headscope.interp.tracing.tracer.Landing", Late)
     xr.testing.assert_equal(passes(model, ids), expected)
 
 
@@ -67,7 +67,7 @@ def test_the_records_of_several_kinds_of_layers_wait(monkeypatch: pytest.MonkeyP
         return tracer.records
 
     expected = records()
-    monkeypatch.setattr("headscope.interp.tracer.Landing", Late)
+    monkeypatch.setattr("headscope.interp.tracing.tracer.Landing", Late)
     for found, right in zip(records(), expected, strict=True):
         xr.testing.assert_equal(found, right)
 

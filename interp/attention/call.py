@@ -1,0 +1,123 @@
+"""AttentionCall: what one attention layer computes with. Sites produce it, statistics read it, edits change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.interp.errors import HeadscopeError
+from headscope.kernels import attention as kernels
+from headscope.kernels import redistribute as redistributed
+from headscope.kernels.masks import Mask
+from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
+
+LOWEST = -1e30  # stands for -inf where a bias says "never": finite, so that 0 times it is 0
+
+__all__ = ["AttentionCall", "Mask"]
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One attention layer at one forward pass.
+
+    ``query`` (batch, head, query, d_head), ``key`` and ``value`` (batch, kv_head, key, ·): after position embedding and
+    QK-norm, after the cache update, key/value heads not repeated. ``layer`` is the layer's index within its tower,
+    ``site`` the tower's modules as a pattern such as ``"model.layers.*.self_attn"``. ``position_bias`` (batch or 1,
+    head or 1, query, key) is added to the scores (T5). ``cross``: queries and keys are of different sequences, so that
+    distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them. ``dense``: the
+    mask came as a tensor, which may hold padding without saying so.
+
+    No model computes with the last three, which are for edits (``with_key_bias`` and so on); statistics are those of
+    the edited pattern. ``key_bias`` (batch or 1, head or 1, key) is added to each key's score after softcap;
+    ``score_edit`` changes the scores last; ``redistribution`` moves mass between keys after softmax.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Mask
+    scale: float
+    layer: int
+    site: str
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    position_bias: Tensor | None = None
+    cross: bool = False
+    gaps: bool = False
+    dense: bool = False
+    key_bias: Tensor | None = None
+    score_edit: ScoreEdit | None = None
+    redistribution: Redistribution | None = None
+
+    def attend(self, request: Request) -> Attended:
+        """Compute ``request``, sharing one pass."""
+        if self.redistribution is None:
+            seen = kernels.attend(**self.inputs(), request=request)
+        else:
+            seen = redistributed.redistribute(**self.inputs(), move=self.redistribution, request=request)
+        if seen.output is not None:
+            seen.output = seen.output.to(self.value.dtype)
+        return seen
+
+    def output(self) -> Tensor:
+        """The heads' outputs z (batch, head, query, d_value)."""
+        if self.redistribution is not None:
+            z = self.attend(Request()).output
+            assert z is not None
+            return z
+        return kernels.output(**self.inputs()).to(self.value.dtype)
+
+    def pattern(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
+        """One exact tile of the pattern (batch, head, row, key), float32."""
+        inputs = self.inputs()
+        del inputs["v"]
+        if self.redistribution is not None:
+            return redistributed.pattern(**inputs, move=self.redistribution, rows=rows, keys=keys)
+        return kernels.pattern(**inputs, rows=rows, keys=keys)
+
+    def inputs(self) -> dict[str, Any]:
+        """The kernels' arguments. A position bias becomes ``key`` further dimensions: q.k + b = [q, b].[k, e]."""
+        q, k, v, scale = self.query, self.key, self.value, self.scale
+        if self.position_bias is not None:
+            if self.softcap is not None:
+                raise HeadscopeError("attention with both a softcap and a position bias is not supported")
+            batch, kv_heads, keys, _ = k.shape
+            wide = torch.promote_types(q.dtype, torch.float32)
+            bias = self.position_bias.to(wide).clamp(min=LOWEST).expand(batch, q.shape[1], q.shape[2], keys)
+            unit = torch.eye(keys, dtype=wide, device=k.device).expand(batch, kv_heads, -1, -1)
+            q, k, scale = torch.cat([q.to(wide) * scale, bias], -1), torch.cat([k.to(wide), unit], -1), 1.0
+            v = v.to(wide)
+        scores = {"scale": scale, "softcap": self.softcap, "sinks": self.sinks}
+        return {"q": q, "k": k, "v": v, "mask": self.mask, **scores, "bias": self.key_bias, "edit": self.score_edit}
+
+    def with_(self, **changes: Any) -> AttentionCall:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def with_key_bias(self, bias: Tensor) -> AttentionCall:
+        """A copy in which ``bias`` (batch or 1, head or 1, key) is added to each key's score, and to an earlier bias.
+
+        ``log c`` multiplies the key's weight by c before renormalisation; -inf takes the key away.
+        """
+        return replace(self, key_bias=bias if self.key_bias is None else self.key_bias + bias)
+
+    def with_score_edit(self, edit: ScoreEdit) -> AttentionCall:
+        """A copy whose scores ``edit`` (see ``headscope.kernels.score_edits``) changes last, after an earlier edit.
+
+        Tables that it holds must be on the layer's device.
+        """
+        return replace(self, score_edit=edit if self.score_edit is None else self.score_edit.then(edit))
+
+    def with_redistribution(self, move: Redistribution) -> AttentionCall:
+        """A copy in which ``move`` moves mass between keys after softmax, so after any edit of scores.
+
+        Raises HeadscopeError where an earlier edit did: one ``Redistribution`` can hold different keys for every head.
+        """
+        if self.redistribution is not None:
+            raise HeadscopeError(f"two edits redistribute layer {self.layer} of {self.site}; make them one")
+        return replace(self, redistribution=move)

@@ -1,0 +1,88 @@
+"""Handlers: what a tracer or an edit does at an attention call, and how a call is answered under several of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from headscope.interp.attention.call import AttentionCall
+from headscope.kernels.request import Attended, Request
+
+
+class Handler:
+    """What a tracer or an intervention does at each attention call. Every method has a default that does nothing.
+
+    A site runs, for handlers in the order they were entered: every ``edit``, then the attention itself with the
+    handlers' ``request``s in the same pass, then every ``edit_output``, then every ``observe``. A tracer therefore sees
+    the edited attention and the edited outputs.
+    """
+
+    def concerns(self, site: str, layer: int) -> bool:
+        """Whether this layer's calls are read or changed at all, the same answer while attached.
+
+        Where no handler is concerned, a site may leave the layer to the model's own attention and call none of them.
+        """
+        return True
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        """Change what the layer computes with."""
+        return call
+
+    def request(self, call: AttentionCall) -> Request | None:
+        """The statistics wanted of this call, or None."""
+        return None
+
+    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
+        """Change the heads' outputs ``z`` (batch, head, query, d_value); return a new tensor or ``z`` itself."""
+        return z
+
+    def observe(self, call: AttentionCall, attended: Attended) -> None:
+        """Read the statistics asked for by ``request``; ``attended.output`` holds the final heads' outputs."""
+
+    def begin_forward(self, inputs: dict[str, Any]) -> None:
+        """The model is about to run a forward pass on these keyword arguments."""
+
+    def end_forward(self) -> None:
+        """The forward pass that began came to its end."""
+
+    def abort_forward(self) -> None:
+        """The forward pass that began did not come to its end (an exception, an interrupt)."""
+
+
+def run_call(call: AttentionCall, handlers: list[Handler]) -> Tensor:
+    """One attention call under ``handlers``: edits, attention with statistics, output edits, observation."""
+    return finish_call(edit_call(call, handlers), handlers)
+
+
+def edit_call(call: AttentionCall, handlers: list[Handler]) -> AttentionCall:
+    """``call`` after every handler's ``edit``, in order."""
+    for handler in handlers:
+        call = handler.edit(call)
+    return call
+
+
+def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None = None) -> Tensor:
+    """Attention with statistics, output edits and observation of an edited call.
+
+    ``z`` (batch, head, query, d_value) is what the call gives where the site has computed it already.
+    """
+    requests = [handler.request(call) for handler in handlers]
+    results: list[Attended | None] = []
+    for request in requests:
+        if request is None:
+            results.append(None)
+            continue
+        result = call.attend(replace(request, output=z is None))
+        z = result.output if z is None else z
+        results.append(result)
+    if z is None:
+        z = call.output()
+    for handler in handlers:
+        z = handler.edit_output(call, z)
+    for handler, seen in zip(handlers, results, strict=True):
+        if seen is not None:
+            seen.output = z
+            handler.observe(call, seen)
+    return z

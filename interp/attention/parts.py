@@ -1,0 +1,85 @@
+"""Parts of an attention call that are calls themselves: some of its examples and tokens, or one of its heads.
+
+What an edit or a mask says of an example or of a head goes by its index in the whole call, so a part tells them that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.errors import HeadscopeError
+from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.score_edits import ScoreEdit
+
+
+def cut(call: AttentionCall, examples: slice, rows: slice, keys: slice) -> AttentionCall:
+    """Some examples, some of their query rows, and some of the keys; slices with both ends.
+
+    Weights are those of the whole as long as no key that a row sees is left out.
+
+    Raises:
+        HeadscopeError: mass was moved between the keys of the whole.
+    """
+    if call.redistribution is not None:
+        raise HeadscopeError(
+            f"mass was moved between the keys of layer {call.layer} of {call.site}, so no part of them attends by "
+            "itself: leave statistics of blocks out, or trace without that edit"
+        )
+    mask = call.mask.select_batch(examples.start, examples.stop)
+    mask = replace(mask, query_offset=mask.query_offset + rows.start, key_offset=mask.key_offset + keys.start)
+
+    def mine(x: Tensor | None, *places: slice) -> Tensor | None:
+        return None if x is None else x[(examples if x.shape[0] > 1 else slice(None), slice(None), *places)]
+
+    return call.with_(
+        query=call.query[examples, :, rows],
+        key=call.key[examples, :, keys],
+        value=call.value[examples, :, keys],
+        mask=mask,
+        position_bias=mine(call.position_bias, rows, keys),
+        key_bias=mine(call.key_bias, keys),
+        score_edit=_moved(call.score_edit, examples.start, 0),
+    )
+
+
+def one_head(call: AttentionCall, head: int) -> AttentionCall:
+    """One query head, with its key/value head."""
+    kv = head // (call.query.shape[1] // call.key.shape[1])
+    mask, rule = call.mask, call.mask.rule
+    if rule is not None:
+        mask = replace(mask, rule=lambda b, h, q, k: rule(b, h + head, q, k))
+
+    def mine(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[1] == 1 else x[:, head : head + 1]
+
+    return call.with_(
+        query=call.query[:, head : head + 1],
+        key=call.key[:, kv : kv + 1],
+        value=call.value[:, kv : kv + 1],
+        mask=mask,
+        sinks=None if call.sinks is None else call.sinks[head : head + 1],
+        position_bias=mine(call.position_bias),
+        key_bias=mine(call.key_bias),
+        score_edit=_moved(call.score_edit, 0, head),
+        redistribution=None if call.redistribution is None else _of_head(call.redistribution, head),
+    )
+
+
+def _moved(edit: ScoreEdit | None, example: int, head: int) -> ScoreEdit | None:
+    """``edit`` for a part whose first example and head have these indices."""
+    if edit is None or not (example or head):
+        return edit
+    return ScoreEdit(lambda s, b, h, q, k: edit(s, b + example, h + head, q, k))
+
+
+def _of_head(move: Redistribution, head: int) -> Redistribution:
+    def mine(x: Tensor) -> Tensor:
+        return x[:, head : head + 1] if x.dim() == 3 and x.shape[1] > 1 else x
+
+    keep = torch.as_tensor(move.keep)
+    keep = keep[head : head + 1] if keep.dim() == 1 else mine(keep)
+    return Redistribution(mine(move.keys), keep, None if move.onto is None else mine(move.onto))

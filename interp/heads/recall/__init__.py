@@ -1,0 +1,1 @@
+"""Heads that bring back what the context says: generation decides."""

@@ -1,0 +1,1 @@
+"""Heads that rest: where attention goes that has nothing to read."""

@@ -1,0 +1,80 @@
+"""Greedy answers to needle prompts, and their recall: independent of tracing."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from headscope.interp.errors import HeadscopeError
+
+
+def prefill(lm: Any, ids: Any) -> Any:
+    """Run the model on token ids without statistics; returns its key/value cache.
+
+    Raises:
+        HeadscopeError: no token, or a model that keeps no cache.
+    """
+    if not len(ids):
+        raise HeadscopeError("a prompt needs at least two tokens")
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=lm.device), "use_cache": True}
+    if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    with torch.no_grad():
+        cache = getattr(lm.model(**inputs), "past_key_values", None)
+    if cache is None:
+        raise HeadscopeError(f"{lm.name} returns no key/value cache, which decoding needs; use a causal language model")
+    return cache
+
+
+def decode(lm: Any, cache: Any, last: int, max_new_tokens: int, *, newline_stop: bool = False) -> list[int]:
+    """Continue a cache greedily from the token ``last``: the emitted ids, with the one that ended the answer.
+
+    Stops at a token that ends a text or a turn (``stop_tokens``), with ``newline_stop`` at a token with a newline, or
+    after ``max_new_tokens``. Every forward pass has one query row: the one that emits the next token.
+
+    Raises:
+        HeadscopeError: logits that are not numbers.
+    """
+    stops, emitted, fed = stop_tokens(lm), list[int](), int(last)
+    while len(emitted) < max_new_tokens:
+        with torch.no_grad():
+            output = lm.model(input_ids=torch.tensor([[fed]], device=lm.device), past_key_values=cache, use_cache=True)
+        check_finite(lm, output.logits[:, -1])
+        fed = int(output.logits[0, -1].argmax())
+        emitted.append(fed)
+        if fed in stops or (newline_stop and "\n" in lm.tokenizer.decode([fed])):
+            break
+    return emitted
+
+
+def stop_tokens(lm: Any) -> frozenset[int]:
+    """Ids that end a text or a chat turn: those of the generation settings, of the configuration and of the tokenizer,
+    and the special token that its chat template puts after an assistant's message."""
+    tokenizer, found = lm.tokenizer, set[int]()
+    for holder in (getattr(lm.model, "generation_config", None), lm.model.config, tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Goodbye"}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        after = tokenizer(text.rpartition("Goodbye")[2], add_special_tokens=False)["input_ids"]
+        if after and after[0] in tokenizer.all_special_ids:
+            found.add(int(after[0]))
+    return frozenset(found)
+
+
+def check_finite(lm: Any, logits: torch.Tensor) -> None:
+    """Raise HeadscopeError where logits (..., vocabulary) name no next token."""
+    if bool(logits.isnan().any()) or not bool(logits.isfinite().any(dim=-1).all()):
+        dtype = str(logits.dtype).removeprefix("torch.")
+        raise HeadscopeError(
+            f"{lm.name} gives logits that are not numbers in {dtype} on {logits.device}: "
+            "load it with dtype='float32', or check its weights"
+        )
+
+
+def answer_text(lm: Any, ids: list[int]) -> str:
+    """The text of emitted tokens, without special tokens and surrounding white space."""
+    return str(lm.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -1,0 +1,294 @@
+"""Trials of the needle task and their prompts, built to an exact number of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.prompts.decoding import answer_text, decode, prefill
+from headscope.interp.prompts.haystack import (
+    Needle,
+    Needles,
+    boundary_before,
+    insertion_point,
+    load_haystack,
+    load_needles,
+    rouge1_recall,
+    sentence_ends,
+)
+from headscope.interp.prompts.spans import encode, span_in
+from headscope.interp.runs.journal import Trial
+from headscope.interp.statistics.spans import Span
+
+PAPER_LENGTHS = tuple(int(n) for n in np.round(np.linspace(1000, 50000, 20)))  # retrieval_head_detection.py
+LEAST_HAYSTACK = 16  # tokens of text around a needle, below which its depth means nothing
+CHAT = "<book>{context}</book>\nBased on the content of the book, Question: {question}\nAnswer:"
+BASE = "{context}\nBased on the content of the book, Question: {question}\nAnswer:"
+
+
+@dataclass(frozen=True, eq=False)
+class NeedlePrompt:
+    """One prompt. ``ids`` are the tokens of ``text``; ``span`` holds the answer (``real_needle``) and ``needle_span``
+    the whole sentence, as token positions (first, stop) in ``ids``."""
+
+    needle: Needle
+    text: str
+    ids: tuple[int, ...]
+    span: Span
+    needle_span: Span
+
+
+@dataclass(frozen=True, eq=False)
+class NeedleTask:
+    """The needle-in-a-haystack test of Wu et al. 2024 (arXiv 2404.15574, Section 2 and retrieval_head_detection.py).
+
+    ``lengths`` are tokens of the full prompt (None: the authors' 20 lengths from 1,000 to 50,000 that fit the model's
+    context with the new tokens); ``depths`` percents, or a number of them from 0 to 100 (10: the authors');
+    ``needles`` as of ``load_needles``; ``haystack`` a text file (None: the bundled novel). ``paraphrased`` asks each
+    needle's ``paraphrase``. ``chat`` forces or forbids the chat template (None: used where the tokenizer has one).
+    ``stem`` goes to ``rouge1_recall``. ``newline_stop`` ends an answer at its first newline, as the authors do: models
+    that begin with a newline then answer nothing.
+
+    The needle is set as a line of its own at the sentence end at or before the depth (a clause's end within a very
+    long sentence); depth 100 appends it. Each needle starts reading the haystack at another place, as the authors give
+    each needle its own book; text that is shorter than the prompt is repeated, as theirs is. What differs from their
+    code: sentence ends and the needle's span are found in the text (their period ids belong to one vocabulary, and
+    their span may begin a token early); the full prompt has exactly ``length`` tokens, not ``length`` - 200 and a bit.
+    """
+
+    lengths: Sequence[int] | None = None
+    depths: int | Sequence[float] = 10
+    needles: Needles = None
+    haystack: str | Path | None = None
+    paraphrased: bool = False
+    chat: bool | None = None
+    max_new_tokens: int = 50
+    newline_stop: bool = False
+    stem: Callable[[str], str] | None = None
+    name: str = field(default="needle", init=False)
+    metric: str = field(default="ROUGE-1 recall", init=False)
+
+    def trials(self, lm: Any) -> list[Trial]:
+        """Every needle at every length and depth: needle (its name), length, depth.
+
+        Raises:
+            HeadscopeError: a length beyond the model's context or too short for the needle, a depth outside 0 to 100,
+                a needle that the haystack already tells, or a missing paraphrase.
+        """
+        lengths = self.lengths_for(lm)
+        for needle in self.loaded.values():
+            self._check(needle)
+            self.build(lm, {"needle": needle.name, "length": min(lengths), "depth": 0})
+        return [
+            {"needle": name, "length": length, "depth": depth}
+            for name in self.loaded
+            for length in lengths
+            for depth in self.percents
+        ]
+
+    @cached_property
+    def loaded(self) -> dict[str, Needle]:
+        """The needles by name."""
+        return {needle.name: needle for needle in load_needles(self.needles)}
+
+    @cached_property
+    def text(self) -> str:
+        """The haystack."""
+        return load_haystack(self.haystack)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return sentence_ends(self.text)
+
+    @cached_property
+    def percents(self) -> list[float]:
+        """The depths, in percent of the context."""
+        asked = np.round(np.linspace(0, 100, self.depths)) if isinstance(self.depths, int) else np.asarray(self.depths)
+        values = [int(d) if float(d).is_integer() else float(d) for d in asked]
+        if not values or min(values) < 0 or max(values) > 100 or len(set(values)) < len(values):
+            raise HeadscopeError(f"depths are different percents from 0 to 100, or their number; got {self.depths}")
+        return values
+
+    def lengths_for(self, lm: Any) -> list[int]:
+        """Prompt lengths that ``lm`` can take together with the new tokens.
+
+        Raises:
+            HeadscopeError: a length that was asked for does not fit, or none of the paper's does.
+        """
+        limit = lm.info.context_length
+        most = None if limit is None else limit - self.max_new_tokens
+        if self.lengths is None:
+            fitting = [n for n in PAPER_LENGTHS if most is None or n <= most]
+            if not fitting:
+                raise HeadscopeError(
+                    f"{lm.name} has a context of {limit} tokens, shorter than the paper's shortest prompt "
+                    f"({PAPER_LENGTHS[0]} and {self.max_new_tokens} new tokens): pass lengths=[...]"
+                )
+            return fitting
+        lengths = [int(n) for n in self.lengths]
+        if not lengths or len(set(lengths)) < len(lengths):
+            raise HeadscopeError(f"lengths are different numbers of tokens, at least one; got {list(self.lengths)}")
+        if most is not None and max(lengths) > most:
+            raise HeadscopeError(
+                f"a prompt of {max(lengths)} tokens and {self.max_new_tokens} new ones exceed the context of {lm.name} "
+                f"({limit} tokens): ask for lengths up to {most}"
+            )
+        return lengths
+
+    def build(self, lm: Any, trial: Trial) -> NeedlePrompt:
+        """The prompt of a trial: exactly ``trial["length"]`` tokens, or as few less as its tokenizer can hit.
+
+        Raises:
+            HeadscopeError: no tokenizer, an unknown needle, a needle that does not survive tokenization or the chat
+                template, or a length too short to hold it.
+        """
+        tokenizer = getattr(lm, "tokenizer", None)
+        if tokenizer is None:
+            raise HeadscopeError(f"{lm.name} was given without a tokenizer: pass tokenizer= to load_model")
+        if trial["needle"] not in self.loaded:
+            raise HeadscopeError(f"unknown needle {trial['needle']!r}; this task has {', '.join(self.loaded)}")
+        needle, length = self.loaded[trial["needle"]], int(trial["length"])
+        source = self._source(needle, length)
+        stops = _token_ends(tokenizer, source)
+        overhead = len(encode(tokenizer, self._prompt(lm, needle, f"\n{needle.needle}\n"))[0])
+        if length < overhead + LEAST_HAYSTACK:
+            raise HeadscopeError(
+                f"needle {needle.name!r} and its question take {overhead} tokens: a prompt of {length} is too short, "
+                f"ask for at least {overhead + LEAST_HAYSTACK}"
+            )
+
+        def make(cut: int, target: int) -> tuple[int, str]:
+            text = self._prompt(lm, needle, _insert(source[:cut], target, needle.needle))
+            return len(encode(tokenizer, text)[0]), text
+
+        text = _fit(make, stops, float(trial["depth"]), length, length - overhead)
+        return _located(tokenizer, needle, text)
+
+    def uses_chat(self, lm: Any) -> bool:
+        """Whether prompts go through the chat template."""
+        return bool(getattr(lm.tokenizer, "chat_template", None)) if self.chat is None else self.chat
+
+    def tokens(self, trial: Trial) -> tuple[int, int]:
+        """A trial's prompt tokens and the most that are generated."""
+        return int(trial["length"]), self.max_new_tokens
+
+    def run(self, lm: Any, trial: Trial) -> dict[str, Any]:
+        """Answer one prompt greedily and measure the answer's recall, with whatever is attached to the model.
+
+        Returns:
+            score (ROUGE-1 recall of the needle's answer, 0 to 1), response, tokens (of the prompt), new_tokens,
+            position (the answer's first token), all JSON-able.
+
+        Raises:
+            HeadscopeError: as of ``build``, or logits that are not numbers.
+        """
+        prompt = self.build(lm, trial)
+        cache = prefill(lm, prompt.ids[:-1])
+        new = decode(lm, cache, prompt.ids[-1], self.max_new_tokens, newline_stop=self.newline_stop)
+        response = answer_text(lm, new)
+        score = rouge1_recall(prompt.needle.real_needle, response, stem=self.stem)
+        place = {"tokens": len(prompt.ids), "position": prompt.span[0], "new_tokens": len(new)}
+        return {"score": score, "response": response, **place}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The settings as JSON-able values; texts by their SHA-256, so that a resumed run is known to be the same."""
+        needles = [needle.to_dict() for needle in self.loaded.values()]
+        return {
+            "depths": self.percents,
+            "needles": list(self.loaded),
+            "needles_sha256": hashlib.sha256(repr(needles).encode()).hexdigest(),
+            "haystack": "bundled" if self.haystack is None else Path(self.haystack).name,
+            "haystack_sha256": hashlib.sha256(self.text.encode()).hexdigest(),
+            "paraphrased": self.paraphrased,
+            "chat": self.chat,
+            "max_new_tokens": self.max_new_tokens,
+            "newline_stop": self.newline_stop,
+            "stem": None if self.stem is None else getattr(self.stem, "__qualname__", repr(self.stem)),
+        }
+
+    def _check(self, needle: Needle) -> None:
+        if needle.real_needle.casefold() in self.text.casefold():
+            raise HeadscopeError(f"the haystack already tells needle {needle.name!r}; choose another text or needle")
+        if self.paraphrased and not needle.paraphrase:
+            raise HeadscopeError(f"needle {needle.name!r} has no paraphrase; add one, or ask its question")
+
+    def _source(self, needle: Needle, length: int) -> str:
+        """Haystack text for at least ``length`` tokens (of up to 8 characters), from this needle's own place."""
+        names = list(self.loaded)
+        at = boundary_before([0, *self._ends], len(self.text) * names.index(needle.name) // len(names))
+        rotated = (self.text[at:] + "\n\n" + self.text[:at]).strip()
+        while len(rotated) < 8 * length:
+            rotated += "\n\n" + rotated
+        return rotated[: 8 * length]
+
+    def _prompt(self, lm: Any, needle: Needle, context: str) -> str:
+        question = needle.paraphrase if self.paraphrased else needle.question
+        if self.uses_chat(lm):
+            return str(lm.chat(CHAT.format(context=context, question=question)))
+        return BASE.format(context=context, question=question)
+
+
+def _token_ends(tokenizer: Any, text: str) -> list[int]:
+    """Character position at which each token of ``text`` ends; spread evenly for a tokenizer without offsets, whose
+    prompts are measured whole anyway."""
+    ids, offsets = encode(tokenizer, text, special_tokens=False)
+    if offsets is None:
+        return [round((i + 1) * len(text) / len(ids)) for i in range(len(ids))]
+    return [stop for _, stop in offsets]
+
+
+def _insert(context: str, target: int, needle: str) -> str:
+    """``context`` with the needle as a line of its own at or before character ``target`` (see ``insertion_point``)."""
+    at = target if target in (0, len(context)) else insertion_point(context, target)
+    before, after = context[:at].rstrip(), context[at:].lstrip()
+    return (before + "\n" if before else "") + needle + ("\n" + after if after else "")
+
+
+def _fit(
+    make: Callable[[int, int], tuple[int, str]], stops: Sequence[int], depth: float, length: int, guess: int
+) -> str:
+    """The text that has ``length`` tokens, or the longest that fits where none is exact.
+
+    ``make`` builds a text from a cut of the haystack and the needle's place, in characters. The estimated cut is
+    corrected by its error in tokens; then, with the needle's place held, it moves character by character.
+    """
+    best, tried, tokens = (0, ""), set[int](), min(guess, len(stops))
+    while tokens not in tried:
+        tried.add(tokens)
+        cut, inside = stops[tokens - 1], int(tokens * depth / 100)
+        target = cut if depth >= 100 else stops[inside - 1] if inside else 0
+        found, text = make(cut, target)
+        if found == length:
+            return text
+        best = max(best, (found, text)) if found < length else best
+        tokens = min(max(tokens + length - found, 1), len(stops))
+    for step in (step for size in range(1, 25) for step in (size, -size)):
+        moved = max(cut + step, 1)
+        found, text = make(moved, moved if depth >= 100 else min(target, moved))
+        if found == length:
+            return text
+        best = max(best, (found, text)) if found < length else best
+    if not best[0]:
+        raise HeadscopeError(f"the haystack cannot be cut so that the prompt has {length} tokens; use another length")
+    return best[1]
+
+
+def _located(tokenizer: Any, needle: Needle, text: str) -> NeedlePrompt:
+    if text.count(needle.needle) != 1:
+        raise HeadscopeError(
+            f"needle {needle.name!r} stands {text.count(needle.needle)} times in its prompt instead of once: "
+            "the chat template changes it, or the haystack tells it"
+        )
+    ids, offsets = encode(tokenizer, text)
+    at = text.index(needle.needle)
+    whole = span_in(tokenizer, text, ids, offsets, needle.needle, start=at)
+    answer = span_in(tokenizer, text, ids, offsets, needle.real_needle, start=at)
+    return NeedlePrompt(needle, text, tuple(ids), answer, whole)

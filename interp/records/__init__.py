@@ -1,0 +1,1 @@
+"""Records: one Dataset of aligned examples, in memory, on disk, or lazily over parts."""

@@ -1,0 +1,166 @@
+"""From a folder of results to one report: whatever it holds, in the order a reader wants it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from headscope.interp import plots
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.records.record import MANIFEST, load_record
+from headscope.interp.reports.page import Report
+from headscope.interp.results.scores import HeadScores
+
+MEANING = {
+    "sinks": "Mean attention received by the first token from the rows that see it (Gu et al. 2024).",
+    "induction": "On repeated random tokens: attention to the token after the last occurrence (Olsson et al. 2022).",
+    "previous_token": "Attention to the token just before.",
+    "duplicate_token": "Attention to an earlier occurrence of the same token.",
+    "retrieval": "While answering: how much of the needle the head's heaviest key copies (Wu et al. 2024).",
+    "retrieval_paraphrased": "The same with a question that shares no word with the needle, teacher-forced.",
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything readable in a folder and its subfolders, by path."""
+
+    scores: dict[str, HeadScores]
+    evaluations: dict[str, Any]
+    records: dict[str, Any]
+    model: str = ""  # as it was named on the command line that made the results
+
+    @classmethod
+    def find(cls, folder: Path) -> Results:
+        """Read a folder.
+
+        Raises:
+            HeadscopeError: it does not exist or holds no result.
+        """
+        from headscope.interventions import Evaluation
+
+        if not folder.is_dir():
+            raise HeadscopeError(f"{folder} is not a folder; give the folder that other commands wrote with --out")
+        tables = sorted(folder.rglob("*.parquet"))
+        scores = {
+            str(path.relative_to(folder)): HeadScores.load(path.with_suffix(".json"))
+            for path in tables
+            if path.name != "evaluation.parquet" and path.parent.name != "control"
+        }
+        evaluations = {
+            str(path.parent.relative_to(folder)): Evaluation.load(path.parent)
+            for path in tables
+            if path.name == "evaluation.parquet"
+        }
+        records = {str(p.parent.relative_to(folder)): load_record(p.parent) for p in sorted(folder.rglob(MANIFEST))}
+        if not (scores or evaluations or records):
+            raise HeadscopeError(f"{folder} holds no results; run `headscope discover`, `probe`, `trace` or `evaluate`")
+        configs = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.config.json"))]
+        model = next((c["settings"]["model"] for c in configs if c.get("settings", {}).get("model")), "")
+        return cls(scores, evaluations, records, model)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a method: its best head and how many heads pass 0.1."""
+        rows = []
+        for found in self.scores.values():
+            best = found.to_frame().iloc[0]
+            rows.append(
+                {
+                    "method": found.method,
+                    "best_head": f"L{int(best['layer'])}H{int(best['head'])}",
+                    "score": float(best["score"]),
+                    "ci_low": float(best["ci_low"]),
+                    "ci_high": float(best["ci_high"]),
+                    "heads_above_0.1": int((found.mean > 0.1).sum()),
+                    "heads": found.mean.size,
+                    "trials": len(found.trials),
+                }
+            )
+        return rows
+
+    def report(self, prompt: str | None, model: str | None) -> Report:
+        """Compose the page."""
+        first = next(iter(self.scores.values()), None) or next(iter(self.evaluations.values()), None)
+        made = first.provenance if first is not None else {}
+        name = made.get("model", {}).get("name", "")
+        page = Report("headscope report", f"{name}" if name else "")
+        if self.scores:
+            page.heading("Heads found").table(pd.DataFrame(self.summary()), "Best head of every method")
+        for found in self.scores.values():
+            _add_scores(page, found)
+        for place, result in self.evaluations.items():
+            _add_evaluation(page, result, place)
+        for place, record in self.records.items():
+            page.heading(f"Record {place}")
+            for variable in record.data_vars:
+                if record[variable].dims == ("example", "layer", "head", "query"):
+                    page.figure(
+                        plots.statistic_map(record, str(variable)), f"{variable}: mean over examples and queries"
+                    )
+        if prompt is not None:
+            _add_patterns(page, self.scores, prompt, model or self.model)
+        page.provenance({found.method: found.provenance for found in self.scores.values()} or made)
+        return page
+
+
+def _add_scores(page: Report, found: HeadScores) -> None:
+    low, high = found.interval
+    title = found.method.replace("_", " ")
+    page.heading(title)
+    if found.method in MEANING:
+        page.text(MEANING[found.method])
+    page.figure(
+        plots.head_map(found.mean, title=title, label="score", low=low, high=high, n=found.n),
+        f"Every head; intervals are 95 % bootstrap over {len(found.trials)} trials.",
+    )
+    page.figure(plots.ranked(found, 20), "The highest-scoring heads with their intervals.")
+    grid = pd.DataFrame(list(found.details))
+    if {"length", "depth", "recall"} <= set(grid.columns):
+        page.figure(
+            plots.needle_grid(grid.rename(columns={"recall": "score"})),
+            "Needle recall of the unedited model by prompt length and needle depth.",
+        )
+
+
+def _add_evaluation(page: Report, result: Any, place: str) -> None:
+    page.heading("Evaluation" if place in ("", ".") else f"Evaluation: {place}")
+    page.text(
+        "Every condition ran the same trials; differences are paired. Random heads are drawn from the same layers."
+    )
+    page.figure(plots.evaluation(result.summary()), "Scores and differences from no edit, 95 % bootstrap intervals.")
+    contrasts = result.contrasts()
+    if len(contrasts):
+        page.table(contrasts, "Each intervention against its layer-matched random heads")
+    trials = result.trials
+    for task in result.metrics:
+        part = trials[trials["task"] == task]
+        if not {"length", "depth"} <= set(part.columns) or part["length"].isna().any():
+            continue
+        for condition in part.loc[part["kind"] != "control", "condition"].unique():
+            grid = part.loc[part["condition"] == condition, ["length", "depth", "score"]]
+            page.figure(plots.needle_grid(grid), f"{task}, {condition}: score by prompt length and needle depth")
+
+
+def _add_patterns(page: Report, scores: dict[str, HeadScores], prompt: str, model: str) -> None:
+    from headscope.interp.models import load_model
+    from headscope.interp.tracing.maps import head_pattern
+
+    if not model:
+        raise HeadscopeError("name the model for --prompt with --model")
+    lm = load_model(model)
+    page.heading("Patterns")
+    page.text(f"The top head of each method on: {prompt}")
+    seen: set[tuple[int, int]] = set()
+    for found in scores.values():
+        layer, head = found.top(1).heads[0]
+        if (layer, head) in seen:
+            continue
+        seen.add((layer, head))
+        weights, tokens = head_pattern(lm, prompt, layer, head)
+        title = f"L{layer}H{head}, top head of {found.method}"
+        page.figure(plots.pattern(np.asarray(weights), tokens, tokens, title=title), title)

@@ -1,0 +1,1 @@
+"""What methods and evaluations give: head sets, head scores with intervals, evaluations."""

@@ -1,0 +1,39 @@
+"""Percentile bootstrap of means."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+
+def bootstrap_mean(
+    trials: NDArray[np.float64],
+    groups: NDArray[np.int64] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Percentile bootstrap interval of the mean over axis 0, resampling whole groups where given.
+
+    Returns (low, high) with the shape of one trial; NaN for a head that fewer than two trials (or groups) say something
+    about. NaN entries are left out of a head's mean. The resampling is multinomial weights times the per-group sums,
+    which is the same bootstrap as drawing rows, in one matrix product.
+    """
+    flat = trials.reshape(len(trials), -1)
+    labels = np.arange(len(trials)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = int(labels.max()) + 1
+    sums, sizes = np.zeros((count, flat.shape[1])), np.zeros((count, flat.shape[1]))
+    np.add.at(sums, labels, np.nan_to_num(flat))
+    np.add.at(sizes, labels, ~np.isnan(flat))
+    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
+    known = (sizes > 0).sum(axis=0) >= 2
+    if not known.any():
+        return low.reshape(trials.shape[1:]), high.reshape(trials.shape[1:])
+    draws = stats.multinomial(count, np.full(count, 1.0 / count), seed=np.random.default_rng(seed)).rvs(resamples)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (draws @ sums[:, known]) / (draws @ sizes[:, known])
+    tail = 50.0 * (1.0 - level)
+    low[known], high[known] = np.nanpercentile(means, [tail, 100.0 - tail], axis=0)
+    return low.reshape(trials.shape[1:]), high.reshape(trials.shape[1:])

@@ -1,0 +1,177 @@
+"""Head scores: layer x head with confidence intervals over trials, and where they came from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.results.bootstrap import bootstrap_mean
+from headscope.interp.results.headset import HeadSet
+from headscope.interp.runs.files import write_atomically
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """Per-head scores of one discovery method.
+
+    ``trials`` (trial, layer, head) holds one score per trial; NaN where a trial says nothing about a head. A head's
+    score is the mean over its trials; the interval is a percentile bootstrap over trials (``level`` 0.95,
+    ``resamples`` 2000, seeded), which describes these trials' sampling only, not other prompts or models.
+
+    ``groups`` (trial,) names what was drawn independently (a seed, a needle): where given, whole groups are resampled.
+    ``details`` describes every trial that was run, kept or not (length, depth, what the model answered ...).
+    """
+
+    method: str
+    trials: NDArray[np.float64]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    groups: NDArray[np.int64] | None = None
+    details: tuple[dict[str, Any], ...] = ()
+    level: float = 0.95
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.trials.ndim != 3 or self.trials.shape[0] == 0:
+            raise HeadscopeError(
+                f"{self.method}: no trial was kept, so there is nothing to score; add trials or lengths"
+            )
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return int(self.trials.shape[1])
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads a layer."""
+        return int(self.trials.shape[2])
+
+    @cached_property
+    def mean(self) -> NDArray[np.float64]:
+        """Scores (layer, head); NaN for a head without trials."""
+        with np.errstate(invalid="ignore"):  # 0 / 0: NaN where a head has no trial
+            mean: NDArray[np.float64] = np.nansum(self.trials, axis=0) / self.n
+        return mean
+
+    @cached_property
+    def n(self) -> NDArray[np.int64]:
+        """Trials behind each score (layer, head)."""
+        count: NDArray[np.int64] = np.sum(~np.isnan(self.trials), axis=0)
+        return count
+
+    @cached_property
+    def interval(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Bootstrap bounds (low, high), each (layer, head); NaN for a head with a single trial (or group)."""
+        return bootstrap_mean(self.trials, self.groups, level=self.level, resamples=self.resamples)
+
+    def top(self, k: int) -> HeadSet:
+        """The ``k`` highest-scoring heads in descending order (ties in model order), weighted by their scores."""
+        scored = int((self.n > 0).sum())
+        if not 0 < k <= scored:
+            raise HeadscopeError(f"top({k}) asks for heads that have no score; choose 1 to {scored}")
+        order = np.argsort(-self.mean, axis=None, kind="stable")[:k]
+        pairs = [(int(i) // self.heads, int(i) % self.heads) for i in order]
+        weights = tuple(float(self.mean[pair]) for pair in pairs)
+        return HeadSet(tuple(pairs), weights, name=f"{self.method} top {k}")
+
+    def above(self, threshold: float) -> HeadSet:
+        """Every head whose score is strictly above ``threshold``, in descending order."""
+        count = int((self.mean > threshold).sum())
+        return self.top(count) if count else HeadSet((), name=f"{self.method} above {threshold}")
+
+    def to_frame(self) -> pd.DataFrame:
+        """A tidy table: layer, head, score, ci_low, ci_high, n, one row a head, highest score first."""
+        low, high = self.interval
+        layer, head = (np.asarray(index) for index in np.indices(self.mean.shape))
+        columns: dict[str, NDArray[Any]] = {
+            "layer": layer,
+            "head": head,
+            "score": self.mean,
+            "ci_low": low,
+            "ci_high": high,
+            "n": self.n,
+        }
+        frame = pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+        return frame.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``METHOD.json`` and ``METHOD.parquet`` (every trial), each atomically; returns the JSON's path."""
+        folder = Path(folder)
+        document = {
+            "format": FORMAT,
+            "method": self.method,
+            "layers": self.layers,
+            "heads_per_layer": self.heads,
+            "level": self.level,
+            "resamples": self.resamples,
+            "heads": self.to_frame().to_dict("records"),
+            "provenance": self.provenance,
+            "trials": list(self.details),
+        }
+        write_atomically(folder / f"{self.method}.parquet", self._trial_frame().to_parquet(index=False))
+        path = folder / f"{self.method}.json"
+        write_atomically(path, json.dumps(_plain(document), indent=1, allow_nan=False).encode())
+        return path
+
+    def _trial_frame(self) -> pd.DataFrame:
+        trial, layer, head = np.indices(self.trials.shape)
+        group = np.arange(len(self.trials)) if self.groups is None else self.groups
+        columns = {"trial": trial, "group": group[trial], "layer": layer, "head": head, "score": self.trials}
+        return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadScores:
+        """Read what ``save`` wrote, from the JSON file or the folder that holds a single one.
+
+        Raises:
+            HeadscopeError: no such file, several candidates, or a file that is not head scores.
+        """
+        path = _find_scores(Path(path))
+        try:
+            document = json.loads(path.read_text())
+            if document["format"] != FORMAT:
+                raise HeadscopeError(f"{path}: head scores of format {document['format']}, this version reads {FORMAT}")
+            frame = pd.read_parquet(path.with_suffix(".parquet"))
+            shape = (-1, int(document["layers"]), int(document["heads_per_layer"]))
+            trials = frame["score"].to_numpy(dtype=np.float64).reshape(shape)
+            groups = frame["group"].to_numpy(dtype=np.int64).reshape(shape)[:, 0, 0]
+            interval = {key: document[key] for key in ("level", "resamples") if key in document}
+            return cls(
+                document["method"], trials, document["provenance"], groups, tuple(document["trials"]), **interval
+            )
+        except (KeyError, ValueError, OSError, TypeError) as error:
+            raise HeadscopeError(
+                f"{path} is not a head-score file of headscope ({error}); run `headscope discover`"
+            ) from error
+
+
+def _find_scores(path: Path) -> Path:
+    if path.is_dir():
+        found = [p for p in sorted(path.glob("*.json")) if p.with_suffix(".parquet").exists()]
+        if len(found) != 1:
+            names = ", ".join(p.name for p in found) or "none"
+            raise HeadscopeError(f"{path} holds {len(found)} head-score files ({names}); name one of them")
+        return found[0]
+    if not path.exists():
+        raise HeadscopeError(f"{path} does not exist; run `headscope discover METHOD --out FOLDER` first")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN and infinities (null instead) and without numpy's scalars."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Long work: files written whole, journals that resume, progress, estimates, provenance."""

@@ -1,0 +1,84 @@
+"""Trials that survive a kill: a run's settings and its finished trials, one flushed line each.
+
+A run is resumed by running it again with the same settings: finished trials are read back and skipped. A line that a
+kill cut short is dropped and its trial runs again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.runs.files import write_atomically
+
+Trial = dict[str, Any]  # what is run once, JSON-able
+
+
+class Journal:
+    """Finished trials of one run, by index. In memory only where ``path`` is None.
+
+    Raises:
+        HeadscopeError: the file belongs to a run with other settings, or is not a journal.
+    """
+
+    def __init__(self, path: str | Path | None, config: dict[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.entries: dict[int, dict[str, Any]] = {}
+        config = plain(config)
+        if self.path is None:
+            return
+        if self.path.exists():
+            self._read(config)
+        else:
+            write_atomically(self.path, (json.dumps({"headscope_run": config}, sort_keys=True) + "\n").encode())
+
+    def _read(self, config: dict[str, Any]) -> None:
+        assert self.path is not None
+        lines = self.path.read_bytes().split(b"\n")
+        whole, torn = lines[:-1], lines[-1]
+        try:
+            found = dict(json.loads(whole[0])["headscope_run"])
+            entries = [json.loads(line) for line in whole[1:]]
+            self.entries = {int(entry["trial"]): entry["result"] for entry in entries}
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise HeadscopeError(f"{self.path} is not a run of headscope; choose another output folder") from error
+        require_same(self.path, found, config)
+        if torn:
+            with open(self.path, "r+b") as file:
+                file.truncate(self.path.stat().st_size - len(torn))
+
+    def __contains__(self, trial: int) -> bool:
+        return trial in self.entries
+
+    def add(self, trial: int, result: dict[str, Any]) -> None:
+        """Record a finished trial; on disk before this returns."""
+        if self.path is not None:
+            line = json.dumps({"trial": trial, "result": result}).encode() + b"\n"
+            with open(self.path, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self.entries[trial] = result
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from JSON, to be compared with those of an earlier run."""
+    held: dict[str, Any] = json.loads(json.dumps(config, sort_keys=True, default=str))
+    return held
+
+
+def require_same(path: Path, found: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse to continue a run whose settings ``found`` are not ``config``.
+
+    Raises:
+        HeadscopeError: names the settings that differ.
+    """
+    if found != config:
+        changed = sorted(key for key in {*found, *config} if found.get(key) != config.get(key))
+        raise HeadscopeError(
+            f"{path} belongs to a run with other settings ({', '.join(changed)}); "
+            "choose another output folder, or delete that file to start again"
+        )

@@ -1,0 +1,1 @@
+"""The Hugging Face site: AttentionCalls through transformers' attention and mask interfaces."""

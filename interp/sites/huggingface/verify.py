@@ -1,0 +1,256 @@
+"""Proof, on the spot, that our attention is the model's own.
+
+1. The model's configured attention function runs as usual, on the mask that transformers builds for it.
+2. At every call it runs again with the values replaced by one-hot rows for a tile of keys: its output is then exactly
+   that tile of the pattern its real kernel computes, whatever the kernel (SDPA, FlashAttention, eager). This proves
+   mask, window, softcap, sink and scale handling where attention weights cannot be asked for.
+3. The tile and the output are compared with those of the AttentionCall we make of the same call.
+
+A tower that the verification prompt does not reach (images, say) is checked when its first call comes.
+
+``headscope.interp.sites.agreement`` derives how far two right computations may differ. In half precision that may be
+much, so a function that takes float32 as well runs once more on the same inputs in float32, and is held to float32's
+bound. A kernel of half precision alone is held to its own: where its scores are large that proves the mask and little
+else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.agreement import Verification, compare_call
+from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.huggingface import calls as hf_calls
+from headscope.interp.sites.huggingface import route as site
+from headscope.interp.sites.huggingface import switch as hf_switch
+from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
+from headscope.interp.sites.unwrap import bare_model, model_device
+
+NAME = "headscope-verify"
+LONGEST_WINDOW = 1024  # a sliding window up to this size is exceeded by the verification prompt
+LARGEST = 1 << 24  # query-key pairs of the largest call that is checked whole when it comes
+_VERIFIED: WeakKeyDictionary[nn.Module, Verification] = WeakKeyDictionary()
+
+
+def verify_once(model: Any) -> Verification:
+    """Verify a model the first time it is seen; afterwards return what was found.
+
+    Raises:
+        HeadscopeError: the model does not route its attention, or disagrees; the message names the layer.
+    """
+    inner = bare_model(model)
+    if inner in _VERIFIED:
+        return _VERIFIED[inner]
+    found = verify(inner)
+    if not found.passed:
+        why = found.problems[0] if found.problems else "its attention was never called"
+        raise HeadscopeError(hf_calls.refusal(inner, why))
+    return found
+
+
+def verify(model: Any, inputs: dict[str, Tensor] | None = None) -> Verification:
+    """Run the check on ``inputs`` (default: a small padded batch of random tokens, longer than the sliding window).
+
+    A model that passes is known from then on to ``trace`` and to interventions.
+
+    Raises:
+        HeadscopeError: the architecture is not routed, or does not run on inputs of ours (give ``inputs`` then).
+    """
+    inner = bare_model(model)
+    if site.is_attached(inner):
+        return _VERIFIED.get(inner) or Verification(calls=1)  # verified when the first handler was attached
+    found = Verification()
+    with uncompiled():
+        if inputs is None:
+            _try(inner, found)
+        else:
+            _run(inner, found, inputs)
+    if found.passed:
+        _VERIFIED[inner] = found
+        site.set_check(inner, _Late(found))
+    return found
+
+
+def _try(model: nn.Module, found: Verification) -> None:
+    """Verify on text; a model that does not run on text alone gets whatever else it takes."""
+    from headscope.interp.sites.inputs import example_inputs
+
+    failure: Exception | None = None
+    if getattr(model, "main_input_name", "input_ids") == "input_ids":
+        try:
+            return _run(model, found, prompt(model))
+        except HeadscopeError:
+            raise
+        except Exception as error:
+            failure = error
+            found.__init__()  # type: ignore[misc]
+    try:
+        inputs = example_inputs(model)
+    except HeadscopeError as error:
+        raise HeadscopeError(
+            f"{type(model).__name__} cannot be verified on inputs of our own ({failure or error}); "
+            "run headscope.interp.sites.verify(model, inputs) on inputs of yours first"
+        ) from error
+    _run(model, found, inputs)
+
+
+def _run(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
+    training = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with _probing(model, found), torch.no_grad():
+            model(**inputs)
+    except HeadscopeError as error:
+        named = type(model).__name__ in str(error)
+        raise error if named else HeadscopeError(hf_calls.refusal(model, str(error))) from error
+    finally:
+        for part, was in training.items():
+            part.training = was
+
+
+def prompt(model: nn.Module) -> dict[str, Any]:
+    """Two rows of random tokens, one padded on the left and one on the right."""
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    windows = [w for w in (getattr(config, "sliding_window", None),) if isinstance(w, int) and 0 < w <= LONGEST_WINDOW]
+    length = max([24, *(w + 8 for w in windows)])
+    limit = getattr(config, "max_position_embeddings", None)
+    length = min(length, limit) if isinstance(limit, int) and limit > 0 else length
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
+    special = _special_tokens(model.config)
+    ids = torch.where(torch.isin(ids, special), int(_first_plain(special)), ids)
+    real = torch.ones_like(ids)
+    real[0, :3] = 0
+    real[1, -2:] = 0
+    device = model_device(model)
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": real.to(device)}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids[:, :12].flip(0).to(device)
+    return {**inputs, "use_cache": False}
+
+
+def _special_tokens(config: Any) -> Tensor:
+    """Tokens that stand for images or sound, which a prompt of text must not hold."""
+    found = [v for k, v in config.to_dict().items() if re.search(r"(token_id|token_index)$", k) and isinstance(v, int)]
+    return torch.tensor(found or [-1])
+
+
+def _first_plain(special: Tensor) -> int:
+    return next(i for i in range(3, 4096) if i not in special.tolist())
+
+
+@contextmanager
+def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
+    route = site.Route(model, hf_switch.implementations(model))
+    places = site.places(route)
+
+    def function(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        place, scaling, dropout = places[module], kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+        call = hf_calls.make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
+        return _check(found, module, place, call, attention_mask, kwargs)
+
+    hf_switch.switch(model, NAME, function, lazy_mask)
+    try:
+        yield
+    finally:
+        hf_switch.restore(route.restore, NAME)
+    _check_layers(found, places)
+
+
+def _check_layers(found: Verification, places: dict[nn.Module, Any]) -> None:
+    """A module that attends again in one pass shares its weights between layers, unless it goes through images."""
+    towers = {place.site: place.tower for place in places.values()}
+    for name, layers in found.layers.items():
+        if len(set(layers)) != len(layers) and towers[name] not in ("vision", "audio"):
+            found.problems.append(f"{name} attends more than once a layer (layers share their weights)")
+
+
+class _Late:
+    """Checks the sites that the verification did not reach, at their first call."""
+
+    def __init__(self, found: Verification) -> None:
+        self.found = found
+        self.known = set(found.layers)
+
+    def __call__(
+        self, module: nn.Module, place: Any, call: AttentionCall, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> None:
+        if call.site in self.known:
+            return
+        if call.query.shape[2] * call.key.shape[2] > LARGEST:
+            raise HeadscopeError(
+                f"{call.site} was not verified and this input is too long to do it now; run "
+                "headscope.interp.sites.verify(model, inputs) on a shorter input of the same kind first"
+            )
+        with torch.no_grad():
+            _check(self.found, module, place, call, mask, kwargs)
+        if self.found.problems:
+            why = self.found.problems[0]
+            self.found.problems.clear()
+            raise HeadscopeError(hf_calls.refusal(place.route.model, why))
+        self.known.add(call.site)
+
+
+def _check(
+    found: Verification, module: nn.Module, place: Any, call: AttentionCall, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Any:
+    """Compare one call with what the model's configured function computes, and return the latter's result."""
+    found.calls += 1
+    found.layers.setdefault(call.site, []).append(call.layer)
+    real = hf_calls.original_function(module, place.implementation)
+    original = mask.original(place.implementation) if isinstance(mask, LazyMask) else mask
+
+    def run(value: Tensor) -> Any:
+        return real(module, call.query, call.key, value, original, **kwargs)
+
+    result = run(call.value)
+    found.note(call, compare_call(call, result[0], lambda value: run(value)[0]), _dropped(call, place.implementation))
+    if call.query.dtype in (torch.float16, torch.bfloat16):
+        _compare_wide(found, module, real, call, original, kwargs)
+    return result
+
+
+def _dropped(call: AttentionCall, implementation: str) -> str:
+    """What transformers' SDPA function leaves out of a call, in words; some versions choose it all the same."""
+    parts = [name for name, x in (("softcap", call.softcap), ("sink logits", call.sinks)) if x is not None]
+    if implementation != "sdpa" or not parts:
+        return ""
+    return f" (sdpa leaves out its {' and '.join(parts)}: load the model with attn_implementation='eager')"
+
+
+def _compare_wide(
+    found: Verification, module: nn.Module, real: Any, call: AttentionCall, mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """The same in float32, where the function takes it: rounding hides nothing there."""
+    wide = call.with_(query=call.query.float(), key=call.key.float(), value=call.value.float())
+    mask, options = _float32(mask), {name: _float32(value) for name, value in kwargs.items()}
+
+    def run(value: Tensor) -> Tensor:
+        output: Tensor = real(module, wide.query, wide.key, value, mask, **options)[0]
+        return output
+
+    try:
+        output = run(wide.value)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # a kernel of half precision only
+        return
+    found.note(wide, compare_call(wide, output, run))
+
+
+def _float32(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.is_floating_point() else x

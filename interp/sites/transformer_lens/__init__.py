@@ -1,0 +1,1 @@
+"""The TransformerLens site: AttentionCalls from the hook points of a TransformerBridge."""

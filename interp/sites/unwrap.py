@@ -1,0 +1,64 @@
+"""The Hugging Face module inside whatever a user holds, where its inputs go, and what its forward takes."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.compiled import plain
+
+STOPS = ("StopAtLayerException", "EarlyStopException")  # TransformerLens' stop_at_layer, nnsight's tracer.stop()
+
+
+def stopped() -> bool:
+    """Whether the exception being handled ends a forward pass early on purpose: the layers before it are right."""
+    return type(sys.exc_info()[1]).__name__ in STOPS
+
+
+def origin(model: Any) -> str:
+    """``"transformer_lens"`` for a bridge, ``"nnsight"`` for its wrappers, else ``""``; imports neither package."""
+    roots = {cls.__module__.partition(".")[0] for cls in type(plain(model)).__mro__}
+    return next((name for name in ("transformer_lens", "nnsight") if name in roots), "")
+
+
+def bare_model(model: Any) -> nn.Module:
+    """The Hugging Face module inside load_model's result, a compiled model, a bridge or an nnsight wrapper."""
+    site, model = origin(model), plain(model)
+    if site == "nnsight" and getattr(model, "dispatched", True) is False:
+        raise HeadscopeError("this nnsight model has no weights here yet; call its dispatch() first")
+    if site:
+        model = model.original_model if site == "transformer_lens" else model._module
+    inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+    if not isinstance(inner, nn.Module):
+        raise HeadscopeError(f"expected load_model's result or a Hugging Face model, got {type(model).__name__}")
+    bare: nn.Module = plain(inner)
+    return bare
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model's inputs go: the device of its first parameter or, where accelerate keeps that elsewhere between
+    calls, the device it is fetched to.
+
+    Raises:
+        HeadscopeError: the weights are on no device, and nothing fetches them.
+    """
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+    raise HeadscopeError(f"{type(model).__name__} has no weights (they are on the meta device): load them first")
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the model's forward names this argument."""
+    return name in inspect.signature(model.forward).parameters

@@ -1,0 +1,170 @@
+"""A traced model against itself: logits without tracing, statistics from the weights of its own eager code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.huggingface.switch import implementations
+from headscope.interp.sites.towers import tower
+from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
+from headscope.interp.survey.eager import Weights, eager_weights
+from headscope.interp.tracing.tracer import trace
+
+STATISTICS = (LogSumExp(), Entropy(), SinkMass(2), TopKeys(1), KeyMass())
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What one site's comparison gave: ``wrong`` and ``refused`` hold the reason, ``kinds`` the layers of every record
+    where there are several (``headscope.interp.tracing.layer_groups``)."""
+
+    wrong: str | None = None
+    refused: str | None = None
+    kinds: tuple[list[int], ...] = ()
+    eager: bool = False
+
+
+def compare_model(model: nn.Module, inputs: dict[str, Tensor], sites: dict[str, list[int]]) -> dict[str, Compared]:
+    """Trace every site (with its layers), and compare."""
+    plain = _run(model, inputs)
+    weights = _eager(model, inputs)
+    return {site: _compare(model, inputs, site, layers, plain, weights) for site, layers in sites.items()}
+
+
+def _compare(
+    model: nn.Module, inputs: dict[str, Tensor], site: str, layers: list[int], plain: Tensor | None, weights: Weights
+) -> Compared:
+    try:
+        with trace(model, STATISTICS, site=site) as tracer:
+            traced = _run(model, inputs)
+        records = tracer.records
+    except HeadscopeError as error:
+        return Compared(refused=str(error))
+    kinds = [record["layer"].to_numpy().tolist() for record in records]
+    wrong = _outputs_differ(plain, traced, inputs)
+    if sorted(sum(kinds, [])) != sorted(set(layers)):
+        wrong = wrong or f"layers {sorted(set(layers))} attend, the record has {kinds}"
+    for record in records if weights else ():
+        wrong = wrong or _compare_site(model, record, weights, site, inputs)
+    return Compared(wrong, kinds=tuple(kinds) if len(kinds) > 1 else (), eager=bool(weights))
+
+
+def _run(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor | None:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some models draw random numbers also in evaluation
+        return _first_tensor(model(**inputs))
+
+
+def _eager(model: nn.Module, inputs: dict[str, Tensor]) -> Weights:
+    """Eager weights of one pass; none where the model cannot run eagerly."""
+    try:
+        with eager_weights(model) as seen:
+            _run(model, inputs)
+    except Exception:  # whatever it is, the pattern tiles remain the yardstick
+        return []
+    return list(seen)
+
+
+def _compare_site(
+    model: Any,
+    record: xr.Dataset,
+    weights: Weights,
+    site: str,
+    inputs: dict[str, Tensor],
+) -> str | None:
+    layers = record["layer"].to_numpy().tolist()
+    route = huggingface.Route(model, implementations(model))
+    places = {place.name: place for place in huggingface.places(route).values()}
+    calls: dict[int, list[Tensor]] = {}
+    for name, p in weights:
+        if name in places and places[name].site == site and places[name].layer in layers:
+            calls.setdefault(places[name].layer, []).append(p)
+    if sorted(calls) != layers:
+        return f"eager attends in layers {sorted(calls)}, the record has {layers}"
+    mask = inputs.get("attention_mask") if tower(site, model) in ("language", "encoder") else None
+    for layer, parts in calls.items():
+        first = 0
+        for p in parts:
+            for b in range(p.shape[0]):
+                wrong = _compare_example(record.sel(layer=layer).isel(example=first + b), _unpadded(p[b], mask, b))
+                if wrong is not None:
+                    return f"layer {layer}: {wrong}"
+            first += p.shape[0]
+        if first != record.sizes["example"]:
+            return f"eager attends over {first} examples, the record has {record.sizes['example']}"
+    return None
+
+
+def _unpadded(p: Tensor, mask: Tensor | None, example: int) -> NDArray[np.float64]:
+    whole: NDArray[np.float64] = p.double().numpy()
+    if mask is None or mask.dim() != 2 or mask.shape[1] != p.shape[-1] or p.shape[-2] != p.shape[-1]:
+        return whole
+    at = mask[example].nonzero()[:, 0].numpy()
+    return whole[:, at][:, :, at]
+
+
+def _compare_example(here: xr.Dataset, p: NDArray[np.float64]) -> str | None:
+    """One example and layer: ``p`` (head, query, key) holds its real rows and keys. The bound follows the scores' size:
+    a score s carries a relative error of eps, so p does of eps |s|; sums add one such error a key."""
+    queries, keys = p.shape[1:]
+    size = float(np.abs(np.nan_to_num(here["logsumexp"].to_numpy(), neginf=0, posinf=0)).max())
+    bound = torch.finfo(torch.float32).eps * (64 + 16 * size) * keys
+    wanted = {
+        "entropy": -(p * np.log(np.where(p > 0, p, 1))).sum(-1),
+        "sink_mass": p[..., :2].sum(-1),
+        "top_mass": p.max(-1),
+        "key_mass": p.sum(1),
+    }
+    seen = np.isfinite(here["logsumexp"].to_numpy()[:, :queries])  # eager gives a row that sees no key uniform weights
+    for name, value in wanted.items():
+        got = here[name].to_numpy()
+        got = got[..., 0] if name == "top_mass" else got
+        got = got[:, : value.shape[1]]
+        if got.shape != value.shape:
+            return f"{name} has shape {got.shape} for {value.shape}"
+        if name == "key_mass":
+            value, limit = (p * seen[..., None]).sum(1), bound * queries
+        else:
+            value, limit = np.where(seen, value, got), bound * (np.log(keys) + 1)
+        difference = float(np.abs(got - value).max())
+        if not difference <= limit:
+            return f"{name} differs from eager's by {difference:.2g}, bound {limit:.2g}"
+    return None
+
+
+def _outputs_differ(plain: Tensor | None, traced: Tensor | None, inputs: dict[str, Tensor]) -> str | None:
+    if plain is None or traced is None:
+        return "the model returns nothing to compare"
+    if plain.shape != traced.shape:
+        return f"the output has shape {tuple(traced.shape)} traced, {tuple(plain.shape)} untraced"
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2 and plain.shape[:2] == mask.shape:
+        plain, traced = plain[mask.bool()], traced[mask.bool()]
+    difference = float((plain.float() - traced.float()).abs().max())
+    limit = 1e-3 * max(1.0, float(plain.float().abs().max()))
+    return None if difference <= limit else f"the output differs by {difference:.2g} when traced"
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    """Logits, or the first floating-point tensor of what a model returns."""
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, tuple | list) else [output]
+    for part in parts:
+        if isinstance(part, Tensor) and part.is_floating_point() and part.dim() > 1:
+            return part
+        if isinstance(part, tuple | list | dict):
+            inner = _first_tensor(part)
+            if inner is not None:
+                return inner
+    return None

@@ -1,0 +1,87 @@
+"""Explicit attention maps of chosen heads on a chosen prompt: the only place that hands out a whole pattern."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler
+from headscope.interp.attention.parts import one_head
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.results.headset import HeadSet
+from headscope.interp.sites import attached, verify_once
+from headscope.kernels.request import Attended, Request
+
+LIMIT_MIB = 1024.0
+
+
+class _Maps(Handler):
+    def __init__(self, layers: dict[int, list[int] | None]) -> None:
+        self.layers = layers
+        self.found: dict[int, torch.Tensor] = {}
+
+    def request(self, call: AttentionCall) -> Request | None:
+        return Request(lse=True, query_rows=torch.arange(0)) if call.layer in self.layers else None
+
+    def observe(self, call: AttentionCall, attended: Attended) -> None:
+        heads = self.layers[call.layer]
+        if heads is None:
+            self.found[call.layer] = call.pattern()[0].cpu()
+            return
+        rows = [one_head(call, head).pattern()[0, 0].cpu() for head in heads]
+        self.found[call.layer] = torch.stack(rows)
+
+
+def patterns(
+    lm: Any, prompt: str, *, layer: int | None = None, limit_mib: float = LIMIT_MIB
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Attention maps of one layer (head, query, key), or of all layers (layer, head, query, key), and the tokens.
+
+    Raises:
+        HeadscopeError: the maps would take more than ``limit_mib`` MiB (said before anything is allocated), or a layer
+            that does not exist.
+    """
+    tokens = tokens_of(lm, prompt)
+    layers = list(range(lm.info.layers)) if layer is None else [layer]
+    HeadSet(((layers[-1], 0),)).check(lm.info.layers, lm.info.heads)
+    need = len(layers) * lm.info.heads * len(tokens) ** 2 * 4 / 2**20
+    if need > limit_mib:
+        raise HeadscopeError(
+            f"these maps take {need:.0f} MiB, more than the limit of {limit_mib:.0f}: ask for one head with "
+            "head_pattern, record statistics instead, or raise limit_mib"
+        )
+    found = _run(lm, prompt, dict.fromkeys(layers))
+    stacked = np.stack([found[index] for index in layers])
+    return (stacked if layer is None else stacked[0]), tokens
+
+
+def head_pattern(lm: Any, prompt: str, layer: int, head: int) -> tuple[NDArray[np.float32], list[str]]:
+    """One head's pattern (query, key) on a prompt, and the prompt's tokens as text.
+
+    Raises:
+        HeadscopeError: a head that does not exist, or a prompt whose map would pass the limit of ``patterns``.
+    """
+    HeadSet(((layer, head),)).check(lm.info.layers, lm.info.heads)
+    tokens = tokens_of(lm, prompt)
+    need = len(tokens) ** 2 * 4 / 2**20
+    if need > LIMIT_MIB:
+        raise HeadscopeError(f"one map of {len(tokens)} tokens takes {need:.0f} MiB; choose a shorter prompt")
+    return _run(lm, prompt, {layer: [head]})[layer][0], tokens
+
+
+def tokens_of(lm: Any, prompt: str) -> list[str]:
+    """A prompt's tokens as the tokenizer spells them."""
+    ids = lm.encode([prompt])["input_ids"][0].tolist()
+    return [str(token) for token in lm.tokenizer.convert_ids_to_tokens(ids)]
+
+
+def _run(lm: Any, prompt: str, layers: dict[int, list[int] | None]) -> dict[int, NDArray[np.float32]]:
+    verify_once(lm)
+    handler = _Maps(layers)
+    with attached(lm, handler):
+        lm([prompt])
+    return {layer: pattern.numpy() for layer, pattern in handler.found.items()}

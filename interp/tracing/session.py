@@ -1,0 +1,262 @@
+"""From the pieces that forward passes leave to one Dataset of aligned, unpadded examples."""
+
+from __future__ import annotations
+
+import weakref
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.records.lazy import missing
+from headscope.interp.statistics import BLOCK, KEY, OUTPUT, ROW, BlockStatistic, Statistic
+from headscope.interp.tracing.blocks import BLOCKS
+from headscope.interp.tracing.blocks import variables as block_variables
+from headscope.interp.tracing.piece import Piece
+
+
+class Session:
+    """The forward passes of one batch of examples: a prompt, and whatever continued its cache."""
+
+    def __init__(self, statistics: tuple[Statistic, ...], site: str, batch: int) -> None:
+        self.statistics, self.site, self.batch = statistics, site, batch
+        self._pieces: dict[int, list[Piece]] = {}
+        self._keys: dict[int, dict[str, Tensor]] = {}
+        self._blocks: dict[int, list[Piece]] = {}
+        self._outputs: dict[int, dict[str, Tensor]] = {}
+        self._stop: dict[int, int] = {}
+        self._tokens: list[tuple[int, Tensor]] = []
+        self._start: Tensor | None = None
+        self._cross = False
+        self._end: dict[int, NDArray[np.int64]] = {}
+        self._prompt_end: NDArray[np.int64] | None = None
+        self._cache: weakref.ref[Any] | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether a pass came before the present one."""
+        return bool(self._stop)
+
+    def is_over(self, call: AttentionCall, offset: int) -> bool:
+        """Whether ``call`` begins new examples: it starts again at position 0, or the batch changed."""
+        return bool(self._stop) and (offset == 0 or call.query.shape[0] != self.batch)
+
+    def is_prompt(self, call: AttentionCall, offset: int, boundary: int | None) -> bool:
+        """Whether ``call`` reads the prompt: before the ``boundary`` that `generate` named; without one, in the first
+        pass, or in a later one of several tokens (chunked)."""
+        if boundary is not None:
+            return offset < boundary
+        return not self._stop or call.query.shape[2] > 1
+
+    def check(self, call: AttentionCall, offset: int, cache: weakref.ref[Any] | None) -> None:
+        """Refuse a call that does not fit the others of this session; ``cache`` is what the pass continues or fills.
+
+        Raises:
+            HeadscopeError: another tower, another cache, or positions that do not follow.
+        """
+        if self.site != call.site:
+            raise HeadscopeError(
+                f"this model attends in several towers ({self.site} and {call.site}); choose one with site=..."
+            )
+        read = max(self._stop.values(), default=offset)
+        if offset != read:
+            raise HeadscopeError(
+                f"a pass at position {offset} does not follow the {read} positions that were recorded (a cropped, "
+                "shared or foreign cache); trace each prompt from its start, one after the other"
+            )
+        if self._cache is not None and cache is not None and self._cache() is not cache():
+            raise HeadscopeError(
+                "a pass continues another cache than the pass before it, so examples would be mixed; trace each "
+                "prompt from its start, one after the other"
+            )
+        self._cache = self._cache or cache
+
+    def add(self, piece: Piece) -> None:
+        """Keep one call's statistics by kind."""
+        self._note(piece)
+        for kind, held_pieces in ((ROW, self._pieces), (BLOCK, self._blocks)):
+            if kind in piece.values:
+                held_pieces.setdefault(piece.layer, []).append(piece)
+        if KEY in piece.values:
+            held = self._keys.setdefault(piece.layer, {})
+            for name, value in piece.values[KEY].items():
+                held[name] = _accumulate(held.get(name), value, piece.key_offset, highest=name == "key_max")
+        if OUTPUT in piece.values:
+            self._outputs.setdefault(piece.layer, {}).update(piece.values[OUTPUT])
+
+    def add_tokens(self, offset: int, ids: Tensor) -> None:
+        """Keep a pass's input token ids (batch, query)."""
+        self._tokens.append((offset, ids))
+
+    def _note(self, piece: Piece) -> None:
+        stop = piece.offset + piece.shape[2]
+        self._stop[piece.layer] = stop
+        self._cross = piece.cross
+        if piece.start is not None:  # the latest: a chunk of padding alone does not know where its example begins
+            self._start = piece.start
+        if stop not in self._end:
+            whole = np.full(self.batch, stop)
+            self._end[stop] = whole if piece.end is None else np.minimum(piece.end.cpu().numpy(), stop)
+            if piece.prompt or self._prompt_end is None:
+                self._prompt_end = self._end[stop]
+
+    def dataset(self) -> xr.Dataset | None:
+        """The session as a Dataset, or None if no layer recorded anything."""
+        layers = sorted({*self._pieces, *self._keys, *self._blocks, *self._outputs})
+        if not layers or self._prompt_end is None:
+            return None
+        start = np.zeros(self.batch, dtype=np.int64) if self._start is None else self._start.cpu().numpy()
+        length = self._end[max(self._end)] - start
+        builder = _Builder(self.statistics, layers, self.batch, start, length)
+        builder.rows(self._pieces)
+        builder.keys(self._keys, cross=self._cross)
+        builder.blocks(self._blocks)
+        builder.outputs(self._outputs)
+        builder.tokens(self._tokens)
+        coords: dict[str, Any] = {
+            "example": np.arange(self.batch),
+            "layer": np.asarray(layers),
+            "length": ("example", length),
+            "prompt_length": ("example", self._prompt_end - start),
+        }
+        return xr.Dataset(builder.variables, {**coords, **builder.coords}, attrs={"site": self.site})
+
+
+def _accumulate(held: Tensor | None, value: Tensor, offset: int, *, highest: bool) -> Tensor:
+    """Add (or take the maximum of) key statistics over passes; keys are absolute positions from 0."""
+    width = offset + value.shape[-1]
+    if offset:
+        value = torch.nn.functional.pad(value, (offset, 0))
+    if held is None:
+        return value.clone()
+    if held.shape[-1] < width:
+        held = torch.nn.functional.pad(held, (0, width - held.shape[-1]))
+    value = torch.nn.functional.pad(value, (0, held.shape[-1] - width))
+    return torch.maximum(held, value) if highest else held + value
+
+
+class _Builder:
+    """Scatters padded batches into arrays whose positions count from each example's first token."""
+
+    def __init__(
+        self,
+        statistics: tuple[Statistic, ...],
+        layers: list[int],
+        batch: int,
+        start: NDArray[np.int64],
+        length: NDArray[np.int64],
+    ) -> None:
+        self.statistics, self.layers, self.batch = statistics, layers, batch
+        self.start, self.length = start, length
+        self.variables: dict[str, Any] = {}
+        self.coords: dict[str, Any] = {}
+        self._kept: list[NDArray[np.int64]] | None = None
+
+    def _extra(self, name: str) -> dict[str, list[Any]]:
+        return next(s.coordinates for s in self.statistics if name in s.variables)
+
+    def rows(self, pieces: dict[int, list[Piece]]) -> None:
+        """Row statistics to (example, layer, head, query, ...); ``query_position`` says which those are."""
+        if not pieces:
+            return
+        passes = min(len(layer) for layer in pieces.values())  # an interrupted pass left some layers behind
+        placed = next(iter(pieces.values()))[:passes]
+        absolute = np.concatenate([piece.positions() for piece in placed])
+        inside = [(absolute >= s) & (absolute < s + n) for s, n in zip(self.start, self.length, strict=True)]
+        self._kept = [absolute[real] - s for real, s in zip(inside, self.start, strict=True)]
+        width = max(len(kept) for kept in self._kept)
+        position = np.full((self.batch, width), -1)
+        for b, kept in enumerate(self._kept):
+            position[b, : len(kept)] = kept
+        self.coords["query"] = np.arange(width)
+        self.coords["query_position"] = (("example", "query"), position)
+        for name in placed[0].values[ROW]:
+            array: NDArray[Any] | None = None
+            for i, layer in enumerate(self.layers):
+                value = _joined([piece.values[ROW][name] for piece in pieces[layer][:passes]]).numpy()
+                if array is None:
+                    shape = (self.batch, len(self.layers), value.shape[1], width, *value.shape[3:])
+                    array = np.full(shape, missing(value.dtype), dtype=value.dtype)
+                for b, real in enumerate(inside):
+                    # an index by bool copies once more and slowly: not where every row is real
+                    array[b, i, :, : len(self._kept[b])] = value[b] if real.all() else value[b][:, real]
+            self._put(name, array, "query", *self._extra(name))
+
+    def _put(self, name: str, array: NDArray[Any] | None, *dims: str) -> None:
+        """Keep a variable of (example, layer, head, *dims)."""
+        assert array is not None
+        self.variables[name] = (("example", "layer", "head", *dims), array)
+        self.coords["head"] = np.arange(array.shape[2])
+        self.coords.update(self._extra(name))
+
+    def keys(self, held: dict[int, dict[str, Tensor]], *, cross: bool) -> None:
+        """Column statistics to (example, layer, head, key); all keys of cross-attention, which are another sequence."""
+        if not held:
+            return
+        start, length = self.start, self.length
+        if cross:
+            widest = max(value.shape[-1] for values in held.values() for value in values.values())
+            start, length = np.zeros_like(start), np.full_like(length, widest)
+        width = int(length.max())
+        for statistic in self.statistics:
+            if statistic.kind != KEY:
+                continue
+            name = statistic.variables[0]
+            stacked = torch.stack(
+                [_key_statistic(name, held[layer]).float().cpu() for layer in self.layers], dim=1
+            ).numpy()
+            array = np.full((*stacked.shape[:3], width), np.nan, dtype=np.float32)
+            for b, (s, n) in enumerate(zip(start, length, strict=True)):
+                array[b, ..., :n] = stacked[b, ..., s : s + n]
+            self.coords["key"] = np.arange(width)
+            self._put(name, array, "key")
+
+    def blocks(self, pieces: dict[int, list[Piece]]) -> None:
+        """Block statistics to (example, layer, head, query_block, ...)."""
+        for statistic in self.statistics if pieces else ():
+            if isinstance(statistic, BlockStatistic):
+                held = {layer: pieces[layer] for layer in self.layers}
+                made = block_variables(statistic, held, self.start, self.length)
+                self.variables.update(made)
+                for variable in made.values():
+                    self.coords.update({str(dim): np.arange(n) for dim, n in variable.sizes.items() if dim in BLOCKS})
+                self.coords.update({"head": np.arange(variable.sizes["head"]), **statistic.coordinates})
+
+    def outputs(self, held: dict[int, dict[str, Tensor]]) -> None:
+        """Outputs at chosen positions to (example, layer, head, position, ..., d_head)."""
+        for name in next(iter(held.values()), {}):
+            stacked = torch.stack([held[layer][name].float().cpu() for layer in self.layers], dim=1)
+            self._put(name, stacked.numpy(), *self._extra(name), "d_head")
+
+    def tokens(self, held: list[tuple[int, Tensor]]) -> None:
+        """Token ids of the recorded queries (example, query)."""
+        if not held or self._kept is None:
+            return
+        width = max(offset + ids.shape[1] for offset, ids in held)
+        whole = np.full((self.batch, width), -1, dtype=np.int64)
+        for offset, ids in held:
+            whole[:, offset : offset + ids.shape[1]] = ids.cpu().numpy()
+        tokens = np.full((self.batch, max(len(kept) for kept in self._kept)), -1, dtype=np.int64)
+        for b, kept in enumerate(self._kept):
+            tokens[b, : len(kept)] = whole[b, kept + self.start[b]]
+        self.variables["token"] = (("example", "query"), tokens)
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    """Statistics of passes in a row, in host memory; neighbours on one device are joined there."""
+    parts = [torch.cat(list(same), dim=2).cpu() for _, same in groupby(values, key=lambda value: value.device)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _key_statistic(name: str, held: dict[str, Tensor]) -> Tensor:
+    if name == "key_mass_max":
+        return held["key_max"]
+    if name == "key_mass":
+        return held["key_sum"]
+    return held["key_sum"] / held["key_count"].clamp(min=1)

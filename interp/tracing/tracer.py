@@ -1,0 +1,301 @@
+"""The tracer: records declared statistics of every forward pass inside a ``with trace(...)`` block."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor
+
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.runs.provenance import signed
+from headscope.interp.sites import attached, verify_once
+from headscope.interp.sites.huggingface.route import sites_of
+from headscope.interp.sites.towers import check_name, default_tower, selects, tower
+from headscope.interp.sites.unwrap import bare_model
+from headscope.interp.statistics import (
+    BLOCK,
+    OUTPUT,
+    ROW,
+    BlockStatistic,
+    CallStatistic,
+    Statistic,
+)
+from headscope.interp.statistics.base import check_together
+from headscope.interp.statistics.exactness import require_exact
+from headscope.interp.statistics.plan import Plans
+from headscope.interp.statistics.queries import Queries
+from headscope.interp.tracing.caches import Caches, check_repeats
+from headscope.interp.tracing.generation import watching_generate
+from headscope.interp.tracing.heap import Heap
+from headscope.interp.tracing.host_copies import Landing, owned
+from headscope.interp.tracing.layer_groups import by_layer_kind, check_no_cache, datasets, join, refuse_several
+from headscope.interp.tracing.piece import Piece
+from headscope.interp.tracing.session import Session
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Attended, Request
+
+
+class Tracer(Handler):
+    """Collects statistics while attached. ``record`` assembles what was collected so far.
+
+    A forward pass at position 0 starts new examples; one that continues a cache extends the current ones. A module that
+    attends several times in one pass goes through images or windows: each becomes an example of its own.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        statistics: Sequence[Statistic],
+        *,
+        layers: Sequence[int] | None = None,
+        queries: Queries | None = None,
+        site: str | None = None,
+    ) -> None:
+        check_together(statistics)
+        self.model, self.statistics = model, tuple(statistics)
+        self.layers = None if layers is None else frozenset(layers)
+        self.queries, self.site = queries, site
+        self._sessions: list[Session] = []
+        self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
+        self._pending_ids: Tensor | None = None
+        self._plans = Plans(self.statistics, queries)
+        self._roles: dict[str, tuple[bool, bool]] = {}
+        self._times: dict[int, int] = {}
+        self._heap, self._landing = Heap(), Landing()
+        self._pass: list[tuple[Session, Piece]] = []
+        self._decoder: Mask | None = None
+        self._padded = False
+        self._running = False
+        self._boundary: int | None = None
+        self._cache: weakref.ref[Any] | None = None
+        self._caches = Caches()
+
+    def begin_forward(self, inputs: dict[str, Any]) -> None:
+        """Remember the tokens of the pass that begins."""
+        if self._running:  # the last pass broke off where no hook could tell
+            self.abort_forward()
+        self._keep_pass()
+        self._running = True
+        ids = inputs.get("input_ids")
+        self._pending_ids = ids.detach() if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        self._decoder = None
+        padding = inputs.get("attention_mask")
+        self._padded = isinstance(padding, Tensor) and padding.dim() == 2 and not bool(padding.all())
+        cache = inputs.get("past_key_values")
+        self._cache = None if cache is None else weakref.ref(cache)
+        self._caches.watch(cache)
+
+    def begin_generation(self, prompt_length: int | None) -> None:
+        """Passes before position ``prompt_length`` read the prompt, those after it the response."""
+        self._boundary = prompt_length
+
+    def end_generation(self) -> None:
+        """Passes are the user's own again."""
+        self._boundary = None
+
+    def end_forward(self) -> None:
+        """What the pass recorded is part of the record from now on."""
+        self._running = False
+
+    def abort_forward(self) -> None:
+        """Forget what a pass recorded that did not come to its end."""
+        self._running = False
+        self._pass.clear()
+        self._keep_pass()
+        self._sessions = [session for session in self._sessions if session.continues]
+
+    def end(self, *, completed: bool) -> None:
+        """The block is left: nothing of ours stays on the model's caches."""
+        self._caches.release()
+        if completed and not self._running:
+            self._keep_pass()
+        else:
+            self.abort_forward()
+
+    def concerns(self, site: str, layer: int) -> bool:
+        """The recorded layers; and, for another tower's sake, those that say where the decoder stands."""
+        chosen, reads = self._role_of(site)
+        return (chosen and (self.layers is None or layer in self.layers)) or (reads and self.site is not None)
+
+    def request(self, call: AttentionCall) -> Request | None:
+        """The declared statistics as one request, or None where this call is not recorded."""
+        chosen, reads = self._role_of(call.site)
+        if reads and not call.cross:
+            self._decoder = call.mask
+            if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
+                raise HeadscopeError(
+                    "this model makes a dense mask of its own from the padding, which hides where examples begin and "
+                    "end; trace prompts of one length, or one at a time"
+                )
+        if not chosen or (self.layers is not None and call.layer not in self.layers):
+            return None
+        session, offset = self._session_of(call)
+        require_exact(self.statistics, call, continues=session.continues)
+        prompt = session.is_prompt(call, offset, self._boundary)
+        request, _, rows = self._plans.of(call, prompt=prompt)
+        self._pass.append((session, Piece.of(call, offset, rows, prompt=prompt)))
+        if rows is not None and rows.numel() == 0 and not request.wants_keys:
+            if not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics):
+                return None
+        return request
+
+    def observe(self, call: AttentionCall, attended: Attended) -> None:
+        """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
+        _, piece = self._pass[-1]
+        _, readers, rows = self._plans.of(call, prompt=piece.prompt)
+        for statistic, reader in readers:
+            if statistic.kind == ROW and rows is not None and rows.numel() == 0:
+                continue
+            if isinstance(statistic, CallStatistic):
+                values = statistic.measure(call, attended, rows)
+            else:
+                values = reader(attended)
+            found = {name: owned(value.detach()) for name, value in values.items()}
+            if isinstance(statistic, BlockStatistic):
+                piece.places[statistic.name] = statistic.place(call)
+            if statistic.kind in (ROW, BLOCK):
+                found = {name: self._landing.send(value) for name, value in found.items()}
+            piece.values.setdefault(statistic.kind, {}).update(found)
+        if call.query.device.type == "cpu":
+            self._heap.called(call.query.shape[0] * call.query.shape[2])
+
+    def _role_of(self, site: str) -> tuple[bool, bool]:
+        """Whether a site is recorded, and whether it is of the tower that reads or writes text."""
+        if site not in self._roles:
+            inner = bare_model(self.model)
+            name = default_tower(sites_of(inner), inner) if self.site is None else self.site
+            self._roles[site] = selects(name, site, inner), tower(site, inner) in ("language", "decoder")
+        return self._roles[site]
+
+    def _session_of(self, call: AttentionCall) -> tuple[Session, int]:
+        times = self._times.get(call.layer, 0)
+        self._times[call.layer] = times + 1
+        if times:
+            check_repeats(bare_model(self.model), call)
+        offset = call.mask.query_offset if not call.cross else self._cross_offset()
+        if not self._pass and self._sessions and self._sessions[0].is_over(call, offset):
+            self._finish()
+        while len(self._sessions) <= times:
+            self._sessions.append(Session(self.statistics, call.site, call.query.shape[0]))
+        session = self._sessions[times]
+        session.check(call, offset, self._cache)
+        ids, self._pending_ids = self._pending_ids, None
+        if ids is not None and not call.cross and ids.shape == (call.query.shape[0], call.query.shape[2]):
+            session.add_tokens(offset, ids)
+        return session, offset
+
+    def _cross_offset(self) -> int:
+        """Where the decoder stands: the query positions of cross-attention are the decoder's."""
+        if self._decoder is None:
+            return 0
+        if self._decoder.start is not None or self._decoder.end is not None:
+            raise HeadscopeError("cross-attention of a padded decoder is not recorded; trace one example at a time")
+        return self._decoder.query_offset
+
+    def _keep_pass(self) -> None:
+        """The pass came to its end: what it recorded becomes part of the record."""
+        done, self._pass = self._pass, []
+        self._plans.clear()
+        self._times.clear()
+        kinds = by_layer_kind(done)
+        if len(kinds) < 2:
+            for session, piece in done:
+                session.add(piece)
+            return
+        check_no_cache(kinds, cached=self._cache is not None)
+        self._sessions.clear()
+        self._landing.wait()
+        self._finished.append(datasets(kinds))
+
+    def _finish(self) -> None:
+        self._finished += self._open()
+        self._sessions.clear()
+
+    def _open(self) -> list[list[xr.Dataset]]:
+        self._landing.wait()
+        made = (session.dataset() for session in self._sessions)
+        return [[dataset] for dataset in made if dataset is not None]
+
+    @property
+    def record(self) -> xr.Dataset:
+        """Everything recorded so far: dimensions example, layer, head, query, key and the statistics' own.
+
+        Raises:
+            HeadscopeError: nothing was recorded, or layers of several kinds, which ``records`` has one by one.
+        """
+        found = self.records
+        refuse_several(found)
+        return found[0]
+
+    @property
+    def records(self) -> list[xr.Dataset]:
+        """``record`` for every kind of layers: one, unless layers attend over different pieces of the input (windows
+        and whole images) or differ in their number of heads.
+
+        Raises:
+            HeadscopeError: nothing was recorded.
+        """
+        if not self._running:
+            self._keep_pass()
+        entries = [*self._finished, *self._open()]
+        elsewhere = ", ".join(sorted(site for site, (chosen, _) in self._roles.items() if not chosen))
+        if not entries and elsewhere:
+            raise HeadscopeError(
+                f"nothing was recorded in {self.site or 'the default tower'}; name a site: {elsewhere}"
+            )
+        named = {"statistics": [str(s) for s in self.statistics], "queries": str(self.queries)}
+        return [signed(record, self.model, **named) for record in join(entries)]
+
+    def clear(self) -> None:
+        """Forget everything recorded."""
+        self._pass.clear()
+        self._sessions.clear()
+        self._finished.clear()
+
+
+@contextmanager
+def trace(
+    model: Any,
+    statistics: Sequence[Statistic],
+    *,
+    layers: Sequence[int] | None = None,
+    queries: Queries | None = None,
+    site: str | None = None,
+    verify: bool = True,
+) -> Iterator[Tracer]:
+    """Record ``statistics`` of every forward pass of ``model`` inside the block; nothing stays on the model after it.
+
+    Row statistics of a megabyte or more leave a GPU for (pinned) host memory as they are made, so that a long text
+    needs no more of the card than untraced; the host needs room for the record twice.
+
+    Args:
+        model: load_model's result or a Hugging Face model.
+        statistics: declarations from ``headscope.interp.statistics``.
+        layers: record only these layers (all by default); the others run the model's own attention, untouched.
+        queries: ``Last(n)``, ``Every(n)`` or ``Generated()`` limit the row statistics; None records every query.
+        site: which tower to record where a model has several: ``"language"`` (the default where there is one),
+            ``"vision"``, ``"audio"``, ``"encoder"``, ``"decoder"``, ``"cross"``, ``"connector"``, or a pattern of
+            module names such as ``"model.layers.*.self_attn"``. One record holds one tower.
+        verify: check once per model that our attention equals the model's own (see ``headscope.interp.sites``).
+
+    Raises:
+        HeadscopeError: an architecture that cannot be traced exactly, named, before anything runs.
+    """
+    tracer = Tracer(model, statistics, layers=layers, queries=queries, site=site)
+    check_name(site, sites_of(model))
+    if verify:
+        verify_once(model)
+    completed = False
+    try:
+        with attached(model, tracer), watching_generate(model, tracer), torch.no_grad():
+            yield tracer
+        completed = True
+    finally:
+        tracer.end(completed=completed)

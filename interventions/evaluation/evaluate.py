@@ -1,0 +1,155 @@
+"""Re-evaluation of an edited model, always beside no edit and layer-matched random heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.results.evaluation import Evaluation
+from headscope.interp.results.headset import HeadSet
+from headscope.interp.runs.estimate import begin
+from headscope.interp.runs.files import locked
+from headscope.interp.runs.journal import Journal, Trial
+from headscope.interp.runs.progress import track
+from headscope.interp.runs.provenance import provenance
+from headscope.interventions.base import Intervention, apply, size
+from headscope.interventions.tasks import resolve
+from headscope.interventions.tasks.base import Task
+
+FILES = ("evaluation.json", "evaluation.parquet", "evaluation.trials.jsonl")
+BASELINE, EDIT, CONTROL = "baseline", "intervention", "control"
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """One way to run the tasks: no edit, an intervention, or an intervention's random-head control ``of`` it."""
+
+    name: str
+    kind: str
+    edits: tuple[Intervention, ...] = ()
+    of: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able settings."""
+        return {"name": self.name, "kind": self.kind, "of": self.of, "edits": [e.describe() for e in self.edits]}
+
+
+def evaluate(
+    model: Any,
+    tasks: Sequence[str | Task] = ("needle",),
+    interventions: Sequence[Intervention | Sequence[Intervention]] = (),
+    *,
+    controls: int = 10,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Run ``tasks`` without edit, with each intervention, and with its layer-matched random-head controls.
+
+    Args:
+        model: load_model's result.
+        tasks: names from ``interventions.tasks.TASKS`` or task objects.
+        interventions: each item is one condition; a sequence of interventions is applied together as one.
+        controls: random head sets (seeds ``seed`` .. ``seed + controls - 1``) for every head-driven condition.
+        out: folder for ``evaluation.json``, the per-trial table and the journal that makes the run resumable.
+
+    Raises:
+        HeadscopeError: unknown task, two tasks of one name, a head that does not exist, layers with too few heads for a
+            control, or ``out`` holds a run with other settings or that goes on now.
+    """
+    chosen = resolve(tasks)
+    conditions = plan(model, interventions, controls, seed)
+    trials = {task.name: task.trials(model) for task in chosen}
+    made = provenance(model, seed=seed, tasks={task.name: task.parameters for task in chosen}, controls=controls)
+    config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed")}
+    config |= {"conditions": [c.describe() for c in conditions], "trials": trials}
+    work = _schedule(chosen, conditions, trials)
+    begin((task.tokens(trial) for task, _, trial in work), list(FILES) if out is not None else [])
+    path = None if out is None else Path(out) / FILES[-1]
+    with locked(path):
+        journal = Journal(path, config)
+        waiting = [index for index in range(len(work)) if index not in journal]
+        for index in track(waiting, "evaluate", enabled=progress, done=len(work) - len(waiting)):
+            task, condition, trial = work[index]
+            with apply(model, *condition.edits):
+                journal.add(index, task.run(model, trial))
+    rows = [
+        {
+            **(own := {"task": task.name, "condition": c.name, "kind": c.kind, "of": c.of, "trial": number}),
+            **_scalars(trial),
+            **result,
+            **own,  # a task's own keys do not replace these
+        }
+        for (task, c, trial), number, result in zip(
+            work, _numbers(work), (journal.entries[i] for i in range(len(work))), strict=True
+        )
+    ]
+    made["conditions"] = config["conditions"]
+    result = Evaluation.from_rows(rows, {task.name: task.metric for task in chosen}, made)
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def plan(
+    model: Any, interventions: Sequence[Intervention | Sequence[Intervention]], controls: int, seed: int
+) -> list[Condition]:
+    """The conditions: no edit first, then each intervention followed by its controls."""
+    conditions = [Condition("no edit", BASELINE)]
+    layers, heads = size(model)
+    for item in interventions:
+        edits = (item,) if isinstance(item, Intervention) else tuple(item)
+        for edit in edits:
+            edit.check(layers, heads)
+        name = " + ".join(edit.name for edit in edits)
+        if name in {condition.name for condition in conditions}:
+            name = f"{name} #{len(conditions)}"
+        conditions.append(Condition(name, EDIT, edits))
+        if not any(edit.heads is not None for edit in edits):
+            continue
+        if controls < 1:
+            raise HeadscopeError("a head intervention is reported beside random heads; set controls to at least 1")
+        for number in range(controls):
+            drawn = _control(edits, heads, seed + number)
+            conditions.append(Condition(f"random for {name} (seed {seed + number})", CONTROL, drawn, of=name))
+    return conditions
+
+
+def _control(edits: tuple[Intervention, ...], heads: int, seed: int) -> tuple[Intervention, ...]:
+    """The same edits on random heads: each head that any of them names is replaced by one of its layer that none names.
+
+    A head that several edits name is replaced by the same head in all of them, and different heads by different ones.
+    """
+    named = HeadSet(tuple(dict.fromkeys(head for edit in edits for head in edit.heads or ())))
+    ordered = [(layer, head) for layer, mine in sorted(named.by_layer().items()) for head in mine]
+    instead = dict(zip(ordered, named.matched_random(heads, seed), strict=True))
+    drawn = []
+    for edit in edits:
+        if edit.heads is not None:
+            pairs = tuple(instead[head] for head in edit.heads)
+            edit = edit.with_heads(HeadSet(pairs, edit.heads.weights, name=f"random (seed {seed})"))
+        drawn.append(edit)
+    return tuple(drawn)
+
+
+def _schedule(
+    tasks: list[Task], conditions: list[Condition], trials: dict[str, list[Trial]]
+) -> list[tuple[Task, Condition, Trial]]:
+    return [(task, condition, trial) for task in tasks for condition in conditions for trial in trials[task.name]]
+
+
+def _numbers(work: list[tuple[Task, Condition, Trial]]) -> list[int]:
+    seen: dict[tuple[str, str], int] = {}
+    numbers = []
+    for task, condition, _ in work:
+        key = (task.name, condition.name)
+        numbers.append(seen.get(key, 0))
+        seen[key] = numbers[-1] + 1
+    return numbers
+
+
+def _scalars(trial: Trial) -> dict[str, Any]:
+    return {key: value for key, value in trial.items() if isinstance(value, str | int | float | bool)}

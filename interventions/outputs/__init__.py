@@ -1,0 +1,1 @@
+"""Edits of what heads write: z, before the output projection."""

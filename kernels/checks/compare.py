@@ -1,0 +1,91 @@
+"""Hold an engine to the definition, its errors bounded by what an eager computation itself loses.
+
+An engine passes where its largest error against the float64 definition is at most twice that of a plain eager
+computation in low precision on the same input (flash-attention's own test), plus a few float32 roundings. No tolerance
+is chosen by hand, so a harder input allows more and an easier one less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from headscope.kernels.checks.cases import Case
+from headscope.kernels.request import Attended, Request
+
+ROUNDINGS = 8 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest error of one result and what was allowed."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """False for a NaN, too."""
+        return self.error <= self.allowed
+
+
+def compare(ours: Attended, case: Case, request: Request, *, precision: torch.dtype | None = None) -> list[Verdict]:
+    """Verdicts on every result that ``request`` asks for.
+
+    ``precision``: what the engine claims to compute statistics in (default: the inputs'). The output is held to the
+    inputs' precision, in which it is returned.
+    """
+    truth = case.eager(request)
+    low = case.eager(request, precision or case.q.dtype)
+    verdicts = []
+    for field in fields(truth):
+        want = getattr(truth, field.name)
+        if not isinstance(want, Tensor):
+            continue
+        got = getattr(ours, field.name)
+        if got is None or (field.name != "key_count" and got.shape != want.shape):
+            verdicts.append(Verdict(field.name, float("nan"), 0.0))
+        elif field.name == "key_count":
+            verdicts.append(Verdict(field.name, float((got.expand_as(want) != want).sum()), 0.0))
+        elif field.name == "top_keys":
+            verdicts.append(_top_keys(ours, truth, low, case, request))
+        else:
+            lossy = getattr(case.eager(request, case.q.dtype) if field.name == "output" else low, field.name)
+            if field.name == "output":
+                lossy = lossy.to(case.v.dtype)
+            # a distance is a difference of positions; a weight exp(s - lse) carries the roundings of s
+            size = case.k.shape[2] if "distance" in field.name else case.score_size()
+            verdicts.append(Verdict(field.name, distance(got, want), allowed(lossy, want, size=size)))
+    return verdicts
+
+
+def allowed(lossy: Tensor, truth: Tensor, *, size: float = 1.0) -> float:
+    """The error an engine may make where eager attention computed ``lossy`` for ``truth`` from terms up to ``size``."""
+    finite = truth[torch.isfinite(truth)].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return 2.0 * distance(lossy, truth) + ROUNDINGS * max(size, largest)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference; infinities must agree, and NaN is returned where either holds one."""
+    if a.numel() == 0:
+        return 0.0
+    a, b = a.double(), b.double()
+    return float(torch.where(a == b, 0.0, (a - b).abs()).max())
+
+
+def _top_keys(ours: Attended, truth: Attended, low: Attended, case: Case, request: Request) -> Verdict:
+    """Reported keys must hold, in the exact pattern, the mass of the true ones (ties may be broken either way)."""
+    keys, mass = ours.top_keys, truth.top_mass
+    assert keys is not None and mass is not None and low.top_mass is not None
+    p = case.pattern()
+    if request.query_rows is not None:
+        p = p[:, :, request.query_rows]
+    at = (keys - case.mask.key_offset).clamp(0, max(0, p.shape[-1] - 1))
+    held = p.gather(-1, at) * (keys >= 0)
+    ordered = keys.sort(-1).values
+    repeated = int(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).sum())
+    return Verdict("top_keys", distance(held, mass) + repeated, allowed(low.top_mass, mass))

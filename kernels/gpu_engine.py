@@ -1,0 +1,254 @@
+"""A ``Request`` answered by the Triton kernels, and by the streaming engine for what they do not compute.
+
+Kernels: lse, max, entropy, distance, linear, output (rows), key_sum and key_max (columns), up to 32 top keys. Without a
+kernel of its own: a window is the row kernel under a narrower mask, and target masses need only lse. To streaming go:
+any mask with an index ``rule``, an ``edit`` of the scores, or inputs the kernels do not take (the whole call), and
+longer lists of top keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.kernels.gpu_passes import columns, rows
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.streaming import engine as streaming
+from headscope.kernels.streaming import library
+from headscope.kernels.streaming.counts import count_queries
+from headscope.kernels.triton.rows import Rows
+from headscope.kernels.triton.targets import target_mass
+from headscope.kernels.triton.topk import MOST, top_keys
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDEST = 256
+AT_ONCE = 20  # linear columns in a pass: three times as many, where half precision needs three to hold a value
+
+
+def takes(q: Tensor, v: Tensor, mask: Mask) -> bool:
+    """Whether the kernels compute this call."""
+    return q.dtype in DTYPES and q.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= WIDEST and mask.rule is None
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
+    request: Request,
+) -> Attended:
+    """Compute ``request``; shapes and meaning as in ``headscope.kernels.attention.attend``."""
+    if not takes(q, v, mask) or edit is not None:
+        return streaming.attend(
+            q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, edit=edit, request=request
+        )
+    return _Call(q, k, v, mask, scale, softcap, sinks, bias, request).run()
+
+
+class _Call:
+    """One call's inputs, so that its passes are short methods."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        bias: Tensor | None,
+        request: Request,
+    ) -> None:
+        self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
+        self.softcap, self.sinks, self.bias, self.want = softcap, sinks, bias, request
+        self.result = Attended()
+        self.all_lse: Tensor | None = None
+
+    def run(self) -> Attended:
+        """Rows (with the output where both want the same rows), then what follows from lse, then columns."""
+        self._rows()
+        self._output()
+        self._columns()
+        if self.want.top > MOST:
+            only = Request(output=False, top=self.want.top, query_rows=self.want.query_rows)
+            part = streaming.attend(self.q, self.k, self.v, **self._options(), request=only)
+            self.result.top_mass, self.result.top_keys = part.top_mass, part.top_keys
+        if self.want.key_count:
+            which = self.want.key_queries or (0, self.q.shape[2])
+            self.result.key_count = count_queries(self.mask, self.q, self.k.shape[2], which)
+        return self.result
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "mask": self.mask,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "bias": self.bias,
+        }
+
+    def _wide(self, got: Rows, where: Tensor | None) -> Rows:
+        """More linear columns than one pass holds take further passes."""
+        rest = [self._pass({"linear"}, where=where, features=part).linear for part in self._parts()[1:]]
+        return (
+            got if not rest else got._replace(linear=torch.cat([x for x in (got.linear, *rest) if x is not None], -1))
+        )
+
+    def _parts(self) -> list[Tensor | None]:
+        """The linear columns that a pass takes, pass by pass."""
+        linear = self.want.linear
+        return [linear] if linear is None or linear.shape[-1] <= AT_ONCE else list(linear.split(AT_ONCE, -1))
+
+    def _pass(
+        self,
+        wants: set[str],
+        *,
+        where: Tensor | None = None,
+        mask: Mask | None = None,
+        sinks: bool = True,
+        features: Tensor | None = None,
+    ) -> Rows:
+        """The row kernel on rows ``where`` (None: all)."""
+        q = self.q if where is None else self.q[:, :, where]
+        return rows(
+            q,
+            self.k,
+            self.v if "output" in wants else None,
+            mask=mask or self.mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks if sinks else None,
+            bias=self.bias,
+            features=features,
+            wants=frozenset(wants),
+            positions=None if where is None else (where + self.mask.query_offset).to(torch.int32),
+        )
+
+    def _rows(self) -> None:
+        want, where = self.want, self.want.query_rows
+        asked = {"lse": want.lse, "max": want.max, "entropy": want.entropy, "distance": want.distance}
+        wants = {name for name, wanted in asked.items() if wanted}
+        wants |= {"linear"} if want.linear is not None else set()
+        if want.windows:
+            wants |= {"lse", "distance"}
+        if want.targets is not None or 0 < want.top <= MOST or (where is None and (want.key_sum or want.key_max)):
+            wants |= {"lse"}
+        if not wants:
+            return
+        if want.output and where is None:
+            wants |= {"output"}
+        got = self._wide(self._pass(wants, where=where, features=self._parts()[0]), where)
+        for name, wanted in asked.items():
+            if wanted:
+                setattr(self.result, name, getattr(got, name))
+        self.result.linear, self.result.output = got.linear, got.output
+        if where is None:
+            self.all_lse = got.lse
+        if want.windows:
+            assert got.lse is not None and got.distance is not None
+            self._windows(got.lse, got.distance)
+        if want.targets is not None:
+            assert got.lse is not None
+            self.result.target_mass = target_mass(
+                self.q, self.k, got.lse, want.targets, rows=where, **self._options_without_sinks()
+            )
+
+        if 0 < want.top <= MOST:
+            assert got.lse is not None
+            self._top(got.lse, where)
+
+    def _top(self, lse: Tensor, where: Tensor | None) -> None:
+        self.result.top_mass, self.result.top_keys = top_keys(
+            self.q if where is None else self.q[:, :, where],
+            self.k,
+            lse,
+            count=self.want.top,
+            positions=None if where is None else (where + self.mask.query_offset).to(torch.int32),
+            **self._options_without_sinks(),
+        )
+
+    def _options_without_sinks(self) -> dict[str, Any]:
+        return {name: x for name, x in self._options().items() if name != "sinks"}
+
+    def _windows(self, lse: Tensor, distance: Tensor) -> None:
+        """Sums over ``gap < w`` are the row kernel's under ``left = w - 1``, weighted by exp(lse_w - lse).
+
+        sum_j p min(gap, w) = w (mass - mass_w) + sum over gap < w of p gap; the window's mass also asks gap >= 0.
+        """
+        mask, where = self.mask, self.want.query_rows
+        whole = torch.ones_like(lse)
+        if self.sinks is not None:
+            whole = _share(self._pass({"lse"}, where=where, sinks=False).lse, lse)
+        masses, distances = [], []
+        for w in self.want.windows:
+            left = w - 1 if mask.left is None else min(w - 1, mask.left)
+            near = self._pass({"lse", "distance"}, where=where, mask=replace(mask, left=left), sinks=False)
+            mass = _share(near.lse, lse)
+            assert near.distance is not None
+            distances.append(w * (whole - mass) + mass * near.distance)
+            if mask.right is None or mask.right > 0:
+                past = replace(mask, left=left, right=0)
+                mass = _share(self._pass({"lse"}, where=where, mask=past, sinks=False).lse, lse)
+            masses.append(mass)
+        empty = (lse == -torch.inf)[..., None]
+        self.result.window_mass = torch.stack(masses, -1).masked_fill_(empty, 0.0)
+        self.result.window_distance = torch.stack(distances, -1).masked_fill_(empty, 0.0)
+
+    def _output(self) -> None:
+        if not self.want.output or self.result.output is not None:
+            return
+        plain = self.softcap is None and self.sinks is None and self.bias is None
+        if plain and library.covers(self.mask, self.q.shape[2], self.k.shape[2]):
+            self.result.output = library.attention(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
+        else:
+            self.result.output = self._pass({"output"}).output
+
+    def _columns(self) -> None:
+        want, which = self.want, self.want.key_queries or (0, self.q.shape[2])
+        if not (want.key_sum or want.key_max):
+            return
+        q, mask, lse = self.q, self.mask, self.all_lse
+        if lse is None:  # rows were asked of other queries, or not at all
+            q, mask = q[:, :, which[0] : which[1]], replace(mask, query_offset=mask.query_offset + which[0])
+            which = (0, q.shape[2])
+            lse = rows(
+                q,
+                self.k,
+                None,
+                mask=mask,
+                scale=self.scale,
+                softcap=self.softcap,
+                sinks=self.sinks,
+                bias=self.bias,
+            ).lse
+        assert lse is not None
+        self.result.key_sum, self.result.key_max = columns(
+            q,
+            self.k,
+            lse,
+            mask=mask,
+            scale=self.scale,
+            softcap=self.softcap,
+            bias=self.bias,
+            queries=which,
+            total=want.key_sum,
+            highest=want.key_max,
+        )
+
+
+def _share(part: Tensor | None, lse: Tensor) -> Tensor:
+    """exp(part - lse), 0 where either is empty."""
+    assert part is not None
+    return torch.exp(torch.where(part == -torch.inf, -torch.inf, part - lse))

@@ -1,0 +1,111 @@
+"""One pass over the scores on the GPU, by rows or by columns: Hopper's kernels where they apply, else Triton's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headscope.kernels.hopper import dispatch as hopper
+from headscope.kernels.masks import Mask
+from headscope.kernels.triton import columns as triton_columns
+from headscope.kernels.triton import rows as triton_rows
+from headscope.kernels.triton.device import last_dim_contiguous
+from headscope.kernels.triton.features import decode, encode, width
+from headscope.kernels.triton.masks import rules
+from headscope.kernels.triton.rows import Rows
+
+
+def rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    features: Tensor | None = None,
+    wants: frozenset[str] = frozenset({"lse"}),
+    positions: Tensor | None = None,
+) -> Rows:
+    """Row reductions ``wants`` (names of ``Rows``) of ``q`` (batch, head, row, d) over ``k`` (batch, kv_head, key, d).
+
+    ``linear`` are the columns of ``features``, (key, n) or (batch, key, n); the ``output`` needs ``v``. ``positions``
+    (row,) ascending absolute positions of the rows, where they are not consecutive from the mask's query offset.
+    """
+    v = None if v is None or "output" not in wants else last_dim_contiguous(v)
+    q, k = last_dim_contiguous(q), last_dim_contiguous(k)
+    sinks = None if sinks is None else sinks.contiguous()
+    columns = None if features is None else encode(features, q.dtype)
+    kept = None if features is None else width(features, q.dtype)
+    sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept or 0)
+    if q.shape[0] * sizes.rows == 0:
+        found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
+    elif hopper.takes(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        columns=columns,
+        consecutive=positions is None,
+    ):
+        found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
+        seen = rules(mask, q.shape[0], positions)
+        sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
+        hopper.fill_rows(q, k, v, columns, sinks, found, sizes, seen, scale, sparse=sparse)
+    else:
+        found = triton_rows.rows(
+            q,
+            k,
+            v,
+            columns,
+            sinks,
+            sizes=sizes,
+            mask=mask,
+            positions=positions,
+            scale=scale,
+            softcap=softcap,
+            bias=bias,
+            wants=wants,
+        )
+    linear = None if features is None or found.linear is None else decode(found.linear, features, q.dtype)
+    return found._replace(linear=linear)
+
+
+def columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    queries: tuple[int, int] | None = None,
+    total: bool = True,
+    highest: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Sum and maximum over query rows ``queries`` of the pattern, each (batch, head, key) float32 or None.
+
+    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d), ``lse`` (batch, head, query) float32 as ``rows``
+    gives it (a sink logit included).
+    """
+    batch, heads, n, _ = q.shape
+    keys = k.shape[2]
+    sums = torch.empty(batch, heads, keys, device=q.device) if total else None
+    most = torch.empty(batch, heads, keys, device=q.device) if highest else None
+    if batch == 0 or keys == 0:
+        return sums, most
+    q, k, lse = last_dim_contiguous(q), last_dim_contiguous(k), lse.contiguous()
+    first, stop = queries or (0, n)
+    sizes = triton_columns.Sizes(heads, heads // k.shape[1], n, first, stop, keys)
+    seen = rules(mask, batch)
+    if hopper.takes(q, k, None, mask=mask, scale=scale, softcap=softcap, bias=bias):
+        hopper.fill_columns(q, k, lse, sums, most, sizes, seen, scale)
+    else:
+        triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
+    return sums, most

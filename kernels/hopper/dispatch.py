@@ -1,0 +1,125 @@
+"""Which calls go to the kernels written for Hopper (``hopper_rows``, ``hopper_output``, ``hopper_columns``).
+
+Triton waits for every matrix product where it issues it. Gluon, Triton's lower level, lets a kernel say when, and which
+warps do what: one warp fetches tiles, warp groups of four compute, and one group's exponentials run while the matrix
+unit works for another. They are written for the common widths of a head, 64 and 128. All other calls take the Triton
+kernels, which compute the same. Without a card, tests run them by ``emulator``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from headscope.kernels.masks import Mask
+
+if TYPE_CHECKING:  # all of it needs Triton
+    from headscope.kernels.triton import columns as triton_columns
+    from headscope.kernels.triton import rows as triton_rows
+    from headscope.kernels.triton.masks import Rules
+
+D_HEADS = (64, 128)
+FEWEST = 1024  # queries: with fewer, too few blocks to fill the card
+SMALLEST = 1e-6  # scale: what stands for a hidden key's product is divided by it
+MOST_COLUMNS = 32  # linear columns that fit beside the scores in registers
+
+
+def takes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    columns: Tensor | None = None,
+    consecutive: bool = True,
+) -> bool:
+    """Whether the Hopper kernels compute a call over q, k and, with the output, v; ``columns`` are features.
+
+    ``consecutive``: whether the rows of q are (the output's kernel takes no others).
+    """
+    tensors = [x for x in (q, k, v) if x is not None]
+    return (
+        _on_hopper(q)
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[3] in D_HEADS
+        and all(x.shape[3] == q.shape[3] and _fetchable(x) for x in tensors)
+        and q.shape[2] >= FEWEST
+        and (columns is None or columns.shape[-1] <= MOST_COLUMNS)
+        and scale > SMALLEST
+        and softcap is None
+        and bias is None
+        and mask.chunk is None
+        and mask.segments is None
+        and mask.rule is None
+        and (consecutive or v is None)
+    )
+
+
+def fill_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    columns: Tensor | None,
+    sinks: Tensor | None,
+    results: triton_rows.Rows,
+    sizes: triton_rows.Sizes,
+    seen: Rules,
+    scale: float,
+    *,
+    sparse: bool,
+) -> None:
+    """Fill ``results`` for a call that ``takes``; ``columns`` are features in q's type, padded to a tile's width.
+
+    ``sparse``: most keys have no feature.
+    """
+    from headscope.kernels.hopper import output as hopper_output
+    from headscope.kernels.hopper import rows as hopper_rows
+
+    if v is None:
+        hopper_rows.rows(q, k, columns, sinks, results, sizes, seen, scale)
+    else:
+        hopper_output.output(q, k, v, columns, sinks, results, sizes, seen, scale, sparse=sparse)
+
+
+def fill_columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    sums: Tensor | None,
+    highest: Tensor | None,
+    sizes: triton_columns.Sizes,
+    seen: Rules,
+    scale: float,
+) -> None:
+    """Fill ``sums`` and ``highest`` for a call that ``takes``."""
+    from headscope.kernels.hopper import columns as hopper_columns
+
+    hopper_columns.columns(q, k, lse, sums, highest, sizes, seen, scale)
+
+
+def _fetchable(x: Tensor) -> bool:
+    """Whether Hopper's copy engine can address ``x``: contiguous rows, every other stride a multiple of 16 bytes."""
+    steps = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
+    return x.numel() > 0 and x.stride(-1) == 1 and all(step % 16 == 0 and step > 0 for step in steps)
+
+
+def _on_hopper(x: Tensor) -> bool:
+    return x.is_cuda and _hopper(x.device)
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device)[0] != 9 or find_spec("triton.experimental.gluon") is None:
+        return False
+    try:
+        import headscope.kernels.hopper.device  # noqa: F401
+    except (ImportError, AttributeError):  # Gluon is experimental: another version may name things otherwise
+        return False
+    return True

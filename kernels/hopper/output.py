@@ -1,0 +1,341 @@
+"""Row statistics and the attention output in one pass, for Hopper (see ``hopper``).
+
+A group holds 64 queries, as in ``hopper_rows``. At d_head 64 three share a block, and each multiplies its weights with
+the values at once: its wait is the others' work. At 128 a group needs registers for its output, which leaves room for
+two. So the product of the last tile's weights with its values runs beneath this tile's exponentials, as in
+FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608, 3.2):
+
+1. issue S = q k_n^T, then O += p_{n-1} v_{n-1};
+2. wait for S alone; p_n and the statistics (steps 1 to 4 of ``triton_rows``);
+3. wait for O, and scale it to the new maximum.
+
+Features come in two ways. Where most keys share theirs with their neighbours (sinks, spans), tiles are asked as in
+``hopper_rows``; else their product is issued beside that of the values.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from headscope.kernels.hopper.device import (
+    FLOOR,
+    GROUP_ROWS,
+    absorb,
+    barriers,
+    block_rows,
+    bounds,
+    buffers,
+    enter,
+    feature_tiles,
+    fetch,
+    finish,
+    fold,
+    group_keys,
+    group_rows,
+    leave,
+    no_features,
+    of_example,
+    run_of,
+    scaled,
+    skip,
+    store_rows,
+    taking_turns,
+    tiles,
+    weigh,
+)
+from headscope.kernels.triton.device import on_device
+
+ABSENT = gl.constexpr(0)  # features: there are none;
+BESIDE = gl.constexpr(1)  # their product is issued beside that of the values;
+APART = gl.constexpr(2)  # tiles are asked whether they need one
+KEYS = 128  # of a tile
+
+
+@gluon.jit
+def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
+    """The producer: the block's queries, then tiles of keys and of values, the latter with the features' rows."""
+    q_at, k_at, v_at, f_at = at
+    q_smem, k_smem, v_smem, f_smem = smem
+    q_ready, k_ready, k_free, v_ready, v_free = bars
+    b, h, kv, fb, row = where
+    GROUPS: gl.constexpr = q_smem.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BN: gl.constexpr = k_at.block_type.shape[2]
+    mbarrier.expect(q_ready.index(0), GROUPS * q_at.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        fetch(q_at, [b, h, row + group * GROUP_ROWS, 0], q_ready.index(0), q_smem.index(group))
+    n = 0
+    for start in range(lo, hi, BN):
+        stage = n % STAGES
+        phase = (n // STAGES & 1) ^ 1
+        mbarrier.wait(k_free.index(stage), phase)
+        mbarrier.expect(k_ready.index(stage), k_at.block_type.nbytes)
+        fetch(k_at, [b, kv, start, 0], k_ready.index(stage), k_smem.index(stage))
+        mbarrier.wait(v_free.index(stage), phase)
+        if FEATURES != ABSENT:
+            mbarrier.expect(v_ready.index(stage), v_at.block_type.nbytes + f_at.block_type.nbytes)
+            fetch(f_at, [fb, start, 0], v_ready.index(stage), f_smem.index(stage))
+        else:
+            mbarrier.expect(v_ready.index(stage), v_at.block_type.nbytes)
+        fetch(v_at, [b, kv, start, 0], v_ready.index(stage), v_smem.index(stage))
+        n += 1
+
+
+@gluon.jit
+def _scores(n, q, k_smem, ready):
+    """Issue the product of the queries and the n-th tile of keys, once it is there."""
+    STAGES: gl.constexpr = k_smem.shape[0]
+    BN: gl.constexpr = k_smem.shape[3]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    mbarrier.wait(ready.index(n % STAGES), n // STAGES & 1)
+    kt = k_smem.index(n % STAGES).reshape([BN, k_smem.shape[4]]).permute([1, 0])
+    return warpgroup_mma(q, kt, gl.zeros([GROUP_ROWS, BN], gl.float32, mma), use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _values(p, stage, smem, output, linear, F: gl.constexpr):
+    """Issue the products of weights ``p`` with a tile's values and, ``BESIDE``, with its features."""
+    _q_smem, _k_smem, v_smem, f_smem = smem
+    o_ = warpgroup_mma(p, v_smem.index(stage).reshape([v_smem.shape[3], v_smem.shape[4]]), output, is_async=True)
+    f_ = linear
+    if F == BESIDE:
+        f = f_smem.index(stage).reshape([f_smem.shape[2], f_smem.shape[3]])
+        f_ = warpgroup_mma(
+            gl.convert_layout(p, gl.DotOperandLayout(0, linear.type.layout, 2)), f, linear, is_async=True
+        )
+    return o_, f_
+
+
+@gluon.jit
+def _wait(o_, f_, F: gl.constexpr):
+    """Wait for what ``_values`` issued."""
+    if F == BESIDE:
+        return warpgroup_mma_wait(0, deps=[o_, f_])
+    else:
+        return warpgroup_mma_wait(0, deps=[o_]), f_
+
+
+@gluon.jit
+def _at_once(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexpr, F: gl.constexpr):
+    """The n-th tile of keys, its weights multiplied with its values: the next n, and the sums."""
+    _q_ready, k_ready, k_free, v_ready, v_free = bars
+    state, nothing, output, linear = sums
+    b, sizes, rules, results, scale = given
+    STAGES: gl.constexpr = smem[1].shape[0]
+    stage = n % STAGES
+    s = warpgroup_mma_wait(0, deps=[_scores(n, q, smem[1], k_ready)])
+    mbarrier.arrive(k_free.index(stage))
+    p, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, True, MASKED)
+    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, output.type.layout, 2))
+    if F == BESIDE:
+        linear = scaled(linear, a)
+    mbarrier.wait(v_ready.index(stage), n // STAGES & 1)
+    o_, f_ = _values(p, stage, smem, scaled(output, a), linear, F)
+    output, linear = _wait(o_, f_, F)
+    mbarrier.arrive(v_free.index(stage))
+    return n + 1, (state, nothing, output, linear)
+
+
+@gluon.jit
+def _one_late(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexpr, F: gl.constexpr):
+    """Steps 1 to 3 for the n-th tile of keys: the next n, and the sums, of which ``p`` is still to be multiplied."""
+    _q_ready, k_ready, k_free, v_ready, v_free = bars
+    state, p, output, linear = sums
+    b, sizes, rules, results, scale = given
+    STAGES: gl.constexpr = smem[1].shape[0]
+    last = gl.maximum(n - 1, 0)
+    before = last % STAGES
+    s_ = _scores(n, q, smem[1], k_ready)
+    mbarrier.wait(v_ready.index(before), last // STAGES & 1)
+    o_, f_ = _values(p, before, smem, output, linear, F)
+    s = warpgroup_mma_wait(2 if F == BESIDE else 1, deps=[s_])
+    mbarrier.arrive(k_free.index(n % STAGES))
+    new, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, False, MASKED)
+    output, linear = _wait(o_, f_, F)
+    mbarrier.arrive(v_free.index(before), pred=n > 0)
+    output = scaled(output, a)
+    p = gl.convert_layout(new.to(q.dtype), gl.DotOperandLayout(0, output.type.layout, 2))
+    if F != ABSENT:
+        linear = scaled(linear, a)
+    if F == APART:
+        mbarrier.wait(v_ready.index(n % STAGES), n // STAGES & 1)
+        linear = weigh(p, smem[3].index(n % STAGES), linear)
+    return n + 1, (state, p, output, linear)
+
+
+@gluon.jit
+def _tile(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexpr, F: gl.constexpr):
+    """The n-th tile of keys: the next n, and the sums (state, weights to multiply, output, linear)."""
+    if smem[0].shape[0] == 2:
+        return _one_late(n, start, q, smem, bars, position, sums, given, MASKED, F)
+    else:  # there is no earlier product beside which features could wait
+        return _at_once(n, start, q, smem, bars, position, sums, given, MASKED, ABSENT if F == ABSENT else BESIDE)
+
+
+@gluon.jit
+def _runs(n, start, to, columns, q, smem, bars, position, sums, given):
+    """The whole tiles ``start:to``, of which those without mixed features leave the features' sums alone."""
+    BN: gl.constexpr = smem[1].shape[3]
+    FOLD: gl.constexpr = smem[0].shape[0] == 3
+    while start < to:
+        state, p, output, linear = sums
+        until, c = run_of(columns, start, to, linear, BN)
+        if until > 0:
+            before = state[0]
+            sums = (state, p, output, enter(linear, c, state[1], FOLD))
+            for at in range(start, until, BN):
+                n, sums = _tile(n, at, q, smem, bars, position, sums, given, False, ABSENT)
+            state, p, output, linear = sums
+            sums = (state, p, output, leave(linear, c, before, state, FOLD))
+        else:
+            for at in range(start, -until, BN):
+                n, sums = _tile(n, at, q, smem, bars, position, sums, given, False, APART)
+        start = gl.maximum(until, -until)
+    return n, sums
+
+
+@gluon.jit
+def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, F: gl.constexpr):
+    """One group: the statistics and the output of 64 rows."""
+    q_smem, k_smem, v_smem, f_smem = smem
+    q_ready, k_ready, k_free, v_ready, v_free = bars
+    b, sizes, rules, results, scale = given
+    _b, h, _kv, _fb, row = where
+    LATE: gl.constexpr = q_smem.shape[0] == 2
+    BN: gl.constexpr = k_smem.shape[3]
+    DV: gl.constexpr = v_smem.shape[4]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    first = row + group * GROUP_ROWS
+    i, position = group_rows(first, sizes, rules, rows)
+    mine, full_lo, full_hi, stop = group_keys(first, b, sizes, rules, lo, hi, BN)
+    n = 0
+    if LATE:  # its first tile may not be one that was passed on
+        mine, stop = lo, hi
+    else:  # a tile at most, for rows are consecutive: there is room for it, whatever order they are passed on in
+        skip(0, mine - lo, v_ready, v_free, BN)
+        n = skip(0, mine - lo, k_ready, k_free, BN)
+    nothing = fold(gl.zeros([GROUP_ROWS, BN], gl.float32, mma), not LATE)
+    state = (gl.full([GROUP_ROWS], FLOOR, gl.float32, rows), nothing, nothing, nothing)
+    p = gl.zeros([GROUP_ROWS, BN], q_smem.dtype, gl.DotOperandLayout(0, wide, 2))  # weights of the tile before: none
+    linear = no_features(f_smem.shape[3] if F != ABSENT else 16)
+    sums = (state, p, gl.zeros([GROUP_ROWS, DV], gl.float32, wide), linear)
+    mbarrier.wait(q_ready.index(0), 0)
+    q = q_smem.index(group).reshape([GROUP_ROWS, q_smem.shape[4]])
+    for part in gl.static_range(3):
+        start, to = bounds(part, mine, full_lo, full_hi, stop)
+        if F == APART and part == 1:
+            n, sums = _runs(n, start, to, columns, q, smem, bars, position, sums, given)
+        else:
+            for at in range(start, to, BN):
+                n, sums = _tile(n, at, q, smem, bars, position, sums, given, part != 1, F)
+    state, p, output, linear = sums
+    if LATE:
+        if lo < hi:
+            last = (n - 1) % k_smem.shape[0]
+            mbarrier.wait(v_ready.index(last), (n - 1) // k_smem.shape[0] & 1)
+            output, linear = _wait(*_values(p, last, smem, output, linear, F), F)
+    else:
+        rest = hi - mine - gl.cdiv(stop - mine, BN) * BN
+        skip(n, rest, k_ready, k_free, BN)
+        skip(n, rest, v_ready, v_free, BN)
+    row, inverse, exists = finish(i, state, linear, results, sizes, sinks, b, h, not LATE)
+    store_rows(results.output, output, row, inverse, exists, DV)
+
+
+@gluon.jit
+def _kernel(
+    q_at,
+    k_at,
+    v_at,
+    f_at,
+    columns,
+    sinks,
+    results,
+    sizes,
+    rules,
+    scale,
+    batch,
+    together,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """``columns`` (values, runs): features ``APART``; where it is None, ``f_at`` are to be multiplied ``BESIDE``."""
+    BN: gl.constexpr = k_at.block_type.shape[2]
+    F: gl.constexpr = ABSENT if f_at is None else BESIDE if columns is None else APART
+    b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
+    where = (b, h, h // sizes.group, b * batch, row)
+    q_smem, k_smem, v_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES), buffers(v_at, STAGES)
+    at, smem = (q_at, k_at, v_at, v_at), (q_smem, k_smem, v_smem, v_smem)
+    if F != ABSENT:
+        at, smem = (q_at, k_at, v_at, f_at), (q_smem, k_smem, v_smem, buffers(f_at, STAGES))
+    if F == APART:
+        columns = of_example(columns, b * batch, sizes.keys, BN, f_at.block_type.shape[2])
+    ready, free = barriers(STAGES, 1), barriers(STAGES, GROUPS)
+    bars = (barriers(1, 1), ready, free, barriers(STAGES, 1), barriers(STAGES, GROUPS))
+    given = (b, sizes, rules, results, scale)
+    fence_async_shared()
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F)),
+                (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F)),
+                (_fetch, (at, smem, bars, where, lo, hi, F)),
+            ],
+            [4, 1],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F)),
+                (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F)),
+                (_reduce, (2, smem, bars, columns, sinks, given, where, lo, hi, F)),
+                (_fetch, (at, smem, bars, where, lo, hi, F)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
+
+
+def output(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor | None,
+    sinks: Tensor | None,
+    results: Any,
+    sizes: Any,
+    rules: Any,
+    scale: float,
+    *,
+    sparse: bool,
+) -> None:
+    """Fill ``results`` (``triton_rows.Rows`` with an output); ``columns`` (key, n) or (batch, key, n) in q's type.
+
+    Rows are consecutive: groups of one block that see keys far apart would wait for each other for ever.
+    ``sparse``: most tiles of keys share one row of ``columns``, so they are asked; else each is multiplied.
+    """
+    groups, stages = (3, 3) if q.shape[3] < 128 else (2, 2)
+    pairs = q.shape[0] * sizes.heads
+    together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
+    grid = (triton.cdiv(sizes.rows, groups * GROUP_ROWS.value) * pairs,)
+    at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), tiles(v, KEYS)
+    f_at, features, batch = feature_tiles(columns, KEYS, asked=sparse)
+    given = sinks, results, sizes, rules, scale, batch, together
+    with on_device(q):
+        _kernel[grid](*at, f_at, features, *given, GROUPS=groups, STAGES=stages, num_warps=4)

@@ -1,0 +1,191 @@
+"""The row statistics of ``triton_rows`` without the output, for Hopper (see ``hopper``).
+
+A block is 192 queries of one head: three groups of 64 share every tile of keys. Each group multiplies, then takes its
+exponentials while the matrix unit works for the others; its sums stay with the threads until the end (``fold``).
+Features c that stay the same over many tiles (sinks and spans: nearly everywhere) cost nothing there, for the sums F
+of features and l of weights change alike: F - c l is only scaled to the new maxima, so (see ``hopper_device.leave``)
+
+    F' = a (F - c l) + c l'.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from headscope.kernels.hopper.device import (
+    FLOOR,
+    GROUP_ROWS,
+    absorb,
+    barriers,
+    block_rows,
+    bounds,
+    buffers,
+    enter,
+    feature_tiles,
+    fetch,
+    finish,
+    fold,
+    group_keys,
+    group_rows,
+    leave,
+    no_features,
+    of_example,
+    run_of,
+    scaled,
+    skip,
+    taking_turns,
+    tiles,
+    weigh,
+)
+from headscope.kernels.triton.device import on_device
+
+GROUPS = gl.constexpr(3)
+STAGES = gl.constexpr(4)
+KEYS = 128  # of a tile
+
+
+@gluon.jit
+def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
+    """The producer: the block's queries, then its tiles of keys, each with its rows of the features."""
+    q_at, k_at, f_at = at
+    q_smem, k_smem, f_smem = smem
+    q_ready, ready, free = bars
+    b, h, kv, row, example = where
+    BN: gl.constexpr = k_at.block_type.shape[2]
+    mbarrier.expect(q_ready.index(0), GROUPS * q_at.block_type.nbytes)
+    for group in gl.static_range(GROUPS):
+        fetch(q_at, [b, h, row + group * GROUP_ROWS, 0], q_ready.index(0), q_smem.index(group))
+    n = 0
+    for start in range(lo, hi, BN):
+        stage = n % STAGES
+        mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+        if FEATURES:
+            mbarrier.expect(ready.index(stage), k_at.block_type.nbytes + f_at.block_type.nbytes)
+            fetch(f_at, [example, start, 0], ready.index(stage), f_smem.index(stage))
+        else:
+            mbarrier.expect(ready.index(stage), k_at.block_type.nbytes)
+        fetch(k_at, [b, kv, start, 0], ready.index(stage), k_smem.index(stage))
+        n += 1
+
+
+@gluon.jit
+def _tile(n, b, start, q, smem, bars, position, state, linear, given, MASKED: gl.constexpr, MIXED: gl.constexpr):
+    """The n-th tile of keys: (the next n, the sums, the sums of features where the tile's are ``MIXED``)."""
+    _q_smem, k_smem, f_smem = smem
+    _q_ready, ready, free = bars
+    sizes, rules, results, scale = given
+    BN: gl.constexpr = k_smem.shape[3]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    stage = n % STAGES
+    mbarrier.wait(ready.index(stage), n // STAGES & 1)
+    kt = k_smem.index(stage).reshape([BN, k_smem.shape[4]]).permute([1, 0])
+    s = warpgroup_mma(q, kt, gl.zeros([GROUP_ROWS, BN], gl.float32, mma), use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    if not MIXED:
+        mbarrier.arrive(free.index(stage))
+    p, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, True, MASKED)
+    if MIXED:
+        linear = weigh(p.to(q.dtype), f_smem.index(stage), scaled(linear, a))
+        mbarrier.arrive(free.index(stage))
+    return n + 1, state, linear
+
+
+@gluon.jit
+def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, FEATURES: gl.constexpr):
+    """One group: the statistics of 64 rows."""
+    q_smem, k_smem, f_smem = smem
+    q_ready, ready, free = bars
+    sizes, rules, results, scale = given
+    b, h, _kv, row, _example = where
+    BN: gl.constexpr = k_smem.shape[3]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    first = row + group * GROUP_ROWS
+    i, position = group_rows(first, sizes, rules, rows)
+    mine, full_lo, full_hi, stop = group_keys(first, b, sizes, rules, lo, hi, BN)
+    nothing = fold(gl.zeros([GROUP_ROWS, BN], gl.float32, mma), True)
+    state = (gl.full([GROUP_ROWS], FLOOR, gl.float32, rows), nothing, nothing, nothing)
+    linear = no_features(f_smem.shape[3] if FEATURES else 16)
+    mbarrier.wait(q_ready.index(0), 0)
+    q = q_smem.index(group).reshape([GROUP_ROWS, q_smem.shape[4]])
+    n = skip(0, mine - lo, ready, free, BN)
+    for part in gl.static_range(3):
+        start, to = bounds(part, mine, full_lo, full_hi, stop)
+        if FEATURES and part == 1:
+            while start < to:
+                until, c = run_of(columns, start, to, linear, BN)
+                if until > 0:
+                    before = state[0]
+                    linear = enter(linear, c, state[1], True)
+                    for at in range(start, until, BN):
+                        n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, False, False)
+                    linear = leave(linear, c, before, state, True)
+                else:
+                    for at in range(start, -until, BN):
+                        n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, False, True)
+                start = gl.maximum(until, -until)
+        else:
+            for at in range(start, to, BN):
+                n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES)
+    skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, ready, free, BN)
+    finish(i, state, linear, results, sizes, sinks, b, h, True)
+
+
+@gluon.jit
+def _kernel(q_at, k_at, f_at, columns, sinks, results, sizes, rules, scale, batch, together, REGISTERS: gl.constexpr):
+    """``batch`` is 1 where every example has features of its own, else 0."""
+    BN: gl.constexpr = k_at.block_type.shape[2]
+    FEATURES: gl.constexpr = f_at is not None
+    b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
+    where = (b, h, h // sizes.group, row, b * batch)
+    q_smem, k_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES)
+    at, smem = (q_at, k_at, k_at), (q_smem, k_smem, k_smem)
+    if FEATURES:
+        at, smem = (q_at, k_at, f_at), (q_smem, k_smem, buffers(f_at, STAGES))
+        columns = of_example(columns, b * batch, sizes.keys, BN, f_at.block_type.shape[2])
+    bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS))
+    given = (sizes, rules, results, scale)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
+            (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
+            (_reduce, (2, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
+            (_fetch, (at, smem, bars, where, lo, hi, FEATURES)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
+    )
+
+
+def rows(
+    q: Tensor,
+    k: Tensor,
+    columns: Tensor | None,
+    sinks: Tensor | None,
+    results: Any,
+    sizes: Any,
+    rules: Any,
+    scale: float,
+) -> None:
+    """Fill ``results`` (``triton_rows.Rows``, no output); ``columns`` (key, n) or (batch, key, n) in q's type."""
+    pairs = q.shape[0] * sizes.heads
+    together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
+    grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
+    f_at, features, batch = feature_tiles(columns, KEYS, asked=True)
+    at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), f_at
+    with on_device(q):
+        _kernel[grid](*at, features, sinks, results, sizes, rules, scale, batch, together, REGISTERS=160, num_warps=4)

@@ -1,0 +1,150 @@
+"""Blockwise statistics of attention in plain PyTorch, on any device, sharing one pass with the output.
+
+The work is cut into tiles of query rows against every key those rows may see. A tile holds its whole rows, so softmax
+needs no running rescale and one QK^T serves the output, the row statistics and the column statistics:
+
+1. s = scale q k^T, softcapped, hidden keys set to a large negative finite number (so that 0 * s stays 0);
+2. m = max_j s, p = exp(s - m), l = sum_j p (+ exp(sink - m)): the pattern is p / l. Scores are held in units of
+   ln 2, as exp2 is several times faster than exp on CPUs;
+3. linear statistics are extra value columns: [output | F] = p [V | F] / l;
+4. entropy = log(l) mass - sum_j p (s - m) / l, elementwise in float32, where mass = sum_j p / l (1 without a sink);
+5. columns: key_sum += (1 / l)^T p.
+
+Memory is one tile and the results; the tile is sized to stay in a core's cache. The definition is ``reference.attend``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Attended, Request
+from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.streaming import library
+from headscope.kernels.streaming.counts import count_queries
+from headscope.kernels.streaming.tiles import Block, Call
+
+CPU_TILE = 400_000  # scores in a tile: 1.6 MB in float32, measured fastest on 1 MB L2 caches
+GPU_TILE = 1 << 26
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
+    request: Request,
+    tile: int | None = None,
+) -> Attended:
+    """Compute ``request`` for ``q`` (batch, head, query, d_head), ``k`` and ``v`` (batch, kv_head, key, ·).
+
+    ``tile`` is the number of scores held at a time. Statistics are float32 (float64 for float64 input), whatever the
+    inputs' dtype; the output has the value's dtype.
+    """
+    call = Call(q, k, v, mask, scale, softcap, sinks, bias, edit)
+    tile = tile or (CPU_TILE if q.device.type == "cpu" else GPU_TILE)
+    result = Attended()
+    for rows, part in _passes(request, q.shape[2], q.device):
+        _Pass(call, rows, part, result).run(tile)
+    if request.output and result.output is None:
+        if softcap is None and sinks is None and bias is None and edit is None:
+            result.output = library.attention(q, k, v, mask=mask, scale=scale)
+        else:
+            _Pass(call, torch.arange(q.shape[2], device=q.device), Request(), result).run(tile)
+    if request.key_count:
+        result.key_count = count_queries(mask, q, k.shape[2], request.key_queries or (0, q.shape[2]))
+    return result
+
+
+def _passes(request: Request, queries: int, device: torch.device) -> Iterator[tuple[Tensor, Request]]:
+    """Split a request into passes over sets of rows; one pass where rows and columns want the same rows."""
+    whole = torch.arange(queries, device=device)
+    rows = whole if request.query_rows is None else request.query_rows
+    first, stop = request.key_queries or (0, queries)
+    columns = request.key_sum or request.key_max
+    together = request.query_rows is None and (first, stop) == (0, queries)
+    if request.wants_rows:
+        yield (
+            rows,
+            replace(
+                request,
+                output=request.output and request.query_rows is None,
+                key_sum=request.key_sum and together,
+                key_max=request.key_max and together,
+            ),
+        )
+    if columns and not (request.wants_rows and together):
+        output = request.output and together
+        yield whole[first:stop], Request(output=output, key_sum=request.key_sum, key_max=request.key_max)
+
+
+class _Pass:
+    """One sweep of tiles over a set of query rows, writing into ``result``."""
+
+    def __init__(self, call: Call, rows: Tensor, request: Request, result: Attended) -> None:
+        self.call, self.rows, self.request, self.result = call, rows, request, result
+        self._allocate()
+
+    def _allocate(self) -> None:
+        call, want, out = self.call, self.request, self.result
+        batch, heads, keys = call.q.shape[0], call.q.shape[1], call.k.shape[2]
+        shape = (batch, heads, self.rows.numel())
+
+        def new(*size: int, fill: float = 0.0) -> Tensor:
+            return torch.full(size, fill, dtype=call.dtype, device=call.q.device)
+
+        if want.output:
+            out.output = call.v.new_empty(*shape, call.v.shape[-1])  # every tile writes its rows
+        if want.lse:
+            out.lse = new(*shape, fill=-math.inf)
+        if want.max:
+            out.max = new(*shape, fill=-math.inf)
+        if want.entropy:
+            out.entropy = new(*shape)
+        if want.linear is not None:
+            out.linear = new(*shape, want.linear.shape[-1])
+        if want.distance:
+            out.distance = new(*shape)
+        if want.windows:
+            out.window_mass = new(*shape, len(want.windows))
+            out.window_distance = new(*shape, len(want.windows))
+        if want.top:
+            out.top_mass = new(*shape, want.top)
+            out.top_keys = torch.full((*shape, want.top), -1, dtype=torch.int64, device=call.q.device)
+        if want.targets is not None:
+            out.target_mass = new(*shape, want.targets.shape[-1])
+        if want.key_sum:
+            out.key_sum = new(batch, heads, keys)
+        if want.key_max:
+            out.key_max = new(batch, heads, keys)
+
+    def run(self, tile: int) -> None:
+        """Sweep the tiles: whole batches of short sequences together, long ones one key/value head at a time."""
+        call = self.call
+        batch, kv_heads, keys = call.q.shape[0], call.k.shape[1], call.k.shape[2]
+        rows = self.rows.numel()
+        if not rows or not keys or not batch:
+            if self.request.output and self.result.output is not None:
+                self.result.output.zero_()
+            return
+        per_head = call.group * keys * min(rows, 64)
+        heads_per = max(1, min(kv_heads, tile // per_head))
+        batch_per = max(1, min(batch, tile // (per_head * kv_heads))) if heads_per == kv_heads else 1
+        step = max(1, min(rows, tile // (batch_per * heads_per * call.group * keys)))
+        for b0 in range(0, batch, batch_per):
+            for h0 in range(0, kv_heads, heads_per):
+                examples, kv = slice(b0, min(b0 + batch_per, batch)), slice(h0, min(h0 + heads_per, kv_heads))
+                block = Block(call, self.rows, self.request, self.result, examples, kv)
+                for r0 in range(0, rows, step):
+                    block.tile(r0, min(r0 + step, rows))

@@ -1,0 +1,154 @@
+"""Distances between two patterns per query, from both lses: see ``headscope.kernels.divergence`` for what they are.
+
+1. Two products per tile give log p = s - lse and log r = u - lse', in units of ln 2.
+2. log m = max + log2(1 + exp2(-|log p - log r|)) - 1, so JS needs one more exponential and one logarithm.
+3. Six sums per query: JS, KL, |p - r|, p r, p^2, r^2. Nothing is rescaled, as both lses are known.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headscope.kernels.masks import Mask
+from headscope.kernels.triton.device import (
+    LN2,
+    LOG2E,
+    last_dim_contiguous,
+    launch,
+    load_rows,
+    padded,
+    score,
+    scored,
+    signed,
+    strides,
+)
+from headscope.kernels.triton.masks import key_range, rules, visible
+
+
+class Sizes(NamedTuple):
+    """The shape of a call."""
+
+    heads: int
+    group: int
+    queries: int
+    keys: int
+
+
+@triton.jit
+def _kernel(
+    q,
+    k,
+    u,
+    w,
+    lse,
+    lse_other,
+    out,
+    strides,
+    sizes,
+    rules,
+    score,
+    d: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    b, h = tl.program_id(1) // sizes.heads, tl.program_id(1) % sizes.heads
+    b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h // sizes.group).to(tl.int64)
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    row = begin + tl.arange(0, BM)
+    exists = row < sizes.queries
+    q += b64 * strides[0].batch + h64 * strides[0].head
+    k += b64 * strides[1].batch + kv * strides[1].head
+    u += b64 * strides[2].batch + h64 * strides[2].head
+    w += b64 * strides[3].batch + kv * strides[3].head
+    qt = signed(load_rows(q, row, strides[0].position, sizes.queries, d, D, False), score)
+    ut = signed(load_rows(u, row, strides[2].position, sizes.queries, d, D, False), score)
+    base = (b64 * sizes.heads + h64) * sizes.queries
+    norm = tl.load(lse + base + row, mask=exists, other=0.0) * LOG2E
+    other = tl.load(lse_other + base + row, mask=exists, other=0.0) * LOG2E
+    position = row + rules.query_offset
+    last = tl.minimum(begin + BM, sizes.queries) - 1 + rules.query_offset
+    lo, hi, _, _ = key_range(begin + rules.query_offset, last, b, sizes.keys, rules, BN)
+    js = tl.zeros([BM], tl.float32)
+    kl = tl.zeros([BM], tl.float32)
+    apart = tl.zeros([BM], tl.float32)
+    pr = tl.zeros([BM], tl.float32)
+    pp = tl.zeros([BM], tl.float32)
+    rr = tl.zeros([BM], tl.float32)
+    for tile in range(0, tl.cdiv(hi - lo, BN)):
+        start = lo + tile * BN
+        step = start.to(tl.int64)
+        j = tl.arange(0, BN)
+        left = sizes.keys - start
+        kt = load_rows(k + step * strides[1].position, j, strides[1].position, left, d, D, False)
+        wt = load_rows(w + step * strides[3].position, j, strides[3].position, left, d, D, False)
+        log_p = scored(tl.dot(qt, tl.trans(kt), input_precision="ieee"), score) - norm[:, None]
+        log_r = scored(tl.dot(ut, tl.trans(wt), input_precision="ieee"), score) - other[:, None]
+        seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
+        log_p = tl.where(seen, log_p, -1e30)
+        log_r = tl.where(seen, log_r, -1e30)
+        p, r = tl.exp2(log_p), tl.exp2(log_r)
+        log_m = tl.maximum(log_p, log_r) + tl.log2(1.0 + tl.exp2(-tl.abs(log_p - log_r))) - 1.0
+        js += tl.sum(p * (log_p - log_m) + r * (log_r - log_m), 1)
+        kl += tl.sum(p * (log_p - log_r), 1)
+        apart += tl.sum(tl.abs(p - r), 1)
+        pr += tl.sum(p * r, 1)
+        pp += tl.sum(p * p, 1)
+        rr += tl.sum(r * r, 1)
+    count = (tl.num_programs(1)).to(tl.int64) * sizes.queries
+    size = tl.sqrt(pp * rr)
+    at = out + base + row
+    tl.store(at, tl.maximum(js, 0.0) * (0.5 * LN2), mask=exists)
+    tl.store(at + count, kl * LN2, mask=exists)
+    tl.store(at + 2 * count, apart * 0.5, mask=exists)
+    tl.store(at + 3 * count, pr / tl.where(size > 0.0, size, 1.0), mask=exists)
+
+
+def distances(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    lse: Tensor,
+    lse_other: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Jensen-Shannon, KL, total variation and cosine of two (q, k) pairs of equal shapes: (4, batch, head, query)."""
+    q, k, u, w = (last_dim_contiguous(x) for x in (*first, *second))
+    batch, heads, queries, d = q.shape
+    out = torch.empty(4, batch, heads, queries, dtype=torch.float32, device=q.device)
+    if batch == 0 or queries == 0:
+        return out
+    wide = q.dtype == torch.float32 or d > 128
+    bm, bn = (32, 32) if wide else (64, 64)
+    launch(
+        _kernel,
+        (triton.cdiv(queries, bm), batch * heads),
+        q,
+        q,
+        k,
+        u,
+        w,
+        lse.contiguous(),
+        lse_other.contiguous(),
+        out,
+        tuple(strides(x) for x in (q, k, u, w)),
+        Sizes(heads, heads // k.shape[1], queries, k.shape[2]),
+        rules(mask, batch),
+        score(scale, softcap, None),
+        d=d,
+        D=padded(d),
+        BM=bm,
+        BN=bn,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out

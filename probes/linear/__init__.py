@@ -1,0 +1,1 @@
+"""Linear probes of head outputs, with their controls."""

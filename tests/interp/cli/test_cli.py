@@ -1,0 +1,230 @@
+"""The command line from outside: exit codes, JSON, dry runs, files, and how fast it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from headscope.interp.cli import main
+from headscope.interp.prompts import load_haystack, load_needles
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny random llama with a byte-level tokenizer, saved as a folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<eos>"]
+    )
+    corpus = [load_haystack()[:20_000], *(n.needle + " " + n.question for n in load_needles(10))]
+    inner.train_from_iterator(corpus, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        eos_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out, printed.err
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = "import sys; sys.argv = ['headscope', '--help']\nfrom headscope.interp.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\nassert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    seconds = []
+    for _ in range(5):
+        begin = time.process_time_ns(), os.times().children_user + os.times().children_system
+        subprocess.run([sys.executable, "-m", "headscope.interp.cli", "--help"], check=True, capture_output=True)
+        seconds.append(os.times().children_user + os.times().children_system - begin[1])
+    assert min(seconds) < 0.5  # processor time: the wall clock of a shared machine says little
+
+
+def test_models_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "models", "--json")
+    assert code == 0
+    assert {entry["name"] for entry in json.loads(out)["models"]} == {"smollm2-135m", "gemma3-270m"}
+
+
+def test_check_verifies(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    code, out, _ = run(capsys, "models", "check", model, "--json")
+    row = json.loads(out)["verification"][0]
+    assert code == 0 and row["verified"] and row["calls"] == 2 and row["share_of_bound"] < 1
+
+
+def test_trace_writes_a_record(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    from headscope.interp import load_record
+
+    arguments = ("trace", "--model", model, "--prompt", "one two", "--prompt", "three four five")
+    code, out, _ = run(capsys, *arguments, "--statistics", "entropy,key_mass", "--out", str(tmp_path / "r"), "--json")
+    record = load_record(tmp_path / "r")
+    assert code == 0 and record.sizes["example"] == 2 and record.sizes["layer"] == 2
+    shown = {row["statistic"]: row["mean"] for row in json.loads(out)["statistics"]}
+    assert shown["entropy"] == pytest.approx(float(record["entropy"].mean()))
+    assert (tmp_path / "r" / "trace.config.json").exists()
+    code, _, err = run(capsys, *arguments, "--out", str(tmp_path / "r"))
+    assert code == 2 and "other settings (statistics)" in err  # a record is never overwritten
+
+
+def test_discover_evaluate_report(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    heads, out = str(tmp_path / "heads"), str(tmp_path / "ev")
+    discover = ("discover", "induction", "--model", model, "--samples", "3", "--set", "length=8", "--out", heads)
+    code, printed, _ = run(capsys, *discover, "--json")
+    assert code == 0 and len(json.loads(printed)["heads"]) == 8
+    assert json.loads((tmp_path / "heads" / "induction.json").read_text())["heads"][0]["n"] == 3
+    evaluate = ("evaluate", "text_loss", "--model", model, "--ablate", heads, "--top", "2", "--controls", "2")
+    small = ("--set", "length=32", "--set", "passages=2", "--out", out)
+    code, printed, _ = run(capsys, *evaluate, *small, "--json")
+    document = json.loads(printed)
+    assert code == 0 and [row["kind"] for row in document["summary"]].count("control") == 2
+    assert document["contrasts"][0]["controls"] == 2
+    code, _, err = run(capsys, "report", str(tmp_path), "--prompt", "one two one two")
+    assert code == 0 and "report:" in err
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>" in page and len(page) < 6_000_000
+
+
+def test_mean_ablation_takes_a_reference_text(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    from headscope.interp import load_model
+    from headscope.interventions import head_means
+
+    heads, text = str(tmp_path / "heads"), tmp_path / "reference.txt"
+    paragraphs = ["A brass key is under the pot.", "Nobody knew\nwhere it was."]
+    text.write_text("\n\n".join(paragraphs) + "\n\n  \n")
+    run(capsys, "discover", "induction", "--model", model, "--samples", "2", "--set", "length=8", "--out", heads)
+    command = ("evaluate", "text_loss", "--model", model, "--ablate", heads, "--top", "2", "--controls", "1")
+    command += ("--set", "length=16", "--set", "passages=2", "--how", "mean")
+    digests = []
+    for name, extra in {"given": ("--reference", str(text)), "bundled": ()}.items():
+        code, _, err = run(capsys, *command, *extra, "--out", str(tmp_path / name), "--json")
+        assert code == 0, err
+        made = json.loads((tmp_path / name / "evaluation.json").read_text())["provenance"]
+        digests.append(made["conditions"][1]["edits"][0]["means_sha256"])
+        config = json.loads((tmp_path / name / "evaluate-text_loss.config.json").read_text())
+        assert config["settings"]["reference"] == (str(text) if extra else None)
+    wanted = head_means(load_model(model), paragraphs)
+    assert digests[0] == hashlib.sha256(wanted.numpy().tobytes()).hexdigest() != digests[1]
+    code, printed, _ = run(capsys, *command, "--reference", str(text), "--dry-run", "--json")
+    assert json.loads(printed)["forward_passes"] == 2 * (1 + 1 + 1) + len(paragraphs)
+    code, _, err = run(capsys, *command[:-1], "zero", "--reference", str(text))
+    assert code == 2 and "--how mean" in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("discover", "retrieval", "--lengths", "300", "--depths", "2"),
+        ("evaluate", "needle", "--lengths", "300", "--depths", "2"),
+        ("probe", "truth"),
+        ("discover", "sinks", "--samples", "2"),
+    ],
+    ids=lambda command: "-".join(command[:2]),
+)
+def test_dry_run_runs_nothing(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out"
+    code, printed, _ = run(capsys, *command, "--model", model, "--out", str(out), "--dry-run", "--json")
+    found = json.loads(printed)
+    assert code == 0 and found["forward_passes"] >= found["prompts"] > 0 and found["seconds"] >= 0
+    assert found["files"] and found["memory_mib"] >= 0
+    assert not out.exists()
+
+
+def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    command = ("discover", "retrieval", "--lengths", "300", "--depths", "2", "--set", "max_new_tokens=7")
+    _, printed, _ = run(capsys, *command, "--model", model, "--dry-run", "--json")
+    assert json.loads(printed)["forward_passes"] == 3 * 2 * (1 + 7)  # needles x depths x (prompt and steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("discover", "nonsense"), "choose one of"),
+        (("discover", "retrieval", "--lengths", "5000"), "exceed the context"),
+        (("discover", "induction", "--set", "colour=1"), "has no setting 'colour'"),
+        (("discover", "induction", "--set", "colour"), "NAME=VALUE"),
+        (("discover", "retrieval", "--lengths", "many"), "comma-separated numbers"),
+        (("evaluate", "sums"), "unknown task 'sums'"),
+        (("evaluate", "text_loss", "--ablate", "nowhere"), "does not exist"),
+        (("trace", "--statistics", "mood", "--prompt", "x", "--out", "unused"), "unknown statistic 'mood'"),
+        (("trace", "--prompt", "", "--out", "unused"), "empty"),
+        (("trace", "--out", "unused"), "--prompt"),
+        (("probe", "no-such-labels"), "no-such-labels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value)[:40],
+)
+def test_bad_input_is_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments, "--model", model)
+    message = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and not out and len(message) == 1 and says in message[0], err
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_unknown_model_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "discover", "sinks", "--model", "no/such-folder/x.gguf")
+    assert code == 2 and "no such file" in err
+
+
+def hears_interrupts() -> None:
+    """A shell starts its background jobs deaf to Ctrl-C, and their children inherit that: the tests may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_interrupt_and_kill_resume(model: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "headscope.interp.cli", "discover", "induction", "--model", model, "--json"]
+    command += ["--samples", "4000", "--set", "length=8", "--set", "batch=1", "--out", str(tmp_path)]
+    journal = tmp_path / "induction.trials.jsonl"
+    for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        before = journal.stat().st_size if journal.exists() else 0
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
+        )
+        while not journal.exists() or journal.stat().st_size <= before + 2000:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "Traceback" not in err
+        assert not (tmp_path / "induction.json").exists()
+    done = journal.read_bytes().count(b"\n") - 1
+    assert 0 < done < 4000

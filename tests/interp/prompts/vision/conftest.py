@@ -1,0 +1,138 @@
+"""Tiny image-text models with real processors, built on the spot: byte-level tokenizer, PIL image processors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma3Processor,
+    Idefics3Processor,
+    LlavaProcessor,
+    PaliGemmaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLProcessor,
+    Qwen2VLProcessor,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from headscope.interp.survey.tiny import tiny_model
+
+SQUARE = {"height": 32, "width": 32}
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}<eos>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NAMES = ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "idefics3", "paligemma")
+
+
+@pytest.fixture(scope="session", params=NAMES)
+def built(request) -> tuple[Any, Any]:
+    """Every model with its processor."""
+    return _vision_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def vision_model() -> Any:
+    """A tiny random model and its processor, by name."""
+    return _vision_model
+
+
+@pytest.fixture
+def picture() -> Any:
+    """Noise of a given seed and size."""
+    return _picture
+
+
+@pytest.fixture
+def template() -> str:
+    """A chat template whose images are the one token ``<image>``."""
+    return TEMPLATE.replace("IMAGE", "<image>")
+
+
+def _tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """One token a byte, and the special tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", extra_special_tokens=special
+    )
+
+
+def _without_video(kind: type) -> type:
+    """A Qwen processor of images only: its video processor would need torchvision."""
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, value: None})
+
+
+def _processor(name: str) -> Any:
+    """The processor of one architecture, for images of 32 x 32 pixels in patches of 8."""
+    if name == "llava":
+        images = LlavaImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE)
+        return LlavaProcessor(
+            images,
+            _tokenizer(image_token="<image>"),
+            patch_size=8,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=TEMPLATE.replace("IMAGE", "<image>\n"),
+        )
+    if name in ("qwen2_vl", "qwen2_5_vl"):
+        names = ("image_pad", "video_pad", "vision_start", "vision_end")
+        keys = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+        special = {key: f"<|{token}|>" for key, token in zip(keys, names, strict=True)}
+        sizes = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 256, "max_pixels": 4096}
+        kind = _without_video(Qwen2VLProcessor if name == "qwen2_vl" else Qwen2_5_VLProcessor)
+        template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+        return kind(Qwen2VLImageProcessorPil(**sizes), _tokenizer(**special), None, chat_template=template)
+    if name == "gemma3":
+        special = {
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        }
+        template = TEMPLATE.replace("IMAGE", "<start_of_image>")
+        images = Gemma3ImageProcessorPil(size=SQUARE)
+        return Gemma3Processor(images, _tokenizer(**special), image_seq_length=4, chat_template=template)
+    if name == "idefics3":
+        tags = {f"tag_{i}_{j}": f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)}
+        special = {"image_token": "<image>", "fake": "<fake_token_around_image>", "global": "<global-img>", **tags}
+        images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+        template = TEMPLATE.replace("IMAGE", "<image>")
+        return Idefics3Processor(images, _tokenizer(**special), image_seq_len=4, chat_template=template)
+    images = SiglipImageProcessorPil(size=SQUARE)
+    images.image_seq_length = 16
+    return PaliGemmaProcessor(
+        images, _tokenizer(image_token="<image>"), chat_template=TEMPLATE.replace("IMAGE", "<image>")
+    )
+
+
+def _vision_model(name: str) -> tuple[Any, Any]:
+    """A tiny random model and its processor, agreeing on the tokens."""
+    model, made = tiny_model(name, "image-text"), _processor(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(len(made.tokenizer), mean_resizing=False)
+        model.get_input_embeddings().weight.data.normal_(std=0.5)
+    token = made.tokenizer.convert_tokens_to_ids(made.tokenizer.image_token)
+    model.config.image_token_id = token
+    for key in ("vision_start", "vision_end", "video"):
+        if getattr(made.tokenizer, f"{key}_token", None) is not None:
+            setattr(model.config, f"{key}_token_id", getattr(made.tokenizer, f"{key}_token_id"))
+    return model, made
+
+
+def _picture(seed: int, height: int = 40, width: int = 64) -> Image.Image:
+    """Noise of this size."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))

@@ -1,0 +1,121 @@
+"""Models of several towers: named sites, images one by one, windows, cross-attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.inputs import example_inputs
+from headscope.interp.statistics import (
+    Distance,
+    Entropy,
+    KeyMass,
+    SinkMass,
+)
+from headscope.interp.survey.eager import eager_weights
+from headscope.interp.survey.tiny import tiny_model
+from headscope.interp.tracing.tracer import trace
+
+TOWERS = {
+    "llava": {None: "language_model", "language": "language_model", "vision": "vision_tower"},
+    "gemma3": {None: "language_model", "vision": "vision_tower"},
+    "qwen2_vl": {None: "language_model", "vision": "visual"},
+    "idefics3": {None: "text_model", "vision": "vision_model"},
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_are_chosen_by_name(name):
+    model = tiny_model(name, "image-text")
+    inputs = example_inputs(model)
+    assert "pixel_values" in inputs
+    for alias, part in TOWERS[name].items():
+        with trace(model, [Entropy()], site=alias) as tracer:
+            model(**inputs)
+        assert part in tracer.record.attrs["site"]
+    with pytest.raises(HeadscopeError, match="no site 'visoin'.*vision"):
+        with trace(model, [Entropy()], site="visoin"):
+            raise AssertionError("the block must not be entered")
+    text = {"input_ids": inputs["input_ids"][:, -8:]}
+    with trace(model, [Entropy()], site="vision") as tracer:
+        model(**text)
+    with pytest.raises(
+        HeadscopeError, match="nothing was recorded in vision.*language|nothing was recorded.*text_model"
+    ):
+        _ = tracer.record
+
+
+def test_images_attended_one_by_one_are_examples():
+    model = tiny_model("qwen2_vl", "image-text")
+    inputs = example_inputs(model)
+    with trace(model, [Entropy()], site="vision") as tracer:
+        model(**inputs)
+        model(**inputs)
+    assert tracer.record["length"].to_numpy().tolist() == [16, 32, 16, 32]
+
+
+def test_windowed_and_whole_layers_are_a_record_each():
+    """Against eager weights: layer 0 attends within windows, layer 1 over whole images."""
+    model = tiny_model("qwen2_5_vl", "image-text")
+    inputs = example_inputs(model)
+    with trace(model, [SinkMass(1), KeyMass()], site="vision") as tracer:
+        model(**inputs)
+        model(**inputs)
+    with eager_weights(model) as seen, torch.no_grad():
+        model(**inputs)
+    with pytest.raises(HeadscopeError, match=r"layers \[0\] and \[1\] of model.visual.*tracer.records.*layers=\[0\]"):
+        _ = tracer.record
+    windows, images = tracer.records
+    assert windows["layer"].to_numpy().tolist() == [0] and images["layer"].to_numpy().tolist() == [1]
+    assert images["length"].to_numpy().tolist() == [16, 32] * 2
+    assert windows.sizes["example"] > images.sizes["example"]
+    for layer, record in enumerate((windows, images)):
+        patterns = [p[0] for name, p in seen if f"visual.blocks.{layer}." in name]
+        assert [p.shape[-1] for p in patterns] * 2 == record["length"].to_numpy().tolist()
+        for example, p in enumerate(patterns * 2):
+            here = record.isel(example=example, layer=0)
+            np.testing.assert_allclose(here["sink_mass"][:, : p.shape[1]], p[..., 0], atol=2e-5)
+            np.testing.assert_allclose(here["key_mass"][:, : p.shape[2]], p.sum(1), atol=2e-4)
+    with trace(model, [Entropy()], site="vision", layers=[1]) as tracer:
+        model(**inputs)
+    assert tracer.record["length"].to_numpy().tolist() == [16, 32]
+    with trace(model, [Entropy()]) as tracer:
+        model(**inputs)
+    assert len(tracer.records) == 1 and tracer.records[0].equals(tracer.record)
+
+
+@pytest.mark.parametrize("name", ["whisper", "t5"])
+def test_encoder_decoder_and_cross_attention_apart(name):
+    model = tiny_model(name, "encoder-decoder")
+    inputs = example_inputs(model, padding=False)
+    with eager_weights(model) as seen, torch.no_grad():
+        model(**inputs)
+    cross = [p for place, p in seen if "encoder_attn" in place or "EncDec" in place]
+    lengths = {}
+    for site in (None, "encoder", "decoder", "cross"):
+        with trace(model, [SinkMass(1), KeyMass()], site=site) as tracer:
+            model(**inputs)
+        lengths[site] = (tracer.record.sizes["query"], tracer.record.sizes["key"])
+    assert lengths[None] == lengths["decoder"] == (12, 12)
+    assert lengths["cross"] == (12, lengths["encoder"][0])
+    for layer, p in enumerate(cross):
+        np.testing.assert_allclose(tracer.record["sink_mass"].sel(layer=layer), p[..., 0], atol=2e-5)
+        np.testing.assert_allclose(tracer.record["key_mass"].sel(layer=layer), p.sum(2), atol=2e-4)
+    with pytest.raises(HeadscopeError, match="Distance is not exact with queries and keys of different sequences"):
+        with trace(model, [Distance()], site="cross"):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["whisper", "t5"])
+def test_cross_attention_while_generating(name):
+    model = tiny_model(name, "encoder-decoder")
+    inputs = example_inputs(model, padding=False)
+    inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :3]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 5}
+    with trace(model, [Entropy()], site="cross") as tracer:
+        model.generate(**inputs, **options)
+    assert tracer.record.sizes["example"] == 2
+    assert tracer.record["query_position"].to_numpy().tolist() == [list(range(tracer.record.sizes["query"]))] * 2
+    assert tracer.record.sizes["query"] >= 6
