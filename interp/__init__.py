@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from headscope.interp.survey.tiny import tiny_model as tiny_model
     from headscope.interp.sweeps import sweep as sweep
     from headscope.interp.tracing.generation import response_steps as response_steps
-    from headscope.interp.tracing.kept import keep_attention as keep_attention
+    from headscope.interp.tracing.reference_run import keep_attention as keep_attention
     from headscope.interp.tracing.tracer import Tracer as Tracer
     from headscope.interp.tracing.tracer import trace as trace
 
@@ -35,7 +35,7 @@ _HOME = {
     "Tracer": "tracing.tracer",
     "append_record": "records.record",
     "each_part": "records.record",
-    "keep_attention": "tracing.kept",
+    "keep_attention": "tracing.reference_run",
     "load_model": "models",
     "load_record": "records.record",
     "open_record": "records.record",

@@ -14,11 +14,11 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites import attached, verify_once
-from headscope.interp.sites.huggingface.route import Route, places, sites_of
+from headscope.interp.sites.huggingface.route import Route, modules_of, places
 from headscope.interp.sites.huggingface.switch import implementations
 from headscope.interp.sites.towers import check_name, default_tower, selects
 from headscope.interp.sites.unwrap import bare_model, origin
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
 
 class Intervention(Handler):
@@ -58,19 +58,19 @@ class _InTower(Handler):
     A head that does not exist is refused at the first call, where the number of heads is seen.
     """
 
-    def __init__(self, inner: Intervention, model: nn.Module, site: str, layers: int) -> None:
-        self.inner, self.model, self.site, self.layers = inner, model, site, layers
+    def __init__(self, inner: Intervention, model: nn.Module, tower: str, layers: int) -> None:
+        self.inner, self.model, self.tower, self.layers = inner, model, tower, layers
         self._checked = False
 
     def _is_here(self, call: AttentionCall) -> bool:
-        here = selects(self.site, call.site, self.model)
+        here = selects(self.tower, call.module, self.model)
         if here and not self._checked:
             self.inner.check(self.layers, call.query.shape[1])
             self._checked = True
         return here
 
-    def concerns(self, site: str, layer: int) -> bool:
-        return selects(self.site, site, self.model) and self.inner.concerns(site, layer)
+    def concerns(self, module: str, layer: int) -> bool:
+        return selects(self.tower, module, self.model) and self.inner.concerns(module, layer)
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         return self.inner.edit(call) if self._is_here(call) else call
@@ -81,8 +81,8 @@ class _InTower(Handler):
     def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
         return self.inner.edit_output(call, z) if self._is_here(call) else z
 
-    def observe(self, call: AttentionCall, attended: Attended) -> None:
-        self.inner.observe(call, attended)
+    def observe(self, call: AttentionCall, reduced: Reduced) -> None:
+        self.inner.observe(call, reduced)
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         self.inner.begin_forward(inputs)
@@ -95,7 +95,7 @@ class _InTower(Handler):
 
 
 @contextmanager
-def apply(model: Any, *interventions: Intervention, site: str | None = None) -> Iterator[None]:
+def apply(model: Any, *interventions: Intervention, tower: str | None = None) -> Iterator[None]:
     """Put ``interventions`` in force, in order, for every forward pass and ``generate`` inside the block.
 
     Composes with ``trace`` (a tracer entered later sees the edited model) and with itself, so that each tower can have
@@ -105,7 +105,7 @@ def apply(model: Any, *interventions: Intervention, site: str | None = None) -> 
         model: load_model's result, a Hugging Face model, a TransformerBridge or an nnsight wrapper (around its
             ``trace`` and ``generate``).
         interventions: edits, e.g. ``AblateHeads``.
-        site: whose heads they name where a model has several towers, as in ``trace(site=...)``: ``"language"``,
+        tower: whose heads they name where a model has several towers, as in ``trace(tower=...)``: ``"language"``,
             ``"vision"``, ``"encoder"``, ``"cross"`` ... or a pattern of module names. None: the tower that reads or
             writes text.
 
@@ -113,14 +113,14 @@ def apply(model: Any, *interventions: Intervention, site: str | None = None) -> 
         HeadscopeError: an architecture that cannot be edited exactly, or a head that does not exist.
     """
     inner = bare_model(model)
-    if site is None:
-        chosen, layers, heads = default_tower(sites_of(inner), inner), *size(model)
+    if tower is None:
+        chosen, layers, heads = default_tower(modules_of(inner), inner), *size(model)
         for intervention in interventions:
             intervention.check(layers, heads)
     else:
-        chosen, layers = site, layers_of(model, site)
+        chosen, layers = tower, layers_of(model, tower)
         for intervention in interventions:
-            _check_layers(intervention, layers, site)
+            _check_layers(intervention, layers, tower)
     verify_once(model)
     with ExitStack() as stack:
         for intervention in interventions:
@@ -129,24 +129,24 @@ def apply(model: Any, *interventions: Intervention, site: str | None = None) -> 
         yield
 
 
-def layers_of(model: Any, site: str) -> int:
+def layers_of(model: Any, tower: str) -> int:
     """How many layers attend in a tower.
 
     Raises:
-        HeadscopeError: ``site`` is no name of a tower or of modules, or nothing that can be edited attends there.
+        HeadscopeError: ``tower`` is no name of one or of modules, or nothing that can be edited attends there.
     """
     inner = bare_model(model)
-    if origin(model) == "transformer_lens" and site != "language":
-        raise HeadscopeError(f"a TransformerBridge shows its language layers only, not {site!r}; edit the bare model")
-    check_name(site, sites_of(inner))
+    if origin(model) == "transformer_lens" and tower != "language":
+        raise HeadscopeError(f"a TransformerBridge shows its language layers only, not {tower!r}; edit the bare model")
+    check_name(tower, modules_of(inner))
     parts = places(Route(inner, implementations(inner))).values()
-    layers = {part.layer for part in parts if "att" in part.site.lower() and selects(site, part.site, inner)}
+    layers = {part.layer for part in parts if "att" in part.module.lower() and selects(tower, part.module, inner)}
     if not layers:
-        raise HeadscopeError(f"{type(inner).__name__} has no attention layer in {site!r}")
+        raise HeadscopeError(f"{type(inner).__name__} has no attention layer in {tower!r}")
     return 1 + max(layers)
 
 
-def _check_layers(intervention: Intervention, layers: int, site: str) -> None:
+def _check_layers(intervention: Intervention, layers: int, tower: str) -> None:
     missing = [layer for layer in (intervention.heads or HeadSet(())).by_layer() if not 0 <= layer < layers]
     if missing:
-        raise HeadscopeError(f"layer {missing[0]} does not exist in {site!r}, which has layers 0-{layers - 1}")
+        raise HeadscopeError(f"layer {missing[0]} does not exist in {tower!r}, which has layers 0-{layers - 1}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headscope.kernels import reference
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.streaming import library
@@ -40,7 +40,7 @@ def attend(
     edit: ScoreEdit | None = None,
     request: Request,
     engine: Engine = "auto",
-) -> Attended:
+) -> Reduced:
     """One attention call: its output and every reduction in ``request``, in as few passes as the engine can.
 
     Statistics carry no gradient. The output does where q, k, v, sinks or bias require one: it is then computed apart,
@@ -128,7 +128,7 @@ def _differentiable_output(q: Tensor, k: Tensor, v: Tensor, call: dict[str, Any]
     return out.to(v.dtype)
 
 
-def _engine(engine: str, q: Tensor, v: Tensor, edit: ScoreEdit | None) -> Callable[..., Attended]:
+def _engine(engine: str, q: Tensor, v: Tensor, edit: ScoreEdit | None) -> Callable[..., Reduced]:
     if engine == "auto":
         engine = "flex" if edit is not None and q.is_cuda else "triton" if _triton_takes(q, v) else "streaming"
     if engine == "reference":

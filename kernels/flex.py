@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming import engine as streaming
 
@@ -54,7 +54,7 @@ def attend(
     bias: Tensor | None = None,
     edit: ScoreEdit | None = None,
     request: Request,
-) -> Attended:
+) -> Reduced:
     """Compute ``request``: the output and the lse of all rows by FlexAttention, everything else by streaming.
 
     Shapes and meaning as in ``headscope.kernels.attention.attend``. An edit that FlexAttention cannot compile is
@@ -76,7 +76,7 @@ def attend(
             _NOT_COMPILED.add(edit)
         return streaming.attend(q, k, v, **options, request=request)
     rest = replace(request, output=False, lse=request.lse and not lse)
-    result = streaming.attend(q, k, v, **options, request=rest) if rest.wants_statistics else Attended()
+    result = streaming.attend(q, k, v, **options, request=rest) if rest.wants_statistics else Reduced()
     result.output = output if request.output else None
     result.lse = norm if lse else result.lse
     return result

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headscope.kernels.gpu_passes import columns, rows
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.streaming import library
@@ -47,7 +47,7 @@ def attend(
     bias: Tensor | None = None,
     edit: ScoreEdit | None = None,
     request: Request,
-) -> Attended:
+) -> Reduced:
     """Compute ``request``; shapes and meaning as in ``headscope.kernels.attention.attend``."""
     if not takes(q, v, mask) or edit is not None:
         return streaming.attend(
@@ -73,10 +73,10 @@ class _Call:
     ) -> None:
         self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
         self.softcap, self.sinks, self.bias, self.want = softcap, sinks, bias, request
-        self.result = Attended()
+        self.result = Reduced()
         self.all_lse: Tensor | None = None
 
-    def run(self) -> Attended:
+    def run(self) -> Reduced:
         """Rows (with the output where both want the same rows), then what follows from lse, then columns."""
         self._rows()
         self._output()

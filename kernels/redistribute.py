@@ -26,7 +26,7 @@ from headscope.kernels import attention, reference
 from headscope.kernels.columns import columns
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming.counts import count_queries
 from headscope.kernels.streaming.weights import log_tile
@@ -49,7 +49,7 @@ def redistribute(
     edit: ScoreEdit | None = None,
     request: Request,
     engine: attention.Engine = "auto",
-) -> Attended:
+) -> Reduced:
     """``attention.attend`` with the mass moved: the output and every reduction of the edited pattern.
 
     ``q`` (batch, head, query, d), ``k``, ``v`` (batch, kv_head, key, ·); ``lse`` and ``max`` are of the scores, which
@@ -65,7 +65,7 @@ def redistribute(
     if request.output and attention.wants_gradient(q, k, v, sinks, bias, keep):
         out = _differentiable_output(q, k, v, move, mask, sinks, bias, scores)
         request = replace(request, output=False)
-    result, by_key = Attended(), request.key_sum or request.key_max
+    result, by_key = Reduced(), request.key_sum or request.key_max
     if request.output or request.wants_rows or by_key:
         rows = None if request.output or by_key else request.query_rows
         parts, lse = _attended(q, k, v, move, mask, sinks, bias, replace(request, query_rows=rows), engine, scores)
@@ -153,7 +153,7 @@ class _Part(NamedTuple):
     keys: slice
     mask: Mask
     bias: Tensor | None
-    found: Attended
+    found: Reduced
     lse: Tensor
     mass: Tensor
 
@@ -203,9 +203,9 @@ def _slice(chosen: Tensor, mask: Mask, bias: Tensor | None) -> tuple[slice, Mask
     return keys, replace(mask, key_offset=mask.key_offset + keys.start), own
 
 
-def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtype) -> Attended:
+def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtype) -> Reduced:
     """Steps 3 and 4: the output, in ``dtype``, and the rows."""
-    result = Attended(lse=lse if request.lse else None)
+    result = Reduced(lse=lse if request.lse else None)
     for name in SUMS:
         if getattr(parts[0].found, name) is not None:
             setattr(result, name, reduce(torch.add, _terms(parts, name)))
@@ -234,7 +234,7 @@ def _terms(parts: list[_Part], name: str) -> Iterator[Tensor]:
 
 
 def _reduce_columns(
-    result: Attended,
+    result: Reduced,
     q: Tensor,
     k: Tensor,
     parts: list[_Part],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 
 
@@ -101,7 +101,7 @@ def attend(
     bias: Tensor | None = None,
     edit: ScoreEdit | None = None,
     request: Request,
-) -> Attended:
+) -> Reduced:
     """Every reduction of ``request`` from the dense pattern, in the inputs' precision (at least float32).
 
     Shapes: ``q`` (batch, head, query, d_head), ``k`` (batch, kv_head, key, d_head), ``v`` (batch, kv_head, key, ·).
@@ -112,9 +112,9 @@ def attend(
     return reduce(s, normalise(s, sinks), v, mask=mask, sinks=sinks, request=request)
 
 
-def reduce(s: Tensor, p: Tensor, v: Tensor, *, mask: Mask, sinks: Tensor | None, request: Request) -> Attended:
+def reduce(s: Tensor, p: Tensor, v: Tensor, *, mask: Mask, sinks: Tensor | None, request: Request) -> Reduced:
     """Every reduction of ``request`` from scores ``s`` and pattern ``p`` (batch, head, query, key)."""
-    result = Attended()
+    result = Reduced()
     if request.output:
         result.output = p @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1)
     _columns(result, p, mask, request)
@@ -126,7 +126,7 @@ def reduce(s: Tensor, p: Tensor, v: Tensor, *, mask: Mask, sinks: Tensor | None,
 
 
 def _rows(
-    result: Attended, p: Tensor, s: Tensor, rows: Tensor, mask: Mask, sinks: Tensor | None, request: Request
+    result: Reduced, p: Tensor, s: Tensor, rows: Tensor, mask: Mask, sinks: Tensor | None, request: Request
 ) -> None:
     gap = (rows + mask.query_offset)[:, None] - (torch.arange(p.shape[-1], device=p.device) + mask.key_offset)[None, :]
     if request.lse:
@@ -165,7 +165,7 @@ def pad_top(mass: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return mass, keys
 
 
-def _columns(result: Attended, p: Tensor, mask: Mask, request: Request) -> None:
+def _columns(result: Reduced, p: Tensor, mask: Mask, request: Request) -> None:
     first, stop = request.key_queries or (0, p.shape[2])
     rows = torch.arange(first, stop, device=p.device)
     real = mask.query_is_real(rows)

@@ -67,7 +67,7 @@ class Request:
 
 
 @dataclass(eq=False)
-class Attended:
+class Reduced:
     """What one attention call computed; fields that were not requested are None.
 
     ``output`` (batch, head, query, d_value) in the value's dtype. Statistics are float32 (float64 for float64 input):

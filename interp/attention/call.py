@@ -13,7 +13,7 @@ from headscope.kernels import attention as kernels
 from headscope.kernels import redistribute as redistributed
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 
 LOWEST = -1e30  # stands for -inf where a bias says "never": finite, so that 0 times it is 0
@@ -27,7 +27,7 @@ class AttentionCall:
 
     ``query`` (batch, head, query, d_head), ``key`` and ``value`` (batch, kv_head, key, ·): after position embedding and
     QK-norm, after the cache update, key/value heads not repeated. ``layer`` is the layer's index within its tower,
-    ``site`` the tower's modules as a pattern such as ``"model.layers.*.self_attn"``. ``position_bias`` (batch or 1,
+    ``module`` the tower's modules as a pattern such as ``"model.layers.*.self_attn"``. ``position_bias`` (batch or 1,
     head or 1, query, key) is added to the scores (T5). ``cross``: queries and keys are of different sequences, so that
     distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them. ``dense``: the
     mask came as a tensor, which may hold padding without saying so.
@@ -43,7 +43,7 @@ class AttentionCall:
     mask: Mask
     scale: float
     layer: int
-    site: str
+    module: str
     softcap: float | None = None
     sinks: Tensor | None = None
     position_bias: Tensor | None = None
@@ -54,15 +54,15 @@ class AttentionCall:
     score_edit: ScoreEdit | None = None
     redistribution: Redistribution | None = None
 
-    def attend(self, request: Request) -> Attended:
+    def attend(self, request: Request) -> Reduced:
         """Compute ``request``, sharing one pass."""
         if self.redistribution is None:
-            seen = kernels.attend(**self.inputs(), request=request)
+            reduced = kernels.attend(**self.inputs(), request=request)
         else:
-            seen = redistributed.redistribute(**self.inputs(), move=self.redistribution, request=request)
-        if seen.output is not None:
-            seen.output = seen.output.to(self.value.dtype)
-        return seen
+            reduced = redistributed.redistribute(**self.inputs(), move=self.redistribution, request=request)
+        if reduced.output is not None:
+            reduced.output = reduced.output.to(self.value.dtype)
+        return reduced
 
     def output(self) -> Tensor:
         """The heads' outputs z (batch, head, query, d_value)."""
@@ -119,5 +119,5 @@ class AttentionCall:
         Raises HeadscopeError where an earlier edit did: one ``Redistribution`` can hold different keys for every head.
         """
         if self.redistribution is not None:
-            raise HeadscopeError(f"two edits redistribute layer {self.layer} of {self.site}; make them one")
+            raise HeadscopeError(f"two edits redistribute layer {self.layer} of {self.module}; make them one")
         return replace(self, redistribution=move)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
 
 class Handler:
@@ -19,7 +19,7 @@ class Handler:
     the edited attention and the edited outputs.
     """
 
-    def concerns(self, site: str, layer: int) -> bool:
+    def concerns(self, module: str, layer: int) -> bool:
         """Whether this layer's calls are read or changed at all, the same answer while attached.
 
         Where no handler is concerned, a site may leave the layer to the model's own attention and call none of them.
@@ -38,8 +38,8 @@ class Handler:
         """Change the heads' outputs ``z`` (batch, head, query, d_value); return a new tensor or ``z`` itself."""
         return z
 
-    def observe(self, call: AttentionCall, attended: Attended) -> None:
-        """Read the statistics asked for by ``request``; ``attended.output`` holds the final heads' outputs."""
+    def observe(self, call: AttentionCall, reduced: Reduced) -> None:
+        """Read the statistics asked for by ``request``; ``reduced.output`` holds the final heads' outputs."""
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """The model is about to run a forward pass on these keyword arguments."""
@@ -69,7 +69,7 @@ def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None =
     ``z`` (batch, head, query, d_value) is what the call gives where the site has computed it already.
     """
     requests = [handler.request(call) for handler in handlers]
-    results: list[Attended | None] = []
+    results: list[Reduced | None] = []
     for request in requests:
         if request is None:
             results.append(None)
@@ -81,8 +81,8 @@ def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None =
         z = call.output()
     for handler in handlers:
         z = handler.edit_output(call, z)
-    for handler, seen in zip(handlers, results, strict=True):
-        if seen is not None:
-            seen.output = z
-            handler.observe(call, seen)
+    for handler, reduced in zip(handlers, results, strict=True):
+        if reduced is not None:
+            reduced.output = z
+            handler.observe(call, reduced)
     return z

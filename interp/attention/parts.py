@@ -26,7 +26,7 @@ def cut(call: AttentionCall, examples: slice, rows: slice, keys: slice) -> Atten
     """
     if call.redistribution is not None:
         raise HeadscopeError(
-            f"mass was moved between the keys of layer {call.layer} of {call.site}, so no part of them attends by "
+            f"mass was moved between the keys of layer {call.layer} of {call.module}, so no part of them attends by "
             "itself: leave statistics of blocks out, or trace without that edit"
         )
     mask = call.mask.select_batch(examples.start, examples.stop)

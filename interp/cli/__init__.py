@@ -52,7 +52,7 @@ def models_check(name: str, as_json: Json = False, device: Device = None, dtype:
     """Prove on the spot that our attention is the model's own, layer by layer."""
     from headscope.interp.cli import console
     from headscope.interp.models import load_model
-    from headscope.interp.sites.huggingface.verify import verify
+    from headscope.interp.sites import verify
 
     lm = load_model(name, device=device, dtype=dtype)
     found = verify(lm)

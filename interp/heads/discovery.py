@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.scores import HeadScores
-from headscope.interp.runs.estimate import begin
+from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.files import locked
 from headscope.interp.runs.journal import Journal, Trial
 from headscope.interp.runs.progress import track
@@ -54,7 +54,7 @@ def discover(
     """
     if not trials:
         raise HeadscopeError(f"{method}: there is no trial to run; ask for at least one")
-    begin(map(tokens, trials), [f"{method}.json", f"{method}.parquet", f"{method}.trials.jsonl"] if out else [])
+    announce(map(tokens, trials), [f"{method}.json", f"{method}.parquet", f"{method}.trials.jsonl"] if out else [])
     made = provenance(model, seed=seed, **parameters)
     config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
     config |= {"method": method, "trials": list(trials)}

@@ -14,6 +14,7 @@ from headscope.interp import plots
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.record import MANIFEST, load_record
 from headscope.interp.reports.page import Report
+from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.scores import HeadScores
 
 MEANING = {
@@ -42,8 +43,6 @@ class Results:
         Raises:
             HeadscopeError: it does not exist or holds no result.
         """
-        from headscope.interventions import Evaluation
-
         if not folder.is_dir():
             raise HeadscopeError(f"{folder} is not a folder; give the folder that other commands wrote with --out")
         tables = sorted(folder.rglob("*.parquet"))

@@ -56,7 +56,7 @@ def dry_run() -> Iterator[Work]:
         _DRY.reset(token)
 
 
-def begin(passes: Iterable[tuple[int, int]], files: list[str], **batched: int) -> None:
+def announce(passes: Iterable[tuple[int, int]], files: list[str], **batched: int) -> None:
     """Called where work begins: in a dry run, stop here and say what it would be."""
     if _DRY.get():
         raise Planned(Work(list(passes), files, **batched))

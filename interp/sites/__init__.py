@@ -10,10 +10,10 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.sites.agreement import Verification
 from headscope.interp.sites.compiled import plain, uncompiled
 from headscope.interp.sites.huggingface import route as huggingface
-from headscope.interp.sites.huggingface import verify
+from headscope.interp.sites.huggingface import verify as hf_verify
 from headscope.interp.sites.unwrap import origin
 
-__all__ = ["attached", "is_attached", "verify_once"]
+__all__ = ["attached", "is_attached", "verify", "verify_once"]
 
 
 @contextmanager
@@ -41,7 +41,20 @@ def verify_once(model: Any) -> Verification:
         with uncompiled():
             found: Verification = _site(model).verify_once(plain(model))
         return found
-    return verify.verify_once(model)
+    return hf_verify.verify_once(model)
+
+
+def verify(model: Any, inputs: dict[str, Any] | None = None) -> Verification:
+    """Check that our attention is the model's own, on ``inputs`` (default: a small padded batch of random tokens).
+
+    Raises:
+        HeadscopeError: the architecture is not routed, or does not run on inputs of ours (give ``inputs`` then).
+    """
+    if origin(model) == "transformer_lens":
+        with uncompiled():
+            found: Verification = _site(model).verify(plain(model), inputs)
+        return found
+    return hf_verify.verify(model, inputs)
 
 
 def is_attached(model: Any) -> bool:

@@ -157,7 +157,7 @@ def _width(projection: Any) -> int:
 
 def _affine(handlers: Sequence[Handler], place: Place, config: Any) -> Affine:
     """What the handlers do to this layer's z, as a factor and an offset (head * d_value), or None for nothing."""
-    site, layer = huggingface.parse_name(place.path, place.module)
+    where, layer = huggingface.parse_name(place.path, place.module)
     heads = config.num_attention_heads
     for handler in handlers:
         if hasattr(handler, "check"):
@@ -165,7 +165,7 @@ def _affine(handlers: Sequence[Handler], place: Place, config: Any) -> Affine:
     projection = getattr(place.module, place.projection) if place.projection else None
     width = heads if projection is None else _width(projection)
     probe = torch.randn(1, heads, 4, width // heads, generator=torch.Generator().manual_seed(0))
-    call = AttentionCall(probe, probe, probe, Mask.causal(), 1.0, layer, site)
+    call = AttentionCall(probe, probe, probe, Mask.causal(), 1.0, layer, where)
 
     def edited(z: Tensor) -> Tensor:
         for handler in handlers:
@@ -217,7 +217,7 @@ def _observe(
         for name in REFUSED:
             if named.get(name) is not None and not (name == "dropout" and not named[name]):
                 raise HeadscopeError(f"{place.path} attends with {name!r}, which cannot be traced remotely")
-        site, layer = huggingface.parse_name(place.path, place.module)
+        where, layer = huggingface.parse_name(place.path, place.module)
         call = AttentionCall(
             query=query,
             key=key,
@@ -225,7 +225,7 @@ def _observe(
             mask=rules[mask_id],
             scale=float(named.get("scaling", query.shape[-1] ** -0.5)),
             layer=layer,
-            site=site,
+            module=where,
             softcap=named.get("softcap"),
             sinks=named.get("s_aux"),
         )

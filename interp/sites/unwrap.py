@@ -28,11 +28,11 @@ def origin(model: Any) -> str:
 
 def bare_model(model: Any) -> nn.Module:
     """The Hugging Face module inside load_model's result, a compiled model, a bridge or an nnsight wrapper."""
-    site, model = origin(model), plain(model)
-    if site == "nnsight" and getattr(model, "dispatched", True) is False:
+    wrapped, model = origin(model), plain(model)
+    if wrapped == "nnsight" and getattr(model, "dispatched", True) is False:
         raise HeadscopeError("this nnsight model has no weights here yet; call its dispatch() first")
-    if site:
-        model = model.original_model if site == "transformer_lens" else model._module
+    if wrapped:
+        model = model.original_model if wrapped == "transformer_lens" else model._module
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         raise HeadscopeError(f"expected load_model's result or a Hugging Face model, got {type(model).__name__}")

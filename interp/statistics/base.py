@@ -1,7 +1,7 @@
 """What a declaration of a statistic is.
 
 A statistic says which variables of the record it writes, over which dimensions, and what it needs of an attention call.
-``ask`` asks a ``Plan`` for reductions and returns a function from the computed ``Attended`` to the variables; the plan
+``ask`` asks a ``Plan`` for reductions and returns a function from the computed ``Reduced`` to the variables; the plan
 merges what all declared statistics ask for into one request, so sharing is automatic. A statistic that needs more than
 reductions (a ``CallStatistic``) is given the call itself.
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.plan import Plan as Plan
-from headscope.kernels.request import Attended
+from headscope.kernels.request import Reduced
 
-Reader = Callable[[Attended], dict[str, Tensor]]
+Reader = Callable[[Reduced], dict[str, Tensor]]
 Kind = Literal["row", "key", "block", "output"]
 ROW: Kind = "row"
 KEY: Kind = "key"
@@ -62,10 +62,10 @@ class CallStatistic(Statistic):
 
     def ask(self, plan: Plan) -> Reader:
         """Ask for nothing of the shared pass; a subclass may ask, and find it in ``measure``."""
-        return lambda seen: {}
+        return lambda reduced: {}
 
-    def measure(self, call: AttentionCall, seen: Attended, rows: Tensor | None) -> dict[str, Tensor]:
-        """This statistic's variables for ``call``, of query rows ``rows`` (None: all); ``seen``: what was asked for."""
+    def measure(self, call: AttentionCall, reduced: Reduced, rows: Tensor | None) -> dict[str, Tensor]:
+        """This statistic's variables for ``call``, of its rows ``rows`` (None: all); ``reduced``: what was asked."""
         raise NotImplementedError
 
 
@@ -80,12 +80,12 @@ def check_together(statistics: Sequence[Statistic]) -> None:
     names = [name for statistic in statistics for name in statistic.variables]
     if len(set(names)) != len(names):
         raise HeadscopeError(f"two statistics write the same variable: {sorted(names)}; declare each once")
-    seen: dict[str, Any] = {}
+    agreed: dict[str, Any] = {}
     for statistic in statistics:
         for dim, labels in statistic.shared.items():
-            if seen.setdefault(dim, labels) != labels:
+            if agreed.setdefault(dim, labels) != labels:
                 raise HeadscopeError(
-                    f"statistics in one trace share the dimension {dim}, but ask for {seen[dim]} and {labels}; make "
+                    f"statistics in one trace share the dimension {dim}, but ask for {agreed[dim]} and {labels}; make "
                     "them alike, or trace twice"
                 )
 

@@ -22,7 +22,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.base import BLOCK, CallStatistic, Kind, Plan, Reader
 from headscope.interp.statistics.spans import OPEN
 from headscope.kernels import blocks
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class BlockMap(BlockStatistic):
         plan.flag("lse")
         return super().ask(plan)
 
-    def measure(self, call: AttentionCall, seen: Attended, rows: Tensor | None) -> dict[str, Tensor]:
+    def measure(self, call: AttentionCall, reduced: Reduced, rows: Tensor | None) -> dict[str, Tensor]:
         """The blocks of a pass; sums, also where the record holds their means."""
-        lse = seen.lse if rows is None else None
+        lse = reduced.lse if rows is None else None
         i, j = self.place(call)
         pool: blocks.Pool = "max" if self.pool == "max" else "sum"
         found = []
@@ -161,7 +161,7 @@ class TopBlocks(BlockStatistic):
         """The first query block, and the heaviest."""
         return min((text.query // self.size for text in texts(call)), default=0), 0
 
-    def measure(self, call: AttentionCall, seen: Attended, rows: Tensor | None) -> dict[str, Tensor]:
+    def measure(self, call: AttentionCall, reduced: Reduced, rows: Tensor | None) -> dict[str, Tensor]:
         """The heaviest blocks of a pass's query blocks; indices are one more, so that 0 is none."""
         i, _ = self.place(call)
         found: dict[str, list[tuple[slice, tuple[int, ...], Tensor]]] = {name: [] for name in self.dims}

@@ -11,10 +11,10 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.base import CallStatistic
 from headscope.kernels.divergence import Side, divergence
-from headscope.kernels.request import Attended
+from headscope.kernels.request import Reduced
 
 
-class Kept(Protocol):
+class Reference(Protocol):
     """What ``keep_attention`` kept."""
 
     def like(self, call: AttentionCall) -> AttentionCall:
@@ -30,7 +30,7 @@ class Divergence(CallStatistic):
     that p looks at), ``total_variation`` in [0, 1] and ``cosine_similarity``.
     """
 
-    kept: Kept
+    kept: Reference
     name: ClassVar[str] = "js_divergence"
 
     @property
@@ -38,13 +38,13 @@ class Divergence(CallStatistic):
         """Names of the record variables."""
         return ("js_divergence", "kl_divergence", "total_variation", "cosine_similarity")
 
-    def measure(self, call: AttentionCall, seen: Attended, rows: Tensor | None) -> dict[str, Tensor]:
+    def measure(self, call: AttentionCall, reduced: Reduced, rows: Tensor | None) -> dict[str, Tensor]:
         """The distances of a pass's queries from what was kept."""
         before = self.kept.like(call)
         if call.redistribution is not None or before.redistribution is not None:
             raise HeadscopeError(
-                f"mass was moved after softmax in layer {call.layer} of {call.site}, whose divergence is not computed: "
-                "leave Divergence out, or trace without that edit"
+                f"mass was moved after softmax in layer {call.layer} of {call.module}, whose divergence is not "
+                "computed: leave Divergence out, or trace without that edit"
             )
         apart = divergence(_side(before), _side(call))
         return {name: x if rows is None else x[:, :, rows] for name, x in zip(self.variables, apart, strict=True)}

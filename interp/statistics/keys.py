@@ -37,4 +37,4 @@ class KeyMass(Statistic):
             plan.flag(name)
         if self.queries is not None:
             plan.key_queries(*self.queries)
-        return lambda seen: {name: need(getattr(seen, name)) for name in wanted}
+        return lambda reduced: {name: need(getattr(reduced, name)) for name in wanted}

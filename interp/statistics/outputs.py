@@ -18,7 +18,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.base import OUTPUT, CallStatistic, Kind, Plan, Reader, Statistic, need
 from headscope.interp.statistics.plan import concatenate
 from headscope.interp.statistics.spans import members
-from headscope.kernels.request import Attended
+from headscope.kernels.request import Reduced
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class HeadOutput(Statistic):
         """Ask for the output, which every call has."""
         rows = rows_of(self.positions, plan.call)
 
-        def read(seen: Attended) -> dict[str, Tensor]:
-            z = need(seen.output)
+        def read(reduced: Reduced) -> dict[str, Tensor]:
+            z = need(reduced.output)
             index = rows[:, None, :, None].expand(z.shape[0], z.shape[1], -1, z.shape[3])
             return {"z": z.gather(2, index)}
 
@@ -68,7 +68,7 @@ class SpanOutput(CallStatistic):
     def coordinates(self) -> dict[str, list[Any]]:
         return {"position": list(self.positions), "span": list(self.spans)}
 
-    def measure(self, call: AttentionCall, seen: Attended, chosen: Tensor | None) -> dict[str, Tensor]:
+    def measure(self, call: AttentionCall, reduced: Reduced, chosen: Tensor | None) -> dict[str, Tensor]:
         """The weights of the chosen rows, and of the values what they give of each span."""
         at = Plan(call).key_positions
         batch, heads, keys = call.query.shape[0], call.query.shape[1], call.key.shape[2]

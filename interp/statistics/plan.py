@@ -11,9 +11,9 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.statistics.queries import Queries
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
-_Planned = tuple[Request, list[tuple[Any, Callable[[Attended], dict[str, Tensor]]]], Tensor | None]
+_Planned = tuple[Request, list[tuple[Any, Callable[[Reduced], dict[str, Tensor]]]], Tensor | None]
 
 
 class Plan:
@@ -51,7 +51,7 @@ class Plan:
         self._fields["key_queries"] = (first, stop)
 
     def linear(self, columns: Tensor) -> slice:
-        """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Attended.linear``.
+        """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Reduced.linear``.
 
         Memberships stay bool: half precision holds them, which a kernel then need not find out from their values.
         """

@@ -13,18 +13,18 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.base import Plan, Reader, Statistic, need
 from headscope.interp.statistics.plan import concatenate
 from headscope.interp.statistics.spans import members
-from headscope.kernels.request import Attended
+from headscope.kernels.request import Reduced
 
 
 @dataclass(frozen=True)
 class _Simple(Statistic):
-    """A statistic that is one field of ``Attended``."""
+    """A statistic that is one field of ``Reduced``."""
 
     fieldname: ClassVar[str] = ""
 
     def ask(self, plan: Plan) -> Reader:
         plan.flag(self.fieldname)
-        return lambda seen: {self.name: need(getattr(seen, self.fieldname))}
+        return lambda reduced: {self.name: need(getattr(reduced, self.fieldname))}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SinkMass(Statistic):
     def ask(self, plan: Plan) -> Reader:
         at = plan.key_positions
         place = plan.linear(((at >= 0) & (at < self.first))[..., None])
-        return lambda seen: {self.name: need(seen.linear)[..., place].squeeze(-1)}
+        return lambda reduced: {self.name: need(reduced.linear)[..., place].squeeze(-1)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SpanMass(Statistic):
         at = plan.key_positions
         columns = [members(span, at, plan.call.query.shape[0])[..., None] for span in self.spans.values()]
         place = plan.linear(concatenate(columns))
-        return lambda seen: {self.name: need(seen.linear)[..., place]}
+        return lambda reduced: {self.name: need(reduced.linear)[..., place]}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class WindowedDistance(Statistic):
 
     def ask(self, plan: Plan) -> Reader:
         place = plan.window(self.window)
-        return lambda seen: {self.name: need(seen.window_distance)[..., place]}
+        return lambda reduced: {self.name: need(reduced.window_distance)[..., place]}
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class WindowMass(Statistic):
 
     def ask(self, plan: Plan) -> Reader:
         place = plan.window(self.window)
-        return lambda seen: {self.name: need(seen.window_mass)[..., place]}
+        return lambda reduced: {self.name: need(reduced.window_mass)[..., place]}
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class TopKeys(Statistic):
         place = plan.top(self.k)
         start = plan.call.mask.start
 
-        def read(seen: Attended) -> dict[str, Tensor]:
-            keys, mass = need(seen.top_keys)[..., place], need(seen.top_mass)[..., place]
+        def read(reduced: Reduced) -> dict[str, Tensor]:
+            keys, mass = need(reduced.top_keys)[..., place], need(reduced.top_mass)[..., place]
             if start is not None:
                 keys = torch.where(keys < 0, -1, keys - start[:, None, None, None])
             return {"top_keys": keys, "top_mass": mass}
@@ -167,7 +167,7 @@ class TargetMass(Statistic):
         at = plan.query_positions
         columns = [self._keys(target, at)[..., None] for target in self.targets.values()]
         place = plan.targets(concatenate(columns))
-        return lambda seen: {self.name: need(seen.target_mass)[..., place]}
+        return lambda reduced: {self.name: need(reduced.target_mass)[..., place]}
 
     def _keys(self, target: Callable[[Tensor], Tensor] | Tensor, at: Tensor) -> Tensor:
         if callable(target):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.huggingface.switch import implementations
-from headscope.interp.sites.towers import tower
+from headscope.interp.sites.towers import tower_of
 from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
 from headscope.interp.survey.eager import Weights, eager_weights
 from headscope.interp.tracing.tracer import trace
@@ -24,8 +24,8 @@ STATISTICS = (LogSumExp(), Entropy(), SinkMass(2), TopKeys(1), KeyMass())
 
 @dataclass(frozen=True)
 class Compared:
-    """What one site's comparison gave: ``wrong`` and ``refused`` hold the reason, ``kinds`` the layers of every record
-    where there are several (``headscope.interp.tracing.layer_groups``)."""
+    """What the comparison of one kind of modules gave: ``wrong`` and ``refused`` hold the reason, ``kinds``
+    the layers of every record where there are several (``headscope.interp.tracing.layer_groups``)."""
 
     wrong: str | None = None
     refused: str | None = None
@@ -33,18 +33,18 @@ class Compared:
     eager: bool = False
 
 
-def compare_model(model: nn.Module, inputs: dict[str, Tensor], sites: dict[str, list[int]]) -> dict[str, Compared]:
-    """Trace every site (with its layers), and compare."""
+def compare_model(model: nn.Module, inputs: dict[str, Tensor], modules: dict[str, list[int]]) -> dict[str, Compared]:
+    """Trace all modules (with its layers), and compare."""
     plain = _run(model, inputs)
     weights = _eager(model, inputs)
-    return {site: _compare(model, inputs, site, layers, plain, weights) for site, layers in sites.items()}
+    return {module: _compare(model, inputs, module, layers, plain, weights) for module, layers in modules.items()}
 
 
 def _compare(
-    model: nn.Module, inputs: dict[str, Tensor], site: str, layers: list[int], plain: Tensor | None, weights: Weights
+    model: nn.Module, inputs: dict[str, Tensor], module: str, layers: list[int], plain: Tensor | None, weights: Weights
 ) -> Compared:
     try:
-        with trace(model, STATISTICS, site=site) as tracer:
+        with trace(model, STATISTICS, tower=module) as tracer:
             traced = _run(model, inputs)
         records = tracer.records
     except HeadscopeError as error:
@@ -54,7 +54,7 @@ def _compare(
     if sorted(sum(kinds, [])) != sorted(set(layers)):
         wrong = wrong or f"layers {sorted(set(layers))} attend, the record has {kinds}"
     for record in records if weights else ():
-        wrong = wrong or _compare_site(model, record, weights, site, inputs)
+        wrong = wrong or _compare_modules(model, record, weights, module, inputs)
     return Compared(wrong, kinds=tuple(kinds) if len(kinds) > 1 else (), eager=bool(weights))
 
 
@@ -74,11 +74,11 @@ def _eager(model: nn.Module, inputs: dict[str, Tensor]) -> Weights:
     return list(seen)
 
 
-def _compare_site(
+def _compare_modules(
     model: Any,
     record: xr.Dataset,
     weights: Weights,
-    site: str,
+    module: str,
     inputs: dict[str, Tensor],
 ) -> str | None:
     layers = record["layer"].to_numpy().tolist()
@@ -86,11 +86,11 @@ def _compare_site(
     places = {place.name: place for place in huggingface.places(route).values()}
     calls: dict[int, list[Tensor]] = {}
     for name, p in weights:
-        if name in places and places[name].site == site and places[name].layer in layers:
+        if name in places and places[name].module == module and places[name].layer in layers:
             calls.setdefault(places[name].layer, []).append(p)
     if sorted(calls) != layers:
         return f"eager attends in layers {sorted(calls)}, the record has {layers}"
-    mask = inputs.get("attention_mask") if tower(site, model) in ("language", "encoder") else None
+    mask = inputs.get("attention_mask") if tower_of(module, model) in ("language", "encoder") else None
     for layer, parts in calls.items():
         first = 0
         for p in parts:

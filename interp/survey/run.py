@@ -75,9 +75,9 @@ def check_type(kind: str, model_type: str) -> Finding:
 
 def check_model(kind: str, model_type: str, model: Any, inputs: dict[str, Any]) -> Finding:
     """Verify and compare one model on ``inputs``."""
-    from headscope.interp.sites.huggingface.verify import verify
+    from headscope.interp.sites import verify
     from headscope.interp.sites.inputs import given
-    from headscope.interp.sites.towers import default_tower, tower
+    from headscope.interp.sites.towers import default_tower, tower_of
     from headscope.interp.survey.compare import compare_model
 
     words = given(inputs)
@@ -89,14 +89,14 @@ def check_model(kind: str, model_type: str, model: Any, inputs: dict[str, Any]) 
         seen = compare_model(model, inputs, found.layers)
     except HeadscopeError as error:
         return Finding(kind, model_type, "refused", str(error), inputs=words)
-    wrong = [f"{site}: {one.wrong}" for site, one in seen.items() if one.wrong]
-    refused = [f"{site}: {one.refused}" for site, one in seen.items() if one.refused]
+    wrong = [f"{module}: {one.wrong}" for module, one in seen.items() if one.wrong]
+    refused = [f"{module}: {one.refused}" for module, one in seen.items() if one.refused]
     main = default_tower(set(seen), model)
     outcome: Outcome = "wrong" if wrong else "right"
-    if not wrong and any(one.refused for site, one in seen.items() if tower(site, model) == main):
+    if not wrong and any(one.refused for module, one in seen.items() if tower_of(module, model) == main):
         outcome = "refused"
-    notes = [f"{site}: layers {_and(one.kinds)} are a record each" for site, one in seen.items() if one.kinds]
-    towers = {site: sorted(set(found.layers[site])) for site, one in seen.items() if not one.refused}
+    notes = [f"{module}: layers {_and(one.kinds)} are a record each" for module, one in seen.items() if one.kinds]
+    towers = {module: sorted(set(found.layers[module])) for module, one in seen.items() if not one.refused}
     why, eager = "; ".join(wrong or [*refused, *notes]), any(one.eager for one in seen.values())
     return Finding(kind, model_type, outcome, why, towers, words, eager)
 

@@ -43,7 +43,7 @@ NAMED: tuple[tuple[str, str, str], ...] = (
 class Finding:
     """What the sweep found of one model type.
 
-    ``towers`` holds the layers that attended and were compared, by site; ``inputs`` what the model was given;
+    ``towers`` holds the layers that attended and were compared, by pattern; ``inputs`` what the model was given;
     ``eager``: its own eager weights were there to compare with.
     """
 
@@ -158,7 +158,7 @@ def to_markdown(support: Support) -> str:
 
 def _row(finding: Finding) -> str:
     if finding.towers is not None and finding.outcome == "right":
-        text = ", ".join(f"`{site}`" for site in finding.towers)
+        text = ", ".join(f"`{module}`" for module in finding.towers)
         text += f" ({finding.why})" if finding.why else ""
         text += "" if finding.eager else " (no eager weights to compare with: checked by pattern tiles)"
     else:

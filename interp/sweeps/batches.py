@@ -218,7 +218,7 @@ def rows_alone(queries: Queries | None, length: int) -> Sequence[int]:
     if queries is None:
         return range(length)
     one = torch.empty(1, 1, length, 1)
-    call = AttentionCall(one, one, one, Mask(), 1.0, layer=0, site="")
+    call = AttentionCall(one, one, one, Mask(), 1.0, layer=0, module="")
     rows: list[int] = queries.rows(call, prompt=True).tolist()
     return rows
 

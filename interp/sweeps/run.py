@@ -23,7 +23,7 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.load import load_model
 from headscope.interp.records.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest, write_part
-from headscope.interp.runs.estimate import begin
+from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.files import locked, write_atomically
 from headscope.interp.runs.journal import plain, require_same
 from headscope.interp.runs.progress import track
@@ -50,7 +50,7 @@ def sweep(
     padding: bool = True,
     layers: Sequence[int] | None = None,
     queries: Queries | None = None,
-    site: str | None = None,
+    tower: str | None = None,
     verify: bool = True,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -71,7 +71,7 @@ def sweep(
         largest: prompts in a batch, at most; what is lost by a kill.
         padding: False runs only prompts of one length together, for models that cannot be traced padded; so do
             statistics that are not exact under padding.
-        layers, queries, site, verify: as ``headscope.interp.trace`` takes them.
+        layers, queries, tower, verify: as ``headscope.interp.trace`` takes them.
 
     Returns:
         The record, read from ``out`` where it is used (``.load()`` reads all), on every process.
@@ -82,13 +82,13 @@ def sweep(
     """
     lm, out = _load(model), Path(out)
     given, statistics = Prompts(lm, prompts), tuple(statistics)
-    options: dict[str, Any] = {"layers": layers, "queries": queries, "site": site}
+    options: dict[str, Any] = {"layers": layers, "queries": queries, "tower": tower}
     Tracer(lm, statistics, **options)
     check_statistics(statistics, given.lengths, queries)
     together = padding and all(is_exact(statistic, "padding") for statistic in statistics)
     budget = Budget(Cost(lm, statistics, layers, queries), bytes_of(memory), largest, together)
     everything = budget.batches(dict(enumerate(given.lengths)))
-    begin(
+    announce(
         ((length, 0) for length in given.lengths),
         [MANIFEST, SWEEP, "part-*.zarr"],
         batches=len(everything),
@@ -135,7 +135,7 @@ def _settings(
             "statistics": [describe(statistic) for statistic in statistics],
             "queries": describe(options["queries"]),
             "layers": None if layers is None else sorted(set(layers)),
-            "site": options["site"],
+            "tower": options["tower"],
             "interventions": [edit.describe() if hasattr(edit, "describe") else describe(edit) for edit in edits],
         }
     )

@@ -9,7 +9,7 @@ from torch import nn
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites.towers import tower
+from headscope.interp.sites.towers import tower_of
 
 
 class Caches:
@@ -54,8 +54,8 @@ def check_repeats(model: nn.Module, call: AttentionCall) -> None:
     Raises:
         HeadscopeError: layers share the module, so its calls are different layers.
     """
-    if tower(call.site, model) not in ("vision", "audio") or call.query.shape[0] != 1:
+    if tower_of(call.module, model) not in ("vision", "audio") or call.query.shape[0] != 1:
         raise HeadscopeError(
-            f"{call.site} attends more than once in a forward pass: layers that share their weights cannot be told "
+            f"{call.module} attends more than once in a forward pass: layers that share their weights cannot be told "
             "apart, so this model is not recorded"
         )

@@ -14,7 +14,7 @@ def owned(value: Tensor) -> Tensor:
     return value.clone(memory_format=torch.contiguous_format) if held > value.nbytes else value
 
 
-class Landing:
+class HostCopies:
     """Copies on their way to host memory, which may be read after ``wait``."""
 
     def __init__(self) -> None:

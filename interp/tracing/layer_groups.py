@@ -20,7 +20,7 @@ from headscope.interp.tracing.session import Session
 Done = list[tuple[Session, Piece]]
 
 
-def by_layer_kind(done: Done) -> list[Done]:
+def by_layer_group(done: Done) -> list[Done]:
     """One pass's pieces, those of layers of one kind together, in order of their first layer."""
     shapes: dict[int, list[tuple[int, ...]]] = {}
     for _, piece in done:
@@ -40,7 +40,7 @@ def datasets(kinds: list[Done]) -> list[xr.Dataset]:
         for session, piece in done:  # the n-th call of every layer is of the same example
             turn = turns[piece.layer] = turns.get(piece.layer, -1) + 1
             if turn == len(sessions):
-                sessions.append(Session(session.statistics, session.site, piece.shape[0]))
+                sessions.append(Session(session.statistics, session.module, piece.shape[0]))
             sessions[turn].add(piece)
         made.append(concatenate([one for one in (each.dataset() for each in sessions) if one is not None]))
     return made
@@ -93,7 +93,7 @@ def refuse_several(records: Sequence[xr.Dataset]) -> None:
         kinds = " and ".join(str(record["layer"].to_numpy().tolist()) for record in records)
         first = records[0]["layer"].to_numpy().tolist()
         raise HeadscopeError(
-            f"layers {kinds} of {records[0].attrs['site']} attend over different pieces of the input or with "
+            f"layers {kinds} of {records[0].attrs['module']} attend over different pieces of the input or with "
             "different numbers of heads, so they share no examples: read tracer.records, one a kind, or trace with "
             f"layers={first}"
         )

@@ -14,7 +14,7 @@ from headscope.interp.attention.parts import one_head
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites import attached, verify_once
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
 LIMIT_MIB = 1024.0
 
@@ -27,7 +27,7 @@ class _Maps(Handler):
     def request(self, call: AttentionCall) -> Request | None:
         return Request(lse=True, query_rows=torch.arange(0)) if call.layer in self.layers else None
 
-    def observe(self, call: AttentionCall, attended: Attended) -> None:
+    def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         heads = self.layers[call.layer]
         if heads is None:
             self.found[call.layer] = call.pattern()[0].cpu()

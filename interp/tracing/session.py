@@ -24,8 +24,8 @@ from headscope.interp.tracing.piece import Piece
 class Session:
     """The forward passes of one batch of examples: a prompt, and whatever continued its cache."""
 
-    def __init__(self, statistics: tuple[Statistic, ...], site: str, batch: int) -> None:
-        self.statistics, self.site, self.batch = statistics, site, batch
+    def __init__(self, statistics: tuple[Statistic, ...], module: str, batch: int) -> None:
+        self.statistics, self.module, self.batch = statistics, module, batch
         self._pieces: dict[int, list[Piece]] = {}
         self._keys: dict[int, dict[str, Tensor]] = {}
         self._blocks: dict[int, list[Piece]] = {}
@@ -60,9 +60,9 @@ class Session:
         Raises:
             HeadscopeError: another tower, another cache, or positions that do not follow.
         """
-        if self.site != call.site:
+        if self.module != call.module:
             raise HeadscopeError(
-                f"this model attends in several towers ({self.site} and {call.site}); choose one with site=..."
+                f"this model attends in several towers ({self.module} and {call.module}); choose one with tower=..."
             )
         read = max(self._stop.values(), default=offset)
         if offset != read:
@@ -125,7 +125,7 @@ class Session:
             "length": ("example", length),
             "prompt_length": ("example", self._prompt_end - start),
         }
-        return xr.Dataset(builder.variables, {**coords, **builder.coords}, attrs={"site": self.site})
+        return xr.Dataset(builder.variables, {**coords, **builder.coords}, attrs={"module": self.module})
 
 
 def _accumulate(held: Tensor | None, value: Tensor, offset: int, *, highest: bool) -> Tensor:

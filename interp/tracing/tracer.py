@@ -16,8 +16,8 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.provenance import signed
 from headscope.interp.sites import attached, verify_once
-from headscope.interp.sites.huggingface.route import sites_of
-from headscope.interp.sites.towers import check_name, default_tower, selects, tower
+from headscope.interp.sites.huggingface.route import modules_of
+from headscope.interp.sites.towers import check_name, default_tower, selects, tower_of
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.statistics import (
     BLOCK,
@@ -34,12 +34,12 @@ from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.caches import Caches, check_repeats
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
-from headscope.interp.tracing.host_copies import Landing, owned
-from headscope.interp.tracing.layer_groups import by_layer_kind, check_no_cache, datasets, join, refuse_several
+from headscope.interp.tracing.host_copies import HostCopies, owned
+from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache, datasets, join, refuse_several
 from headscope.interp.tracing.piece import Piece
 from headscope.interp.tracing.session import Session
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
 
 class Tracer(Handler):
@@ -56,19 +56,19 @@ class Tracer(Handler):
         *,
         layers: Sequence[int] | None = None,
         queries: Queries | None = None,
-        site: str | None = None,
+        tower: str | None = None,
     ) -> None:
         check_together(statistics)
         self.model, self.statistics = model, tuple(statistics)
         self.layers = None if layers is None else frozenset(layers)
-        self.queries, self.site = queries, site
+        self.queries, self.tower = queries, tower
         self._sessions: list[Session] = []
         self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
         self._pending_ids: Tensor | None = None
         self._plans = Plans(self.statistics, queries)
         self._roles: dict[str, tuple[bool, bool]] = {}
         self._times: dict[int, int] = {}
-        self._heap, self._landing = Heap(), Landing()
+        self._heap, self._host_copies = Heap(), HostCopies()
         self._pass: list[tuple[Session, Piece]] = []
         self._decoder: Mask | None = None
         self._padded = False
@@ -119,14 +119,14 @@ class Tracer(Handler):
         else:
             self.abort_forward()
 
-    def concerns(self, site: str, layer: int) -> bool:
+    def concerns(self, module: str, layer: int) -> bool:
         """The recorded layers; and, for another tower's sake, those that say where the decoder stands."""
-        chosen, reads = self._role_of(site)
-        return (chosen and (self.layers is None or layer in self.layers)) or (reads and self.site is not None)
+        chosen, reads = self._role_of(module)
+        return (chosen and (self.layers is None or layer in self.layers)) or (reads and self.tower is not None)
 
     def request(self, call: AttentionCall) -> Request | None:
         """The declared statistics as one request, or None where this call is not recorded."""
-        chosen, reads = self._role_of(call.site)
+        chosen, reads = self._role_of(call.module)
         if reads and not call.cross:
             self._decoder = call.mask
             if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
@@ -146,7 +146,7 @@ class Tracer(Handler):
                 return None
         return request
 
-    def observe(self, call: AttentionCall, attended: Attended) -> None:
+    def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
         _, piece = self._pass[-1]
         _, readers, rows = self._plans.of(call, prompt=piece.prompt)
@@ -154,25 +154,25 @@ class Tracer(Handler):
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
             if isinstance(statistic, CallStatistic):
-                values = statistic.measure(call, attended, rows)
+                values = statistic.measure(call, reduced, rows)
             else:
-                values = reader(attended)
+                values = reader(reduced)
             found = {name: owned(value.detach()) for name, value in values.items()}
             if isinstance(statistic, BlockStatistic):
                 piece.places[statistic.name] = statistic.place(call)
             if statistic.kind in (ROW, BLOCK):
-                found = {name: self._landing.send(value) for name, value in found.items()}
+                found = {name: self._host_copies.send(value) for name, value in found.items()}
             piece.values.setdefault(statistic.kind, {}).update(found)
         if call.query.device.type == "cpu":
             self._heap.called(call.query.shape[0] * call.query.shape[2])
 
-    def _role_of(self, site: str) -> tuple[bool, bool]:
-        """Whether a site is recorded, and whether it is of the tower that reads or writes text."""
-        if site not in self._roles:
+    def _role_of(self, module: str) -> tuple[bool, bool]:
+        """Whether modules are recorded, and whether they are of the tower that reads or writes text."""
+        if module not in self._roles:
             inner = bare_model(self.model)
-            name = default_tower(sites_of(inner), inner) if self.site is None else self.site
-            self._roles[site] = selects(name, site, inner), tower(site, inner) in ("language", "decoder")
-        return self._roles[site]
+            name = default_tower(modules_of(inner), inner) if self.tower is None else self.tower
+            self._roles[module] = selects(name, module, inner), tower_of(module, inner) in ("language", "decoder")
+        return self._roles[module]
 
     def _session_of(self, call: AttentionCall) -> tuple[Session, int]:
         times = self._times.get(call.layer, 0)
@@ -183,7 +183,7 @@ class Tracer(Handler):
         if not self._pass and self._sessions and self._sessions[0].is_over(call, offset):
             self._finish()
         while len(self._sessions) <= times:
-            self._sessions.append(Session(self.statistics, call.site, call.query.shape[0]))
+            self._sessions.append(Session(self.statistics, call.module, call.query.shape[0]))
         session = self._sessions[times]
         session.check(call, offset, self._cache)
         ids, self._pending_ids = self._pending_ids, None
@@ -204,14 +204,14 @@ class Tracer(Handler):
         done, self._pass = self._pass, []
         self._plans.clear()
         self._times.clear()
-        kinds = by_layer_kind(done)
+        kinds = by_layer_group(done)
         if len(kinds) < 2:
             for session, piece in done:
                 session.add(piece)
             return
         check_no_cache(kinds, cached=self._cache is not None)
         self._sessions.clear()
-        self._landing.wait()
+        self._host_copies.wait()
         self._finished.append(datasets(kinds))
 
     def _finish(self) -> None:
@@ -219,7 +219,7 @@ class Tracer(Handler):
         self._sessions.clear()
 
     def _open(self) -> list[list[xr.Dataset]]:
-        self._landing.wait()
+        self._host_copies.wait()
         made = (session.dataset() for session in self._sessions)
         return [[dataset] for dataset in made if dataset is not None]
 
@@ -245,10 +245,10 @@ class Tracer(Handler):
         if not self._running:
             self._keep_pass()
         entries = [*self._finished, *self._open()]
-        elsewhere = ", ".join(sorted(site for site, (chosen, _) in self._roles.items() if not chosen))
+        elsewhere = ", ".join(sorted(module for module, (chosen, _) in self._roles.items() if not chosen))
         if not entries and elsewhere:
             raise HeadscopeError(
-                f"nothing was recorded in {self.site or 'the default tower'}; name a site: {elsewhere}"
+                f"nothing was recorded in {self.tower or 'the default tower'}; name a tower: {elsewhere}"
             )
         named = {"statistics": [str(s) for s in self.statistics], "queries": str(self.queries)}
         return [signed(record, self.model, **named) for record in join(entries)]
@@ -267,7 +267,7 @@ def trace(
     *,
     layers: Sequence[int] | None = None,
     queries: Queries | None = None,
-    site: str | None = None,
+    tower: str | None = None,
     verify: bool = True,
 ) -> Iterator[Tracer]:
     """Record ``statistics`` of every forward pass of ``model`` inside the block; nothing stays on the model after it.
@@ -280,7 +280,7 @@ def trace(
         statistics: declarations from ``headscope.interp.statistics``.
         layers: record only these layers (all by default); the others run the model's own attention, untouched.
         queries: ``Last(n)``, ``Every(n)`` or ``Generated()`` limit the row statistics; None records every query.
-        site: which tower to record where a model has several: ``"language"`` (the default where there is one),
+        tower: which one to record where a model has several: ``"language"`` (the default where there is one),
             ``"vision"``, ``"audio"``, ``"encoder"``, ``"decoder"``, ``"cross"``, ``"connector"``, or a pattern of
             module names such as ``"model.layers.*.self_attn"``. One record holds one tower.
         verify: check once per model that our attention equals the model's own (see ``headscope.interp.sites``).
@@ -288,8 +288,8 @@ def trace(
     Raises:
         HeadscopeError: an architecture that cannot be traced exactly, named, before anything runs.
     """
-    tracer = Tracer(model, statistics, layers=layers, queries=queries, site=site)
-    check_name(site, sites_of(model))
+    tracer = Tracer(model, statistics, layers=layers, queries=queries, tower=tower)
+    check_name(tower, modules_of(model))
     if verify:
         verify_once(model)
     completed = False

@@ -10,7 +10,7 @@ from typing import Any
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.headset import HeadSet
-from headscope.interp.runs.estimate import begin
+from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.files import locked
 from headscope.interp.runs.journal import Journal, Trial
 from headscope.interp.runs.progress import track
@@ -67,7 +67,7 @@ def evaluate(
     config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed")}
     config |= {"conditions": [c.describe() for c in conditions], "trials": trials}
     work = _schedule(chosen, conditions, trials)
-    begin((task.tokens(trial) for task, _, trial in work), list(FILES) if out is not None else [])
+    announce((task.tokens(trial) for task, _, trial in work), list(FILES) if out is not None else [])
     path = None if out is None else Path(out) / FILES[-1]
     with locked(path):
         journal = Journal(path, config)

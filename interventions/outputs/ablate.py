@@ -83,7 +83,7 @@ class AblateHeads(Intervention):
                 "make them with head_means on this model"
             )
 
-    def concerns(self, site: str, layer: int) -> bool:
+    def concerns(self, module: str, layer: int) -> bool:
         """The layers that hold a head of the set."""
         return layer in self._layers
 

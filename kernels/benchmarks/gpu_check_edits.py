@@ -24,7 +24,7 @@ from headscope.kernels.benchmarks.gpu_check import WORKERS, poison
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_edits, random_moves
 from headscope.kernels.checks.compare import allowed, compare, distance
 from headscope.kernels.redistribute import redistribute
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.spans import span_outputs
 
 DEVICE = "cuda"
@@ -68,7 +68,7 @@ def _names(kinds: Callable[[Case], dict[str, Any]]) -> list[str]:
     return list(kinds(random_case("causal", queries=3, keys=3)))
 
 
-def _twice(label: str, case: Case, run: Callable[..., Attended], request: Request) -> list[str]:
+def _twice(label: str, case: Case, run: Callable[..., Reduced], request: Request) -> list[str]:
     got, again = case.run(run, request), case.run(run, request)
     wrong = [f"{label}: {verdict}" for verdict in compare(got, case, request) if not verdict.holds]
     for name, x in vars(got).items():

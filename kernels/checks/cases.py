@@ -13,7 +13,7 @@ from headscope.kernels import reference
 from headscope.kernels.divergence import Side
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution, dense
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
 
 MASKS = (
@@ -52,7 +52,7 @@ class Case:
     edit: ScoreEdit | None = None
     move: Redistribution | None = None
 
-    def run(self, engine: Callable[..., Attended], request: Request) -> Attended:
+    def run(self, engine: Callable[..., Reduced], request: Request) -> Reduced:
         """The call under ``engine``."""
         moved = {} if self.move is None else {"move": self.move}
         return engine(
@@ -85,7 +85,7 @@ class Case:
         lse = reference.log_total(s, self.sinks)
         return s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]
 
-    def eager(self, request: Request, dtype: torch.dtype = torch.float64) -> Attended:
+    def eager(self, request: Request, dtype: torch.dtype = torch.float64) -> Reduced:
         """Every reduction of the pattern that eager attention computes in ``dtype`` (float64: the definition)."""
         wide = torch.promote_types(dtype, torch.float32)
         s, p = self._scores(dtype).to(wide), self.pattern(dtype).to(wide)

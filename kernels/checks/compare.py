@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.checks.cases import Case
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
 ROUNDINGS = 8 * torch.finfo(torch.float32).eps
 
@@ -32,7 +32,7 @@ class Verdict:
         return self.error <= self.allowed
 
 
-def compare(ours: Attended, case: Case, request: Request, *, precision: torch.dtype | None = None) -> list[Verdict]:
+def compare(ours: Reduced, case: Case, request: Request, *, precision: torch.dtype | None = None) -> list[Verdict]:
     """Verdicts on every result that ``request`` asks for.
 
     ``precision``: what the engine claims to compute statistics in (default: the inputs'). The output is held to the
@@ -77,7 +77,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float(torch.where(a == b, 0.0, (a - b).abs()).max())
 
 
-def _top_keys(ours: Attended, truth: Attended, low: Attended, case: Case, request: Request) -> Verdict:
+def _top_keys(ours: Reduced, truth: Reduced, low: Reduced, case: Case, request: Request) -> Verdict:
     """Reported keys must hold, in the exact pattern, the mass of the true ones (ties may be broken either way)."""
     keys, mass = ours.top_keys, truth.top_mass
     assert keys is not None and mass is not None and low.top_mass is not None

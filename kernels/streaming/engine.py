@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming import library
 from headscope.kernels.streaming.counts import count_queries
@@ -46,7 +46,7 @@ def attend(
     edit: ScoreEdit | None = None,
     request: Request,
     tile: int | None = None,
-) -> Attended:
+) -> Reduced:
     """Compute ``request`` for ``q`` (batch, head, query, d_head), ``k`` and ``v`` (batch, kv_head, key, ·).
 
     ``tile`` is the number of scores held at a time. Statistics are float32 (float64 for float64 input), whatever the
@@ -54,7 +54,7 @@ def attend(
     """
     call = Call(q, k, v, mask, scale, softcap, sinks, bias, edit)
     tile = tile or (CPU_TILE if q.device.type == "cpu" else GPU_TILE)
-    result = Attended()
+    result = Reduced()
     for rows, part in _passes(request, q.shape[2], q.device):
         _Pass(call, rows, part, result).run(tile)
     if request.output and result.output is None:
@@ -92,7 +92,7 @@ def _passes(request: Request, queries: int, device: torch.device) -> Iterator[tu
 class _Pass:
     """One sweep of tiles over a set of query rows, writing into ``result``."""
 
-    def __init__(self, call: Call, rows: Tensor, request: Request, result: Attended) -> None:
+    def __init__(self, call: Call, rows: Tensor, request: Request, result: Reduced) -> None:
         self.call, self.rows, self.request, self.result = call, rows, request, result
         self._allocate()
 

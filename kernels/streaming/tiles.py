@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headscope.kernels.masks import Mask
 from headscope.kernels.reference import pad_top
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 
 LOG2E = 1.0 / math.log(2.0)
@@ -45,7 +45,7 @@ class Block:
     """The tiles of a few examples and key/value heads; keys and values are converted to the compute dtype once."""
 
     def __init__(
-        self, call: Call, rows: Tensor, request: Request, result: Attended, examples: slice, kv_heads: slice
+        self, call: Call, rows: Tensor, request: Request, result: Reduced, examples: slice, kv_heads: slice
     ) -> None:
         self.call, self.want, self.out, self.all_rows = call, request, result, rows
         self.examples, self.kv_heads = examples, kv_heads

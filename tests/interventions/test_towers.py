@@ -1,4 +1,4 @@
-"""``apply(site=...)``: heads of one tower, against the same edit made by hand on that tower's output projection.
+"""``apply(tower=...)``: heads of one tower, against the same edit made by hand on that tower's output projection.
 
 Tolerance: float32 attention by another algorithm than the reference, through two layers of each tower: a few roundings
 of 1.2e-7 of the largest logit. A wrong head or tower moves logits by more than 1e-3 of it, asserted below.
@@ -87,7 +87,7 @@ def test_a_named_tower_is_edited_and_no_other(site: str) -> None:
     untouched = logits(model, inputs)
     with zeroed_by_hand(model, projections):
         expected = logits(model, inputs)
-    with apply(model, AblateHeads(PICKED), site=site):
+    with apply(model, AblateHeads(PICKED), tower=site):
         found = logits(model, inputs)
     size = float(expected.abs().max())
     assert float((expected - untouched).abs().max()) > 1e-3 * size
@@ -98,12 +98,12 @@ def test_a_named_tower_is_edited_and_no_other(site: str) -> None:
 def test_towers_have_edits_of_their_own_and_a_trace_sees_both() -> None:
     model, inputs = llava()
     uniform = AblateHeads([(0, 1)], "uniform")
-    with trace(model, [Entropy()], site="vision") as plain:
+    with trace(model, [Entropy()], tower="vision") as plain:
         logits(model, inputs)
     with (
-        apply(model, uniform, site="vision"),
+        apply(model, uniform, tower="vision"),
         apply(model, AblateHeads([(0, 0)])),
-        trace(model, [Entropy()], site="vision") as vision,
+        trace(model, [Entropy()], tower="vision") as vision,
         trace(model, [Entropy()]) as language,
     ):
         logits(model, inputs)
@@ -111,25 +111,28 @@ def test_towers_have_edits_of_their_own_and_a_trace_sees_both() -> None:
     edited, before = (t.record["entropy"].sel(layer=0).isel(query=0) for t in (vision, plain))
     assert abs(edited.sel(head=1) - torch.log(torch.tensor(float(keys))).item()).max() < 1e-5
     assert (edited.sel(head=0) == before.sel(head=0)).all()
-    assert "language" in language.record.attrs["site"]
+    assert "language" in language.record.attrs["module"]
 
 
 def test_heads_and_towers_that_do_not_exist_are_refused() -> None:
     model, inputs = llava()
-    with pytest.raises(HeadscopeError, match="no site 'visoin'"), apply(model, AblateHeads(PICKED), site="visoin"):
+    with pytest.raises(HeadscopeError, match="no tower 'visoin'"), apply(model, AblateHeads(PICKED), tower="visoin"):
         raise AssertionError("the block must not run")
     with pytest.raises(HeadscopeError, match="no attention layer in 'encoder'"):
-        with apply(model, AblateHeads(PICKED), site="encoder"):
+        with apply(model, AblateHeads(PICKED), tower="encoder"):
             raise AssertionError("the block must not run")
     with pytest.raises(HeadscopeError, match="layer 7 does not exist in 'vision'"):
-        with apply(model, AblateHeads([(7, 0)]), site="vision"):
+        with apply(model, AblateHeads([(7, 0)]), tower="vision"):
             raise AssertionError("the block must not run")
-    with apply(model, AblateHeads([(0, 9)]), site="vision"), pytest.raises(HeadscopeError, match="L0H9 does not exist"):
+    with (
+        apply(model, AblateHeads([(0, 9)]), tower="vision"),
+        pytest.raises(HeadscopeError, match="L0H9 does not exist"),
+    ):
         logits(model, inputs)
 
 
 def test_phases_of_cross_attention_are_refused() -> None:
     model, inputs = t5()
     edit = AblateHeads(PICKED, during="decode")
-    with apply(model, edit, site="cross"), pytest.raises(HeadscopeError, match="during='always'"):
+    with apply(model, edit, tower="cross"), pytest.raises(HeadscopeError, match="during='always'"):
         logits(model, inputs)

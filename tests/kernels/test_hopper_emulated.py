@@ -27,7 +27,7 @@ from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.hopper.device import _beside
 from headscope.kernels.hopper.emulator import Deadlock, Emulated, emulated
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.triton.features import encode
 
 BASE: dict[str, Any] = {"kv_heads": 1, "dtype": torch.bfloat16}
@@ -42,7 +42,7 @@ def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, request: Request, together: bool, **call: Any) -> Attended:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, request: Request, together: bool, **call: Any) -> Reduced:
     """What the Hopper kernels compute of a request, as an engine; ``together``: the output in the statistics' pass."""
     for name in ("softcap", "bias", "edit"):
         assert call.pop(name) is None
@@ -59,7 +59,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, request: Request, together: bool,
     call.pop("sinks")  # they are in lse
     sums, most = passes.columns(q, k, every.lse, queries=request.key_queries, highest=True, **call)
     statistics = {name: getattr(rows, name) for name in wants}
-    return Attended(output=every.output, key_sum=sums, key_max=most, **statistics)
+    return Reduced(output=every.output, key_sum=sums, key_max=most, **statistics)
 
 
 def request_of(case: Case, *, features: int, subset: bool = False) -> Request:

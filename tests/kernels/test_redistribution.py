@@ -16,7 +16,7 @@ from headscope.kernels.checks.compare import ROUNDINGS, compare
 from headscope.kernels.divergence import divergence
 from headscope.kernels.redistribute import pattern, redistribute
 from headscope.kernels.redistribution import Redistribution, dense
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
 SIZES: dict[str, Any] = {"batch": 2, "kv_heads": 1, "queries": 12, "keys": 40}
 OPTIONS = pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def moved(case: Case, name: str) -> Case:
     return replace(case, move=random_moves(case)[name])
 
 
-def answer(case: Case, request: Request, engine: str = "auto") -> Attended:
+def answer(case: Case, request: Request, engine: str = "auto") -> Reduced:
     return case.run(functools.partial(redistribute, engine=engine), request)
 
 
@@ -127,7 +127,7 @@ def test_rows_are_computed_alone_where_they_are_asked_for_alone(monkeypatch: pyt
     seen: list[tuple[int, Request]] = []
     attend = attention.attend
 
-    def noting(q: torch.Tensor, *args: Any, **options: Any) -> Attended:
+    def noting(q: torch.Tensor, *args: Any, **options: Any) -> Reduced:
         seen.append((q.shape[2], options["request"]))
         return attend(q, *args, **options)
 

@@ -15,7 +15,7 @@ from headscope.kernels.checks.compare import compare
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
 from headscope.kernels.redistribute import redistribute
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
 from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.triton.targets import target_mass
@@ -33,7 +33,7 @@ def options(case: Case) -> dict:
     return {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias", "edit")}
 
 
-def fails(case: Case, got: Attended, request: Request) -> list:
+def fails(case: Case, got: Reduced, request: Request) -> list:
     return [v for v in compare(got, case, request, precision=torch.float32) if not v.holds]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from headscope.kernels import attention
 from headscope.kernels.checks.cases import MASKS, Case, random_case, random_edits
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.spans import span_outputs
 from headscope.kernels.streaming import engine as streaming
 
@@ -72,7 +72,7 @@ def test_overlapping_spans(kind: str) -> None:
 def test_every_key_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case, attend, read = random_case("causal", queries=50, keys=50), attention.attend, []
 
-    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Attended:
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Reduced:
         read.append((k.shape[2], options["request"].output))
         return attend(q, k, v, **options)
 

@@ -15,7 +15,7 @@ from headscope.kernels import attention
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.streaming import engine as streaming
 
 SINGLE = torch.float32
@@ -28,7 +28,7 @@ SHAPES = {  # batch, kv_heads, group, queries, keys, d_head, d_value
 }
 
 
-def fails(case: Case, request: Request, engine: Callable[..., Attended], precision: torch.dtype = SINGLE) -> list:
+def fails(case: Case, request: Request, engine: Callable[..., Reduced], precision: torch.dtype = SINGLE) -> list:
     return [v for v in compare(case.run(engine, request), case, request, precision=precision) if not v.holds]
 
 
@@ -89,17 +89,17 @@ def test_float64_inputs_give_float64_statistics() -> None:
     assert not fails(case, everything(case), streaming.attend, torch.float64)
 
 
-def _drops_the_last_key(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Attended:
+def _drops_the_last_key(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Reduced:
     mask = options["mask"]
     assert isinstance(mask, Mask)
     return streaming.attend(q, k, v, **{**options, "mask": replace(mask, right=-1)})  # type: ignore[arg-type]
 
 
-def _forgets_the_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Attended:
+def _forgets_the_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Reduced:
     return streaming.attend(q * 1.01, k, v, **options)  # type: ignore[arg-type]
 
 
-def _leaves_a_row_unwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Attended:
+def _leaves_a_row_unwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Reduced:
     got = streaming.attend(q, k, v, **options)  # type: ignore[arg-type]
     for x in (got.lse, got.output, got.entropy):
         assert x is not None
@@ -108,7 +108,7 @@ def _leaves_a_row_unwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *
 
 
 @pytest.mark.parametrize("broken", [_drops_the_last_key, _forgets_the_scale, _leaves_a_row_unwritten])
-def test_the_comparison_sees_planted_bugs(broken: Callable[..., Attended]) -> None:
+def test_the_comparison_sees_planted_bugs(broken: Callable[..., Reduced]) -> None:
     case = random_case("causal")
     bad = {v.name for v in fails(case, everything(case), broken)}
     assert {"lse", "entropy", "output"} <= bad

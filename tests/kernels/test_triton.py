@@ -20,7 +20,7 @@ from headscope.kernels import gpu_engine as triton_engine
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.tuning import Tiles
 
@@ -34,7 +34,7 @@ SHAPES = [  # queries, keys, d_head, d_value
 ]
 
 
-def fails(case: Case, request: Request, engine: Callable[..., Attended] = triton_engine.attend) -> list:
+def fails(case: Case, request: Request, engine: Callable[..., Reduced] = triton_engine.attend) -> list:
     return [v for v in compare(case.run(engine, request), case, request) if not v.holds]
 
 
@@ -151,7 +151,7 @@ def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> N
     case = random_case("window", kv_heads=1, device=DEVICE)
     request = everything(case, top=0)
 
-    def narrower(*args: object, **options: object) -> Attended:
+    def narrower(*args: object, **options: object) -> Reduced:
         mask = replace(case.mask, left=case.mask.left - 1)  # type: ignore[operator]
         return triton_engine.attend(*args, **{**options, "mask": mask})  # type: ignore[arg-type]
 
@@ -160,7 +160,7 @@ def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_auto_keeps_cpu_tensors_on_the_streaming_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> Attended:
+    def refuse(*_: object, **__: object) -> Reduced:
         raise AssertionError("a CPU tensor reached Triton")
 
     monkeypatch.setattr(triton_engine, "attend", refuse)

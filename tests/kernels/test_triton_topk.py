@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 from headscope.kernels import gpu_engine as triton_engine
 from headscope.kernels.checks.cases import MASKS, Case, random_case
 from headscope.kernels.checks.compare import compare
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.triton import topk as triton_topk
 from headscope.kernels.triton import tuning as triton_tuning
@@ -38,7 +38,7 @@ def fails(case: Case, top: int, rows: torch.Tensor | None = None) -> list:
     return [v for v in compare(got, case, request) if not v.holds] + _disorder(got)
 
 
-def _disorder(got: Attended) -> list:
+def _disorder(got: Reduced) -> list:
     assert got.top_mass is not None and got.top_keys is not None
     wrong = [] if (got.top_mass.diff(dim=-1) <= 0).all() else ["not heaviest first"]
     return wrong if ((got.top_keys < 0) == (got.top_mass == 0)).all() else [*wrong, "keys without mass"]

@@ -60,7 +60,7 @@ def make_call(
         mask=mask,
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         layer=place.layer,
-        site=place.site,
+        module=place.module,
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
         position_bias=given if bias is None else bias if given is None else given + bias,

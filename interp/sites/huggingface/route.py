@@ -21,7 +21,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.huggingface.calls import leave, make_call, original_function, refusal
 from headscope.interp.sites.huggingface.masks import lazy_mask
 from headscope.interp.sites.huggingface.switch import Implementations, implementations, restore, switch
-from headscope.interp.sites.towers import tower
+from headscope.interp.sites.towers import tower_of
 from headscope.interp.sites.unwrap import bare_model, stopped
 
 NAME = "headscope"
@@ -46,11 +46,11 @@ class Route:
     called: bool = False
     busy: dict[tuple[str, int], bool] = field(default_factory=dict)
 
-    def is_busy(self, site: str, layer: int) -> bool:
+    def is_busy(self, module: str, layer: int) -> bool:
         """Whether any handler in force reads or changes a layer; ``busy`` remembers while they are the same."""
-        found = self.busy.get((site, layer))
+        found = self.busy.get((module, layer))
         if found is None:
-            found = self.busy[site, layer] = any(handler.concerns(site, layer) for handler in self.handlers)
+            found = self.busy[module, layer] = any(handler.concerns(module, layer) for handler in self.handlers)
         return found
 
 
@@ -58,7 +58,7 @@ class Route:
 class _Place:
     route: Route
     name: str
-    site: str
+    module: str
     layer: int
     tower: str
     implementation: str
@@ -109,17 +109,17 @@ def _open(model: nn.Module) -> Route:
 
 
 def places(route: Route) -> dict[nn.Module, _Place]:
-    """Every module of a model with its site, layer, tower and the attention implementation configured for it."""
+    """Every module of a model with its pattern of names, layer, tower and configured attention implementation."""
     configured = {id(config): impl for config, impl in route.restore.configs}
     default = route.restore.named[""]
     found: dict[nn.Module, _Place] = {}
     ranks: dict[str, int] = {}
     for name, module in route.model.named_modules():
-        site, layer = parse_name(name, module)
-        if site.count("*") > 1:  # a tower in stages: layers count through them
-            layer = ranks[site] = ranks.get(site, -1) + 1
+        where, layer = parse_name(name, module)
+        if where.count("*") > 1:  # a tower in stages: layers count through them
+            layer = ranks[where] = ranks.get(where, -1) + 1
         impl = configured.get(id(getattr(module, "config", None))) or default
-        found[module] = _Place(route, name, site, layer, tower(site, route.model), impl)
+        found[module] = _Place(route, name, where, layer, tower_of(where, route.model), impl)
     return found
 
 
@@ -130,7 +130,7 @@ def set_check(model: nn.Module, check: Check) -> None:
         _ROUTES[model].check = check
 
 
-def sites_of(model: Any) -> set[str]:
+def modules_of(model: Any) -> set[str]:
     """The patterns of the model's modules that stand in layers, attention or not, and attention that stands alone."""
     names = (parse_name(name, module)[0] for name, module in bare_model(model).named_modules())
     return {name for name in names if "*" in name or "att" in name}
@@ -147,16 +147,16 @@ def _close(route: Route) -> None:
 
 
 def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
-    """A module's site pattern and layer: "model.layers.3.self_attn" is ("model.layers.*.self_attn", 3).
+    """A module's pattern of names and its layer: "model.layers.3.self_attn" is ("model.layers.*.self_attn", 3).
 
     A name with several numbers has the first one's layer here; ``places`` counts such layers through.
     """
     # what a TransformerBridge puts between a layer and its parts, and torch.compile around a part
     name = name.replace("._original_component", "").replace("._orig_mod", "")
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
-    site = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+    where = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
     layer = int(numbers[0]) if numbers else getattr(module, "layer_idx", None)
-    return site, 0 if layer is None else int(layer)
+    return where, 0 if layer is None else int(layer)
 
 
 class _Bound:
@@ -223,7 +223,7 @@ def attention_function(
             f"{type(module).__name__} attends outside the model that was traced; trace the whole model"
         )
     place.route.called = True
-    if not place.route.is_busy(place.site, place.layer):
+    if not place.route.is_busy(place.module, place.layer):
         options = {**kwargs, "scaling": scaling, "dropout": dropout}
         own = leave(module, place.implementation, query, key, value, attention_mask, **options)
         if own is not None:

@@ -30,7 +30,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.agreement import Verification, compare_call
 from headscope.interp.sites.compiled import uncompiled
 from headscope.interp.sites.huggingface import calls as hf_calls
-from headscope.interp.sites.huggingface import route as site
+from headscope.interp.sites.huggingface import route as hf_route
 from headscope.interp.sites.huggingface import switch as hf_switch
 from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
 from headscope.interp.sites.unwrap import bare_model, model_device
@@ -66,7 +66,7 @@ def verify(model: Any, inputs: dict[str, Tensor] | None = None) -> Verification:
         HeadscopeError: the architecture is not routed, or does not run on inputs of ours (give ``inputs`` then).
     """
     inner = bare_model(model)
-    if site.is_attached(inner):
+    if hf_route.is_attached(inner):
         return _VERIFIED.get(inner) or Verification(calls=1)  # verified when the first handler was attached
     found = Verification()
     with uncompiled():
@@ -76,7 +76,7 @@ def verify(model: Any, inputs: dict[str, Tensor] | None = None) -> Verification:
             _run(inner, found, inputs)
     if found.passed:
         _VERIFIED[inner] = found
-        site.set_check(inner, _Late(found))
+        hf_route.set_check(inner, _Late(found))
     return found
 
 
@@ -150,8 +150,8 @@ def _first_plain(special: Tensor) -> int:
 
 @contextmanager
 def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
-    route = site.Route(model, hf_switch.implementations(model))
-    places = site.places(route)
+    route = hf_route.Route(model, hf_switch.implementations(model))
+    places = hf_route.places(route)
 
     def function(
         module: nn.Module,
@@ -175,14 +175,14 @@ def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
 
 def _check_layers(found: Verification, places: dict[nn.Module, Any]) -> None:
     """A module that attends again in one pass shares its weights between layers, unless it goes through images."""
-    towers = {place.site: place.tower for place in places.values()}
+    towers = {place.module: place.tower for place in places.values()}
     for name, layers in found.layers.items():
         if len(set(layers)) != len(layers) and towers[name] not in ("vision", "audio"):
             found.problems.append(f"{name} attends more than once a layer (layers share their weights)")
 
 
 class _Late:
-    """Checks the sites that the verification did not reach, at their first call."""
+    """Checks the modules that the verification did not reach, at their first call."""
 
     def __init__(self, found: Verification) -> None:
         self.found = found
@@ -191,11 +191,11 @@ class _Late:
     def __call__(
         self, module: nn.Module, place: Any, call: AttentionCall, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> None:
-        if call.site in self.known:
+        if call.module in self.known:
             return
         if call.query.shape[2] * call.key.shape[2] > LARGEST:
             raise HeadscopeError(
-                f"{call.site} was not verified and this input is too long to do it now; run "
+                f"{call.module} was not verified and this input is too long to do it now; run "
                 "headscope.interp.sites.verify(model, inputs) on a shorter input of the same kind first"
             )
         with torch.no_grad():
@@ -204,7 +204,7 @@ class _Late:
             why = self.found.problems[0]
             self.found.problems.clear()
             raise HeadscopeError(hf_calls.refusal(place.route.model, why))
-        self.known.add(call.site)
+        self.known.add(call.module)
 
 
 def _check(
@@ -212,7 +212,7 @@ def _check(
 ) -> Any:
     """Compare one call with what the model's configured function computes, and return the latter's result."""
     found.calls += 1
-    found.layers.setdefault(call.site, []).append(call.layer)
+    found.layers.setdefault(call.module, []).append(call.layer)
     real = hf_calls.original_function(module, place.implementation)
     original = mask.original(place.implementation) if isinstance(mask, LazyMask) else mask
 

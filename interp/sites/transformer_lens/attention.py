@@ -40,8 +40,8 @@ class Hook:
 class Layer:
     """Turns what one layer's hook points show into an AttentionCall, edits it, and hands it to the handlers."""
 
-    def __init__(self, route: Any, attention: Any, prefix: str, hooks: dict[str, Any], site: str, layer: int) -> None:
-        self.route, self.attention, self.prefix, self.site, self.layer = route, attention, prefix, site, layer
+    def __init__(self, route: Any, attention: Any, prefix: str, hooks: dict[str, Any], module: str, layer: int) -> None:
+        self.route, self.attention, self.prefix, self.module, self.layer = route, attention, prefix, module, layer
         functions: dict[str, HookFunction] = {"hook_in": self._begin, "hook_v": self._value}
         functions |= {name: self._query for name in QUERY} | {name: self._key for name in KEY}
         functions |= {name: self._rotary for name in ROTARY}
@@ -160,7 +160,7 @@ class Layer:
             mask=self._mask(queries, keys, key_offset),
             scale=self._scale(query.shape[-1]),
             layer=self.layer,
-            site=self.site,
+            module=self.module,
             softcap=getattr(own, "attn_logit_softcapping", None),
             sinks=getattr(own, "sinks", None),
         )

@@ -284,7 +284,7 @@ def _layers(route: Route, bridge: Any) -> list[Layer]:
     layers = []
     for path, module in components(bridge):
         prefix = str(module.hook_pattern.name).removesuffix(".hook_pattern")
-        site, _ = huggingface.parse_name(path, module)
+        where, _ = huggingface.parse_name(path, module)
         match = re.match(r"blocks\.(\d+)\.", prefix)
-        layers.append(Layer(route, module, prefix, hooks, site, int(match[1]) if match else 0))
+        layers.append(Layer(route, module, prefix, hooks, where, int(match[1]) if match else 0))
     return layers

@@ -25,7 +25,7 @@ class Check:
     def pattern(self, call: AttentionCall, theirs: Tensor) -> None:
         """``theirs`` (batch, head, query, key)."""
         self.found.calls += 1
-        self.found.layers.setdefault(call.site, []).append(call.layer)
+        self.found.layers.setdefault(call.module, []).append(call.layer)
         self._judge("pattern", call, theirs, call.pattern(), bound_of(call))
 
     def output(self, call: AttentionCall, theirs: Tensor) -> None:

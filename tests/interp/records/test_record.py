@@ -33,7 +33,7 @@ def record(examples: int = 2, length: int = 5, *, heads: int = 3, offset: float 
             "length": ("example", np.full(examples, length)),
             "query_position": (("example", "query"), np.tile(np.arange(length), (examples, 1))),
         },
-        attrs={"site": "model.layers.*.self_attn", "headscope": json.dumps({"seed": 0})},
+        attrs={"module": "model.layers.*.self_attn", "headscope": json.dumps({"seed": 0})},
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from headscope.interp.heads.discovery import discover
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.runs import estimate as module
-from headscope.interp.runs.estimate import Planned, Work, begin, dry_run, estimate
+from headscope.interp.runs.estimate import Planned, Work, announce, dry_run, estimate
 from headscope.interp.survey.tiny import tiny_model
 
 
@@ -22,16 +22,16 @@ def lm() -> LanguageModel:
 
 
 def test_begin_does_nothing_outside_a_dry_run() -> None:
-    begin([(1, 2)], ["a"])
+    announce([(1, 2)], ["a"])
 
 
 def test_a_dry_run_stops_at_begin_and_keeps_the_work() -> None:
     after = []
     with dry_run() as planned:
-        begin(((n, 0) for n in (3, 4)), ["a.json"])
+        announce(((n, 0) for n in (3, 4)), ["a.json"])
         after.append("ran")
     assert after == [] and planned == Work([(3, 0), (4, 0)], ["a.json"])
-    begin([(1, 2)], [])  # the dry run is over
+    announce([(1, 2)], [])  # the dry run is over
 
 
 def test_a_dry_run_without_work_is_empty_and_errors_pass_through() -> None:
@@ -40,14 +40,14 @@ def test_a_dry_run_without_work_is_empty_and_errors_pass_through() -> None:
     assert planned == Work()
     with pytest.raises(ZeroDivisionError), dry_run():
         _ = 1 / 0
-    begin([(1, 2)], [])
+    announce([(1, 2)], [])
 
 
 def test_nested_dry_runs_stop_the_inner_block_only() -> None:
     with dry_run() as outer:
         with dry_run() as inner:
-            begin([(1, 0)], [])
-        begin([(2, 0)], [])
+            announce([(1, 0)], [])
+        announce([(2, 0)], [])
     assert inner.passes == [(1, 0)] and outer.passes == [(2, 0)]
 
 

@@ -71,7 +71,7 @@ def test_a_folder_of_that_name_is_an_error_and_stays(tmp_path: Path) -> None:
 
 CHILD = """
 import sys
-from headscope.interp.files import write_atomically
+from headscope.interp.runs.files import write_atomically
 write_atomically(sys.argv[1], b"0" * 400_000)
 print("ready", flush=True)
 for i in range(10**6):
@@ -98,7 +98,7 @@ def test_a_kill_leaves_a_whole_file(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from headscope.interp.files import locked
+from headscope.interp.runs.files import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

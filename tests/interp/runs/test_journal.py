@@ -131,7 +131,7 @@ def test_a_result_that_cannot_be_written_is_not_remembered(tmp_path: Path) -> No
 
 CHILD = """
 import sys, time
-from headscope.interp.journal import Journal
+from headscope.interp.runs.journal import Journal
 journal = Journal(sys.argv[1], {"seed": 0})
 for trial in range(10**6):
     if trial not in journal:

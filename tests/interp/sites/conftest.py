@@ -93,7 +93,7 @@ def run_nnsight(wrapper: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 def largest_difference(one: Any, other: Any) -> float:
     assert dict(one.sizes) == dict(other.sizes) and list(one.data_vars) == list(other.data_vars)
-    assert one.attrs["site"] == other.attrs["site"]
+    assert one.attrs["module"] == other.attrs["module"]
     return max(float(abs(one[name].astype(float) - other[name].astype(float)).max()) for name in one.data_vars)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites import verify
 from headscope.interp.sites.huggingface.route import parse_name
-from headscope.interp.sites.huggingface.verify import verify
 from headscope.interp.sites.inputs import example_inputs
 from headscope.interp.statistics import Distance, Entropy, KeyMass, SinkMass, TopKeys, WindowMass
 from headscope.interp.survey.eager import eager_weights

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headscope.interp import Tracer, trace
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites.huggingface.verify import verify_once
+from headscope.interp.sites import verify_once
 from headscope.interp.sites.transformer_lens import bridge as tl_bridge
 from headscope.interp.sites.transformer_lens import route as bridge_site
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, TopKeys
@@ -178,7 +178,7 @@ def test_caches_without_the_batch_dimension_do_not_disturb_a_trace(kit: Any) -> 
 def test_a_tower_that_a_bridge_does_not_show_is_refused(kit: Any) -> None:
     bridge = kit.bridge_of(kit.tiny("llama"))
     with pytest.raises(HeadscopeError, match="language layers only"):
-        with apply(bridge, AblateHeads(HEADS), site="vision"):
+        with apply(bridge, AblateHeads(HEADS), tower="vision"):
             raise AssertionError("the block must not run")
-    with apply(bridge, AblateHeads(HEADS), site="language"):
+    with apply(bridge, AblateHeads(HEADS), tower="language"):
         pass

@@ -14,9 +14,8 @@ from headscope.interp import load_model, trace
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import output_projections
-from headscope.interp.sites import attached
+from headscope.interp.sites import attached, verify
 from headscope.interp.sites.compiled import uncompiled
-from headscope.interp.sites.huggingface.verify import verify
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
 from headscope.interp.survey.tiny import tiny_model
@@ -105,7 +104,7 @@ def test_a_compiled_model_is_traced_uncompiled_and_its_graphs_run_again_afterwar
         expected = twin(tokens()).logits
     assert torch.equal(traced, expected)
     assert largest_difference(tracer.record, plain.record) == 0.0
-    assert tracer.record.attrs["site"] == plain.record.attrs["site"]
+    assert tracer.record.attrs["module"] == plain.record.attrs["module"]
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, compiled)
     assert graphs.made == made and graphs.ran == 2 * ran

@@ -18,9 +18,8 @@ from transformers import (
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites import attached
+from headscope.interp.sites import attached, verify
 from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
-from headscope.interp.sites.huggingface.verify import verify
 from headscope.interp.statistics import Entropy, KeyMass
 from headscope.interp.survey.compare import compare_model
 from headscope.interp.survey.eager import eager_weights

@@ -26,7 +26,7 @@ HEADS = [(0, 1), (1, 3)]
 
 
 class Fails(Handler):
-    def observe(self, call: AttentionCall, attended: Any) -> None:
+    def observe(self, call: AttentionCall, reduced: Any) -> None:
         raise AssertionError("not asked for anything")
 
     def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import output_projections
 from headscope.interp.models.placement import fetched
 from headscope.interp.runs.provenance import provenance
-from headscope.interp.sites import attached
+from headscope.interp.sites import attached, verify
 from headscope.interp.sites.huggingface.masks import _on, lazy_mask
-from headscope.interp.sites.huggingface.verify import verify
 from headscope.interp.sites.unwrap import model_device
 from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SinkMass
 from headscope.interp.survey.tiny import tiny_model

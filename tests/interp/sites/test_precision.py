@@ -15,11 +15,10 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import output_projections
 from headscope.interp.runs.provenance import provenance
-from headscope.interp.sites import attached
+from headscope.interp.sites import attached, verify
 from headscope.interp.sites.agreement import pattern_bound, relative_error
 from headscope.interp.sites.huggingface import calls as hf_calls
 from headscope.interp.sites.huggingface import verify as verification
-from headscope.interp.sites.huggingface.verify import verify
 from headscope.interp.sites.unwrap import model_device
 from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SinkMass
 from headscope.interp.survey.tiny import tiny_model

@@ -17,10 +17,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites import attached, is_attached
+from headscope.interp.sites import attached, is_attached, verify
 from headscope.interp.sites.huggingface import calls as hf_calls
 from headscope.interp.sites.huggingface import route as huggingface
-from headscope.interp.sites.huggingface.verify import verify
 from headscope.interp.sites.inputs import example_inputs
 from headscope.interp.statistics import Entropy
 from headscope.interp.survey.tiny import tiny_model
@@ -209,7 +208,7 @@ def test_a_tower_is_verified_when_its_first_call_comes(monkeypatch):
     with trace(model, [Entropy()]) as tracer:  # nobody reads the vision tower, so it runs the model's own attention
         model(**inputs)
     assert tracer.record["layer"].to_numpy().tolist() == [0, 1]
-    with trace(model, [Entropy()], site="vision"):
+    with trace(model, [Entropy()], tower="vision"):
         model(input_ids=inputs["input_ids"][:, -8:])  # text alone does not reach the vision tower
         with pytest.raises(HeadscopeError, match="Llava.*pattern of layer 0"):
             model(**inputs)

@@ -32,14 +32,14 @@ def test_towers_are_chosen_by_name(name):
     inputs = example_inputs(model)
     assert "pixel_values" in inputs
     for alias, part in TOWERS[name].items():
-        with trace(model, [Entropy()], site=alias) as tracer:
+        with trace(model, [Entropy()], tower=alias) as tracer:
             model(**inputs)
-        assert part in tracer.record.attrs["site"]
-    with pytest.raises(HeadscopeError, match="no site 'visoin'.*vision"):
-        with trace(model, [Entropy()], site="visoin"):
+        assert part in tracer.record.attrs["module"]
+    with pytest.raises(HeadscopeError, match="no tower 'visoin'.*vision"):
+        with trace(model, [Entropy()], tower="visoin"):
             raise AssertionError("the block must not be entered")
     text = {"input_ids": inputs["input_ids"][:, -8:]}
-    with trace(model, [Entropy()], site="vision") as tracer:
+    with trace(model, [Entropy()], tower="vision") as tracer:
         model(**text)
     with pytest.raises(
         HeadscopeError, match="nothing was recorded in vision.*language|nothing was recorded.*text_model"
@@ -50,7 +50,7 @@ def test_towers_are_chosen_by_name(name):
 def test_images_attended_one_by_one_are_examples():
     model = tiny_model("qwen2_vl", "image-text")
     inputs = example_inputs(model)
-    with trace(model, [Entropy()], site="vision") as tracer:
+    with trace(model, [Entropy()], tower="vision") as tracer:
         model(**inputs)
         model(**inputs)
     assert tracer.record["length"].to_numpy().tolist() == [16, 32, 16, 32]
@@ -60,7 +60,7 @@ def test_windowed_and_whole_layers_are_a_record_each():
     """Against eager weights: layer 0 attends within windows, layer 1 over whole images."""
     model = tiny_model("qwen2_5_vl", "image-text")
     inputs = example_inputs(model)
-    with trace(model, [SinkMass(1), KeyMass()], site="vision") as tracer:
+    with trace(model, [SinkMass(1), KeyMass()], tower="vision") as tracer:
         model(**inputs)
         model(**inputs)
     with eager_weights(model) as seen, torch.no_grad():
@@ -78,7 +78,7 @@ def test_windowed_and_whole_layers_are_a_record_each():
             here = record.isel(example=example, layer=0)
             np.testing.assert_allclose(here["sink_mass"][:, : p.shape[1]], p[..., 0], atol=2e-5)
             np.testing.assert_allclose(here["key_mass"][:, : p.shape[2]], p.sum(1), atol=2e-4)
-    with trace(model, [Entropy()], site="vision", layers=[1]) as tracer:
+    with trace(model, [Entropy()], tower="vision", layers=[1]) as tracer:
         model(**inputs)
     assert tracer.record["length"].to_numpy().tolist() == [16, 32]
     with trace(model, [Entropy()]) as tracer:
@@ -95,7 +95,7 @@ def test_encoder_decoder_and_cross_attention_apart(name):
     cross = [p for place, p in seen if "encoder_attn" in place or "EncDec" in place]
     lengths = {}
     for site in (None, "encoder", "decoder", "cross"):
-        with trace(model, [SinkMass(1), KeyMass()], site=site) as tracer:
+        with trace(model, [SinkMass(1), KeyMass()], tower=site) as tracer:
             model(**inputs)
         lengths[site] = (tracer.record.sizes["query"], tracer.record.sizes["key"])
     assert lengths[None] == lengths["decoder"] == (12, 12)
@@ -104,7 +104,7 @@ def test_encoder_decoder_and_cross_attention_apart(name):
         np.testing.assert_allclose(tracer.record["sink_mass"].sel(layer=layer), p[..., 0], atol=2e-5)
         np.testing.assert_allclose(tracer.record["key_mass"].sel(layer=layer), p.sum(2), atol=2e-4)
     with pytest.raises(HeadscopeError, match="Distance is not exact with queries and keys of different sequences"):
-        with trace(model, [Distance()], site="cross"):
+        with trace(model, [Distance()], tower="cross"):
             model(**inputs)
 
 
@@ -114,7 +114,7 @@ def test_cross_attention_while_generating(name):
     inputs = example_inputs(model, padding=False)
     inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :3]
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "decoder_start_token_id": 5}
-    with trace(model, [Entropy()], site="cross") as tracer:
+    with trace(model, [Entropy()], tower="cross") as tracer:
         model.generate(**inputs, **options)
     assert tracer.record.sizes["example"] == 2
     assert tracer.record["query_position"].to_numpy().tolist() == [list(range(tracer.record.sizes["query"]))] * 2

@@ -12,8 +12,7 @@ from headscope.interp import Tracer, trace
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites import attached, is_attached
-from headscope.interp.sites.huggingface.verify import verify_once
+from headscope.interp.sites import attached, is_attached, verify_once
 from headscope.interp.sites.transformer_lens import route as bridge_site
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, TopKeys
 from headscope.interventions import AblateHeads, Intervention, apply
@@ -28,7 +27,7 @@ class DoublesValues(Intervention):
 
 
 class Fails(Handler):
-    def observe(self, call: AttentionCall, attended: Any) -> None:
+    def observe(self, call: AttentionCall, reduced: Any) -> None:
         raise AssertionError("not asked for anything")
 
     def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:

@@ -250,5 +250,5 @@ def test_what_is_refused(model):
         pass
     ids = torch.randint(4, 100, (1, 9), device=DEVICE)
     other = tiny_model("t5", "encoder-decoder").to(DEVICE)
-    with pytest.raises(HeadscopeError, match="BlockMap is not exact"), trace(other, [BlockMap(4)], site="cross"):
+    with pytest.raises(HeadscopeError, match="BlockMap is not exact"), trace(other, [BlockMap(4)], tower="cross"):
         other(input_ids=ids, decoder_input_ids=ids)

@@ -117,8 +117,8 @@ def test_outputs_and_statistics_are_of_the_edited_scores(name, kind, change):
     edit = Edit(change)
     with trace(model, [Entropy(), SinkMass(1), KeyMass()]) as tracer, attached(model, edit):
         model(**inputs_of(kind))
-    site = tracer.record.attrs["site"]
-    calls = [(call, z) for call, z in edit.seen if call.site == site]
+    site = tracer.record.attrs["module"]
+    calls = [(call, z) for call, z in edit.seen if call.module == site]
     assert calls
     for (call, z), layer in zip(calls, tracer.record["layer"].to_numpy(), strict=True):
         pattern = dense(call)

@@ -19,7 +19,7 @@ from headscope.interp.sites import attached
 from headscope.interp.statistics import KeyMass
 from headscope.kernels.gpu_engine import AT_ONCE
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
 TOKENS = 192
 EVERY_CASE = ["untraced", "rows", long_context.SPARSE, "rows and columns"]
@@ -70,7 +70,7 @@ def test_the_checks_see_a_query_that_misses_a_tile_of_keys(monkeypatch: pytest.M
     assert len(right) == 9 and all(right.values())
     attend = AttentionCall.attend
 
-    def blind(call: AttentionCall, request: Request) -> Attended:
+    def blind(call: AttentionCall, request: Request) -> Reduced:
         window = Mask(query_offset=0, left=TOKENS - 17)  # the last queries miss up to 16 keys
         return attend(call.with_(mask=window), request)
 
@@ -95,7 +95,7 @@ def test_rows_and_columns_of_a_layer_are_asked_in_one_call_and_the_record_holds_
     model, asked = random_model(SHAPES["tiny"], TOKENS, "cpu"), []
     attend = AttentionCall.attend
 
-    def noting(call: AttentionCall, request: Request) -> Attended:
+    def noting(call: AttentionCall, request: Request) -> Reduced:
         asked.append(request)
         seen = attend(call, request)
         wide = torch.zeros(*seen.linear.shape[:-1], 16)  # type: ignore[union-attr]

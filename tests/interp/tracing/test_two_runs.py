@@ -127,7 +127,7 @@ def test_the_tower_that_reads_text_is_kept():
     model = tiny_model("gemma3", "image-text")
     with keep_attention(model) as kept:
         model(input_ids=torch.tensor([[5, 6, 7, 8]]))
-    assert kept.sites and all("vision" not in site for site in kept.sites)
+    assert kept.modules and all("vision" not in site for site in kept.sites)
 
 
 def test_another_text_through_a_cache_and_of_some_rows():
@@ -169,9 +169,9 @@ def test_runs_that_cannot_be_held_against_each_other():
         with pytest.raises(KeyboardInterrupt), attached(model, Edit(interrupt)):
             model(**inputs)
         model(**inputs)  # the pass that broke off left nothing
-    assert str(again) == str(kept) == "Kept(1 calls)"
+    assert str(again) == str(kept) == "ReferenceRun(1 calls)"
     vision = tiny_model("qwen2_vl", "image-text")
-    with pytest.raises(HeadscopeError, match="no site"), keep_attention(vision, site="eyes"):
+    with pytest.raises(HeadscopeError, match="no tower"), keep_attention(vision, tower="eyes"):
         pass
     moved = attached(model, Edit(move))
     with pytest.raises(HeadscopeError, match="mass was moved"), trace(model, [Divergence(kept)], layers=[0]), moved:

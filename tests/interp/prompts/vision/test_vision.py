@@ -11,7 +11,7 @@ import torch
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.vision import vision_prompt
 from headscope.interp.sites.huggingface.route import parse_name
-from headscope.interp.sites.towers import tower
+from headscope.interp.sites.towers import tower_of
 from headscope.interp.statistics import SpanMass
 from headscope.interp.statistics.spans import OPEN
 from headscope.interp.survey.eager import eager_weights
@@ -69,7 +69,7 @@ def test_mass_on_spans_equals_eager(built, picture):
         model(**prompt.inputs, use_cache=False)
     with eager_weights(model) as seen, torch.no_grad():
         model(**prompt.inputs, use_cache=False)
-    weights = {parse_name(name, None)[1]: p for name, p in seen if tower(name, model) == "language"}
+    weights = {parse_name(name, None)[1]: p for name, p in seen if tower_of(name, model) == "language"}
     assert sorted(weights) == tracer.record["layer"].to_numpy().tolist()
     token = made.tokenizer.convert_tokens_to_ids(made.tokenizer.image_token)
     for b, ids in enumerate(real_ids(prompt)):

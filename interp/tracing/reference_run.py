@@ -13,34 +13,34 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached, verify_once
-from headscope.interp.sites.huggingface.route import sites_of
+from headscope.interp.sites.huggingface.route import modules_of
 from headscope.interp.sites.towers import check_name, default_tower, selects
 from headscope.interp.sites.unwrap import bare_model
-from headscope.kernels.request import Attended, Request
+from headscope.kernels.request import Reduced, Request
 
-_Place = tuple[str, int, int]  # site, layer, position of the first query
+_Place = tuple[str, int, int]  # module, layer, position of the first query
 
 
-class Kept(Handler):
+class ReferenceRun(Handler):
     """The queries and keys of one run, of every pass and layer, after any edits; values are not kept."""
 
     def __init__(
-        self, model: Any, layers: Sequence[int] | None, site: str | None, device: torch.device | str | None
+        self, model: Any, layers: Sequence[int] | None, tower: str | None, device: torch.device | str | None
     ) -> None:
         inner = bare_model(model)
-        check_name(site, sites_of(inner))
-        name = default_tower(sites_of(inner), inner) if site is None else site
-        self.sites = frozenset(each for each in sites_of(inner) if selects(name, each, inner))
+        check_name(tower, modules_of(inner))
+        name = default_tower(modules_of(inner), inner) if tower is None else tower
+        self.modules = frozenset(each for each in modules_of(inner) if selects(name, each, inner))
         self.layers, self.device = None if layers is None else frozenset(layers), device
         self._calls: dict[_Place, AttentionCall] = {}
         self._pass: dict[_Place, AttentionCall] = {}
 
     def __repr__(self) -> str:
-        return f"Kept({len(self._calls)} calls)"
+        return f"ReferenceRun({len(self._calls)} calls)"
 
-    def concerns(self, site: str, layer: int) -> bool:
+    def concerns(self, module: str, layer: int) -> bool:
         """The kept layers of the kept tower."""
-        return site in self.sites and (self.layers is None or layer in self.layers)
+        return module in self.modules and (self.layers is None or layer in self.layers)
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """Forget a pass that broke off where no hook could tell."""
@@ -57,20 +57,20 @@ class Kept(Handler):
 
     def request(self, call: AttentionCall) -> Request | None:
         """Nothing but to see the call, whose edits are done."""
-        return Request(output=False) if self.concerns(call.site, call.layer) else None
+        return Request(output=False) if self.concerns(call.module, call.layer) else None
 
-    def observe(self, call: AttentionCall, attended: Attended) -> None:
+    def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Keep the call."""
-        at = call.site, call.layer, call.mask.query_offset
+        at = call.module, call.layer, call.mask.query_offset
         if at in self._pass:
             raise HeadscopeError(
-                f"layer {call.layer} of {call.site} attends more than once in a forward pass, as towers do that go "
-                "through images or windows: keep another tower with site=..."
+                f"layer {call.layer} of {call.module} attends more than once in a forward pass, as towers do that go "
+                "through images or windows: keep another tower with tower=..."
             )
         if at in self._calls:
             raise HeadscopeError(
-                f"layer {call.layer} of {call.site} attends at position {at[2]} once more: keep one prompt, with what "
-                "continues its cache, in a block"
+                f"layer {call.layer} of {call.module} attends at position {at[2]} once more: keep one prompt, with "
+                "what continues its cache, in a block"
             )
         self._pass[at] = _moved(call, self.device)
 
@@ -80,8 +80,8 @@ class Kept(Handler):
         Raises:
             HeadscopeError: nothing was, or of other examples, queries, keys, or other padding.
         """
-        found = self._calls.get((call.site, call.layer, call.mask.query_offset))
-        where = f"layer {call.layer} of {call.site} at position {call.mask.query_offset}"
+        found = self._calls.get((call.module, call.layer, call.mask.query_offset))
+        where = f"layer {call.layer} of {call.module} at position {call.mask.query_offset}"
         if found is None:
             raise HeadscopeError(f"nothing was kept of {where}; keep and trace the same layers and passes")
         sizes = [(*x.query.shape[:3], x.key.shape[2]) for x in (found, call)]
@@ -120,9 +120,9 @@ def keep_attention(
     model: Any,
     *,
     layers: Sequence[int] | None = None,
-    site: str | None = None,
+    tower: str | None = None,
     device: torch.device | str | None = None,
-) -> Iterator[Kept]:
+) -> Iterator[ReferenceRun]:
     """Keep the queries and keys of the run inside the block, for ``statistics.Divergence`` of a later run from it.
 
     A pass takes (head + kv_head) x d_head numbers a token and layer, and the position bias where there is one (T5);
@@ -131,14 +131,14 @@ def keep_attention(
     Args:
         model: load_model's result or a Hugging Face model.
         layers: keep only these (all by default).
-        site: which tower, as in ``trace``.
+        tower: which tower, as in ``trace``.
         device: where to keep them, such as ``"cpu"``; by default where they are.
 
     Raises:
         HeadscopeError: an architecture that cannot be traced exactly, two prompts in one block, or a tower that
             attends more than once in a pass.
     """
-    kept = Kept(model, layers, site, device)
+    kept = ReferenceRun(model, layers, tower, device)
     verify_once(model)
     with attached(model, kept), torch.no_grad():
         yield kept

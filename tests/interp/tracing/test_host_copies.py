@@ -14,13 +14,13 @@ from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SpanMass
 from headscope.interp.statistics.queries import Every
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.tracing import host_copies as landing
-from headscope.interp.tracing.host_copies import Landing
+from headscope.interp.tracing.host_copies import HostCopies
 from headscope.interp.tracing.tracer import trace
 
 STATISTICS = [LogSumExp(), Entropy(), SpanMass({"start": (0, 2), "rest": (2, 9)}), KeyMass()]
 
 
-class Late(Landing):
+class Late(HostCopies):
     """In a GPU's place: a copy holds NaN until it is waited for."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ def passes(model: torch.nn.Module, ids: Tensor) -> xr.Dataset:
 def test_the_record_waits_for_what_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny_model("llama"), torch.randint(4, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = passes(model, ids)
-    monkeypatch.setattr("headscope.interp.tracing.tracer.Landing", Late)
+    monkeypatch.setattr("headscope.interp.tracing.tracer.HostCopies", Late)
     xr.testing.assert_equal(passes(model, ids), expected)
 
 
@@ -62,12 +62,12 @@ def test_the_records_of_several_kinds_of_layers_wait(monkeypatch: pytest.MonkeyP
     inputs = example_inputs(model)
 
     def records() -> list[xr.Dataset]:
-        with trace(model, [Entropy()], site="vision") as tracer:
+        with trace(model, [Entropy()], tower="vision") as tracer:
             model(**inputs)
         return tracer.records
 
     expected = records()
-    monkeypatch.setattr("headscope.interp.tracing.tracer.Landing", Late)
+    monkeypatch.setattr("headscope.interp.tracing.tracer.HostCopies", Late)
     for found, right in zip(records(), expected, strict=True):
         xr.testing.assert_equal(found, right)
 
