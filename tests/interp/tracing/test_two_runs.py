@@ -127,7 +127,7 @@ def test_the_tower_that_reads_text_is_kept():
     model = tiny_model("gemma3", "image-text")
     with keep_attention(model) as kept:
         model(input_ids=torch.tensor([[5, 6, 7, 8]]))
-    assert kept.modules and all("vision" not in site for site in kept.sites)
+    assert kept.modules and all("vision" not in module for module in kept.modules)
 
 
 def test_another_text_through_a_cache_and_of_some_rows():
