@@ -1,63 +1,79 @@
-"""What ``headscope trace`` does: a sweep over prompts from the command line or a file, and a summary of its record."""
+"""``headscope trace``: a sweep over prompts from the command line or a file, and a summary of its record."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import xarray as xr
+import typer
 
-from headscope.interp import statistics as catalogue
-from headscope.interp.cli import commands, console
-from headscope.interp.cli.settings import numbers, read_text
-from headscope.interp.errors import HeadscopeError
-from headscope.interp.models import load_model
-from headscope.interp.records.record import each_part
-from headscope.interp.runs.estimate import dry_run
-from headscope.interp.statistics.queries import Last
-from headscope.interp.sweeps import sweep
-from headscope.interp.sweeps.ranks import device as launched_device
-from headscope.interp.sweeps.ranks import leave, ranks
+from headscope.interp.cli.app import Device, DryRun, Dtype, Json, Model, Run, app
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
-def run_trace(
-    model: str,
-    given: list[str],
-    file: Path | None,
-    out: Path,
-    settings: dict[str, Any],
-    as_json: bool,
-    dry: bool,
-    device: str | None,
-    dtype: str | None,
+@app.command()
+def trace(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the record (zarr); a killed run resumes from it.")
+    ],
+    file: Annotated[
+        Path | None, typer.Argument(help="Prompts: a line each, or .jsonl with 'text' or 'input_ids'.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")] = None,
+    statistics: Annotated[
+        str, typer.Option("--statistics", "-s", help="Comma-separated, e.g. entropy,sink_mass,key_mass.")
+    ] = "entropy,sink_mass,distance,key_mass",
+    last: Annotated[int | None, typer.Option("--last", help="Only the last N queries of each prompt.")] = None,
+    layers: Annotated[str | None, typer.Option("--layers", help="Only these layers, e.g. 0,5,11.")] = None,
+    memory: Annotated[str, typer.Option("--memory", help="What a batch may take above the model, e.g. 2GiB.")] = "1GiB",
+    as_json: Json = False,
+    dry_run: DryRun = False,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
-    """Sweep over the prompts and show what was recorded; every process of a launch takes its share."""
-    prompts = read_prompts(given, file)
-    options = {
-        "statistics": _statistics(settings["statistics"]),
-        "layers": None if settings["layers"] is None else numbers(settings["layers"], int, "--layers"),
-        "queries": None if settings["last"] is None else Last(settings["last"]),
-        "memory": settings["memory"],
+    """Record statistics of every head on your prompts, in batches that fit the memory.
+
+    On several GPUs: accelerate launch --multi_gpu -m headscope.interp.cli trace ... (or torchrun), with one --out.
+    Every process takes its share.
+    """
+    from headscope.interp.cli import console
+    from headscope.interp.cli.settings import numbers
+    from headscope.interp.records.record import each_part
+    from headscope.interp.runs import estimate
+    from headscope.interp.statistics.queries import Last
+    from headscope.interp.sweeps import ranks as launch
+    from headscope.interp.sweeps import sweep
+
+    prompts = read_prompts(prompt or [], file)
+    options: dict[str, Any] = {
+        "statistics": named_statistics(statistics),
+        "layers": None if layers is None else numbers(layers, int, "--layers"),
+        "queries": None if last is None else Last(last),
+        "memory": memory,
     }
-    lm = load_model(model, device=device or launched_device(), dtype=dtype)
-    if dry:
-        with dry_run() as work:
+    run = Run(model, out, as_json, dry_run, device or launch.device(), dtype)
+    lm = run.load()
+    if dry_run:
+        with estimate.dry_run() as work:
             sweep(lm, prompts, out=out, **options)
-        commands.show_estimate(lm, work, as_json)
-        return
+        return run.show_estimate(lm, work)
     try:
         sweep(lm, prompts, out=out, **options)
-        with ranks() as us:
+        with launch.ranks() as us:
             first = us.rank == 0
     finally:
-        leave()
+        launch.leave()
     if first:
-        commands.save_config(out, "trace", {"model": model, "file": file, "prompts": len(prompts), **settings})
-        rows = summary(each_part(out))
-        console.show_rows(rows, f"{len(prompts)} prompts, record in {out}", as_json, key="statistics")
+        settings = {"statistics": statistics, "last": last, "layers": layers, "memory": memory}
+        run.save_config("trace", {"file": file, "prompts": len(prompts), **settings})
+        console.show_rows(
+            summary(each_part(out)), f"{len(prompts)} prompts, record in {out}", as_json, key="statistics"
+        )
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[Any]:
@@ -66,6 +82,9 @@ def read_prompts(given: list[str], file: Path | None) -> list[Any]:
     Raises:
         HeadscopeError: no prompt, or a file or a line that cannot be read.
     """
+    from headscope.interp.cli.settings import read_text
+    from headscope.interp.errors import HeadscopeError
+
     found: list[Any] = list(given)
     lines = [] if file is None else read_text(file).splitlines()
     for number, line in enumerate(lines, 1):
@@ -80,32 +99,22 @@ def read_prompts(given: list[str], file: Path | None) -> list[Any]:
     return found
 
 
-def _statistics(names: str) -> list[Any]:
-    known = {cls.name: cls for cls in _below(catalogue.Statistic) if _needs_nothing(cls)}
+def named_statistics(names: str) -> list[Any]:
+    """Statistics with their default settings, by name."""
+    from headscope.interp.errors import HeadscopeError
+    from headscope.interp.registry import make
+    from headscope.interp.statistics import STATISTICS
+
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in known:
-            raise HeadscopeError(f"unknown statistic {name!r}; choose from {', '.join(sorted(known))}")
-    return [known[name]() for name in wanted]
-
-
-def _below(cls: Any) -> list[Any]:
-    found: list[Any] = []
-    for child in cls.__subclasses__():
-        found += [child, *_below(child)]
-    return found
-
-
-def _needs_nothing(cls: type) -> bool:
-    try:
-        cls()
-    except (HeadscopeError, TypeError):
-        return False
-    return bool(getattr(cls, "name", "")) and cls.__name__ != "HeadOutput"
+    if not wanted:
+        raise HeadscopeError("--statistics names none; `headscope list statistics` shows them")
+    return [make(STATISTICS[name], name, {}) for name in wanted]
 
 
 def summary(parts: Iterable[xr.Dataset]) -> list[dict[str, Any]]:
     """Mean and range of every statistic over all examples, layers, heads and positions, one part at a time."""
+    import numpy as np
+
     seen: dict[str, list[Any]] = {}
     for part in parts:
         for name, variable in part.data_vars.items():

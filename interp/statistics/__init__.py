@@ -1,5 +1,6 @@
 """Declarations of what a tracer records, one frozen dataclass each: see ``base`` for how to add one."""
 
+from headscope.interp.registry import Registry
 from headscope.interp.statistics.base import (
     BLOCK,
     KEY,
@@ -26,7 +27,32 @@ from headscope.interp.statistics.rows import (
     WindowMass,
 )
 
+# A statistic's name on the command line -> its class. To add one: its file and this line.
+STATISTICS: Registry[Statistic] = Registry(
+    "statistic",
+    "statistics",
+    "headscope.interp.statistics",
+    {
+        "logsumexp": "rows:LogSumExp",
+        "entropy": "rows:Entropy",
+        "sink_mass": "rows:SinkMass",
+        "span_mass": "rows:SpanMass",
+        "distance": "rows:Distance",
+        "windowed_distance": "rows:WindowedDistance",
+        "window_mass": "rows:WindowMass",
+        "top_keys": "rows:TopKeys",
+        "target_mass": "rows:TargetMass",
+        "key_mass": "keys:KeyMass",
+        "block_map": "blocks:BlockMap",
+        "top_blocks": "blocks:TopBlocks",
+        "z": "outputs:HeadOutput",
+        "z_span": "outputs:SpanOutput",
+        "js_divergence": "divergence:Divergence",
+    },
+)
+
 __all__ = [
+    "STATISTICS",
     "BLOCK",
     "BlockMap",
     "BlockStatistic",

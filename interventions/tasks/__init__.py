@@ -1,15 +1,22 @@
-"""Evaluation tasks: trials that a model runs, each giving one score. To add one: a class here and a line in TASKS."""
+"""Evaluation tasks: trials that a model runs, each giving one score. To add one: a file here and a line in TASKS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.prompts import NeedleTask
+from headscope.interp.registry import Registry
 from headscope.interventions.tasks.base import Task
-from headscope.interventions.tasks.text_loss import TextLoss
 
-TASKS: dict[str, Callable[..., Task]] = {"needle": NeedleTask, "text_loss": TextLoss}
+TASKS: Registry[Task] = Registry(
+    "task",
+    "tasks",
+    "headscope.interventions.tasks",
+    {
+        "needle": "needle:NeedleTask",
+        "text_loss": "text_loss:TextLoss",
+    },
+)
 
 
 def resolve(tasks: Sequence[str | Task]) -> list[Task]:
@@ -18,10 +25,8 @@ def resolve(tasks: Sequence[str | Task]) -> list[Task]:
     for task in [tasks] if isinstance(tasks, str) else tasks:
         if not isinstance(task, str):
             found.append(task)
-        elif task in TASKS:
-            found.append(TASKS[task]())
         else:
-            raise HeadscopeError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+            found.append(TASKS[task]())
     if not found:
         raise HeadscopeError("name at least one task to evaluate, e.g. tasks=['needle']")
     names = [task.name for task in found]

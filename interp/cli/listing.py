@@ -1,0 +1,41 @@
+"""``headscope list``: every registry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headscope.interp.cli.app import Json, app
+
+if TYPE_CHECKING:
+    from headscope.interp.registry import Registry
+
+
+def registries() -> dict[str, Registry[Any]]:
+    """Every registry by the name that ``headscope list`` takes."""
+    from headscope.interp.heads import METHODS
+    from headscope.interp.statistics import STATISTICS
+    from headscope.interventions.edits import EDITS
+    from headscope.interventions.tasks import TASKS
+
+    return {registry.group: registry for registry in (METHODS, STATISTICS, EDITS, TASKS)}
+
+
+@app.command("list")
+def listing(
+    what: Annotated[str, typer.Argument(help="methods, statistics, edits or tasks.")], as_json: Json = False
+) -> None:
+    """List what can be named: head methods, statistics, edits, tasks."""
+    from headscope.interp.cli import console
+    from headscope.interp.errors import HeadscopeError
+
+    known = registries()
+    if what not in known:
+        raise HeadscopeError(f"there is no list of {what!r}; choose {', '.join(known)}")
+    rows = known[what].rows()
+    if as_json:
+        console.show_json({what: rows})
+    else:
+        shown = ("name", "summary", "unit", "source")
+        console.show_rows([{key: row[key] for key in shown} for row in rows], what, False)

@@ -1,0 +1,15 @@
+"""Every published edit by name. To add one: a file in ``outputs/``, ``attention/`` or ``fitted/``, and a line here."""
+
+from __future__ import annotations
+
+from headscope.interp.registry import Registry
+from headscope.interventions.base import Intervention
+
+EDITS: Registry[Intervention] = Registry(
+    "edit",
+    "edits",
+    "headscope.interventions",
+    {
+        "ablate_heads": "outputs.ablate:AblateHeads",
+    },
+)
