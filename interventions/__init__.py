@@ -18,7 +18,7 @@ _HOME = {
     "AblateHeads": "outputs.ablate",
     "Evaluation": "evaluation",
     "Intervention": "base",
-    "TextLoss": "tasks",
+    "TextLoss": "tasks.text_loss",
     "apply": "base",
     "evaluate": "evaluation.evaluate",
     "head_means": "outputs.ablate",
