@@ -222,3 +222,6 @@ def check_request(q: Tensor, k: Tensor, request: Request) -> None:
         )
     if request.targets is not None and (request.targets.dim() != 3 or request.targets.shape[1] != q.shape[2]):
         raise ValueError(f"targets must be (batch or 1, {q.shape[2]}, t); got {tuple(request.targets.shape)}")
+    for first, stop in (each.rows(q.shape[2]) for each in request.columns):
+        if not 0 <= first <= stop <= q.shape[2]:
+            raise ValueError(f"columns over the queries {first}:{stop} of {q.shape[2]} do not exist")

@@ -10,22 +10,16 @@ Definition: the columns of ``reference.attend``, which ``attention.attend`` give
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headscope.kernels import attention
 from headscope.kernels.masks import Mask
+from headscope.kernels.request import ReducedColumns
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming.weights import log_weights
-
-
-class Columns(NamedTuple):
-    """Over the real queries, of each key: the sum and the largest of its weights, (batch, head, key) or None."""
-
-    total: Tensor | None
-    highest: Tensor | None
 
 
 @torch.no_grad()
@@ -43,7 +37,7 @@ def columns(
     total: bool = True,
     highest: bool = False,
     engine: attention.Engine = "auto",
-) -> Columns:
+) -> ReducedColumns:
     """Reduce the columns of the pattern over the query rows ``queries = (first, stop)``, all by default.
 
     ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, query) as ``attention.attend``
@@ -61,12 +55,14 @@ def columns(
     if edit is None and attention.uses_triton(engine, q, k, mask):
         from headscope.kernels import gpu_passes as passes
 
-        return Columns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
+        return ReducedColumns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
     here = replace(mask, query_offset=mask.query_offset + first)
     options["mask"], options["edit"] = here, edit
     zero = lse.new_zeros(q.shape[0], q.shape[1], k.shape[2])
     sums, most = zero, zero.clone()
     for rows, keys, log_p in log_weights(q[:, :, first:stop], k, lse[:, :, first:stop], **options):
+        if not log_p.numel():
+            continue
         p = log_p.exp_()
         real = here.query_is_real(torch.arange(rows.start, rows.stop, device=q.device))
         if real is not None:
@@ -75,4 +71,4 @@ def columns(
             sums[..., keys] += p.sum(2)
         if highest:
             most[..., keys] = torch.maximum(most[..., keys], p.amax(2))
-    return Columns(sums if total else None, most if highest else None)
+    return ReducedColumns(sums if total else None, most if highest else None)

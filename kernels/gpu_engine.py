@@ -1,6 +1,6 @@
 """A ``Request`` answered by the Triton kernels, and by the streaming engine for what they do not compute.
 
-Kernels: lse, max, entropy, distance, linear, output (rows), key_sum and key_max (columns), up to 32 top keys. Without a
+Kernels: lse, max, entropy, distance, linear, output (rows), sums and maxima of columns, up to 32 top keys. Without a
 kernel of its own: a window is the row kernel under a narrower mask, and target masses need only lse. To streaming go:
 any mask with an index ``rule``, an ``edit`` of the scores, or inputs the kernels do not take (the whole call), and
 longer lists of top keys.
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from headscope.kernels.gpu_passes import columns, rows
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.streaming import library
-from headscope.kernels.streaming.counts import count_queries
+from headscope.kernels.streaming.counts import count_columns
 from headscope.kernels.triton.rows import Rows
 from headscope.kernels.triton.targets import target_mass
 from headscope.kernels.triton.topk import MOST, top_keys
@@ -80,14 +80,12 @@ class _Call:
         """Rows (with the output where both want the same rows), then what follows from lse, then columns."""
         self._rows()
         self._output()
-        self._columns()
+        self.result.columns = tuple(self._columns(each) for each in self.want.columns)
         if self.want.top > MOST:
             only = Request(output=False, top=self.want.top, query_rows=self.want.query_rows)
             part = streaming.attend(self.q, self.k, self.v, **self._options(), request=only)
             self.result.top_mass, self.result.top_keys = part.top_mass, part.top_keys
-        if self.want.key_count:
-            which = self.want.key_queries or (0, self.q.shape[2])
-            self.result.key_count = count_queries(self.mask, self.q, self.k.shape[2], which)
+        count_columns(self.want, self.result, self.mask, self.q, self.k.shape[2])
         return self.result
 
     def _options(self) -> dict[str, Any]:
@@ -143,7 +141,11 @@ class _Call:
         wants |= {"linear"} if want.linear is not None else set()
         if want.windows:
             wants |= {"lse", "distance"}
-        if want.targets is not None or 0 < want.top <= MOST or (where is None and (want.key_sum or want.key_max)):
+        if (
+            want.targets is not None
+            or 0 < want.top <= MOST
+            or (where is None and any(each.weighs for each in want.columns))
+        ):
             wants |= {"lse"}
         if not wants:
             return
@@ -215,10 +217,10 @@ class _Call:
         else:
             self.result.output = self._pass({"output"}).output
 
-    def _columns(self) -> None:
-        want, which = self.want, self.want.key_queries or (0, self.q.shape[2])
-        if not (want.key_sum or want.key_max):
-            return
+    def _columns(self, want: Columns) -> ReducedColumns:
+        if not want.weighs:
+            return ReducedColumns()
+        which = want.rows(self.q.shape[2])
         q, mask, lse = self.q, self.mask, self.all_lse
         if lse is None:  # rows were asked of other queries, or not at all
             q, mask = q[:, :, which[0] : which[1]], replace(mask, query_offset=mask.query_offset + which[0])
@@ -234,7 +236,7 @@ class _Call:
                 bias=self.bias,
             ).lse
         assert lse is not None
-        self.result.key_sum, self.result.key_max = columns(
+        sums, most = columns(
             q,
             self.k,
             lse,
@@ -243,9 +245,10 @@ class _Call:
             softcap=self.softcap,
             bias=self.bias,
             queries=which,
-            total=want.key_sum,
-            highest=want.key_max,
+            total=want.sum,
+            highest=want.max,
         )
+        return ReducedColumns(sums, most)
 
 
 def _share(part: Tensor | None, lse: Tensor) -> Tensor:

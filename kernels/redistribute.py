@@ -26,9 +26,9 @@ from headscope.kernels import attention, reference
 from headscope.kernels.columns import columns
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.score_edits import ScoreEdit
-from headscope.kernels.streaming.counts import count_queries
+from headscope.kernels.streaming.counts import count_columns
 from headscope.kernels.streaming.weights import log_tile
 
 SUMS = ("output", "entropy", "linear", "distance", "window_mass", "window_distance", "target_mass")
@@ -65,15 +65,16 @@ def redistribute(
     if request.output and attention.wants_gradient(q, k, v, sinks, bias, keep):
         out = _differentiable_output(q, k, v, move, mask, sinks, bias, scores)
         request = replace(request, output=False)
-    result, by_key = Reduced(), request.key_sum or request.key_max
+    result, by_key = Reduced(), any(each.weighs for each in request.columns)
     if request.output or request.wants_rows or by_key:
         rows = None if request.output or by_key else request.query_rows
         parts, lse = _attended(q, k, v, move, mask, sinks, bias, replace(request, query_rows=rows), engine, scores)
         result = _summed(parts, lse, request if rows is None else replace(request, query_rows=None), v.dtype)
         if by_key:
-            _reduce_columns(result, q, k, parts, request, engine, scores)
-    if request.key_count:
-        result.key_count = count_queries(mask, q, k.shape[2], request.key_queries or (0, q.shape[2]))
+            columns = (_reduce_columns(q, k, parts, each, engine, scores) for each in request.columns)
+            result.columns = tuple(columns)
+    result.columns = result.columns or tuple(ReducedColumns() for _ in request.columns)
+    count_columns(request, result, mask, q, k.shape[2])
     result.output = result.output if out is None else out
     return result
 
@@ -177,7 +178,7 @@ def _attended(
     scores: dict[str, Any],
 ) -> tuple[list[_Part], Tensor]:
     """Steps 1 and 2: every set of ``move``, of the rows asked for; and the lse of all sets (batch, head, row)."""
-    asked = replace(request, lse=True, key_sum=False, key_max=False, key_count=False)
+    asked = replace(request, lse=True, columns=())
     found = []
     for chosen in move.sets(q.device):
         keys, here, own = _slice(chosen, mask, bias)
@@ -234,33 +235,25 @@ def _terms(parts: list[_Part], name: str) -> Iterator[Tensor]:
 
 
 def _reduce_columns(
-    result: Reduced,
     q: Tensor,
     k: Tensor,
     parts: list[_Part],
-    request: Request,
+    want: Columns,
     engine: attention.Engine,
     scores: dict[str, Any],
-) -> None:
+) -> ReducedColumns:
     """Step 4 for the columns."""
     zero = parts[0].mass.new_zeros(q.shape[0], q.shape[1], k.shape[2])
-    result.key_sum = zero if request.key_sum else None
-    result.key_max = zero.clone() if request.key_max else None
+    result = ReducedColumns(zero if want.sum else None, zero.clone() if want.max else None)
+    if not want.weighs:
+        return result
     for part in parts:
-        found = columns(
-            q,
-            k[:, :, part.keys],
-            part.norm,
-            mask=part.mask,
-            bias=part.bias,
-            queries=request.key_queries,
-            total=request.key_sum,
-            highest=request.key_max,
-            engine=engine,
-            **scores,
-        )
-        if result.key_sum is not None and found.total is not None:
-            result.key_sum[..., part.keys] += found.total
-        if result.key_max is not None and found.highest is not None:
-            here = result.key_max[..., part.keys]
-            torch.maximum(here, found.highest, out=here)
+        options: dict[str, Any] = {"total": want.sum, "highest": want.max, "queries": want.queries}
+        keys = k[:, :, part.keys]
+        found = columns(q, keys, part.norm, mask=part.mask, bias=part.bias, engine=engine, **options, **scores)
+        if result.sum is not None and found.sum is not None:
+            result.sum[..., part.keys] += found.sum
+        if result.max is not None and found.max is not None:
+            here = result.max[..., part.keys]
+            torch.maximum(here, found.max, out=here)
+    return result

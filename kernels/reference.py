@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.score_edits import ScoreEdit
 
 
@@ -117,7 +117,7 @@ def reduce(s: Tensor, p: Tensor, v: Tensor, *, mask: Mask, sinks: Tensor | None,
     result = Reduced()
     if request.output:
         result.output = p @ v.repeat_interleave(p.shape[1] // v.shape[1], dim=1)
-    _columns(result, p, mask, request)
+    result.columns = tuple(_columns(p, mask, want) for want in request.columns)
     rows = torch.arange(p.shape[2], device=p.device)
     if request.query_rows is not None:
         rows = request.query_rows
@@ -165,17 +165,15 @@ def pad_top(mass: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return mass, keys
 
 
-def _columns(result: Reduced, p: Tensor, mask: Mask, request: Request) -> None:
-    first, stop = request.key_queries or (0, p.shape[2])
+def _columns(p: Tensor, mask: Mask, want: Columns) -> ReducedColumns:
+    first, stop = want.rows(p.shape[2])
     rows = torch.arange(first, stop, device=p.device)
     real = mask.query_is_real(rows)
     seen = dense_mask(mask, p.shape, p.shape[3], p.device)[:, :, first:stop]
     p = p[:, :, first:stop]
     if real is not None:
         p, seen = p * real[:, None, :, None], seen & real[:, None, :, None]
-    if request.key_sum:
-        result.key_sum = p.sum(2)
-    if request.key_max:
-        result.key_max = p.amax(2) if stop > first else p.new_zeros(p.shape[0], p.shape[1], p.shape[3])
-    if request.key_count:
-        result.key_count = seen.sum(2)
+    most = p.amax(2) if stop > first else p.new_zeros(p.shape[0], p.shape[1], p.shape[3])
+    return ReducedColumns(
+        p.sum(2) if want.sum else None, most if want.max else None, seen.sum(2) if want.count else None
+    )

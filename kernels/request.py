@@ -7,6 +7,27 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Columns:
+    """What to reduce over queries, one number a key: of the rows ``queries = (first, stop)`` of the call (None: all),
+    padded ones left out, ``sum_i p_ij``, ``max_i p_ij``, and the ``count`` of those that the mask lets see the key.
+    """
+
+    queries: tuple[int, int] | None = None
+    sum: bool = False
+    max: bool = False
+    count: bool = False
+
+    def rows(self, queries: int) -> tuple[int, int]:
+        """The rows of a call with so many ``queries``."""
+        return self.queries or (0, queries)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the pattern is needed: a count follows from the mask."""
+        return self.sum or self.max
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """The reductions wanted from one attention call. Only what is asked for is computed.
@@ -24,9 +45,7 @@ class Request:
         ``targets``: mass on given key positions, (batch or 1, query, t) integers, negative meaning none.
         ``query_rows``: query row indices (n,) ascending to which row statistics are limited; None means all.
 
-    Columns (one number per key), over the real (not padded) queries of rows ``key_queries = (first, stop)``:
-        ``key_sum``: ``sum_i p_ij``; ``key_max``: ``max_i p_ij``; ``key_count``: how many of them
-        the mask lets see key ``j``.
+    Columns (one number per key): ``columns``, one ``Columns`` for every range of queries.
 
     ``output``: also return ``sum_j p_ij v_j``.
 
@@ -44,10 +63,7 @@ class Request:
     top: int = 0
     targets: Tensor | None = None
     query_rows: Tensor | None = None
-    key_sum: bool = False
-    key_max: bool = False
-    key_count: bool = False
-    key_queries: tuple[int, int] | None = None
+    columns: tuple[Columns, ...] = ()
 
     @property
     def wants_rows(self) -> bool:
@@ -58,12 +74,21 @@ class Request:
     @property
     def wants_keys(self) -> bool:
         """Whether any column statistic is asked for."""
-        return self.key_sum or self.key_max or self.key_count
+        return any(each.weighs or each.count for each in self.columns)
 
     @property
     def wants_statistics(self) -> bool:
         """Whether anything beside the output is asked for."""
         return self.wants_rows or self.wants_keys
+
+
+@dataclass(eq=False)
+class ReducedColumns:
+    """``sum`` and ``max`` (batch, head, key), ``count`` (batch, 1 or head, key) int64; None where not asked for."""
+
+    sum: Tensor | None = None
+    max: Tensor | None = None
+    count: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -73,7 +98,7 @@ class Reduced:
     ``output`` (batch, head, query, d_value) in the value's dtype. Statistics are float32 (float64 for float64 input):
     rows have shape (batch, head, row), ``linear`` (batch, head, row, n), ``window_mass`` and ``window_distance``
     (batch, head, row, window), ``top_mass`` and ``top_keys`` (int64 positions) (batch, head, row, k), ``target_mass``
-    (batch, head, row, t); columns have shape (batch, head, key), ``key_count`` (batch, 1 or head, key) int64.
+    (batch, head, row, t); ``columns`` stand in the order of the request's.
     """
 
     output: Tensor | None = None
@@ -87,6 +112,4 @@ class Reduced:
     top_mass: Tensor | None = None
     top_keys: Tensor | None = None
     target_mass: Tensor | None = None
-    key_sum: Tensor | None = None
-    key_max: Tensor | None = None
-    key_count: Tensor | None = None
+    columns: tuple[ReducedColumns, ...] = ()

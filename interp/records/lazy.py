@@ -14,7 +14,12 @@ from xarray.core import indexing
 
 from headscope.interp.errors import HeadscopeError
 
-RAGGED = ("query", "key", "query_block", "key_block")  # dimensions whose length depends on the examples
+RAGGED = ("query", "key", "query_block", "key_block")
+
+
+def is_ragged(dim: object) -> bool:
+    """Whether a dimension's length depends on the examples; a statistic's label may stand before its name."""
+    return str(dim).rpartition(".")[2] in RAGGED
 
 
 def missing(dtype: np.dtype[Any]) -> float | int:
@@ -49,7 +54,7 @@ def join(parts: Sequence[xr.Dataset], paths: Sequence[Path], numbers: NDArray[np
         array = _Joined([part.variables[name] for part in parts], paths, owner, sizes)
         return xr.Variable(variable.dims, indexing.LazilyIndexedArray(array), variable.attrs)
 
-    axes = {dim: np.arange(sizes[dim]) for dim in ("example", *RAGGED) if dim in first.coords}
+    axes = {dim: np.arange(sizes[dim]) for dim in map(str, first.coords) if dim == "example" or is_ragged(dim)}
     coords = {str(name): axes.get(str(name), joined(str(name))) for name in first.coords if str(name) not in axes}
     data = {str(name): joined(str(name)) for name in first.data_vars}
     return xr.Dataset(data, {**axes, **coords}, attrs=first.attrs)

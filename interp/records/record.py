@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.records.lazy import RAGGED, damaged, join, missing
+from headscope.interp.records.lazy import damaged, is_ragged, join, missing
 from headscope.interp.runs.files import write_atomically
 
 FORMAT = 1
@@ -44,7 +44,8 @@ def concatenate(parts: list[xr.Dataset]) -> xr.Dataset:
         what = _difference(first, part)
         if what:
             raise HeadscopeError(f"records that differ in their {what} cannot be joined; trace them alike")
-    sizes = {dim: max(part.sizes.get(dim, 0) for part in parts) for dim in RAGGED}
+    ragged = {str(dim) for part in parts for dim in part.sizes if is_ragged(dim)}
+    sizes = {dim: max(part.sizes.get(dim, 0) for part in parts) for dim in ragged}
     padded = [_pad(part, sizes) for part in parts]
     joined = xr.concat(padded, dim="example", data_vars="minimal", coords="minimal", compat="override", join="override")
     joined = joined.assign_coords(example=np.arange(joined.sizes["example"]))
@@ -56,7 +57,7 @@ def _difference(one: xr.Dataset, other: xr.Dataset) -> str:
     """In what two records differ that one record has once: variables, labels, what values must be read with; or ''."""
     if set(one.data_vars) != set(other.data_vars):
         return "statistics"
-    for dim in (dim for dim in one.dims if dim not in ("example", *RAGGED)):
+    for dim in (dim for dim in one.dims if dim != "example" and not is_ragged(dim)):
         labels = [x[dim].to_numpy().tolist() if dim in x.coords else x.sizes.get(dim) for x in (one, other)]
         if labels[0] != labels[1]:
             return f"{dim} ({labels[0]} and {labels[1]})"
@@ -67,9 +68,7 @@ def _difference(one: xr.Dataset, other: xr.Dataset) -> str:
 
 
 def _pad(part: xr.Dataset, sizes: dict[str, int]) -> xr.Dataset:
-    short = {
-        dim: (0, sizes[dim] - part.sizes[dim]) for dim in RAGGED if dim in part.sizes and part.sizes[dim] < sizes[dim]
-    }
+    short = {dim: (0, size - part.sizes[dim]) for dim, size in sizes.items() if part.sizes.get(dim, size) < size}
     if not short:
         return part
     coords = [name for name in part.coords if name not in part.dims]

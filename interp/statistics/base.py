@@ -10,8 +10,10 @@ Positions are counted from each example's first real token: padding never shifts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -29,12 +31,37 @@ BLOCK: Kind = "block"
 OUTPUT: Kind = "output"
 
 
+GAPS: Mapping[str, str] = {"gaps": "positions would count the gaps as tokens"}
+PACKED: Mapping[str, str] = {
+    "packed sequences": "positions count from the example's start, not from each packed sequence's"
+}
+
+
 @dataclass(frozen=True)
 class Statistic:
-    """Base of the declarations. ``kind``: values belong to queries, keys, blocks of both, or outputs at positions."""
+    """Base of the declarations. ``kind``: values belong to queries, keys, blocks of both, or outputs at positions.
 
+    ``label`` lets two statistics of one class stand in one trace: their variables, and the dimensions that they add of
+    their own, are then named ``"{label}.{name}"`` (``records.labels.own`` gives them back under their plain names).
+    """
+
+    label: str | None = field(default=None, kw_only=True)
     name: ClassVar[str] = ""
     kind: ClassVar[Kind] = ROW
+    unit: ClassVar[str] = ""  # of the variable ``name``
+    source: ClassVar[str] = ""  # arXiv number of who defined it, where somebody did
+    refused: ClassVar[Mapping[str, str]] = GAPS  # condition (``exactness.CONDITIONS``) -> why it is not exact there
+    refused_with: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # the same for a field, where it is not None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__repr__" not in cls.__dict__:  # a dataclass would write its own: nobody wants to read label=None
+            cls.__repr__ = Statistic.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        shown = [f"{x.name}={getattr(self, x.name)!r}" for x in fields(self) if x.repr and x.name != "label"]
+        shown += [] if self.label is None else [f"label={self.label!r}"]
+        return f"{type(self).__qualname__}({', '.join(shown)})"
 
     def ask(self, plan: Plan) -> Reader:
         """Ask ``plan`` for reductions; return how to read them."""
@@ -52,8 +79,39 @@ class Statistic:
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Names of the record variables this statistic writes."""
+        """Names of the record variables this statistic writes, before its label."""
         return (self.name,)
+
+    def named(self, name: str) -> str:
+        """A variable or a dimension of its own as it stands in the record."""
+        return name if self.label is None else f"{self.label}.{name}"
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """Its variables as they stand in the record."""
+        return tuple(self.named(name) for name in self.variables)
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """Its extra dimensions as they stand in the record, and their labels."""
+        return {self.named(dim): labels for dim, labels in self.coordinates.items()}
+
+
+@dataclass(frozen=True)
+class KeyStatistic(Statistic):
+    """Base of the statistics with one value a key. What ``ask`` reads are parts, (batch, head, key, ...) each, of one
+    pass; ``finish`` makes the variables of them when they are merged over the passes."""
+
+    kind: ClassVar[Kind] = KEY
+    empty: ClassVar[float] = 0.0  # of a key that no pass had
+
+    def merge(self, part: str, held: Tensor, value: Tensor) -> Tensor:
+        """What is held of all keys of the passes until now, after another gave ``value``."""
+        return held + value
+
+    def finish(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The variables (batch, head, key, ...) of the merged parts."""
+        return parts
 
 
 @dataclass(frozen=True)
@@ -77,16 +135,25 @@ def check_together(statistics: Sequence[Statistic]) -> None:
     """
     if not statistics:
         raise HeadscopeError("name at least one statistic to trace, e.g. trace(model, [Entropy()])")
-    names = [name for statistic in statistics for name in statistic.variables]
-    if len(set(names)) != len(names):
-        raise HeadscopeError(f"two statistics write the same variable: {sorted(names)}; declare each once")
+    for statistic in statistics:
+        if statistic.label is not None and not re.fullmatch(r"[\w-]+", statistic.label):
+            raise HeadscopeError(f"{statistic.label!r} labels no statistic; use letters, digits, '_' and '-'")
+        if statistic.kind == KEY and not isinstance(statistic, KeyStatistic):
+            raise HeadscopeError(f"{type(statistic).__name__} has values of keys; make it a KeyStatistic")
+    count = Counter(name for statistic in statistics for name in statistic.recorded)
+    twice = sorted(name for name, times in count.items() if times > 1)
+    if twice:
+        raise HeadscopeError(
+            f"two statistics write the same variable: {', '.join(twice)}; give one of them a label, such as label='b'"
+        )
     agreed: dict[str, Any] = {}
     for statistic in statistics:
-        for dim, labels in statistic.shared.items():
+        for own, labels in statistic.shared.items():
+            dim = statistic.named(own)
             if agreed.setdefault(dim, labels) != labels:
                 raise HeadscopeError(
                     f"statistics in one trace share the dimension {dim}, but ask for {agreed[dim]} and {labels}; make "
-                    "them alike, or trace twice"
+                    "them alike, or give one of them a label"
                 )
 
 

@@ -6,7 +6,7 @@ a ``place``: the first block among its examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.parts import cut
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.statistics.base import BLOCK, CallStatistic, Kind, Plan, Reader
+from headscope.interp.statistics.base import BLOCK, GAPS, CallStatistic, Kind, Plan, Reader
 from headscope.interp.statistics.spans import OPEN
 from headscope.kernels import blocks
 from headscope.kernels.request import Reduced, Request
@@ -31,6 +31,10 @@ class BlockStatistic(CallStatistic):
 
     size: int = 64
     kind: ClassVar[Kind] = BLOCK
+    refused: ClassVar[Mapping[str, str]] = {
+        **GAPS,
+        "cross-attention": "blocks of queries and keys count in one sequence",
+    }
     dims: ClassVar[dict[str, tuple[str, ...]]] = {}  # of every variable, after example, layer and head
 
     def __post_init__(self) -> None:
@@ -79,6 +83,7 @@ class BlockMap(BlockStatistic):
 
     pool: blocks.Pool = "mean"
     name: ClassVar[str] = "block_map"
+    unit: ClassVar[str] = "attention mass"
     dims: ClassVar[dict[str, tuple[str, ...]]] = {"block_map": ("query_block", "key_block")}
 
     def __post_init__(self) -> None:
@@ -142,6 +147,7 @@ class TopBlocks(BlockStatistic):
 
     k: int = 16
     name: ClassVar[str] = "top_blocks"
+    unit: ClassVar[str] = "block of keys"
     dims: ClassVar[dict[str, tuple[str, ...]]] = {
         "top_blocks": ("query_block", "block_rank"),
         "top_block_mass": ("query_block", "block_rank"),

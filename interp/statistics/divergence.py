@@ -32,6 +32,7 @@ class Divergence(CallStatistic):
 
     kept: Reference
     name: ClassVar[str] = "js_divergence"
+    unit: ClassVar[str] = "nats"
 
     @property
     def variables(self) -> tuple[str, ...]:

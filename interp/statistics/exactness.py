@@ -1,15 +1,19 @@
 """What is exact under what: the table that the tracer enforces. What is not in it as exact is refused, never guessed.
 
 Every row statistic (one value a query) is exact under chunked prefill, windows, caches and padding: each query's row is
-computed whole, in the pass that holds the query, against every key it sees. The exceptions are listed here.
+computed whole, in the pass that holds the query, against every key it sees. The exceptions stand on the classes
+(``refused``, ``refused_with``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import ChainMap
+from collections.abc import Mapping
 
+from headscope.interp import statistics as catalogue
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.statistics.base import Statistic
 
 CONDITIONS = {
     "padding": "padding around the tokens of an example",
@@ -20,55 +24,26 @@ CONDITIONS = {
     "packed sequences": "several sequences in one example",
     "cross-attention": "queries and keys of different sequences",
 }
-_ONE_SEQUENCE = "it is a distance between positions of one sequence"
-_PACKED = "positions count from the example's start, not from each packed sequence's"
-_BLOCKS = "blocks of queries and keys count in one sequence"
-_GAPS = "positions would count the gaps as tokens"
-# Statistic -> condition -> why it is not exact there.
-REFUSED: dict[str, dict[str, str]] = {
-    "LogSumExp": {},
-    "Entropy": {},
-    "SinkMass": {"packed sequences": _PACKED},
-    "SpanMass": {},
-    "Distance": {"cross-attention": _ONE_SEQUENCE},
-    "WindowedDistance": {"cross-attention": _ONE_SEQUENCE},
-    "WindowMass": {"cross-attention": _ONE_SEQUENCE},
-    "TopKeys": {},
-    "TargetMass": {"packed sequences": _PACKED},
-    "Divergence": {},
-    "KeyMass": {},
-    "KeyMass(queries=...)": {
-        "padding": "query rows would count the padding",
-        "cache": "query rows count from each pass",
-        "chunked prefill": "query rows count from each pass",
-    },
-    "BlockMap": {"cross-attention": _BLOCKS},
-    "TopBlocks": {"cross-attention": _BLOCKS},
-    "HeadOutput": {
-        "chunked prefill": "the end of the prompt is not known in its first pass",
-        "cross-attention": "positions would count in the other sequence",
-    },
-}
-REFUSED["SpanOutput"] = dict(REFUSED["HeadOutput"])
-for _refused in REFUSED.values():
-    _refused["gaps"] = _GAPS
 
 
-def name_of(statistic: Any) -> str:
+def name_of(statistic: Statistic) -> str:
     """The row of the table for a declared statistic."""
-    name = type(statistic).__name__
-    return "KeyMass(queries=...)" if name == "KeyMass" and statistic.queries is not None else name
+    return type(statistic).__name__ + "".join(f"({field}=...)" for field in _given(statistic))
 
 
-def is_exact(statistic: Any, condition: str) -> bool:
+def is_exact(statistic: Statistic, condition: str) -> bool:
     """Whether a declared statistic is exact under a condition of ``CONDITIONS``."""
-    return condition not in _refused_by(statistic)
+    return condition not in refused_by(statistic)
 
 
-def _refused_by(statistic: Any) -> dict[str, str]:
-    """A statistic of the user's own may list its exceptions as ``refused``; otherwise only gaps are refused."""
-    own: dict[str, str] = getattr(statistic, "refused", {"gaps": _GAPS})
-    return REFUSED.get(name_of(statistic), own)
+def refused_by(statistic: Statistic) -> dict[str, str]:
+    """Where a declared statistic is not exact, and why: what its class says, and what its settings add."""
+    more = (statistic.refused_with[field] for field in _given(statistic))
+    return dict(ChainMap(*map(dict, more), dict(statistic.refused)))
+
+
+def _given(statistic: Statistic) -> list[str]:
+    return [field for field in statistic.refused_with if getattr(statistic, field) is not None]
 
 
 def conditions_of(call: AttentionCall, *, continues: bool) -> set[str]:
@@ -86,7 +61,7 @@ def conditions_of(call: AttentionCall, *, continues: bool) -> set[str]:
     return {name for name, holds in found.items() if holds}
 
 
-def require_exact(statistics: tuple[Any, ...], call: AttentionCall, *, continues: bool) -> None:
+def require_exact(statistics: tuple[Statistic, ...], call: AttentionCall, *, continues: bool) -> None:
     """Refuse the first statistic that is not exact in this call.
 
     Raises:
@@ -94,7 +69,7 @@ def require_exact(statistics: tuple[Any, ...], call: AttentionCall, *, continues
     """
     held = conditions_of(call, continues=continues)
     for statistic in statistics:
-        for condition, why in _refused_by(statistic).items():
+        for condition, why in refused_by(statistic).items():
             if condition in held:
                 raise HeadscopeError(
                     f"{name_of(statistic)} is not exact with {CONDITIONS[condition]} ({why}); leave it out, or trace "
@@ -102,10 +77,20 @@ def require_exact(statistics: tuple[Any, ...], call: AttentionCall, *, continues
                 )
 
 
+def exceptions() -> dict[str, Mapping[str, str]]:
+    """Every statistic, and every setting of one that makes a difference: condition -> why it is refused there."""
+    classes = [x for x in vars(catalogue).values() if isinstance(x, type) and issubclass(x, Statistic) and x.name]
+    found: dict[str, Mapping[str, str]] = {}
+    for one in classes:
+        found[one.__name__] = one.refused
+        found |= {f"{one.__name__}({field}=...)": {**one.refused, **x} for field, x in one.refused_with.items()}
+    return found
+
+
 def table() -> str:
     """The table as Markdown."""
     lines = ["| statistic | " + " | ".join(CONDITIONS) + " |", "|---" * (len(CONDITIONS) + 1) + "|"]
-    for name, refused in REFUSED.items():
+    for name, refused in exceptions().items():
         cells = ["refused" if condition in refused else "exact" for condition in CONDITIONS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.statistics.base import KEY, Kind, Plan, Reader, Statistic, need
+from headscope.interp.statistics.base import KeyStatistic, Plan, Reader, need
 
 
 @dataclass(frozen=True)
-class KeyMass(Statistic):
+class KeyMass(KeyStatistic):
     """Attention received by each key: (example, layer, head, key).
 
     ``reduce``: ``"sum"`` over the queries, ``"mean"`` over the queries that see the key (alpha of Gu et al. 2024,
     arXiv 2410.10781), or ``"max"``. ``queries = (first, stop)`` limits the rows of each forward pass; padded queries
-    never count. Over several forward passes (chunks, decoding steps) sums and counts add up.
+    never count. Over several forward passes (chunks, decoding steps) sums and counts add up. Two ranges in one trace
+    need a ``label``, or another ``reduce``.
     """
 
     reduce: Literal["sum", "mean", "max"] = "sum"
     queries: tuple[int, int] | None = None
     name: ClassVar[str] = "key_mass"
-    kind: ClassVar[Kind] = KEY
+    unit: ClassVar[str] = "attention mass"
+    source: ClassVar[str] = "2410.10781"
+    refused_with: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "queries": {
+            "padding": "query rows would count the padding",
+            "cache": "query rows count from each pass",
+            "chunked prefill": "query rows count from each pass",
+        }
+    }
 
     def __post_init__(self) -> None:
         if self.reduce not in ("sum", "mean", "max"):
             raise HeadscopeError(f"KeyMass reduces by 'sum', 'mean' or 'max', not {self.reduce!r}")
+        if self.queries is not None and not 0 <= self.queries[0] < self.queries[1]:
+            raise HeadscopeError(f"KeyMass takes queries=(first, stop), rows from 0 on, not {self.queries!r}")
 
     @property
     def variables(self) -> tuple[str, ...]:
         return ("key_mass" if self.reduce == "sum" else f"key_mass_{self.reduce}",)
 
     def ask(self, plan: Plan) -> Reader:
-        wanted = {"sum": ("key_sum",), "mean": ("key_sum", "key_count"), "max": ("key_max",)}[self.reduce]
-        for name in wanted:
-            plan.flag(name)
-        if self.queries is not None:
-            plan.key_queries(*self.queries)
-        return lambda reduced: {name: need(getattr(reduced, name)) for name in wanted}
+        wanted = {"sum": ("sum",), "mean": ("sum", "count"), "max": ("max",)}[self.reduce]
+        place = plan.columns(**dict.fromkeys(wanted, True), queries=self.queries)
+        return lambda reduced: {part: need(getattr(reduced.columns[place], part)) for part in wanted}
+
+    def merge(self, part: str, held: Tensor, value: Tensor) -> Tensor:
+        """Sums and counts add up; the largest stays."""
+        return torch.maximum(held, value) if part == "max" else held + value
+
+    def finish(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The one variable; 0 for a key that no query sees."""
+        if self.reduce == "mean":
+            return {"key_mass_mean": parts["sum"] / parts["count"].clamp(min=1)}
+        return {self.variables[0]: parts[self.reduce]}

@@ -15,10 +15,16 @@ from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.statistics.base import OUTPUT, CallStatistic, Kind, Plan, Reader, Statistic, need
+from headscope.interp.statistics.base import GAPS, OUTPUT, CallStatistic, Kind, Plan, Reader, Statistic, need
 from headscope.interp.statistics.plan import concatenate
 from headscope.interp.statistics.spans import members
 from headscope.kernels.request import Reduced
+
+_PROMPT = {
+    **GAPS,
+    "chunked prefill": "the end of the prompt is not known in its first pass",
+    "cross-attention": "positions would count in the other sequence",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class HeadOutput(Statistic):
 
     positions: tuple[int, ...] = (-1,)
     name: ClassVar[str] = "z"
+    unit: ClassVar[str] = "activation"
+    refused: ClassVar[Mapping[str, str]] = _PROMPT
     kind: ClassVar[Kind] = OUTPUT
 
     @property
@@ -58,6 +66,9 @@ class SpanOutput(CallStatistic):
     spans: Mapping[str, Any] = field(default_factory=dict)
     positions: tuple[int, ...] = (-1,)
     name: ClassVar[str] = "z_span"
+    unit: ClassVar[str] = "activation"
+    source: ClassVar[str] = "2607.01002"
+    refused: ClassVar[Mapping[str, str]] = _PROMPT
     kind: ClassVar[Kind] = OUTPUT
 
     def __post_init__(self) -> None:

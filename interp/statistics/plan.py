@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.statistics.queries import Queries
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, Request
 
 _Planned = tuple[Request, list[tuple[Any, Callable[[Reduced], dict[str, Tensor]]]], Tensor | None]
 
@@ -25,6 +26,7 @@ class Plan:
         self._columns: list[Tensor] = []
         self._targets: list[Tensor] = []
         self._windows: list[int] = []
+        self._by_key: dict[tuple[int, int] | None, Columns] = {}
 
     @property
     def key_positions(self) -> Tensor:
@@ -46,9 +48,23 @@ class Plan:
         """Ask for a reduction of ``Request`` that is on or off."""
         self._fields[name] = True
 
-    def key_queries(self, first: int, stop: int) -> None:
-        """Limit the reductions over queries to the rows ``first:stop`` of the call."""
-        self._fields["key_queries"] = (first, stop)
+    def columns(
+        self,
+        *,
+        sum: bool = False,
+        max: bool = False,
+        count: bool = False,
+        queries: tuple[int, int] | None = None,
+    ) -> int:
+        """Ask for reductions over the rows ``queries`` of the call (None: all; those it has of them); returns their
+        place in ``Reduced.columns``. Equal ranges share one."""
+        rows = self.call.query.shape[2]
+        part = None if queries is None else slice(*queries).indices(rows)[:2]
+        part = None if part == (0, rows) else part
+        held = self._by_key.get(part, Columns(part))
+        wanted = replace(held, sum=held.sum or sum, max=held.max or max, count=held.count or count)
+        self._by_key[part] = wanted
+        return list(self._by_key).index(part)
 
     def linear(self, columns: Tensor) -> slice:
         """Ask for sums of p times ``columns`` (batch or 1, key, n); returns their place in ``Reduced.linear``.
@@ -85,7 +101,8 @@ class Plan:
             fields["linear"] = concatenate(self._columns)
         if self._targets:
             fields["targets"] = concatenate(self._targets)
-        return Request(windows=tuple(self._windows), query_rows=rows, **fields)
+        columns = tuple(self._by_key.values())
+        return Request(windows=tuple(self._windows), query_rows=rows, columns=columns, **fields)
 
 
 class Plans:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.statistics.base import Plan, Reader, Statistic, need
+from headscope.interp.statistics.base import GAPS, PACKED, Plan, Reader, Statistic, need
 from headscope.interp.statistics.plan import concatenate
 from headscope.interp.statistics.spans import members
 from headscope.kernels.request import Reduced
+
+_ONE_SEQUENCE = {**GAPS, "cross-attention": "it is a distance between positions of one sequence"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,19 @@ class LogSumExp(_Simple):
     """logsumexp of a query's visible scores, in nats, a sink logit included: (example, layer, head, query)."""
 
     name: ClassVar[str] = "logsumexp"
+    unit: ClassVar[str] = "nats"
     fieldname: ClassVar[str] = "lse"
+
+
+@dataclass(frozen=True)
+class MaxLogit(_Simple):
+    """The largest score of a query's visible keys, after scaling, softcap and bias and before softmax; a sink logit is
+    no key: (example, layer, head, query). Where it grows without bound, training diverges (QK-Clip watches it)."""
+
+    name: ClassVar[str] = "max_logit"
+    unit: ClassVar[str] = "nats"
+    source: ClassVar[str] = "2507.20534"
+    fieldname: ClassVar[str] = "max"
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,7 @@ class Entropy(_Simple):
     """Entropy of a query's pattern over its keys, in nats (0: one key; log n: uniform over n)."""
 
     name: ClassVar[str] = "entropy"
+    unit: ClassVar[str] = "nats"
     fieldname: ClassVar[str] = "entropy"
 
 
@@ -49,6 +64,9 @@ class SinkMass(Statistic):
 
     first: int = 4
     name: ClassVar[str] = "sink_mass"
+    unit: ClassVar[str] = "attention mass"
+    source: ClassVar[str] = "2309.17453"
+    refused: ClassVar[Mapping[str, str]] = {**GAPS, **PACKED}
 
     def ask(self, plan: Plan) -> Reader:
         at = plan.key_positions
@@ -66,6 +84,7 @@ class SpanMass(Statistic):
 
     spans: Mapping[str, Any] = field(default_factory=dict)
     name: ClassVar[str] = "span_mass"
+    unit: ClassVar[str] = "attention mass"
 
     def __post_init__(self) -> None:
         if not self.spans:
@@ -87,6 +106,9 @@ class Distance(_Simple):
     """Mean attention distance sum_s A[t,s] (t - s), in tokens (Li et al. 2025, arXiv 2510.13554, head span)."""
 
     name: ClassVar[str] = "distance"
+    unit: ClassVar[str] = "tokens"
+    source: ClassVar[str] = "2510.13554"
+    refused: ClassVar[Mapping[str, str]] = _ONE_SEQUENCE
     fieldname: ClassVar[str] = "distance"
 
 
@@ -96,6 +118,9 @@ class WindowedDistance(Statistic):
 
     window: int = 10
     name: ClassVar[str] = "windowed_distance"
+    unit: ClassVar[str] = "tokens"
+    source: ClassVar[str] = "2510.13554"
+    refused: ClassVar[Mapping[str, str]] = _ONE_SEQUENCE
 
     def ask(self, plan: Plan) -> Reader:
         place = plan.window(self.window)
@@ -108,6 +133,8 @@ class WindowMass(Statistic):
 
     window: int = 64
     name: ClassVar[str] = "window_mass"
+    unit: ClassVar[str] = "attention mass"
+    refused: ClassVar[Mapping[str, str]] = _ONE_SEQUENCE
 
     def ask(self, plan: Plan) -> Reader:
         place = plan.window(self.window)
@@ -121,6 +148,7 @@ class TopKeys(Statistic):
 
     k: int = 1
     name: ClassVar[str] = "top_keys"
+    unit: ClassVar[str] = "token position"
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -154,6 +182,8 @@ class TargetMass(Statistic):
 
     targets: Mapping[str, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
     name: ClassVar[str] = "target_mass"
+    unit: ClassVar[str] = "attention mass"
+    refused: ClassVar[Mapping[str, str]] = {**GAPS, **PACKED}
 
     def __post_init__(self) -> None:
         if not self.targets:

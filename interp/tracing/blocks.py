@@ -29,7 +29,7 @@ def variables(
     passes = min(len(layer) for layer in pieces.values())  # an interrupted pass left some layers behind
     made = {}
     for name, dims in statistic.dims.items():
-        found = [_values(layer[:passes], statistic.name, name) for layer in pieces.values()]
+        found = [_values(layer[:passes], statistic.recorded[0], statistic.named(name)) for layer in pieces.values()]
         sizes = [max(at.stop for at in side) for side in zip(*(at for layer in found for at, _ in layer), strict=True)]
         first = found[0][0][1]
         array: NDArray[Any] = np.zeros((first.shape[0], len(found), first.shape[1], *sizes), first.dtype)
@@ -39,7 +39,8 @@ def variables(
                 held[...] = statistic.merge(held, value)
         ends = zip(array, first_read.tolist(), lengths.tolist(), strict=True)
         whole = np.stack([statistic.finish(name, one, start, stop) for one, start, stop in ends])
-        made[name] = xr.Variable(("example", "layer", "head", *dims), whole, statistic.attributes)
+        own = (statistic.named(dim) for dim in dims)
+        made[statistic.named(name)] = xr.Variable(("example", "layer", "head", *own), whole, statistic.attributes)
     return made
 
 

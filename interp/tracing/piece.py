@@ -17,7 +17,8 @@ class Piece:
     from position ``offset``, and values by kind and name.
 
     ``start`` and ``end`` (batch,) are the real positions, ``key_offset`` is the first key's; nothing else of the call's
-    mask is kept, whose rule may hold tensors as long as the text. ``places``: where a statistic of blocks begins.
+    mask is kept, whose rule may hold tensors as long as the text. ``parts``: those of statistics of keys, by the
+    statistic's first variable and name; ``places``: where a statistic of blocks begins.
     """
 
     layer: int
@@ -30,6 +31,7 @@ class Piece:
     cross: bool
     rows: Tensor | None
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod

@@ -15,7 +15,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.lazy import missing
-from headscope.interp.statistics import BLOCK, KEY, OUTPUT, ROW, BlockStatistic, Statistic
+from headscope.interp.statistics import BLOCK, OUTPUT, ROW, BlockStatistic, KeyStatistic, Statistic
 from headscope.interp.tracing.blocks import BLOCKS
 from headscope.interp.tracing.blocks import variables as block_variables
 from headscope.interp.tracing.piece import Piece
@@ -27,7 +27,8 @@ class Session:
     def __init__(self, statistics: tuple[Statistic, ...], module: str, batch: int) -> None:
         self.statistics, self.module, self.batch = statistics, module, batch
         self._pieces: dict[int, list[Piece]] = {}
-        self._keys: dict[int, dict[str, Tensor]] = {}
+        self._keys: dict[int, dict[str, dict[str, Tensor]]] = {}
+        self._heads = 0
         self._blocks: dict[int, list[Piece]] = {}
         self._outputs: dict[int, dict[str, Tensor]] = {}
         self._stop: dict[int, int] = {}
@@ -83,10 +84,11 @@ class Session:
         for kind, held_pieces in ((ROW, self._pieces), (BLOCK, self._blocks)):
             if kind in piece.values:
                 held_pieces.setdefault(piece.layer, []).append(piece)
-        if KEY in piece.values:
-            held = self._keys.setdefault(piece.layer, {})
-            for name, value in piece.values[KEY].items():
-                held[name] = _accumulate(held.get(name), value, piece.key_offset, highest=name == "key_max")
+        for statistic in self.statistics:
+            if isinstance(statistic, KeyStatistic) and statistic.recorded[0] in piece.parts:
+                held = self._keys.setdefault(piece.layer, {}).setdefault(statistic.recorded[0], {})
+                for part, value in piece.parts[statistic.recorded[0]].items():
+                    held[part] = _merged(statistic, part, held.get(part), value, piece.key_offset)
         if OUTPUT in piece.values:
             self._outputs.setdefault(piece.layer, {}).update(piece.values[OUTPUT])
 
@@ -97,7 +99,7 @@ class Session:
     def _note(self, piece: Piece) -> None:
         stop = piece.offset + piece.shape[2]
         self._stop[piece.layer] = stop
-        self._cross = piece.cross
+        self._cross, self._heads = piece.cross, piece.shape[1]
         if piece.start is not None:  # the latest: a chunk of padding alone does not know where its example begins
             self._start = piece.start
         if stop not in self._end:
@@ -115,7 +117,7 @@ class Session:
         length = self._end[max(self._end)] - start
         builder = _Builder(self.statistics, layers, self.batch, start, length)
         builder.rows(self._pieces)
-        builder.keys(self._keys, cross=self._cross)
+        builder.keys(self._keys, self._heads, cross=self._cross)
         builder.blocks(self._blocks)
         builder.outputs(self._outputs)
         builder.tokens(self._tokens)
@@ -128,17 +130,20 @@ class Session:
         return xr.Dataset(builder.variables, {**coords, **builder.coords}, attrs={"module": self.module})
 
 
-def _accumulate(held: Tensor | None, value: Tensor, offset: int, *, highest: bool) -> Tensor:
-    """Add (or take the maximum of) key statistics over passes; keys are absolute positions from 0."""
-    width = offset + value.shape[-1]
-    if offset:
-        value = torch.nn.functional.pad(value, (offset, 0))
-    if held is None:
-        return value.clone()
-    if held.shape[-1] < width:
-        held = torch.nn.functional.pad(held, (0, width - held.shape[-1]))
-    value = torch.nn.functional.pad(value, (0, held.shape[-1] - width))
-    return torch.maximum(held, value) if highest else held + value
+def _merged(statistic: KeyStatistic, part: str, held: Tensor | None, value: Tensor, offset: int) -> Tensor:
+    """``held`` and what a pass gave of its keys from position ``offset``: keys are absolute positions from 0."""
+    width = max(offset + value.shape[2], 0 if held is None else held.shape[2])
+    value = _placed(value, offset, width, statistic.empty)
+    return value if held is None else statistic.merge(part, _placed(held, 0, width, statistic.empty), value)
+
+
+def _placed(value: Tensor, offset: int, width: int, empty: float) -> Tensor:
+    """``value`` (batch, head, key, ...) as the keys from ``offset`` of ``width``."""
+    if (offset, width) == (0, value.shape[2]):
+        return value
+    whole = value.new_full((*value.shape[:2], width, *value.shape[3:]), empty)
+    whole[:, :, offset : offset + value.shape[2]] = value
+    return whole
 
 
 class _Builder:
@@ -159,7 +164,7 @@ class _Builder:
         self._kept: list[NDArray[np.int64]] | None = None
 
     def _extra(self, name: str) -> dict[str, list[Any]]:
-        return next(s.coordinates for s in self.statistics if name in s.variables)
+        return next(s.axes for s in self.statistics if name in s.recorded)
 
     def rows(self, pieces: dict[int, list[Piece]]) -> None:
         """Row statistics to (example, layer, head, query, ...); ``query_position`` says which those are."""
@@ -195,27 +200,25 @@ class _Builder:
         self.coords["head"] = np.arange(array.shape[2])
         self.coords.update(self._extra(name))
 
-    def keys(self, held: dict[int, dict[str, Tensor]], *, cross: bool) -> None:
-        """Column statistics to (example, layer, head, key); all keys of cross-attention, which are another sequence."""
-        if not held:
-            return
-        start, length = self.start, self.length
-        if cross:
-            widest = max(value.shape[-1] for values in held.values() for value in values.values())
-            start, length = np.zeros_like(start), np.full_like(length, widest)
-        width = int(length.max())
-        for statistic in self.statistics:
-            if statistic.kind != KEY:
+    def keys(self, held: dict[int, dict[str, dict[str, Tensor]]], heads: int, *, cross: bool) -> None:
+        """Column statistics to (example, layer, head, key, ...); all keys of cross-attention, another sequence's."""
+        for statistic in self.statistics if held else ():
+            if not isinstance(statistic, KeyStatistic):
                 continue
-            name = statistic.variables[0]
-            stacked = torch.stack(
-                [_key_statistic(name, held[layer]).float().cpu() for layer in self.layers], dim=1
-            ).numpy()
-            array = np.full((*stacked.shape[:3], width), np.nan, dtype=np.float32)
-            for b, (s, n) in enumerate(zip(start, length, strict=True)):
-                array[b, ..., :n] = stacked[b, ..., s : s + n]
-            self.coords["key"] = np.arange(width)
-            self._put(name, array, "key")
+            layers = [statistic.finish(held[layer][statistic.recorded[0]]) for layer in self.layers]
+            for name in statistic.variables:
+                values = [layer[name].expand(self.batch, heads, *layer[name].shape[2:]).cpu() for layer in layers]
+                whole = torch.stack(values, dim=1).numpy()
+                starts, lengths = self.start.tolist(), self.length.tolist()
+                if cross:
+                    starts, lengths = [0] * self.batch, [whole.shape[3]] * self.batch
+                width = max(lengths)
+                shape = (*whole.shape[:3], width, *whole.shape[4:])
+                array = np.full(shape, missing(whole.dtype), dtype=whole.dtype)
+                for b, (first, n) in enumerate(zip(starts, lengths, strict=True)):
+                    array[b, :, :, :n] = whole[b, :, :, first : first + n]
+                self.coords["key"] = np.arange(width)
+                self._put(statistic.named(name), array, "key", *statistic.axes)
 
     def blocks(self, pieces: dict[int, list[Piece]]) -> None:
         """Block statistics to (example, layer, head, query_block, ...)."""
@@ -225,8 +228,9 @@ class _Builder:
                 made = block_variables(statistic, held, self.start, self.length)
                 self.variables.update(made)
                 for variable in made.values():
-                    self.coords.update({str(dim): np.arange(n) for dim, n in variable.sizes.items() if dim in BLOCKS})
-                self.coords.update({"head": np.arange(variable.sizes["head"]), **statistic.coordinates})
+                    blocks = [dim for dim in map(statistic.named, BLOCKS) if dim in variable.sizes]
+                    self.coords.update({dim: np.arange(variable.sizes[dim]) for dim in blocks})
+                self.coords.update({"head": np.arange(variable.sizes["head"]), **statistic.axes})
 
     def outputs(self, held: dict[int, dict[str, Tensor]]) -> None:
         """Outputs at chosen positions to (example, layer, head, position, ..., d_head)."""
@@ -252,11 +256,3 @@ def _joined(values: list[Tensor]) -> Tensor:
     """Statistics of passes in a row, in host memory; neighbours on one device are joined there."""
     parts = [torch.cat(list(same), dim=2).cpu() for _, same in groupby(values, key=lambda value: value.device)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _key_statistic(name: str, held: dict[str, Tensor]) -> Tensor:
-    if name == "key_mass_max":
-        return held["key_max"]
-    if name == "key_mass":
-        return held["key_sum"]
-    return held["key_sum"] / held["key_count"].clamp(min=1)

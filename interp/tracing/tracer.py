@@ -25,6 +25,7 @@ from headscope.interp.statistics import (
     ROW,
     BlockStatistic,
     CallStatistic,
+    KeyStatistic,
     Statistic,
 )
 from headscope.interp.statistics.base import check_together
@@ -157,9 +158,13 @@ class Tracer(Handler):
                 values = statistic.measure(call, reduced, rows)
             else:
                 values = reader(reduced)
-            found = {name: owned(value.detach()) for name, value in values.items()}
+            values = {name: owned(value.detach()) for name, value in values.items()}
+            if isinstance(statistic, KeyStatistic):
+                piece.parts[statistic.recorded[0]] = values
+                continue
+            found = {statistic.named(name): value for name, value in values.items()}
             if isinstance(statistic, BlockStatistic):
-                piece.places[statistic.name] = statistic.place(call)
+                piece.places[statistic.recorded[0]] = statistic.place(call)
             if statistic.kind in (ROW, BLOCK):
                 found = {name: self._host_copies.send(value) for name, value in found.items()}
             piece.values.setdefault(statistic.kind, {}).update(found)

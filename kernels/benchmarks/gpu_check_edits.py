@@ -24,7 +24,7 @@ from headscope.kernels.benchmarks.gpu_check import WORKERS, poison
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_edits, random_moves
 from headscope.kernels.checks.compare import allowed, compare, distance
 from headscope.kernels.redistribute import redistribute
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.spans import span_outputs
 
 DEVICE = "cuda"
@@ -121,7 +121,9 @@ def check_edits(spec: dict[str, Any]) -> list[str]:
         return [f"FlexAttention does not take {spec}"]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        wrong = _twice(f"{name} {spec}", case, attention.attend, Request(lse=True, entropy=True, key_sum=True))
+        wrong = _twice(
+            f"{name} {spec}", case, attention.attend, Request(lse=True, entropy=True, columns=(Columns(sum=True),))
+        )
     return wrong + [f"{name} {spec}: {x.message}" for x in said if "does not compile" in str(x.message)]
 
 

@@ -33,7 +33,7 @@ from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.divergence import Side, divergence
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Request
+from headscope.kernels.request import Columns, Request
 from headscope.kernels.score_edits import distance_slope
 from headscope.kernels.spans import span_outputs
 from headscope.kernels.triton import tuning as triton_tuning
@@ -97,7 +97,7 @@ def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor
             flash_colreduce = import_module("flash_colreduce").flash_colreduce
             wide = k.repeat_interleave(HEADS // KV_HEADS, dim=1)  # it takes one key head a query head
             every["flash-colreduce"] = lambda: flash_colreduce(q, wide, "sum", is_causal=True, scale=scale)
-        request = Request(output=False, key_sum=True)
+        request = Request(output=False, columns=(Columns(sum=True),))
         every["columns incl. lse"] = lambda: attention.attend(q, k, v, request=request, **call)
     return every
 
@@ -125,7 +125,7 @@ def eager_maps() -> list[dict[str, Any]]:
             torch.special.entr(p).sum(-1), p.sum(0), p.to(torch.bfloat16) @ columns
 
     def ours(columns: torch.Tensor) -> None:
-        request = Request(output=False, entropy=True, linear=columns, key_sum=True)
+        request = Request(output=False, entropy=True, linear=columns, columns=(Columns(sum=True),))
         attention.attend(q, k, v, mask=mask, scale=128**-0.5, request=request)
 
     table = []

@@ -27,7 +27,7 @@ from headscope.kernels import attention
 from headscope.kernels.benchmarks.clock import Run, median
 from headscope.kernels.benchmarks.pages import machine, save
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Request
+from headscope.kernels.request import Columns, Request
 
 HEADS, KV_HEADS, SPANS = 32, 8, 16
 LENGTHS = tuple(1 << n for n in range(11, 18))
@@ -53,7 +53,7 @@ def kinds(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, longest_eager: int) ->
     yield "SDPA", lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     yield "rows", ours(output=False, lse=True, entropy=True, linear=spans)
     yield "rows and output", ours(lse=True, entropy=True, linear=spans)
-    yield "columns and lse", ours(output=False, key_sum=True)
+    yield "columns and lse", ours(output=False, columns=(Columns(sum=True),))
     if find_spec("flash_colreduce"):
         wide, package = k.repeat_interleave(HEADS // KV_HEADS, dim=1), partial(import_module, "flash_colreduce")
         yield "flash-colreduce", lambda: package().flash_colreduce(q, wide, "sum", is_causal=True, scale=call["scale"])

@@ -13,7 +13,7 @@ from headscope.kernels import reference
 from headscope.kernels.divergence import Side
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution, dense
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
 
 MASKS = (
@@ -219,7 +219,8 @@ def random_moves(case: Case, *, seed: int = 0) -> dict[str, Redistribution]:
 
 
 def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5, features: int = 3) -> Request:
-    """A request for every reduction; ``subset``: rows of some queries, near and far, columns of the second half.
+    """A request for every reduction; ``subset``: rows of some queries, near and far, columns of the second half
+    and of some before it.
 
     Linear columns are ``features`` of random numbers; 0: the memberships of a sink and of short and long spans.
     """
@@ -232,6 +233,7 @@ def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5,
         at = torch.arange(keys)
         long = [at // (keys // 3 + 1) == n for n in range(3)]
         columns = torch.stack([at < 4, (at // 50) == keys // 150, *long], -1).expand(batch, -1, -1)
+    ranges = [(queries // 2, queries), (queries // 3, min(queries, queries // 2 + 2))] if subset else [None]
     near = torch.arange(0, (queries + 1) // 2, 3, device=device)
     targets = torch.randint(-1, keys + 2, (batch, queries, 2), generator=gen) + case.mask.key_offset
     return Request(
@@ -245,8 +247,5 @@ def everything(case: Case, *, seed: int = 0, subset: bool = False, top: int = 5,
         top=top,
         targets=targets.to(device),
         query_rows=torch.cat([near, near.new_tensor(range(queries - queries // 4, queries))]) if subset else None,
-        key_sum=True,
-        key_max=True,
-        key_count=True,
-        key_queries=(queries // 2, queries) if subset else None,
+        columns=tuple(Columns(part, sum=True, max=True, count=True) for part in ranges),
     )

@@ -7,7 +7,7 @@ is chosen by hand, so a harder input allows more and an easier one less.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,25 +41,30 @@ def compare(ours: Reduced, case: Case, request: Request, *, precision: torch.dty
     truth = case.eager(request)
     low = case.eager(request, precision or case.q.dtype)
     verdicts = []
-    for field in fields(truth):
-        want = getattr(truth, field.name)
-        if not isinstance(want, Tensor):
-            continue
-        got = getattr(ours, field.name)
-        if got is None or (field.name != "key_count" and got.shape != want.shape):
-            verdicts.append(Verdict(field.name, float("nan"), 0.0))
-        elif field.name == "key_count":
-            verdicts.append(Verdict(field.name, float((got.expand_as(want) != want).sum()), 0.0))
-        elif field.name == "top_keys":
+    results, rounded = tensors(ours), tensors(low)
+    for name, want in tensors(truth).items():
+        got, lossy = results.get(name), rounded[name]
+        if got is None or ("count" not in name and got.shape != want.shape):
+            verdicts.append(Verdict(name, float("nan"), 0.0))
+        elif "count" in name:
+            verdicts.append(Verdict(name, float((got.expand_as(want) != want).sum()), 0.0))
+        elif name == "top_keys":
             verdicts.append(_top_keys(ours, truth, low, case, request))
         else:
-            lossy = getattr(case.eager(request, case.q.dtype) if field.name == "output" else low, field.name)
-            if field.name == "output":
-                lossy = lossy.to(case.v.dtype)
+            if name == "output":
+                lossy = tensors(case.eager(request, case.q.dtype))[name].to(case.v.dtype)
             # a distance is a difference of positions; a weight exp(s - lse) carries the roundings of s
-            size = case.k.shape[2] if "distance" in field.name else case.score_size()
-            verdicts.append(Verdict(field.name, distance(got, want), allowed(lossy, want, size=size)))
+            size = case.k.shape[2] if "distance" in name else case.score_size()
+            verdicts.append(Verdict(name, distance(got, want), allowed(lossy, want, size=size)))
     return verdicts
+
+
+def tensors(reduced: Reduced) -> dict[str, Tensor]:
+    """All that was computed, by name: ``columns[0].sum`` is the sum of the first range of queries."""
+    found = {name: x for name, x in vars(reduced).items() if isinstance(x, Tensor)}
+    for n, column in enumerate(reduced.columns):
+        found |= {f"columns[{n}].{name}": x for name, x in vars(column).items() if x is not None}
+    return found
 
 
 def allowed(lossy: Tensor, truth: Tensor, *, size: float = 1.0) -> float:

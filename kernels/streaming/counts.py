@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
+from headscope.kernels.request import Reduced, Request
 
 
 def count_queries(mask: Mask, q: Tensor, keys: int, rows: tuple[int, int]) -> Tensor:
@@ -34,3 +35,10 @@ def count_queries(mask: Mask, q: Tensor, keys: int, rows: tuple[int, int]) -> Te
         real = mask.query_is_real(block)
         total = total + (seen if real is None else seen & real[:, None, :, None]).sum(2)
     return total
+
+
+def count_columns(request: Request, result: Reduced, mask: Mask, q: Tensor, keys: int) -> None:
+    """Write the counts that ``request`` asks for into the columns of ``result``."""
+    for want, out in zip(request.columns, result.columns, strict=True):
+        if want.count:
+            out.count = count_queries(mask, q, keys, want.rows(q.shape[2]))

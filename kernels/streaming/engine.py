@@ -8,7 +8,7 @@ needs no running rescale and one QK^T serves the output, the row statistics and 
    ln 2, as exp2 is several times faster than exp on CPUs;
 3. linear statistics are extra value columns: [output | F] = p [V | F] / l;
 4. entropy = log(l) mass - sum_j p (s - m) / l, elementwise in float32, where mass = sum_j p / l (1 without a sink);
-5. columns: key_sum += (1 / l)^T p.
+5. columns: sums += (1 / l)^T p, the weight of queries outside a range or of padding being 0: one pass for all ranges.
 
 Memory is one tile and the results; the tile is sized to stay in a core's cache. The definition is ``reference.attend``.
 """
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Reduced, ReducedColumns, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming import library
-from headscope.kernels.streaming.counts import count_queries
+from headscope.kernels.streaming.counts import count_columns
 from headscope.kernels.streaming.tiles import Block, Call
 
 CPU_TILE = 400_000  # scores in a tile: 1.6 MB in float32, measured fastest on 1 MB L2 caches
@@ -54,7 +54,7 @@ def attend(
     """
     call = Call(q, k, v, mask, scale, softcap, sinks, bias, edit)
     tile = tile or (CPU_TILE if q.device.type == "cpu" else GPU_TILE)
-    result = Reduced()
+    result = Reduced(columns=tuple(ReducedColumns() for _ in request.columns))
     for rows, part in _passes(request, q.shape[2], q.device):
         _Pass(call, rows, part, result).run(tile)
     if request.output and result.output is None:
@@ -62,8 +62,7 @@ def attend(
             result.output = library.attention(q, k, v, mask=mask, scale=scale)
         else:
             _Pass(call, torch.arange(q.shape[2], device=q.device), Request(), result).run(tile)
-    if request.key_count:
-        result.key_count = count_queries(mask, q, k.shape[2], request.key_queries or (0, q.shape[2]))
+    count_columns(request, result, mask, q, k.shape[2])
     return result
 
 
@@ -71,22 +70,15 @@ def _passes(request: Request, queries: int, device: torch.device) -> Iterator[tu
     """Split a request into passes over sets of rows; one pass where rows and columns want the same rows."""
     whole = torch.arange(queries, device=device)
     rows = whole if request.query_rows is None else request.query_rows
-    first, stop = request.key_queries or (0, queries)
-    columns = request.key_sum or request.key_max
-    together = request.query_rows is None and (first, stop) == (0, queries)
+    ranges = [each.rows(queries) for each in request.columns if each.weighs]
+    together = request.query_rows is None
     if request.wants_rows:
-        yield (
-            rows,
-            replace(
-                request,
-                output=request.output and request.query_rows is None,
-                key_sum=request.key_sum and together,
-                key_max=request.key_max and together,
-            ),
-        )
-    if columns and not (request.wants_rows and together):
-        output = request.output and together
-        yield whole[first:stop], Request(output=output, key_sum=request.key_sum, key_max=request.key_max)
+        columns = request.columns if together else ()
+        yield rows, replace(request, output=request.output and together, columns=columns)
+    if ranges and not (request.wants_rows and together):
+        asked = [(whole >= first) & (whole < stop) for first, stop in ranges]
+        some = torch.stack(asked).any(0).nonzero()[:, 0]
+        yield some, Request(output=request.output and some.numel() == queries, columns=request.columns)
 
 
 class _Pass:
@@ -124,10 +116,9 @@ class _Pass:
             out.top_keys = torch.full((*shape, want.top), -1, dtype=torch.int64, device=call.q.device)
         if want.targets is not None:
             out.target_mass = new(*shape, want.targets.shape[-1])
-        if want.key_sum:
-            out.key_sum = new(batch, heads, keys)
-        if want.key_max:
-            out.key_max = new(batch, heads, keys)
+        for each, column in zip(want.columns, out.columns, strict=False):
+            column.sum = new(batch, heads, keys) if each.sum else None
+            column.max = new(batch, heads, keys) if each.max else None
 
     def run(self, tile: int) -> None:
         """Sweep the tiles: whole batches of short sequences together, long ones one key/value head at a time."""

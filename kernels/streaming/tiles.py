@@ -268,22 +268,30 @@ class Block:
         return p.gather(-1, spread(at)) * spread(exists)
 
     def _store_columns(self, p: Tensor, inverse: Tensor, rows: Tensor, lo: int, hi: int) -> None:
-        want, out = self.want, self.out
-        if not (want.key_sum or want.key_max):
+        if not self.want.columns:  # as in a pass for some rows alone
             return
         n, group = rows.numel(), self.call.group
         weight = inverse.view(self.nb, self.nh * group, n)
         real = self.mask.query_is_real(rows)
         if real is not None:
             weight = weight * real[:, None, :]
-        weight = weight.reshape(self.nb * self.nh * group, 1, n)
-        p = p.view(-1, n, hi - lo)
         place = (self.examples, self.heads, slice(lo, hi))
-        if want.key_sum and out.key_sum is not None:
-            out.key_sum[place] += torch.bmm(weight, p).view(self.nb, self.nh * group, hi - lo)
-        if want.key_max and out.key_max is not None:
-            highest = (p * weight.transpose(1, 2)).amax(1).view(self.nb, self.nh * group, hi - lo)
-            out.key_max[place] = torch.maximum(out.key_max[place], highest)
+        for want, out in zip(self.want.columns, self.out.columns, strict=True):
+            if not want.weighs:
+                continue
+            mine = weight
+            if want.queries is not None:
+                inside = (rows >= want.queries[0]) & (rows < want.queries[1])
+                if not inside.any():
+                    continue
+                mine = weight * inside
+            mine = mine.reshape(-1, 1, n)
+            tile = p.view(-1, n, hi - lo)
+            if out.sum is not None:
+                out.sum[place] += torch.bmm(mine, tile).view(self.nb, self.nh * group, hi - lo)
+            if out.max is not None:
+                highest = (tile * mine.transpose(1, 2)).amax(1).view(self.nb, self.nh * group, hi - lo)
+                out.max[place] = torch.maximum(out.max[place], highest)
 
 
 class _Place:

@@ -15,7 +15,7 @@ from headscope.kernels import attention, flex
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_edits
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.reference import dense_mask
-from headscope.kernels.request import Request
+from headscope.kernels.request import Columns, Request
 
 ALL_THREE = {"softcap": 5.0, "sinks": True, "bias": True}
 EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads")
@@ -54,7 +54,7 @@ def test_every_edit_with_statistics_from_streaming(on_cpu: None, name: str) -> N
 
 def test_statistics_alone_do_not_call_it(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flex, "attention", lambda *_, **__: pytest.fail("FlexAttention was called"))
-    assert not run(edited("causal", "key scale"), Request(output=False, entropy=True, key_sum=True))
+    assert not run(edited("causal", "key scale"), Request(output=False, entropy=True, columns=(Columns(sum=True),)))
 
 
 @pytest.mark.parametrize("kind", MASKS)

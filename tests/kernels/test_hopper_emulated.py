@@ -27,7 +27,7 @@ from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.hopper.device import _beside
 from headscope.kernels.hopper.emulator import Deadlock, Emulated, emulated
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Reduced, ReducedColumns, Request
 from headscope.kernels.triton.features import encode
 
 BASE: dict[str, Any] = {"kv_heads": 1, "dtype": torch.bfloat16}
@@ -57,16 +57,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, request: Request, together: bool,
     rows = passes.rows(some, k, values, features=request.linear, wants=asked, positions=positions, **call)
     every = rows if values is not None else passes.rows(q, k, v, wants=frozenset({"lse", "output"}), **call)
     call.pop("sinks")  # they are in lse
-    sums, most = passes.columns(q, k, every.lse, queries=request.key_queries, highest=True, **call)
+    found = (passes.columns(q, k, every.lse, queries=x.queries, highest=True, **call) for x in request.columns)
+    columns = tuple(ReducedColumns(sums, most) for sums, most in found)
     statistics = {name: getattr(rows, name) for name in wants}
-    return Reduced(output=every.output, key_sum=sums, key_max=most, **statistics)
+    return Reduced(output=every.output, columns=columns, **statistics)
 
 
 def request_of(case: Case, *, features: int, subset: bool = False) -> Request:
     """What the Hopper kernels compute, of ``everything``."""
     whole = everything(case, subset=subset, top=0, features=features)
-    named = ("output", "lse", "max", "entropy", "linear", "distance", "query_rows", "key_sum", "key_max", "key_queries")
-    return Request(**{name: getattr(whole, name) for name in named})
+    named = ("output", "lse", "max", "entropy", "linear", "distance", "query_rows")
+    columns = tuple(replace(each, count=False) for each in whole.columns)
+    return Request(**{name: getattr(whole, name) for name in named}, columns=columns)
 
 
 def fails(case: Case, request: Request) -> list[Any]:

@@ -16,7 +16,7 @@ from headscope.kernels.checks.compare import ROUNDINGS, compare
 from headscope.kernels.divergence import divergence
 from headscope.kernels.redistribute import pattern, redistribute
 from headscope.kernels.redistribution import Redistribution, dense
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, Request
 
 SIZES: dict[str, Any] = {"batch": 2, "kv_heads": 1, "queries": 12, "keys": 40}
 OPTIONS = pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_rows_are_computed_alone_where_they_are_asked_for_alone(monkeypatch: pyt
     pattern(case.q, case.k, case.move, mask=case.mask, scale=case.scale, rows=slice(4, 6))
     assert [n for n, _ in seen] == [2, 2, 2]
     seen.clear()
-    assert not wrong(case, Request(output=False, key_count=True)) and not seen
+    assert not wrong(case, Request(output=False, columns=(Columns(count=True),))) and not seen
 
 
 def test_attention_calibration_as_its_authors_do_it() -> None:
@@ -220,8 +220,8 @@ def test_columns_from_a_known_lse(kind: str, engine: str, options: dict[str, Any
         real = case.mask.query_is_real(torch.arange(12))
         p = case.pattern() * weight[..., None] * (1 if real is None else real[:, None, :, None])
         limit = ROUNDINGS * case.score_size() * 2
-        assert found.total is not None and (found.total - p[:, :, 3:11].sum(2)).abs().max() < 8 * limit
-        assert found.highest is not None and (found.highest - p[:, :, 3:11].amax(2)).abs().max() < limit
+        assert found.sum is not None and (found.sum - p[:, :, 3:11].sum(2)).abs().max() < 8 * limit
+        assert found.max is not None and (found.max - p[:, :, 3:11].amax(2)).abs().max() < limit
 
 
 def test_columns_of_another_lse_are_refused() -> None:
@@ -252,13 +252,15 @@ def test_nothing_comes_of_nothing(kind: str, sizes: dict[str, int]) -> None:
         case = replace(case, q=case.q[:0], k=case.k[:0], v=case.v[:0], mask=case.mask.select_batch(0, 0))
     options = {"mask": case.mask, "scale": case.scale}
     lse = torch.zeros(case.q.shape[:3])
-    assert columns.columns(case.q, case.k, lse, **options).total.shape == case.q.shape[:2] + (40,)
+    assert columns.columns(case.q, case.k, lse, **options).sum.shape == case.q.shape[:2] + (40,)
     assert blocks(case.q, case.k, size=4, **options).numel() == 0
     assert top_blocks(case.q, case.k, size=4, top=2, **options).mass.numel() == 0
     assert divergence(case.side(), case.side()).js.numel() == 0
     move = Redistribution(torch.arange(40) < 1)
-    got = redistribute(case.q, case.k, case.v, move, **options, request=Request(key_sum=True, key_count=True))
-    assert got.output.shape == case.q.shape and not got.key_sum.any()
+    got = redistribute(
+        case.q, case.k, case.v, move, **options, request=Request(columns=(Columns(sum=True, count=True),))
+    )
+    assert got.output.shape == case.q.shape and not got.columns[0].sum.any()
 
 
 def test_a_key_bias_rescales_and_renormalises() -> None:
@@ -267,7 +269,9 @@ def test_a_key_bias_rescales_and_renormalises() -> None:
     weight[[0, 3, 17]] = 0.25
     p = case.pattern() * weight
     p = p / p.sum(-1, keepdim=True)
-    got = replace(case, bias=weight.log()[None, None]).run(attention.attend, Request(entropy=True, key_sum=True))
-    assert got.entropy is not None and got.key_sum is not None
+    got = replace(case, bias=weight.log()[None, None]).run(
+        attention.attend, Request(entropy=True, columns=(Columns(sum=True),))
+    )
+    assert got.entropy is not None and got.columns[0].sum is not None
     assert (got.entropy - torch.special.entr(p).sum(-1)).abs().max() < 1e-5
-    assert (got.key_sum - p.sum(2)).abs().max() < 1e-5
+    assert (got.columns[0].sum - p.sum(2)).abs().max() < 1e-5

@@ -15,7 +15,7 @@ from headscope.kernels.checks.compare import compare
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
 from headscope.kernels.redistribute import redistribute
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
 from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.triton.targets import target_mass
@@ -105,7 +105,9 @@ def test_minus_infinity_hides_as_a_rule_does() -> None:
     case = random_case("causal")
     edit = ScoreEdit(lambda s, b, h, q, k: torch.where((q - k) % 3 == 1, -torch.inf, s))
     mask = replace(case.mask, rule=lambda b, h, q, k: (q - k) % 3 != 1)
-    request = replace(everything(case), key_count=False)  # the mask's own count knows nothing of an edit
+    request = replace(
+        everything(case), columns=(Columns(sum=True, max=True),)
+    )  # the mask's own count knows nothing of an edit
     assert not fails(replace(case, mask=mask), replace(case, edit=edit).run(attention.attend, request), request)
 
 
@@ -147,7 +149,7 @@ def test_the_gradient_passes_through_an_edit() -> None:
 def test_what_follows_from_the_lse_follows_the_edit(kind: str, name: str) -> None:
     """Block maps, masses on single keys, redistribution, and the distance from the pattern as it was."""
     case = edited(kind, name, queries=33, keys=50, **ALL_THREE)
-    request = Request(entropy=True, key_sum=True)
+    request = Request(entropy=True, columns=(Columns(sum=True),))
     call, p = options(case), case.pattern()
     got = blocks(case.q, case.k, size=16, pool="sum", **call)
     assert (got - dense_blocks(p, case.mask, 16, "sum")).abs().max() < 1e-4  # sums of up to 256 float32 weights
@@ -195,6 +197,6 @@ def test_a_planted_bug_shows() -> None:
     right = replace(case, edit=distance_slope(torch.full((4,), 0.05)))
     request = everything(case)
     assert not fails(right, right.run(attention.attend, request), request)
-    assert {"lse", "entropy", "output", "key_sum"} <= {
+    assert {"lse", "entropy", "output", "columns[0].sum"} <= {
         v.name for v in fails(right, wrong.run(attention.attend, request), request)
     }

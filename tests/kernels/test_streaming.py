@@ -10,12 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from headscope.kernels import attention
+from headscope.kernels import attention, reference
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
-from headscope.kernels.checks.compare import compare
+from headscope.kernels.checks.compare import ROUNDINGS, compare, tensors
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.redistribute import redistribute
+from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.streaming import engine as streaming
 
 SINGLE = torch.float32
@@ -118,7 +121,7 @@ def test_only_what_is_asked_for_comes_back() -> None:
     case = random_case("causal")
     got = case.run(attention.attend, Request(output=False, entropy=True))
     assert got.entropy is not None
-    assert all(x is None for name, x in vars(got).items() if name != "entropy")
+    assert set(tensors(got)) == {"entropy"}
 
 
 def test_empty_rows_are_as_documented() -> None:
@@ -129,7 +132,7 @@ def test_empty_rows_are_as_documented() -> None:
     for x in (got.output, got.entropy, got.linear, got.distance, got.window_mass, got.top_mass, got.target_mass):
         assert x is not None and (x[:, :, empty] == 0).all()
     assert got.top_keys is not None and (got.top_keys[:, :, empty] == -1).all()
-    assert got.key_count is not None and (got.key_count[..., -1] == 0).all()
+    assert got.columns[0].count is not None and (got.columns[0].count[..., -1] == 0).all()
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -184,3 +187,44 @@ def test_requests_that_do_not_fit_are_refused() -> None:
         case.run(attention.attend, Request(targets=torch.zeros(1, 6, 2, dtype=torch.long)))
     with pytest.raises(ValueError, match="engine"):
         case.run(functools.partial(attention.attend, engine="fast"), Request())
+
+
+RANGES = (None, (5, 17), (30, 31), (9, 40), (12, 12), (5, 17))
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([1, 6, 40])], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("engine", ["streaming", "triton", "moved"])
+@pytest.mark.parametrize("kind", ["causal", "window", "left padding", "right padding", "segments", "rule"])
+def test_every_range_of_queries_has_its_own_columns(kind: str, engine: str, rows: Tensor | None) -> None:
+    """Sums, maxima and counts of a dense float64 pattern, with grouped heads and sink logits."""
+    case = random_case(kind, queries=41, keys=41, d_head=16, sinks=True)
+    asked = tuple(Columns(part, sum=True, max=n != 1, count=n < 4) for n, part in enumerate(RANGES))
+    request = Request(output=rows is None, entropy=True, query_rows=rows, columns=asked)
+    options = {"mask": case.mask, "scale": case.scale, "sinks": case.sinks}
+    if engine == "moved":  # no key gives
+        nobody = Redistribution(torch.zeros(41, dtype=torch.bool))
+        got = redistribute(case.q, case.k, case.v, nobody, **options, request=request)
+    else:
+        got = attention.attend(case.q, case.k, case.v, **options, request=request, engine=engine)
+    at = torch.arange(41)
+    seen = reference.dense_mask(case.mask, case.q.shape, 41, case.q.device)
+    real = case.mask.query_is_real(at)
+    seen = seen if real is None else seen & real[:, None, :, None]
+    s = torch.einsum("bhqd,bhkd->bhqk", case.q.double(), case.k.double().repeat_interleave(2, 1)) * case.scale
+    p = s.masked_fill(~seen, -torch.inf).exp()
+    p = p / (p.sum(-1, keepdim=True) + case.sinks.double().exp()[:, None, None])
+    limit = ROUNDINGS * case.score_size()  # of a weight exp(s - lse); a sum has one a query
+    for part, want, found in zip(RANGES, asked, got.columns, strict=True):
+        inside = slice(*(part or (0, 41)))
+        assert (found.sum - p[:, :, inside].sum(2)).abs().max() < 41 * limit
+        most = torch.cat([p[:, :, inside], p.new_zeros(2, 4, 1, 41)], 2).amax(2)
+        assert (found.max is None) == (not want.max) and (found.max is None or (found.max - most).abs().max() < limit)
+        assert (found.count is None) == (not want.count)
+        assert found.count is None or torch.equal(found.count.expand(2, 4, 41), seen[:, :, inside].sum(2))
+
+
+@pytest.mark.parametrize("part", [(0, 42), (-1, 5), (7, 6)])
+def test_a_range_outside_the_queries_is_refused(part: tuple[int, int]) -> None:
+    """A kernel would read beyond its end."""
+    with pytest.raises(ValueError, match="columns over the queries"):
+        random_case("causal", queries=41, keys=41).run(attention.attend, Request(columns=(Columns(part, sum=True),)))

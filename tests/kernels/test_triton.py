@@ -20,7 +20,7 @@ from headscope.kernels import gpu_engine as triton_engine
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.tuning import Tiles
 
@@ -101,7 +101,7 @@ def test_any_call(kind: str, queries: int, cached: int, subset: bool, seed: int,
 
 def test_many_linear_columns_take_several_passes() -> None:
     case = random_case("causal", batch=1, kv_heads=1, queries=20, keys=20, dtype=torch.float16, device=DEVICE)
-    request = Request(entropy=True, linear=torch.randn(20, 45, device=DEVICE), key_sum=True)
+    request = Request(entropy=True, linear=torch.randn(20, 45, device=DEVICE), columns=(Columns(sum=True),))
     assert not fails(case, request)
 
 
@@ -156,7 +156,9 @@ def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> N
         return triton_engine.attend(*args, **{**options, "mask": mask})  # type: ignore[arg-type]
 
     assert not fails(case, request)
-    assert {"lse", "entropy", "output", "key_sum", "distance"} <= {v.name for v in fails(case, request, narrower)}
+    assert {"lse", "entropy", "output", "columns[0].sum", "distance"} <= {
+        v.name for v in fails(case, request, narrower)
+    }
 
 
 def test_auto_keeps_cpu_tensors_on_the_streaming_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from headscope.interp.sites import attached
 from headscope.interp.statistics import KeyMass
 from headscope.kernels.gpu_engine import AT_ONCE
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Reduced, Request
+from headscope.kernels.request import Columns, Reduced, Request
 
 TOKENS = 192
 EVERY_CASE = ["untraced", "rows", long_context.SPARSE, "rows and columns"]
@@ -105,10 +105,15 @@ def test_rows_and_columns_of_a_layer_are_asked_in_one_call_and_the_record_holds_
     with trace(model, [*long_context.rows(TOKENS), KeyMass()]) as tracer:
         monkeypatch.setattr(AttentionCall, "attend", noting)
         long_context.forward(model, torch.arange(TOKENS)[None], TOKENS)
-        kept = [value for _, piece in tracer._pass for kind in piece.values.values() for value in kind.values()]
+        kept = [
+            value
+            for _, piece in tracer._pass
+            for kind in (*piece.values.values(), *piece.parts.values())
+            for value in kind.values()
+        ]
     assert len(asked) == SHAPES["tiny"].layers
     for request in asked:
-        assert request.output and request.key_sum and request.query_rows is None
+        assert request.output and request.columns == (Columns(sum=True),) and request.query_rows is None
         assert not request.windows and not request.top and request.targets is None
         assert isinstance(request.linear, Tensor) and request.linear.dtype == torch.bool
         assert request.linear.shape[-1] <= AT_ONCE
