@@ -64,7 +64,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def __getitem__(self, name: str) -> type[T]:
         key = str(name).replace("-", "_")
         if key not in self.places:
-            raise UnknownNameError(f"there is no {self.kind} {name!r}{_meant(key, self)}; known: {', '.join(self)}")
+            raise UnknownNameError(f"there is no {self.kind} {name!r}{meant(key, self)}; known: {', '.join(self)}")
         module, _, own = self.places[key].partition(":")
         found: type[T] = getattr(import_module(module), own)
         return found
@@ -103,11 +103,13 @@ def settings(cls: type) -> dict[str, Setting]:
     meanings: dict[str, str] = {}
     for base in cls.__mro__:
         meanings = {**_arguments(vars(base).get("__doc__") or ""), **meanings}
+    known = {field.name: field for field in fields(cls) if field.init}
+    own_first = [name for base in cls.__mro__ for name in vars(base).get("__annotations__", ()) if name in known]
     found = {}
-    for field in fields(cls):
+    for name in dict.fromkeys(own_first):
+        field = known[name]
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if field.init:
-            found[field.name] = Setting(field.name, str(field.type), default, meanings.get(field.name, ""))
+        found[name] = Setting(name, str(field.type), default, meanings.get(name, ""))
     return found
 
 
@@ -121,7 +123,7 @@ def make(cls: type[T], name: str, given: Mapping[str, Any]) -> T:
     for key in given:
         if key not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise HeadscopeError(f"{name} has no setting {key!r}{_meant(key, known)}; {takes}")
+            raise HeadscopeError(f"{name} has no setting {key!r}{meant(key, known)}; {takes}")
     missing = [key for key, one in known.items() if one.default is MISSING and key not in given]
     if missing:
         raise HeadscopeError(f"{name} needs {' and '.join(missing)}: give {', '.join(f'{key}=...' for key in missing)}")
@@ -132,6 +134,17 @@ def summary(cls: type) -> str:
     """The first sentence of a class's docstring."""
     text = " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
     return re.split(r"(?<!\bal)(?<!\bEq)\.\s+(?=[A-Z(`])", text)[0].rstrip(".: ")
+
+
+def page(cls: type, **more: str) -> str:
+    """A class's docstring with an ``Args:`` section for all of its settings, those of its bases included; ``more`` adds
+    arguments that are no settings."""
+    text = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[0].rstrip()
+    entries = [(one.name, one.meaning, one.default) for one in settings(cls).values()]
+    lines = [f"    {name}: {meaning}" for name, meaning in more.items()]
+    for name, meaning, default in entries:
+        lines.append(f"    {name}: {meaning}" + ("" if default is MISSING else f" [{default!r}]"))
+    return f"{text}\n\nArgs:\n" + "\n".join(lines) if lines else text
 
 
 def _row(name: str, cls: type) -> dict[str, Any]:
@@ -150,7 +163,8 @@ def _row(name: str, cls: type) -> dict[str, Any]:
     }
 
 
-def _meant(name: str, known: Mapping[str, Any]) -> str:
+def meant(name: str, known: Mapping[str, Any]) -> str:
+    """ " (did you mean ...?)" where a known name is close, else nothing."""
     close = get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

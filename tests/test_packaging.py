@@ -20,6 +20,26 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "interp", "probes", "interventions")
 BELOW = {room: set(ROOMS[: i + 1]) for i, room in enumerate(ROOMS)}
 DISTRIBUTION = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}  # where the import has another name
+# interp, from the ground up: a folder or file imports those before it
+FLOORS = (
+    "errors",
+    "registry",
+    "attention",
+    "sites",
+    "statistics",
+    "models",
+    "runs",
+    "prompts",
+    "results",
+    "records",
+    "tracing",
+    "heads",
+    "plots",
+    "reports",
+    "sweeps",
+    "survey",
+    "cli",
+)
 NOT_PACKAGES = {"__pycache__", "data", "benchmarks"}
 
 
@@ -109,6 +129,78 @@ def direction_faults(root: Path) -> set[str]:
     return faults
 
 
+def modules(root: Path) -> dict[str, set[str]]:
+    """Every module of the rooms, by its place (``interp/heads/base.py``), and the places that it imports, anywhere."""
+    place = {}
+    for path in sources(root):
+        parts = path.relative_to(root).with_suffix("").parts
+        place["headscope." + ".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for path in place.values():
+        names = {name for name, _ in imports(path)}
+        known = {name if name in place else name.rpartition(".")[0] for name in names}
+        found[str(path.relative_to(root))] = {
+            str(place[name].relative_to(root)) for name in known if name in place and place[name] != path
+        }
+    return found
+
+
+def cycle_faults(root: Path) -> set[str]:
+    """Files that import each other in a circle, and folders of a room that do."""
+    files = {a: bs for a, bs in modules(root).items() if "benchmarks" not in a}
+    folders: dict[str, set[str]] = {}
+    for a, bs in files.items():
+        here = _folder(a)
+        folders.setdefault(here, set()).update({_folder(b) for b in bs} - {here, a.split("/")[0]})
+    return {f"{' and '.join(circle)} import each other" for graph in (files, folders) for circle in _circles(graph)}
+
+
+def _folder(place: str) -> str:
+    """A file's folder within its room: of ``interp/sites/huggingface/route.py`` it is ``interp/sites``."""
+    parts = place.split("/")
+    return "/".join(parts[:2]) if len(parts) > 2 and parts[0] != "kernels" else parts[0]
+
+
+def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes of which each reaches each."""
+
+    def reached(start: str) -> set[str]:
+        found, queue = set(), [start]
+        while queue:
+            fresh = graph.get(queue.pop(), set()) - found
+            found |= fresh
+            queue += fresh
+        return found
+
+    from_each = {node: reached(node) for node in graph}
+    circles = {tuple(sorted(b for b in there if a in from_each.get(b, set()))) for a, there in from_each.items()}
+    return [list(circle) for circle in circles if len(circle) > 1]
+
+
+def order_faults(root: Path) -> set[str]:
+    """Imports inside interp that go up in ``FLOORS``, and folders that have no floor."""
+    faults = set()
+    for a, bs in modules(root).items():
+        if not a.startswith("interp/") or "benchmarks" in a or a == "interp/__init__.py":
+            continue
+        here = a.split("/")[1].removesuffix(".py")
+        if here not in FLOORS:
+            faults.add(f"interp/{here} is on no floor")
+            continue
+        above = {b for b in bs if b.startswith("interp/") and b.split("/")[1].removesuffix(".py") in FLOORS}
+        faults |= {
+            f"{a} imports {b}" for b in above if FLOORS.index(b.split("/")[1].removesuffix(".py")) > FLOORS.index(here)
+        }
+    return faults
+
+
+def size_faults(root: Path) -> set[str]:
+    """Files too long to read in one sitting; a GPU kernel's device code may not be split."""
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources(root)}
+    long = {path for path, n in lengths.items() if n > 300 and not set(path.parts) & {"hopper", "triton"}}
+    return {f"{path.relative_to(root)} has {lengths[path]} lines" for path in long}
+
+
 def bare_name_faults(root: Path) -> set[str]:
     """Rooms imported by their bare names anywhere, tests included: it would load a second copy."""
     found = {(path, name.split(".")[0]) for path in sources(root, (*ROOMS, "tests")) for name, _ in imports(path)}
@@ -177,6 +269,9 @@ CHECKERS = (
     pickle_faults,
     dependency_faults,
     shadow_faults,
+    cycle_faults,
+    order_faults,
+    size_faults,
 )
 
 
@@ -196,8 +291,10 @@ def small(tmp_path: Path) -> Path:
         "kernels/masks.py": "import torch\n",
         "kernels/benchmarks/speed.py": "from headscope.interp import trace\n",
         "interp/__init__.py": "",
-        "interp/tracer.py": "from headscope.kernels.masks import Mask\nimport numpy as np\n",
-        "interp/heads/__init__.py": "",
+        "interp/errors.py": "",
+        "interp/tracing/__init__.py": "from headscope.kernels.masks import Mask\nimport numpy as np\n",
+        "interp/heads/__init__.py": "from headscope.interp import errors\n",
+        "interp/tracing/b.py": "import headscope.interp.tracing\n",
         "interp/cli/__init__.py": "def main():\n    from headscope.interventions import evaluate\n",
         "probes/__init__.py": "from headscope.interp import trace\nfrom sklearn.svm import SVC\n",
         "interventions/__init__.py": "from headscope import probes\nfrom headscope.kernels import masks\n",
@@ -206,7 +303,7 @@ def small(tmp_path: Path) -> Path:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    packages = [f"headscope.{name}" for name in (*ROOMS, "interp.heads", "interp.cli")]
+    packages = [f"headscope.{name}" for name in (*ROOMS, "interp.heads", "interp.tracing", "interp.cli")]
     folders = "\n".join(f'"headscope.{room}" = "{room}"' for room in ROOMS)
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nname = "headscope"\ndependencies = ["torch>=2", "numpy", "scikit-learn>=1"]\n'
@@ -296,6 +393,26 @@ def test_a_repository_that_keeps_the_rules_has_no_fault(small: Path, checker) ->
             "import pytest",  # declared for development only
             "interp/a.py imports pytest, which pyproject does not declare",
         ),
+        (
+            cycle_faults,
+            "interp/errors.py",
+            "def f():\n    from headscope.interp.heads import a",
+            "interp/errors.py and interp/heads/__init__.py import each other",
+        ),
+        (
+            cycle_faults,
+            "interp/tracing/__init__.py",
+            "from headscope.interp.tracing import b",
+            "interp/tracing/__init__.py and interp/tracing/b.py import each other",
+        ),
+        (
+            order_faults,
+            "interp/errors.py",
+            "from headscope.interp import heads",
+            "interp/errors.py imports interp/heads/__init__.py",
+        ),
+        (order_faults, "interp/attic/a.py", "", "interp/attic is on no floor"),
+        (size_faults, "probes/a.py", "x = 1\n" * 301, "probes/a.py has 301 lines"),
         (shadow_faults, "kernels/benchmarks/profile.py", "", "kernels/benchmarks/profile.py hides profile"),
     ],
 )

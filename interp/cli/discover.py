@@ -1,9 +1,9 @@
-"""``headscope discover``: score every head by a published method."""
+"""``headscope discover``: score every head by published methods."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,10 +23,13 @@ from headscope.interp.cli.app import (
     app,
 )
 
+if TYPE_CHECKING:
+    from headscope.interp.results.scores import HeadScores
+
 
 @app.command()
 def discover(
-    method: Annotated[str, typer.Argument(help="A head method; `headscope list methods` names them.")],
+    methods: Annotated[list[str], typer.Argument(help="Head methods; `headscope list methods` names them.")],
     model: Model,
     out: Out = None,
     lengths: Lengths = None,
@@ -41,29 +44,37 @@ def discover(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Score every head by a published method, with confidence intervals."""
-    from headscope.interp import heads
+    """Score every head by published methods, with confidence intervals; methods share forward passes where they can."""
     from headscope.interp.cli import console
-    from headscope.interp.cli.settings import keywords
+    from headscope.interp.cli.settings import shared_out
+    from headscope.interp.heads import METHODS
+    from headscope.interp.heads.discovery import discover as run_discovery
+    from headscope.interp.registry import make
     from headscope.interp.runs import estimate
 
     run = Run(model, out, as_json, dry_run, device, dtype)
-    given = {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "seed": seed, "set": setting or []}
-    function = heads.method(method)
-    settings = keywords(function, method, given)
+    given = {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "seed": seed, "set": setting}
+    classes = {name: METHODS[name] for name in methods}
+    settings = shared_out(classes, given)
+    chosen = [make(cls, name, settings[name]) for name, cls in classes.items()]
     lm = run.load()
     if dry_run:
         with estimate.dry_run() as work:
-            function(lm, out=out, **settings)
+            run_discovery(chosen, lm, out=out)
         return run.show_estimate(lm, work)
-    scores = function(lm, out=out, **settings)
-    run.save_config(f"discover {method}", settings)
-    best = scores.to_frame().head(top).to_dict("records")
-    made = scores.provenance
-    title = (
-        f"{scores.method}: top {len(best)} of {scores.mean.size} heads, {made['kept']} of {made['trials']} trials kept"
-    )
+    found = run_discovery(chosen, lm, out=out)
+    for name, own in settings.items():
+        run.save_config(f"discover {name}", own)
     if as_json:
-        console.show_json({"method": scores.method, "heads": scores.to_frame().to_dict("records"), "provenance": made})
-    else:
-        console.show_rows(best, title, False)
+        shown = [_document(scores) for scores in found]
+        console.show_json(shown[0] if len(shown) == 1 else {"methods": shown})
+        return
+    for scores in found:
+        best, made = scores.to_frame().head(top).to_dict("records"), scores.provenance
+        kept = f"{made['kept']} of {made['trials']} trials kept"
+        console.show_rows(best, f"{scores.method}: top {len(best)} of {scores.mean.size} heads, {kept}", False)
+
+
+def _document(scores: HeadScores) -> dict[str, object]:
+    heads = scores.to_frame().to_dict("records")
+    return {"method": scores.method, "heads": heads, "provenance": scores.provenance}

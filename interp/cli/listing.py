@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,13 +25,22 @@ def registries() -> dict[str, Registry[Any]]:
 
 @app.command("list")
 def listing(
-    what: Annotated[str, typer.Argument(help="methods, statistics, edits or tasks.")], as_json: Json = False
+    what: Annotated[str | None, typer.Argument(help="methods, statistics, edits or tasks.")] = None,
+    as_json: Json = False,
+    write: Annotated[
+        Path | None, typer.Option("--write", help="Make this Markdown page's tables of them anew.")
+    ] = None,
 ) -> None:
     """List what can be named: head methods, statistics, edits, tasks."""
     from headscope.interp.cli import console
+    from headscope.interp.cli.settings import read_text
     from headscope.interp.errors import HeadscopeError
+    from headscope.interp.reports.tables import rewritten
+    from headscope.interp.runs.files import write_atomically
 
     known = registries()
+    if write is not None:
+        return write_atomically(write, rewritten(read_text(write), known).encode())
     if what not in known:
         raise HeadscopeError(f"there is no list of {what!r}; choose {', '.join(known)}")
     rows = known[what].rows()

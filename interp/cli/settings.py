@@ -4,14 +4,59 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.registry import meant, settings
 
 POSITIONAL = ("name", "metric")  # fields of a task that are no settings
 PASSAGES = 32  # of a reference text, evenly spread
+
+
+def shared_out(
+    classes: Mapping[str, type], given: Mapping[str, Any], kind: str = "method"
+) -> dict[str, dict[str, Any]]:
+    """Command-line settings for several declarations: each is given those that it takes.
+
+    ``given``: "lengths", "depths", "samples", "text" and "seed" as their options read them, "set" as NAME=VALUE lines.
+
+    Raises:
+        HeadscopeError: a setting that none of them takes, or one that cannot be read.
+    """
+    asked = _asked(given)
+    known = {name: settings(cls) for name, cls in classes.items()}
+    for key in asked:
+        if not any(key in takes for takes in known.values()):
+            everything = dict.fromkeys(one for takes in known.values() for one in takes)
+            raise HeadscopeError(f"{', '.join(classes)} has no setting {key!r}{meant(key, everything)}")
+    found = {name: {key: value for key, value in asked.items() if key in takes} for name, takes in known.items()}
+    for name, takes in known.items():
+        if given.get("text") is not None:
+            field = next((field for field in ("haystack", "texts") if field in takes), None)
+            if field is None:
+                raise HeadscopeError(f"the {kind} {name} reads no text: leave --text out")
+            found[name][field] = given["text"] if field == "haystack" else read_text(given["text"])
+        if given.get("seed") is not None and "seed" in takes:
+            found[name]["seed"] = given["seed"]
+    return found
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    asked: dict[str, Any] = {}
+    if given.get("lengths") is not None:
+        asked["lengths"] = numbers(given["lengths"], int, "--lengths")
+    if given.get("depths") is not None:
+        asked["depths"] = numbers(given["depths"], float, "--depths")
+    if given.get("samples") is not None:
+        asked["samples"] = given["samples"]
+    for item in given.get("set") or ():
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise HeadscopeError(f"--set takes NAME=VALUE, got {item!r}")
+        asked[key] = _value(value)
+    return asked
 
 
 def numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:

@@ -1,63 +1,93 @@
-"""Head discovery: one method a file, ``heads.NAME(lm, ...) -> HeadScores``, named in ``METHODS``.
+"""Head discovery: one published method a file, ``heads.NAME(lm, ...) -> HeadScores``.
 
-Importing this package is cheap: a method's file, and torch with it, is imported when the method is first used. A
-method's name in this package is always its function; ``from headscope.interp.heads.NAME import ...`` reaches its file.
+``METHODS`` has them by name: to add one, a file in its family's folder and a line here. ``METHODS["induction"]`` is the
+declaration, a frozen dataclass whose fields are the settings; ``heads.induction(lm, length=20)`` makes and runs it, and
+``heads.discover([METHODS["induction"](length=20), ...], lm)`` runs several in the fewest forward passes.
+
+    lookup/    one key a query: previous token, earlier occurrence, what followed it
+    sinking/   where attention rests
+    recall/    what generation brings back from the context
+
+Importing this package is cheap: a method's file, and torch with it, is imported when the method is first used.
 """
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
-from types import ModuleType
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headscope.interp.errors import HeadscopeError
+from headscope.interp.registry import Registry, make, page
 
 if TYPE_CHECKING:
-    from headscope.interp.heads.lookup.duplicate_token import duplicate_token as duplicate_token
-    from headscope.interp.heads.lookup.induction import induction as induction
-    from headscope.interp.heads.lookup.previous_token import previous_token as previous_token
-    from headscope.interp.heads.recall.retrieval import retrieval as retrieval
-    from headscope.interp.heads.sinking.alpha import sinks as sinks
+    from headscope.interp.heads.base import HeadMethod
+    from headscope.interp.heads.discovery import discover as discover
+    from headscope.interp.results.scores import HeadScores
 
-# A method's name (on the command line, in result files, as a function) -> the module that defines that function.
-METHODS: dict[str, str] = {
-    "sinks": "headscope.interp.heads.sinking.alpha",
-    "induction": "headscope.interp.heads.lookup.induction",
-    "previous_token": "headscope.interp.heads.lookup.previous_token",
-    "duplicate_token": "headscope.interp.heads.lookup.duplicate_token",
-    "retrieval": "headscope.interp.heads.recall.retrieval",
+METHODS: Registry[HeadMethod] = Registry(
+    "head method",
+    "methods",
+    "headscope.interp.heads",
+    {
+        "induction": "lookup.induction:Induction",
+        "previous_token": "lookup.previous_token:PreviousToken",
+        "duplicate_token": "lookup.duplicate_token:DuplicateToken",
+        "sinks": "sinking.alpha:Sinks",
+        "retrieval": "recall.retrieval:Retrieval",
+        "retrieval_paraphrased": "recall.retrieval_paraphrased:RetrievalParaphrased",
+    },
+)
+
+_RUN = {
+    "lm": "load_model's result, or what load_model takes.",
+    "out": "folder for ``NAME.json``, ``NAME.parquet`` and the journal that makes a killed run resume.",
+    "progress": "show a bar on a terminal.",
 }
+_RAISES = """
 
-__all__ = ["METHODS", "duplicate_token", "induction", "method", "previous_token", "retrieval", "sinks"]
+Returns:
+    HeadScores, one trial (layer, head) each; NaN in layers without softmax attention.
+
+Raises:
+    HeadscopeError: a setting out of range, nothing to score, a model that cannot be traced exactly or gives NaN.
+"""
+__all__ = ["METHODS", "discover", "method", *METHODS]
 
 
-def method(name: str) -> Callable[..., Any]:
-    """The function of a discovery method by its name; a hyphen may stand for an underscore.
+def method(name: str) -> Callable[..., HeadScores]:
+    """A method as a function of a model: ``method("induction")(lm, length=20, out="runs/heads")``.
 
     Raises:
-        HeadscopeError: there is no method of that name.
+        HeadscopeError: there is no method of that name; or, from the function, a setting that it does not have.
     """
-    key = name.replace("-", "_")
-    if key not in METHODS:
-        raise HeadscopeError(f"there is no discovery method {name!r}; choose one of {', '.join(METHODS)}")
-    function: Callable[..., Any] = getattr(import_module(METHODS[key]), key)
+    return _function(name.replace("-", "_"))
+
+
+@cache
+def _function(name: str) -> Callable[..., HeadScores]:
+    cls = METHODS[name]
+
+    def function(lm: Any, /, *, out: str | Path | None = None, progress: bool = True, **settings: Any) -> HeadScores:
+        from headscope.interp.heads.discovery import discover
+        from headscope.interp.models import load_model
+
+        return discover([make(cls, name, settings)], load_model(lm), out=out, progress=progress)[0]
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = page(cls, **_RUN) + _RAISES
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [one.replace(kind=keyword) for one in inspect.signature(cls).parameters.values()]
+    run = inspect.signature(function).parameters
+    function.__signature__ = inspect.Signature([run["lm"], *own, run["out"], run["progress"]])  # type: ignore[attr-defined]
     return function
 
 
-class _Package(ModuleType):
-    # Importing a submodule sets it on its package; a method's file must not hide the method of the same name.
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in METHODS and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
 def __getattr__(name: str) -> Any:
+    if name == "discover":
+        return import_module("headscope.interp.heads.discovery").discover
     if name in METHODS:
         return method(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

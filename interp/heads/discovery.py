@@ -1,98 +1,142 @@
-"""The driver of every discovery method: run trials, keep them, average them into HeadScores.
-
-A method file builds its trials (JSON-able dicts) and scores one of them; resuming, progress, intervals, provenance and
-saving live here.
-"""
+"""The driver of every head method: run trials, keep them, average them into HeadScores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.heads.base import HeadMethod, Measured, Scored
+from headscope.interp.heads.passes import batches
+from headscope.interp.heads.passes import run as run_batch
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.estimate import announce
-from headscope.interp.runs.files import locked
 from headscope.interp.runs.journal import Journal, Trial
+from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
 
-# scores (layer, head), or None for a trial that is not kept, and what to remember about the trial
-Scored = tuple[NDArray[np.float64] | None, dict[str, Any]]
-
 
 def discover(
-    method: str,
-    model: Any,
-    trials: Sequence[Trial],
-    score: Callable[[Trial], Scored],
-    *,
-    parameters: dict[str, Any],
-    seed: int,
-    tokens: Callable[[Trial], tuple[int, int]],
-    group: str | None = None,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> HeadScores:
-    """Score every trial and average.
+    methods: Sequence[HeadMethod], lm: LanguageModel, *, out: str | Path | None = None, progress: bool = True
+) -> list[HeadScores]:
+    """Score the heads of a model by several methods, which share forward passes where they read the same samples.
 
     Args:
-        method: the method's name; results are ``out/METHOD.json`` and ``.parquet``.
-        model: load_model's result.
-        trials: JSON-able descriptions; ``score`` turns one into scores (layer, head) and details.
-        tokens: a trial's prompt tokens and generated tokens, for estimates.
-        parameters: the method's settings, kept in the provenance and compared when a run is resumed.
-        group: the trial key whose equal values are resampled together in the bootstrap.
-        out: folder for the results and the journal that makes the run resumable; None keeps everything in memory.
+        methods: declarations with their settings.
+        lm: load_model's result.
+        out: folder for the results (``NAME.json``, ``NAME.parquet``) and the journals that make the run resumable; None
+            keeps everything in memory.
 
     Raises:
-        HeadscopeError: no trial to run, none kept, or ``out`` holds a run with other settings or that goes on now.
+        HeadscopeError: no method, two of one name, no trial to run, none kept, or ``out`` holds a run with other
+            settings or that goes on now.
     """
-    if not trials:
-        raise HeadscopeError(f"{method}: there is no trial to run; ask for at least one")
-    announce(map(tokens, trials), [f"{method}.json", f"{method}.parquet", f"{method}.trials.jsonl"] if out else [])
-    made = provenance(model, seed=seed, **parameters)
-    config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
-    config |= {"method": method, "trials": list(trials)}
-    path = None if out is None else Path(out) / f"{method}.trials.jsonl"
-    with locked(path):
-        journal = Journal(path, config)
-        waiting = [index for index in range(len(trials)) if index not in journal]
-        for index in track(waiting, f"{method} heads", enabled=progress, done=len(trials) - len(waiting)):
-            scores, details = score(trials[index])
-            kept = None if scores is None else [[_finite(x) for x in row] for row in scores.tolist()]
-            journal.add(index, {"scores": kept, "details": details})
-        result = _gather(method, trials, journal, made, group)
-        if out is not None:
-            result.save(out)
-    return result
-
-
-def _finite(value: float) -> float | None:
-    return None if np.isnan(value) else value
-
-
-def _gather(
-    method: str, trials: Sequence[Trial], journal: Journal, made: dict[str, Any], group: str | None
-) -> HeadScores:
-    results = [journal.entries[index] for index in range(len(trials))]
-    details = tuple(
-        {**trial, **result["details"], "kept": result["scores"] is not None}
-        for trial, result in zip(trials, results, strict=True)
+    names = [method.name for method in methods]
+    if not names or len(set(names)) < len(names):
+        raise HeadscopeError(f"name at least one head method, and each once; got {', '.join(names) or 'none'}")
+    folder = None if out is None else Path(out)
+    trials = [_trials(method, lm) for method in methods]
+    announce(
+        _passes(methods, lm, trials),
+        [f"{name}.{end}" for name in names for end in ("json", "parquet", "trials.jsonl")] if folder else [],
     )
-    kept = [index for index, result in enumerate(results) if result["scores"] is not None]
-    if not kept:
-        raise HeadscopeError(
-            f"{method}: none of {len(trials)} trials was kept, so no head can be scored; "
-            "the model may fail this task at these lengths (see the method's criterion)"
-        )
-    scores = np.array([results[index]["scores"] for index in kept], dtype=np.float64)
-    made = {**made, "trials": len(trials), "kept": len(kept)}
-    groups = None
-    if group is not None:
-        groups = np.unique([str(trials[index][group]) for index in kept], return_inverse=True)[1].astype(np.int64)
-    return HeadScores(method, scores, made, groups, details)
+    with ExitStack() as stack:
+        runs = [stack.enter_context(_started(*one, lm, folder)) for one in zip(methods, trials, strict=True)]
+        _measure([run for run in runs if isinstance(run.method, Measured)], lm, progress)
+        for run in runs:
+            step = run.step(lm)
+            run_steps(run.journal, len(run.trials), step, f"{run.method.name} heads", progress=progress)
+        return [run.gather(folder) for run in runs]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One method at work: its trials, and what is finished of them."""
+
+    method: HeadMethod
+    trials: Sequence[Trial]
+    journal: Journal
+    made: dict[str, Any]
+
+    def waiting(self) -> list[int]:
+        """The trials that are not finished."""
+        return [index for index in range(len(self.trials)) if index not in self.journal]
+
+    def step(self, lm: LanguageModel) -> Any:
+        """A trial by its index, as the journal keeps it."""
+        return lambda index: _kept(self.method.score(lm, self.trials[index]))
+
+    def gather(self, folder: Path | None) -> HeadScores:
+        """The scores of all kept trials, saved to ``folder``."""
+        name, results = self.method.name, [self.journal.entries[index] for index in range(len(self.trials))]
+        kept = [index for index, result in enumerate(results) if result["scores"] is not None]
+        if not kept:
+            raise HeadscopeError(
+                f"{name}: none of {len(results)} trials was kept, so no head can be scored; "
+                "the model may fail this task at these lengths (see the method's criterion)"
+            )
+        details = [result["details"] for result in results]
+        told = [{**t, **d, "kept": i in set(kept)} for i, (t, d) in enumerate(zip(self.trials, details, strict=True))]
+        made = {**self.made, "trials": len(results), "kept": len(kept), **self.method.summary(details)}
+        groups = None
+        if self.method.resample_by is not None:
+            labels = [str(self.trials[index][self.method.resample_by]) for index in kept]
+            groups = np.unique(labels, return_inverse=True)[1].astype(np.int64)
+        scores = np.array([results[index]["scores"] for index in kept], dtype=np.float64)
+        found = HeadScores(name, scores, made, groups, tuple(told))
+        if folder is not None:
+            found.save(folder)
+        return found
+
+
+@contextmanager
+def _started(method: HeadMethod, trials: Sequence[Trial], lm: LanguageModel, folder: Path | None) -> Iterator[_Run]:
+    made = provenance(lm, seed=method.seed, **method.parameters(lm))
+    config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
+    config |= {"method": method.name, "trials": list(trials)}
+    made |= {"unit": method.unit, "range": method.range, "source": method.source}
+    path = None if folder is None else folder / f"{method.name}.trials.jsonl"
+    with opened(path, config) as journal:
+        yield _Run(method, trials, journal, made)
+
+
+def _measure(runs: Sequence[_Run], lm: LanguageModel, progress: bool) -> None:
+    """Finish the trials of measured methods in the fewest forward passes."""
+    by_method = {id(run.method): run for run in runs}
+    waiting = [(run.method, run.waiting()) for run in runs if isinstance(run.method, Measured)]
+    for batch in track(batches(lm, waiting), "forward passes", enabled=progress):
+        for place, (method, found) in enumerate(run_batch(lm, batch)):
+            for trial, scored in zip(batch.trials[place], found, strict=True):
+                by_method[id(method)].journal.add(trial, _kept(scored))
+
+
+def _trials(method: HeadMethod, lm: LanguageModel) -> Sequence[Trial]:
+    trials = method.trials(lm)
+    if not trials:
+        raise HeadscopeError(f"{method.name}: there is no trial to run; ask for at least one")
+    return trials
+
+
+def _passes(
+    methods: Sequence[HeadMethod], lm: LanguageModel, trials: Sequence[Sequence[Trial]]
+) -> Iterator[tuple[int, int]]:
+    """Prompt and generated tokens of everything that is run, for estimates; shared passes count once."""
+    measured = [(m, range(len(t))) for m, t in zip(methods, trials, strict=True) if isinstance(m, Measured)]
+    for batch in batches(lm, measured):
+        yield from ((len(view.ids), 0) for views in batch.views for view in views)
+    for method, those in zip(methods, trials, strict=True):
+        if not isinstance(method, Measured):
+            yield from (method.tokens(lm, trial) for trial in those)
+
+
+def _kept(scored: Scored) -> dict[str, Any]:
+    scores, details = scored
+    rows = None if scores is None else [[None if np.isnan(x) else x for x in row] for row in scores.tolist()]
+    return {"scores": rows, "details": details}

@@ -1,158 +1,90 @@
-"""Samples through a traced model, several in one forward pass, one trial each."""
+"""The fewest forward passes for several measured methods: those that read the same sample share the pass over it.
+
+What each of them records stands in one record under its name, and every method is handed its own part.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 import xarray as xr
-from numpy.typing import NDArray
-from torch import Tensor
 
-from headscope.interp.errors import HeadscopeError
-from headscope.interp.heads.discovery import Scored, discover
-from headscope.interp.models import load_model
+from headscope.interp.heads.base import Measured, Scored
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.prompts import sequences
 from headscope.interp.prompts.sequences import Sample
-from headscope.interp.prompts.tokens import bos_tokens
-from headscope.interp.results.scores import HeadScores
-from headscope.interp.runs.journal import Trial
-from headscope.interp.runs.provenance import hash_texts
-from headscope.interp.statistics import Statistic, TargetMass
+from headscope.interp.records.labels import own
+from headscope.interp.statistics import Statistic
 from headscope.interp.tracing.tracer import trace
 
-Text = str | Sequence[str]
-Method = TypeVar("Method", bound=Callable[..., HeadScores])
-SETTINGS = """
 
-Args:
-    lm: load_model's result, or what load_model takes.
-    text: read this text (or these) instead of random tokens, in consecutive windows, each with the tokenizer's
-        default special tokens before it; trials of one text are resampled together where there are several.
-    length: random tokens before the repetition.
-    window: tokens a window of text.
-    samples: sequences, each from a seed of its own, or windows of text at most; each is a trial.
-    bos: put the tokenizer's BOS token, if it has one, before the random tokens.
-    batch: samples in one forward pass; it changes nothing but memory and time.
-    out: folder for ``METHOD.json`` and ``.parquet`` and the journal that makes the run resumable.
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples of one length that the same ``methods`` wait for, with their ``views`` (sample, view).
 
-Returns:
-    HeadScores with one trial (layer, head) a sample, in [0, 1]; its details say how many queries it averages.
+    ``trials`` (method, sample) is the index of each sample among a method's own trials.
+    """
 
-Raises:
-    HeadscopeError: a setting out of range, a text shorter than ``window`` tokens, a sequence longer than the
-        model's context, no query with a target, a model that cannot be traced exactly or that gives NaN.
-"""
+    methods: tuple[Measured, ...]
+    samples: tuple[tuple[Sample, ...], ...]  # (method, sample): each method's own, whose trials may differ in words
+    views: tuple[tuple[Sample, ...], ...]
+    trials: tuple[tuple[int, ...], ...]
+
+
+def batches(lm: LanguageModel, waiting: Sequence[tuple[Measured, Sequence[int]]]) -> list[Batch]:
+    """The forward passes that give every waiting trial of every method; each distinct sample is run once."""
+    wanted: dict[tuple[tuple[int, ...], ...], list[tuple[int, Sample, int]]] = {}  # by tokens: (method, sample, trial)
+    views: dict[tuple[tuple[int, ...], ...], tuple[Sample, ...]] = {}
+    for number, (method, trials) in enumerate(waiting):
+        samples = method.prepare(lm) if trials else []
+        for trial in trials:
+            seen = method.views(lm, samples[trial])
+            key = tuple(tuple(view.ids.tolist()) for view in seen)
+            views.setdefault(key, seen)
+            wanted.setdefault(key, []).append((number, samples[trial], trial))
+    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[tuple[int, ...], ...]]] = {}
+    for key, who in wanted.items():
+        alike.setdefault((tuple(n for n, _, _ in who), tuple(map(len, key))), []).append(key)
+    found = []
+    for (numbers, _), keys in alike.items():
+        methods = tuple(waiting[n][0] for n in numbers)
+        for part in _chunks(keys, min(method.batch for method in methods)):
+            members = list(zip(*(wanted[key] for key in part), strict=True))  # (method, sample)
+            samples_of = tuple(tuple(sample for _, sample, _ in one) for one in members)
+            trials_of = tuple(tuple(trial for _, _, trial in one) for one in members)
+            found.append(Batch(methods, samples_of, tuple(views[key] for key in part), trials_of))
+    return found
+
+
+def run(lm: LanguageModel, batch: Batch) -> Iterator[tuple[Measured, list[Scored]]]:
+    """Scores of a batch's samples, method by method: one forward pass a view."""
+    asked = [_asked(batch.methods, view) for view in zip(*batch.views, strict=True)]
+    records = [record_of(lm, view, found) for view, found in zip(zip(*batch.views, strict=True), asked, strict=True)]
+    for method, samples in zip(batch.methods, batch.samples, strict=True):
+        parts = records if len(batch.methods) == 1 else [own(record, method.name) for record in records]
+        yield method, method.reduce(lm, samples, *parts)
+
+
+def _asked(methods: Sequence[Measured], view: Sequence[Sample]) -> list[Statistic]:
+    """What all methods record of a view; of several, each under its own name."""
+    if len(methods) == 1:
+        return methods[0].statistics(view)
+    return [
+        replace(statistic, label=method.name if statistic.label is None else f"{method.name}.{statistic.label}")
+        for method in methods
+        for statistic in method.statistics(view)
+    ]
 
 
 def record_of(lm: LanguageModel, samples: Sequence[Sample], statistics: Sequence[Statistic]) -> xr.Dataset:
     """One forward pass over samples of one length (so without padding), recorded."""
-    known = inspect.signature(lm.model.forward).parameters
-    options = {"use_cache": False, "logits_to_keep": 1}  # logits are not looked at
     ids = torch.stack([sample.ids for sample in samples]).to(lm.device)
     with trace(lm, statistics) as tracer:
-        lm.model(input_ids=ids, **{name: value for name, value in options.items() if name in known})
+        lm.forward(ids, logits=1, cache=False)  # logits are not looked at
     return tracer.record
 
 
-def by_head(lm: LanguageModel, record: xr.Dataset, values: NDArray[Any]) -> NDArray[np.float64]:
-    """``values`` (recorded layer, head, ...) by the model's own layer index, NaN in layers without attention.
-
-    Raises:
-        HeadscopeError: a value is not a number.
-    """
-    layers = record["layer"].to_numpy()
-    broken = ~np.isfinite(values.reshape(len(layers), -1)).all(axis=1)
-    if broken.any():
-        raise HeadscopeError(
-            f"the attention of layer {layers[broken][0]} of {lm.name} is not a number in {lm.info.dtype}: "
-            "load it with dtype='float32', or check its weights"
-        )
-    full = np.full((lm.info.layers, *values.shape[1:]), np.nan)
-    full[layers] = values
-    return full
-
-
-def in_batches(
-    samples: Sequence[Sample], run: Callable[[Sequence[Sample]], list[Scored]], batch: int
-) -> Callable[[Trial], Scored]:
-    """``score`` for ``discover``: a trial is computed together with the next ``batch - 1`` samples."""
-    if batch < 1:
-        raise HeadscopeError(f"batch={batch}: run at least 1 sample in a forward pass")
-    ready: dict[int, Scored] = {}
-
-    def score(trial: Trial) -> Scored:
-        at = trial["sample"]
-        if at not in ready:
-            chunk = samples[at : at + batch]
-            ready.clear()
-            ready.update(zip(range(at, at + len(chunk)), run(chunk), strict=True))
-        return ready[at]
-
-    return score
-
-
-def with_settings(method: Method) -> Method:
-    """Add to a method's docstring what all methods that call ``target_scores`` have in common."""
-    method.__doc__ = inspect.cleandoc(method.__doc__ or "") + SETTINGS
-    return method
-
-
-def target_scores(
-    method: str,
-    model: Any,
-    targets: Callable[[Tensor], Tensor],
-    *,
-    text: Text | None,
-    length: int,
-    window: int,
-    samples: int,
-    bos: bool,
-    batch: int,
-    seed: int,
-    out: str | Path | None,
-    progress: bool,
-) -> HeadScores:
-    """Score heads by the mass that queries put on one key each, averaged over the queries that have one.
-
-    ``targets`` gives a sample's table of keys from its token ids (see ``sequences``). The samples are repeated random
-    tokens, or windows of ``text``; a sample without any target is run but not kept.
-    """
-    lm = load_model(model)
-    group = "sample"
-    parameters: dict[str, Any] = {"input": "repeated" if text is None else "text", "samples": samples}
-    if text is None:
-        found = sequences.repeated_samples(lm, length, samples, seed, bos=bos)
-        parameters |= {"length": length, "bos_token_ids": bos_tokens(lm) if bos else []}
-    else:
-        texts = [text] if isinstance(text, str) else list(text)
-        found = sequences.text_samples(lm, texts, window, samples)
-        parameters |= {"window": window, "texts_sha256": hash_texts(texts)}
-        group = "text" if len(texts) > 1 else group
-    score = in_batches(found, lambda chunk: _target_masses(lm, targets, chunk), batch)
-    trials = [sample.trial for sample in found]
-    settings: dict[str, Any] = {
-        "parameters": parameters,
-        "seed": seed,
-        "group": group,
-        "out": out,
-        "progress": progress,
-    }
-    return discover(method, lm, trials, score, tokens=lambda _: (len(found[0].ids), 0), **settings)
-
-
-def _target_masses(lm: LanguageModel, targets: Callable[[Tensor], Tensor], samples: Sequence[Sample]) -> list[Scored]:
-    table = torch.stack([targets(sample.ids) for sample in samples])
-    record = record_of(lm, samples, [TargetMass({"key": table})])
-    mass = record["target_mass"].sel(target="key").transpose("example", "layer", "head", "query").to_numpy()
-    results: list[Scored] = []
-    for one, has in zip(mass, (table >= 0).numpy(), strict=True):
-        count = int(has.sum())
-        scores = by_head(lm, record, one[..., has].mean(axis=-1, dtype=np.float64)) if count else None
-        results.append((scores, {"queries": count}))
-    return results
+def _chunks(keys: list[tuple[tuple[int, ...], ...]], size: int) -> Iterator[list[tuple[tuple[int, ...], ...]]]:
+    for first in range(0, len(keys), size):
+        yield keys[first : first + size]

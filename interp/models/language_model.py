@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import ModelInfo
-from headscope.interp.sites.unwrap import bare_model, model_device
+from headscope.interp.sites.unwrap import bare_model, model_device, takes
 
 Prompts = str | Sequence[str]
 LOGITS = 1 << 30  # bytes of logits that a call computes without being asked for them
@@ -73,6 +73,27 @@ class LanguageModel:
         if isinstance(logits, Tensor) and logits.ndim == 3:
             self.check_finite(_last_logits(logits, inputs["attention_mask"]))
         return output
+
+    def forward(self, ids: Tensor, *, logits: int = 0, cache: Any = False, **inputs: Any) -> Any:
+        """Run the model on token ids (batch, length), without gradients; returns transformers' own output.
+
+        Args:
+            ids: on any device.
+            logits: compute those of the last so many positions only, where the model can; 0: all.
+            cache: False: keep none; True: make one; a cache of an earlier pass: continue it.
+            inputs: whatever else the model takes.
+        """
+        options: dict[str, Any] = {"use_cache": cache is not False}
+        if logits:
+            options["logits_to_keep"] = logits
+        if not isinstance(cache, bool):
+            options["past_key_values"] = cache
+        model = bare_model(self.model)
+        if "past_key_values" in options and not takes(model, "past_key_values"):
+            raise HeadscopeError(f"{self.name} keeps no cache, so it cannot go on from one; give it the whole text")
+        taken = {name: value for name, value in options.items() if takes(model, name)}
+        with torch.no_grad():
+            return self.model(input_ids=ids.to(self.device), **taken, **inputs)
 
     def encode(self, prompts: Prompts, *, padding_side: str = "right", max_new_tokens: int = 0) -> Any:
         """Token ids and attention mask (a BatchEncoding on the model's device), with the tokenizer's special tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -18,11 +17,7 @@ def prefill(lm: Any, ids: Any) -> Any:
     """
     if not len(ids):
         raise HeadscopeError("a prompt needs at least two tokens")
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=lm.device), "use_cache": True}
-    if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
-        inputs["logits_to_keep"] = 1
-    with torch.no_grad():
-        cache = getattr(lm.model(**inputs), "past_key_values", None)
+    cache = getattr(lm.forward(torch.tensor([list(ids)]), logits=1, cache=True), "past_key_values", None)
     if cache is None:
         raise HeadscopeError(f"{lm.name} returns no key/value cache, which decoding needs; use a causal language model")
     return cache
@@ -39,8 +34,7 @@ def decode(lm: Any, cache: Any, last: int, max_new_tokens: int, *, newline_stop:
     """
     stops, emitted, fed = stop_tokens(lm), list[int](), int(last)
     while len(emitted) < max_new_tokens:
-        with torch.no_grad():
-            output = lm.model(input_ids=torch.tensor([[fed]], device=lm.device), past_key_values=cache, use_cache=True)
+        output = lm.forward(torch.tensor([[fed]]), cache=cache)
         check_finite(lm, output.logits[:, -1])
         fed = int(output.logits[0, -1].argmax())
         emitted.append(fed)

@@ -83,6 +83,20 @@ def text_samples(lm: LanguageModel, text: str | Sequence[str], window: int, samp
     ]
 
 
+def one_token_samples(lm: LanguageModel, length: int, samples: int, seed: int) -> list[Sample]:
+    """``samples`` sequences of one random token ``length`` times, without BOS."""
+    check_length(lm, length)
+    drawn = random_samples(lm, 1, samples, seed)
+    return [Sample({**one.trial, "input": "repeat"}, one.ids.repeat(length)) for one in drawn]
+
+
+def first_windows(lm: LanguageModel, texts: str | Sequence[str] | None, length: int, samples: int) -> list[Sample]:
+    """The first ``length`` tokens of each text, at most ``samples``; None: passages of the bundled prose."""
+    check_length(lm, length)
+    given = bundled_passages(lm, length, samples) if texts is None else [texts] if isinstance(texts, str) else texts
+    return text_samples(lm, given, length, min(samples, max(1, len(given))))
+
+
 def bundled_passages(lm: LanguageModel, length: int, samples: int) -> list[str]:
     """Up to ``samples`` passages of the bundled prose: whole paragraphs, joined until they have ``length`` tokens."""
     file = resources.files("headscope.interp") / "data" / PROSE

@@ -49,7 +49,7 @@ class Statistic:
     name: ClassVar[str] = ""
     kind: ClassVar[Kind] = ROW
     unit: ClassVar[str] = ""  # of the variable ``name``
-    source: ClassVar[str] = ""  # arXiv number of who defined it, where somebody did
+    source: ClassVar[str] = ""  # who defined it (arXiv number or DOI), where somebody did
     refused: ClassVar[Mapping[str, str]] = GAPS  # condition (``exactness.CONDITIONS``) -> why it is not exact there
     refused_with: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # the same for a field, where it is not None
 

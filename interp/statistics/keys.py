@@ -27,7 +27,7 @@ class KeyMass(KeyStatistic):
     queries: tuple[int, int] | None = None
     name: ClassVar[str] = "key_mass"
     unit: ClassVar[str] = "attention mass"
-    source: ClassVar[str] = "2410.10781"
+    source: ClassVar[str] = "arXiv 2410.10781"
     refused_with: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "queries": {
             "padding": "query rows would count the padding",

@@ -67,7 +67,7 @@ class SpanOutput(CallStatistic):
     positions: tuple[int, ...] = (-1,)
     name: ClassVar[str] = "z_span"
     unit: ClassVar[str] = "activation"
-    source: ClassVar[str] = "2607.01002"
+    source: ClassVar[str] = "arXiv 2607.01002"
     refused: ClassVar[Mapping[str, str]] = _PROMPT
     kind: ClassVar[Kind] = OUTPUT
 

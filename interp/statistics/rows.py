@@ -45,7 +45,7 @@ class MaxLogit(_Simple):
 
     name: ClassVar[str] = "max_logit"
     unit: ClassVar[str] = "nats"
-    source: ClassVar[str] = "2507.20534"
+    source: ClassVar[str] = "arXiv 2507.20534"
     fieldname: ClassVar[str] = "max"
 
 
@@ -65,7 +65,7 @@ class SinkMass(Statistic):
     first: int = 4
     name: ClassVar[str] = "sink_mass"
     unit: ClassVar[str] = "attention mass"
-    source: ClassVar[str] = "2309.17453"
+    source: ClassVar[str] = "arXiv 2309.17453"
     refused: ClassVar[Mapping[str, str]] = {**GAPS, **PACKED}
 
     def ask(self, plan: Plan) -> Reader:
@@ -107,7 +107,7 @@ class Distance(_Simple):
 
     name: ClassVar[str] = "distance"
     unit: ClassVar[str] = "tokens"
-    source: ClassVar[str] = "2510.13554"
+    source: ClassVar[str] = "arXiv 2510.13554"
     refused: ClassVar[Mapping[str, str]] = _ONE_SEQUENCE
     fieldname: ClassVar[str] = "distance"
 
@@ -119,7 +119,7 @@ class WindowedDistance(Statistic):
     window: int = 10
     name: ClassVar[str] = "windowed_distance"
     unit: ClassVar[str] = "tokens"
-    source: ClassVar[str] = "2510.13554"
+    source: ClassVar[str] = "arXiv 2510.13554"
     refused: ClassVar[Mapping[str, str]] = _ONE_SEQUENCE
 
     def ask(self, plan: Plan) -> Reader:

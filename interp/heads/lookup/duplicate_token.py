@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from headscope.interp.heads.passes import Text, target_scores, with_settings
+from headscope.interp.heads.targets import TargetMethod
 from headscope.interp.prompts import sequences
-from headscope.interp.results.scores import HeadScores
 
 
-@with_settings
-def duplicate_token(
-    lm: Any,
-    *,
-    text: Text | None = None,
-    length: int = 50,
-    window: int = 256,
-    samples: int = 20,
-    bos: bool = True,
-    batch: int = 10,
-    seed: int = 0,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> HeadScores:
+@dataclass(frozen=True, kw_only=True)
+class DuplicateToken(TargetMethod):
     """Score heads by the mass that a token puts on its own previous occurrence.
 
     Duplicate token heads of Wang et al. 2022, "Interpretability in the Wild: a Circuit for Indirect Object
@@ -35,17 +22,7 @@ def duplicate_token(
     What it does not show: that the head tells the model about the repetition. On random repeats a head that always
     looks n back would score 1 too; compare another ``length``. Keys outside a layer's sliding window count as 0.
     """
-    return target_scores(
-        "duplicate_token",
-        lm,
-        sequences.previous_occurrence,
-        text=text,
-        length=length,
-        window=window,
-        samples=samples,
-        bos=bos,
-        batch=batch,
-        seed=seed,
-        out=out,
-        progress=progress,
-    )
+
+    name: ClassVar[str] = "duplicate_token"
+    source: ClassVar[str] = "arXiv 2211.00593"
+    target = staticmethod(sequences.previous_occurrence)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from headscope.interp.heads.passes import Text, target_scores, with_settings
+from headscope.interp.heads.targets import TargetMethod
 from headscope.interp.prompts import sequences
-from headscope.interp.results.scores import HeadScores
 
 
-@with_settings
-def induction(
-    lm: Any,
-    *,
-    text: Text | None = None,
-    length: int = 50,
-    window: int = 256,
-    samples: int = 20,
-    bos: bool = True,
-    batch: int = 10,
-    seed: int = 0,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> HeadScores:
+@dataclass(frozen=True, kw_only=True)
+class Induction(TargetMethod):
     """Score heads by the mass that a token puts on the token after its previous occurrence.
 
     The prefix matching score of Olsson et al. 2022, "In-context Learning and Induction Heads" (arXiv 2209.11895), on
@@ -38,17 +25,7 @@ def induction(
     looks n - 1 back would score 1 too; compare another ``length``. On text, frequent tokens make up most queries, and
     the target is often the neighbourhood of a sink or of the query. Keys outside a layer's sliding window count as 0.
     """
-    return target_scores(
-        "induction",
-        lm,
-        sequences.after_previous_occurrence,
-        text=text,
-        length=length,
-        window=window,
-        samples=samples,
-        bos=bos,
-        batch=batch,
-        seed=seed,
-        out=out,
-        progress=progress,
-    )
+
+    name: ClassVar[str] = "induction"
+    source: ClassVar[str] = "arXiv 2209.11895"
+    target = staticmethod(sequences.after_previous_occurrence)

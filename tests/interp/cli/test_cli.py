@@ -143,8 +143,8 @@ def test_mean_ablation_takes_a_reference_text(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     "command",
     [
-        ("discover", "retrieval", "--lengths", "300", "--depths", "2"),
-        ("evaluate", "needle", "--lengths", "300", "--depths", "2"),
+        ("discover", "retrieval", "--lengths", "300", "--depths", "0,100"),
+        ("evaluate", "needle", "--lengths", "300", "--depths", "0,100"),
         ("probe", "truth"),
         ("discover", "sinks", "--samples", "2"),
     ],
@@ -162,7 +162,7 @@ def test_dry_run_runs_nothing(
 
 
 def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model: str) -> None:
-    command = ("discover", "retrieval", "--lengths", "300", "--depths", "2", "--set", "max_new_tokens=7")
+    command = ("discover", "retrieval", "--lengths", "300", "--depths", "0,100", "--set", "max_new_tokens=7")
     _, printed, _ = run(capsys, *command, "--model", model, "--dry-run", "--json")
     assert json.loads(printed)["forward_passes"] == 3 * 2 * (1 + 7)  # needles x depths x (prompt and steps)
 
@@ -170,14 +170,14 @@ def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("discover", "nonsense"), "choose one of"),
+        (("discover", "nonsense"), "no head method 'nonsense'; known: induction"),
         (("discover", "retrieval", "--lengths", "5000"), "exceed the context"),
         (("discover", "induction", "--set", "colour=1"), "has no setting 'colour'"),
         (("discover", "induction", "--set", "colour"), "NAME=VALUE"),
         (("discover", "retrieval", "--lengths", "many"), "comma-separated numbers"),
-        (("evaluate", "sums"), "unknown task 'sums'"),
+        (("evaluate", "sums"), "no task 'sums'; known: needle"),
         (("evaluate", "text_loss", "--ablate", "nowhere"), "does not exist"),
-        (("trace", "--statistics", "mood", "--prompt", "x", "--out", "unused"), "unknown statistic 'mood'"),
+        (("trace", "--statistics", "mood", "--prompt", "x", "--out", "unused"), "no statistic 'mood'"),
         (("trace", "--prompt", "", "--out", "unused"), "empty"),
         (("trace", "--out", "unused"), "--prompt"),
         (("probe", "no-such-labels"), "no-such-labels"),

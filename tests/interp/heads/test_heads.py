@@ -146,7 +146,7 @@ def test_scores_on_repeated_random_tokens_are_eager_attention(tiny, method: str)
 
 @pytest.mark.parametrize("method", TARGETED)
 def test_scores_on_text_are_eager_attention(tiny, method: str) -> None:
-    scores = heads.method(method)(tiny, text=TEXTS, window=12, samples=3, batch=2, progress=False)
+    scores = heads.method(method)(tiny, texts=TEXTS, window=12, samples=3, batch=2, progress=False)
     # each window is BOS and 11 words; the texts take turns
     plain = [[int(word[1:]) for word in text.split()] for text in TEXTS]
     windows = [[BOS, *plain[0][:11]], [BOS, *plain[1][:11]], [BOS, *plain[0][11:22]]]
@@ -264,10 +264,10 @@ def test_tables_of_keys() -> None:
 
 def test_a_window_without_repetition_is_not_kept(llama) -> None:
     text = "w1 w2 w3 w4 w5 w1 w2 w3 w4 w1"  # the first window has no repeated word, the second has
-    scores = heads.induction(llama, text=text, window=6, samples=2, progress=False)
+    scores = heads.induction(llama, texts=text, window=6, samples=2, progress=False)
     assert [(d["kept"], d["queries"]) for d in scores.details] == [(False, 0), (True, 1)]
     with pytest.raises(HeadscopeError, match="none of 1 trials was kept"):
-        heads.induction(llama, text=text, window=6, samples=1, progress=False)
+        heads.induction(llama, texts=text, window=6, samples=1, progress=False)
 
 
 @pytest.mark.parametrize("name", ["induction", "sinks"])
@@ -304,11 +304,11 @@ def test_the_model_is_left_as_it_was(llama) -> None:
         ("induction", {"length": 61}, "60 ordinary ones"),
         ("induction", {"samples": 0}, "at least 1"),
         ("induction", {"batch": 0}, "at least 1 sample"),
-        ("duplicate_token", {"text": TEXTS, "window": 26}, "text 1 has 24 tokens, fewer than the 26"),
-        ("previous_token", {"text": []}, "no text was given"),
-        ("previous_token", {"text": [7], "window": 8}, "not int"),
-        ("previous_token", {"text": TEXTS, "window": 2}, "too short"),
-        ("previous_token", {"text": TEXTS, "window": 400}, "longer than the context"),
+        ("duplicate_token", {"texts": TEXTS, "window": 26}, "text 1 has 24 tokens, fewer than the 26"),
+        ("previous_token", {"texts": []}, "no text was given"),
+        ("previous_token", {"texts": [7], "window": 8}, "not int"),
+        ("previous_token", {"texts": TEXTS, "window": 2}, "too short"),
+        ("previous_token", {"texts": TEXTS, "window": 400}, "longer than the context"),
         ("sinks", {"texts": TEXTS}, "text 0 has 29 tokens, fewer than the 64"),
         ("sinks", {"texts": []}, "no text was given"),
         ("sinks", {"inputs": "noise"}, "choose 'natural'"),
@@ -326,7 +326,7 @@ def test_bad_input(llama, name: str, settings: dict, message: str) -> None:
 
 def test_text_without_a_tokenizer_and_a_broken_model(llama) -> None:
     with pytest.raises(HeadscopeError, match="without a tokenizer"):
-        heads.induction(llama.model, text=TEXTS, window=8, progress=False)
+        heads.induction(llama.model, texts=TEXTS, window=8, progress=False)
     lm = build("llama")
     heads.previous_token(lm, length=4, samples=1, progress=False)  # verified while it was whole
     with torch.no_grad():
@@ -340,13 +340,13 @@ def test_text_without_a_tokenizer_and_a_broken_model(llama) -> None:
 def test_every_method_is_reached_by_its_name(name: str) -> None:
     function = heads.method(name)
     assert function is getattr(heads, name) and function is heads.method(name.replace("_", "-"))
-    assert function.__module__ == heads.METHODS[name] and name in dir(heads) and name in heads.__all__
+    assert function.__name__ == heads.METHODS[name].name == name and name in dir(heads) and name in heads.__all__
     parameters = inspect.signature(function).parameters
     assert [*parameters][0] == "lm" and {"out", "progress"} <= {*parameters}
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(HeadscopeError, match="no discovery method 'copying'; choose one of sinks, induction"):
+    with pytest.raises(HeadscopeError, match="no head method 'copying'; known: induction, previous_token"):
         heads.method("copying")
     with pytest.raises(AttributeError, match="copying"):
         heads.copying  # noqa: B018
@@ -373,7 +373,7 @@ def test_smollm2_has_induction_previous_and_duplicate_token_heads(smollm2) -> No
 @pytest.mark.slow
 def test_induction_heads_of_random_tokens_are_those_of_text(smollm2) -> None:
     random = heads.induction(smollm2, samples=4, progress=False)
-    text = heads.induction(smollm2, text=PROSE, window=64, samples=4, progress=False)
+    text = heads.induction(smollm2, texts=PROSE, window=64, samples=4, progress=False)
     best = random.top(10).heads
     chosen = np.mean([text.mean[pair] for pair in best])
     assert chosen > 2 * text.mean.mean()

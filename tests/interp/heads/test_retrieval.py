@@ -13,7 +13,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from headscope.interp import HeadscopeError, HeadScores
 from headscope.interp.attention.handler import Handler
-from headscope.interp.heads.recall.retrieval import copy_score, retrieval
+from headscope.interp.heads import retrieval, retrieval_paraphrased
+from headscope.interp.heads.recall.copying import copy_score
 from headscope.interp.models import LanguageModel
 from headscope.interp.prompts import NeedleTask, decode, load_haystack, load_needles, prefill
 from headscope.interp.sites import attached
@@ -162,10 +163,9 @@ def test_paraphrase_control_leaves_induction_out(tokenizer, chat):
     first, stop = prompt.span
     place = list(range(first, stop))
     targets = {(0, 1): [*lead, 0, *place[1:]], (1, 2): [*lead, *place]}  # induction; retrieval
-    settings = {**SETTINGS, "paraphrased": True}
     with attached(lm, Aim(targets, len(prompt.ids))):
-        first_only = retrieval(lm, **settings)
-        every = retrieval(lm, forced="all", **settings)
+        first_only = retrieval_paraphrased(lm, **SETTINGS)
+        every = retrieval_paraphrased(lm, forced="all", **SETTINGS)
     assert first_only.method == "retrieval_paraphrased"
     expected = np.zeros((2, 4))
     expected[1, 2] = 1.0
@@ -232,8 +232,8 @@ def test_sliding_windows_keep_positions(tokenizer):
 
 @pytest.mark.parametrize(("name", "value"), [("count", "bag"), ("forced", "some"), ("group", "depth")])
 def test_unknown_options_are_refused(tokenizer, name, value):
-    with pytest.raises(HeadscopeError, match="count is 'counter' or 'set'"):
-        retrieval(_llama(tokenizer), **SETTINGS, **{name: value})
+    with pytest.raises(HeadscopeError, match="count is 'counter' or 'set'|forced is 'first' or 'all'"):
+        retrieval_paraphrased(_llama(tokenizer), **SETTINGS, **{name: value})
 
 
 def test_a_run_is_resumed_only_with_the_same_settings(scene, tmp_path):

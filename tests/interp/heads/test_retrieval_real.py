@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from headscope.interp.heads.recall.retrieval import retrieval
+from headscope.interp.heads import retrieval
 from headscope.interp.models import LanguageModel
 from headscope.interp.prompts import NeedleTask
 
