@@ -73,12 +73,17 @@ def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options:
         kernel[grid](*args, **options)
 
 
+def has_copy_engine(x: Tensor) -> bool:
+    """Whether ``x`` is on a card that has one: Hopper and later."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
 def tma(x: Tensor, rows: int, width: int) -> Any | None:
     """A descriptor by which Hopper's copy engine fetches ``rows`` x ``width`` of ``x`` (batch, head, position, d).
 
     None where it cannot: every stride must be a multiple of 16 bytes. Beyond the tensor it delivers zeros.
     """
-    if not x.is_cuda or x.numel() == 0 or torch.cuda.get_device_capability(x.device)[0] < 9:
+    if x.numel() == 0 or not has_copy_engine(x):
         return None
     bytes_ = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
     if x.stride(-1) != 1 or any(b % 16 or b == 0 for b in bytes_):
