@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import attention
+from headscope.kernels.fallback import falls_back
 from headscope.kernels.masks import Mask
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.streaming.weights import log_weights
@@ -61,7 +62,8 @@ def columns(
     if edit is None and attention.uses_triton(engine, q, k, mask):
         from headscope.kernels import gpu_passes as passes
 
-        return Columns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
+        with falls_back("the streaming engine"):
+            return Columns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
     here = replace(mask, query_offset=mask.query_offset + first)
     options["mask"], options["edit"] = here, edit
     zero = lse.new_zeros(q.shape[0], q.shape[1], k.shape[2])

@@ -80,6 +80,7 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "output", by_rows(frozenset({"output"}), v, None)
     yield "output, lse, entropy", by_rows(frozenset({"output", "lse", "entropy"}), v, None)
     yield "fused", by_rows(every | {"output"}, v, f)
+    yield "rows, float32 features", by_rows(every, None, f.float())
     yield "one query", by_rows(every | {"output"}, v, f, few=True)
     seen, sizes = rules(mask, BATCH), columns.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, 0, QUERIES, KEYS)
     sums = torch.zeros(BATCH, HEADS, KEYS)

@@ -207,18 +207,19 @@ def rows(
     bias: Tensor | None,
     wants: frozenset[str],
 ) -> Rows:
-    """The statistics ``wants``; see ``passes.rows``. ``columns`` are features in q's type, padded to a tile's width."""
+    """The statistics ``wants``; see ``passes.rows``. ``columns`` are as ``features.encode`` gives them."""
     batch, heads, n, d = q.shape
     d_value = 0 if v is None else v.shape[3]
     width, width_v = padded(d), 16 if v is None else padded(d_value)
     pack = n * sizes.group <= FEW_ROWS
+    dtype = q.dtype if columns is None else columns.dtype  # float32 columns are multiplied as float32 scores are
     if pack:
-        tiles = triton_tuning.decode_tiles(width, 1 << (n * sizes.group - 1).bit_length(), q.dtype)
+        tiles = triton_tuning.decode_tiles(width, 1 << (n * sizes.group - 1).bit_length(), dtype)
         programs = batch * k.shape[1]
         splits = triton_tuning.key_splits(programs, sizes.keys, tiles.keys)
         grid = (1, programs, splits)
     else:
-        tiles = triton_tuning.row_tiles(width, 0 if v is None else width_v, 0 if columns is None else 1, q.dtype)
+        tiles = triton_tuning.row_tiles(width, 0 if v is None else width_v, 0 if columns is None else 1, dtype)
         splits, grid = 1, (triton.cdiv(n, tiles.rows), batch * heads, 1)
     kept = None if columns is None else sizes.width
     results = allocate(q, v, wants | ({"lse"} if splits > 1 else set()), kept, splits)

@@ -168,6 +168,21 @@ def test_features_that_half_precision_cannot_hold_stay_exact() -> None:
     )  # float16 alone is 0.4 off, times a mass of 1 +- 2^-11
 
 
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("size", [65_520.0, 1e7, 1e-7])
+def test_features_beyond_the_range_of_half_precision(size: float, queries: int) -> None:
+    case = random_case("causal", kv_heads=1, queries=queries, keys=40, dtype=torch.float16, device=DEVICE)
+    gen = torch.Generator().manual_seed(0)
+    spread = torch.logspace(-12, 12, 40)[torch.randperm(40, generator=gen)]
+    for column in (torch.full((40,), size), size * torch.randn(40, generator=gen), spread):
+        linear = torch.stack([column, torch.ones(40)], -1).to(DEVICE)
+        request = Request(output=False, linear=linear)
+        got, want = case.run(triton_engine.attend, request).linear, case.eager(request).linear
+        # half precision keeps 2^-12 of each weight, and drops those below 2^-25 of the row's largest
+        bound = case.pattern() @ linear.abs().double() * 2.0**-11 + linear.abs().double().sum(0) * 2.0**-24
+        assert got is not None and want is not None and ((got - want).abs() <= bound).all()
+
+
 def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     """A window one key too narrow must show in every row result."""
     case = random_case("window", kv_heads=1, device=DEVICE)
