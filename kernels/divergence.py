@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import attention
+from headscope.kernels.fallback import falls_back
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import ScoreEdit
@@ -90,7 +91,8 @@ def divergence(first: Side, second: Side, *, engine: attention.Engine = "auto") 
         from headscope.kernels.triton.divergence import distances
 
         options: dict[str, Any] = {"mask": first.mask, "scale": first.scale, "softcap": first.softcap}
-        return Divergence(*distances((first.q, first.k), (second.q, second.k), *norms, **options))
+        with falls_back("the streaming engine"):
+            return Divergence(*distances((first.q, first.k), (second.q, second.k), *norms, **options))
     tiles = [
         log_weights(x.q, x.k, norm, beside=other.mask, **x.scores())
         for x, other, norm in ((first, second, norms[0]), (second, first, norms[1]))
