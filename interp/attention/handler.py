@@ -17,7 +17,12 @@ class Handler:
     A site runs, for handlers in the order they were entered: every ``edit``, then the attention itself with the
     handlers' ``request``s in the same pass, then every ``edit_output``, then every ``observe``. A tracer therefore sees
     the edited attention and the edited outputs.
+
+    ``only_reads``: it changes nothing, so that what a backward pass computes again (gradient checkpointing) is no
+    concern of it.
     """
+
+    only_reads = False
 
     def concerns(self, module: str, layer: int) -> bool:
         """Whether this layer's calls are read or changed at all, the same answer while attached.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from headscope.interp.attention.handler import Handler
@@ -11,12 +10,13 @@ from headscope.interp.sites.agreement import Verification
 from headscope.interp.sites.compiled import plain, uncompiled
 from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.huggingface import verify as hf_verify
+from headscope.interp.sites.interrupts import block
 from headscope.interp.sites.unwrap import origin
 
 __all__ = ["attached", "is_attached", "verify", "verify_once"]
 
 
-@contextmanager
+@block
 def attached(model: Any, handler: Handler) -> Iterator[Any]:
     """Have ``handler`` see every attention call of ``model`` inside the block; nothing of ours stays after it.
 
@@ -44,8 +44,12 @@ def verify_once(model: Any) -> Verification:
     return hf_verify.verify_once(model)
 
 
-def verify(model: Any, inputs: dict[str, Any] | None = None) -> Verification:
+def verify(model: Any, inputs: dict[str, Any] | None = None, trust: Sequence[str] = ()) -> Verification:
     """Check that our attention is the model's own, on ``inputs`` (default: a small padded batch of random tokens).
+
+    ``trust`` names attention implementations whose functions are your own (registered, or put in the place of
+    transformers') and softmax attention at every length and with every cache; without it such a layer's outputs may be
+    edited, and nothing else, because nothing stands in for a function that may do more beyond what a check tries.
 
     Raises:
         HeadscopeError: the architecture is not routed, or does not run on inputs of ours (give ``inputs`` then).
@@ -54,7 +58,7 @@ def verify(model: Any, inputs: dict[str, Any] | None = None) -> Verification:
         with uncompiled():
             found: Verification = _site(model).verify(plain(model), inputs)
         return found
-    return hf_verify.verify(model, inputs)
+    return hf_verify.verify(model, inputs, trust)
 
 
 def is_attached(model: Any) -> bool:

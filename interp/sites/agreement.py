@@ -121,6 +121,15 @@ class Verification:
         """Whether every call agreed."""
         return self.calls > 0 and not self.problems
 
+    def add(self, other: Verification) -> None:
+        """Take in what another run of the check saw; ``layers`` are those of each module's fullest run."""
+        self.calls += other.calls
+        for name, layers in other.layers.items():
+            self.layers[name] = max(self.layers.get(name, []), layers, key=len)
+        self.worst = max(self.worst, other.worst)
+        self.largest_difference = max(self.largest_difference, other.largest_difference)
+        self.problems += other.problems
+
     def note(self, call: AttentionCall, differences: Iterable[Difference], hint: str = "") -> None:
         """Take in what comparing one call gave; ``hint`` says why it may differ."""
         for seen in differences:

@@ -14,7 +14,6 @@ calls no attention function; the site refuses a forward pass in which none was c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -22,24 +21,28 @@ import torch
 from torch._dynamo import OptimizedModule
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.interrupts import block, uninterrupted
 
 
 class _Held:
     """The stance is one for the whole process: the first block to begin changes it, the last to end brings it back."""
 
     def __init__(self) -> None:
-        self.lock, self.blocks = Lock(), 0
+        self.lock = Lock()
+        self.blocks: list[object] = []
         self.stance: Any = None
 
-    def enter(self) -> None:
+    def enter(self, entry: object) -> None:
         with self.lock:
             if not self.blocks:
                 self.stance = torch.compiler.set_stance("force_eager")
-            self.blocks += 1
+            self.blocks.append(entry)
 
-    def leave(self) -> None:
+    def leave(self, entry: object) -> None:
         with self.lock:
-            self.blocks -= 1
+            if entry not in self.blocks:
+                return
+            self.blocks.remove(entry)
             if not self.blocks:
                 self.stance.__exit__(None, None, None)
 
@@ -47,24 +50,34 @@ class _Held:
 _HELD = _Held()
 
 
-@contextmanager
+@block
 def uncompiled() -> Iterator[None]:
     """Run every compiled function inside the block as plain Python; blocks nest and may end in any order.
 
     Raises:
         HeadscopeError: the block begins inside a function that is being compiled.
     """
+    entry = object()
     try:
-        _HELD.enter()
+        with uninterrupted():
+            _enter(entry)
+        yield
+    finally:
+        try:
+            with uninterrupted():
+                _HELD.leave(entry)
+        finally:
+            _HELD.leave(entry)  # an interrupt may have come just before; a second time does nothing
+
+
+def _enter(entry: object) -> None:
+    try:
+        _HELD.enter(entry)
     except RuntimeError as error:
         raise HeadscopeError(
             "tracing and editing cannot begin inside a function that torch.compile runs; put the `with` block around "
             "the call of the compiled function"
         ) from error
-    try:
-        yield
-    finally:
-        _HELD.leave()
 
 
 def plain(model: Any) -> Any:

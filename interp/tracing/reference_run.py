@@ -24,6 +24,8 @@ _Place = tuple[str, int, int]  # module, layer, position of the first query
 class ReferenceRun(Handler):
     """The queries and keys of one run, of every pass and layer, after any edits; values are not kept."""
 
+    only_reads = True
+
     def __init__(
         self, model: Any, layers: Sequence[int] | None, tower: str | None, device: torch.device | str | None
     ) -> None:

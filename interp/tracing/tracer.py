@@ -50,6 +50,8 @@ class Tracer(Handler):
     attends several times in one pass goes through images or windows: each becomes an example of its own.
     """
 
+    only_reads = True
+
     def __init__(
         self,
         model: Any,

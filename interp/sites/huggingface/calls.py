@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites.huggingface.masks import LazyMask, from_dense
+from headscope.interp.sites.huggingface.dense_masks import Dense
+from headscope.interp.sites.huggingface.masks import LazyMask
 from headscope.kernels.masks import Mask
 
 # Arguments that choose keys or change weights in ways an AttentionCall cannot say.
 _UNKNOWN = ("cache", "indices", "block_indices")
-SMALL = 1 << 18  # query-key pairs: a decoding step over 262,144 keys, a prompt of 512 tokens
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def refusal(model: nn.Module, why: str) -> str:
@@ -51,13 +50,14 @@ def make_call(
         if kwargs.get(name) is not None:
             raise HeadscopeError(refusal(place.route.model, f"its attention takes {name!r}, which is not supported"))
     cross = place.tower in ("cross", "connector")
-    mask, bias = _mask_of(module, query, key, attention_mask, kwargs, cross)
-    given = kwargs.get("position_bias")
+    lazy = isinstance(attention_mask, LazyMask)
+    found = _mask_of(module, place, query, key, attention_mask, kwargs, cross)
+    given, bias = kwargs.get("position_bias"), found.bias
     return AttentionCall(
         query=query,
         key=key,
         value=value,
-        mask=mask,
+        mask=found.mask,
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         layer=place.layer,
         module=place.module,
@@ -65,39 +65,48 @@ def make_call(
         sinks=kwargs.get("s_aux"),
         position_bias=given if bias is None else bias if given is None else given + bias,
         cross=cross,
-        gaps=isinstance(attention_mask, LazyMask) and attention_mask.gaps,
-        dense=attention_mask is not None and not isinstance(attention_mask, LazyMask),
+        gaps=found.gaps,
+        dense=attention_mask is not None and not lazy,
     )
 
 
 def _mask_of(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any], cross: bool
-) -> tuple[Mask, Tensor | None]:
+    module: nn.Module,
+    place: Any,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+    cross: bool,
+) -> Dense:
     """The rule of a call's mask, and what a dense additive mask adds beside hiding."""
     queries, keys = query.shape[2], key.shape[2]
+    eager = place.implementation == "eager"
     if isinstance(mask, LazyMask):
         if mask.shape[-1] != keys:
             raise HeadscopeError(
                 f"this model attends over {keys} keys under a mask made for {mask.shape[-1]}; it cannot be traced as "
                 "masks-by-rule; please report the architecture"
             )
-        return (_of_keys_only(mask.rule) if cross else mask.rule), None
+        if cross:
+            return Dense(_of_keys_only(mask.rule), None, mask.gaps)
+        if queries > 1 and mask.is_left_out(place.implementation):
+            return Dense(mask.by_causality(_is_causal(module, kwargs, eager)), None, mask.gaps)
+        return Dense(mask.rule, None, mask.gaps)
     if mask is not None:
-        rule, bias = from_dense(mask[..., :keys], queries)
-        return (replace(rule, query_offset=0, rule=_shift(rule, queries - keys)) if cross else rule), bias
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", False) if causal is None else causal
-    if cross or not causal:
-        return Mask.full(), None
+        made: Dense = place.route.dense.of(mask, query, keys, eager=eager, cross=cross)
+        return made
+    if cross or not _is_causal(module, kwargs, eager):
+        return Dense(Mask.full())
     if queries == 1:
-        return Mask(query_offset=keys - 1, right=None), None
-    return Mask.causal(keys - queries), None
+        return Dense(Mask(query_offset=keys - 1, right=None))
+    return Dense(Mask.causal(keys - queries))
 
 
-def _shift(mask: Mask, by: int) -> Any:
-    rule = mask.rule
-    assert rule is not None
-    return lambda b, h, q, k: rule(b, h, q - by, k)
+def _is_causal(module: nn.Module, kwargs: dict[str, Any], eager: bool) -> bool:
+    """Whether a function that gets no mask attends causally: eager code never does, the others go by this flag."""
+    causal = kwargs.get("is_causal")
+    return not eager and bool(getattr(module, "is_causal", False) if causal is None else causal)
 
 
 def _of_keys_only(mask: Mask) -> Mask:
@@ -115,54 +124,37 @@ def _of_keys_only(mask: Mask) -> Mask:
     return replace(mask, start=None, end=None, rule=rule, examples=batch)
 
 
-def leave(
-    module: nn.Module,
-    implementation: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """What the model's own attention function gives on its own mask: for a layer that nobody reads or changes.
-
-    None for the implementations and sizes where our attention is at least as good: the mask or the scores would be a
-    large (query, key) tensor, and beside that many the few microseconds that our bookkeeping takes do not show.
+def from_first_key(call: AttentionCall, mask: Tensor | None) -> AttentionCall:
+    """``call`` across two sequences with the other sequence's left padding moved behind it, so that positions of keys
+    count from its first token; nothing there depends on the order of keys.
     """
-    lazy = isinstance(attention_mask, LazyMask)
-    if implementation not in ("sdpa", "eager") or not (lazy or attention_mask is None):
+    start = _first_key(mask) if call.cross else None
+    if start is None or not bool((start > 0).any()):
+        return call
+    batch, heads, keys, width = call.key.shape
+    index = (torch.arange(keys, device=call.key.device) + start[:, None]) % keys  # (batch, key)
+    index = index.expand(batch, -1)
+    rule, bias = call.mask.rule, call.position_bias
+
+    def moved(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert rule is not None
+        return rule(b, h, q, index[b, k])
+
+    def gathered(x: Tensor) -> Tensor:
+        return x.gather(2, index[:, None, :, None].expand(batch, heads, keys, x.shape[-1]))
+
+    if bias is not None:
+        bias = bias.expand(batch, -1, -1, -1)
+        bias = bias.gather(3, index[:, None, None, :].expand(bias.shape))
+    changed = call.mask if rule is None else replace(call.mask, rule=moved, examples=batch)
+    return call.with_(key=gathered(call.key), value=gathered(call.value), mask=changed, position_bias=bias)
+
+
+def _first_key(mask: Tensor | None) -> Tensor | None:
+    """Where each example's keys begin (batch,), None where none is padded on the left."""
+    if isinstance(mask, LazyMask):
+        return mask.rule.start
+    if mask is None or mask.dtype not in (torch.bool, *_FLOATS):
         return None
-    if query.shape[0] * query.shape[2] * key.shape[2] > SMALL:
-        return None
-    mask = attention_mask.original(implementation) if lazy else None  # type: ignore[union-attr]
-    result: Tensor = original_function(module, implementation)(module, query, key, value, mask, **kwargs)[0]
-    return result
-
-
-def original_function(module: nn.Module, name: str) -> Any:
-    """The attention function that ``module`` would call under implementation ``name``.
-
-    Raises:
-        HeadscopeError: there is none.
-    """
-    kind: Any = type(module)
-    function = None if name == "eager" else ALL_ATTENTION_FUNCTIONS.get(name)
-    if function is None:
-        namespace, own = _own_eager(kind)
-        function = namespace.get(own)
-    if function is None:
-        raise HeadscopeError(f"{type(module).__name__} has no attention function {name!r} to compare with")
-    return function
-
-
-@cache
-def _own_eager(owner: Any) -> tuple[dict[str, Any], str]:
-    """The namespace and name of the eager function that the module's forward names; modeling files may hold several."""
-    for kind in owner.__mro__:
-        namespace = vars(sys.modules[kind.__module__])
-        code = getattr(vars(kind).get("forward"), "__code__", None)
-        named = [name for name in (code.co_names if code else ()) if "eager" in name and name in namespace]
-        for name in (*named, "eager_attention_forward"):
-            if name in namespace:
-                return namespace, name
-    return {}, ""
+    seen = mask if mask.dtype == torch.bool else mask >= torch.finfo(mask.dtype).min / 2
+    return seen.any(1).any(1).int().argmax(-1)

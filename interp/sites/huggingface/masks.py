@@ -29,6 +29,8 @@ class LazyMask(Tensor):
     arguments: dict[str, Any]
     elsewhere: dict[torch.device, LazyMask]
     originals: dict[str, Tensor | None]
+    left_out: dict[str, bool]
+    causal: dict[bool, Mask]
 
     @staticmethod
     def __new__(
@@ -36,6 +38,7 @@ class LazyMask(Tensor):
     ) -> LazyMask:
         made: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         made.rule, made.gaps, made.arguments, made.originals, made.elsewhere = rule, False, arguments or {}, {}, {}
+        made.left_out, made.causal = {}, {}
         return made
 
     def on(self, device: torch.device) -> LazyMask:
@@ -49,10 +52,43 @@ class LazyMask(Tensor):
     def original(self, implementation: str) -> Tensor | None:
         """The mask that transformers makes for another attention implementation from the same arguments; made once."""
         if implementation not in self.originals:
-            make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-            made = make(**self.arguments)
+            make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+            made = None if make is None else make(**self.arguments)
             self.originals[implementation] = None if made is None else made.to(self.device)
         return self.originals[implementation]
+
+    def is_left_out(self, implementation: str) -> bool:
+        """Whether transformers makes no mask here for ``implementation``, whose function then goes by its causality
+        alone: where no mask function is registered, and where SDPA's says that none is needed."""
+        if implementation not in self.left_out:
+            make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+            self.left_out[implementation] = make is None or (make is masking_utils.sdpa_mask and self._is_skipped())
+        return self.left_out[implementation]
+
+    def _is_skipped(self) -> bool:
+        """The two conditions under which ``sdpa_mask`` gives None; it would build the mask where neither holds."""
+        asked = self.arguments
+        keys, local = asked["kv_length"], asked.get("local_size")
+        padding = masking_utils.prepare_padding_mask(asked["attention_mask"], keys, asked["kv_offset"])
+        where = (padding, asked["q_length"], keys, asked["q_offset"], asked["kv_offset"], local)
+        if asked.get("allow_is_causal_skip", True) and masking_utils._ignore_causal_mask_sdpa(*where):
+            return True
+        skips = asked.get("allow_is_bidirectional_skip", False)
+        return bool(skips and masking_utils._ignore_bidirectional_mask_sdpa(padding, keys, local))
+
+    def by_causality(self, causal: bool) -> Mask:
+        """What a function without a mask attends to: one object, so that what is planned for it serves all layers."""
+        if causal not in self.causal:
+            plain = Mask(
+                query_offset=self.rule.query_offset, key_offset=self.rule.key_offset, right=0 if causal else None
+            )
+            self.causal[causal] = self.rule if self._says(causal) else plain
+        return self.causal[causal]
+
+    def _says(self, causal: bool) -> bool:
+        """Whether the rule is causal, or sees everything, already (a window is wider than the keys): nearly always."""
+        rule = replace(self.rule, left=None) if self.arguments["kv_length"] <= (self.rule.left or 0) + 1 else self.rule
+        return rule.is_plain_causal if causal else rule.is_full
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyMask(shape={tuple(self.shape)}, rule={self.rule})"
@@ -61,14 +97,15 @@ class LazyMask(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias):
             made = LazyMask(tuple(args[0].shape), args[0].device, args[0].rule, args[0].arguments)
-            made.gaps, made.originals, made.elsewhere = args[0].gaps, args[0].originals, args[0].elsewhere
+            for name in ("gaps", "originals", "elsewhere", "left_out", "causal"):
+                setattr(made, name, getattr(args[0], name))
             return made
         to = kwargs or {}
         if func.overloadpacket is torch.ops.aten._to_copy and "device" in to and to.get("dtype") in (None, torch.bool):
             return args[0].on(to["device"])
         raise HeadscopeError(
-            f"this model reads its attention mask itself ({func}), so it cannot be traced as masks-by-rule; "
-            "please report the architecture"
+            f"this model, or a hook on it, reads its attention mask itself ({func}), so the mask cannot stay a rule: "
+            "remove the hook and give the model a ready-made mask (batch, 1, query, key), or report the architecture"
         )
 
 
@@ -219,29 +256,3 @@ def _conjunction(parts: list[Mask | None]) -> Mask | None:
                 return None
             merged = replace(merged, **{name: value})
     return merged
-
-
-def from_dense(mask: Tensor, queries: int) -> tuple[Mask, Tensor | None]:
-    """The rule of a ready-made mask (batch, 1 or head, query, key) that a user passed: bool, or added to the scores.
-
-    Returns the rule and, where finite values other than 0 are added, those as a position bias.
-    """
-    if mask.dim() != 4:
-        raise HeadscopeError(f"an attention mask of shape {tuple(mask.shape)} is not (batch, head, query, key)")
-    bias = None
-    if mask.dtype != torch.bool:
-        hidden = mask < torch.finfo(mask.dtype).min / 2
-        added = mask.masked_fill(hidden, 0)
-        bias = added if bool((added != 0).any()) else None
-        mask = ~hidden
-    keys = mask.shape[-1]
-    offset = keys - queries
-    heads, rows = mask.shape[1], mask.shape[2]
-    if heads == rows == 1 and queries == keys:  # padding, the same for every query
-        return with_padding(Mask.full(), mask[:, 0, 0], mask.shape[0]), bias
-
-    def rule(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = q - offset if rows > 1 else torch.zeros_like(q)
-        return mask[b, h if heads > 1 else torch.zeros_like(h), row, k]
-
-    return Mask(query_offset=offset, right=None, rule=rule, examples=mask.shape[0]), bias

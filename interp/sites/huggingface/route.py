@@ -2,31 +2,34 @@
 
 Attaching switches the model to an attention implementation named "headscope", whose function hands every call to the
 handlers in force; leaving restores what was configured, on every sub-config, also after an exception. Nothing is
-registered or patched at import.
+registered or patched at import. ``passes`` tells handlers where forward passes begin and end, ``attention`` answers.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import RLock, Thread
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
-from headscope.interp.attention.handler import Handler, run_call
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites.huggingface.calls import leave, make_call, original_function, refusal
+from headscope.interp.sites.huggingface.attention import PLACES, attention_function
+from headscope.interp.sites.huggingface.dense_masks import DenseMasks
 from headscope.interp.sites.huggingface.masks import lazy_mask
-from headscope.interp.sites.huggingface.switch import Implementations, implementations, restore, switch
+from headscope.interp.sites.huggingface.passes import watch_passes
+from headscope.interp.sites.huggingface.switch import Implementations, implementations, release, switch, unregister
+from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.towers import tower_of
-from headscope.interp.sites.unwrap import bare_model, stopped
+from headscope.interp.sites.unwrap import bare_model
 
 NAME = "headscope"
+LOCK = RLock()  # held while a model is attached, detached or verified: the registries are the process's
 Check = Callable[..., None]
-__all__ = ["attached", "is_attached", "make_call", "original_function", "refusal"]
 
 
 @dataclass(eq=False)
@@ -34,7 +37,9 @@ class Route:
     """One routed model: its handlers in order of entry and how to put it back.
 
     ``check`` is called with every attention call before it is answered (see ``verify``). ``inside`` is the module whose
-    forward pass runs now, ``called`` whether attention was called in it.
+    forward pass runs now, ``thread`` the thread that runs it, ``called`` whether attention was called in it, ``maps``
+    whether it was asked for its attention weights, ``dense`` the dense masks that it has used. ``trusted``: names of
+    implementations that the user vouches for.
     """
 
     model: nn.Module
@@ -42,9 +47,19 @@ class Route:
     handlers: list[Handler] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     check: Check | None = None
+    trusted: frozenset[str] = frozenset()
     inside: nn.Module | None = None
+    thread: Thread | None = None
     called: bool = False
+    maps: bool = False
+    dense: DenseMasks = field(default_factory=DenseMasks)
+    entries: dict[object, Handler] = field(default_factory=dict)
     busy: dict[tuple[str, int], bool] = field(default_factory=dict)
+
+    def put_in_force(self) -> None:
+        """The handlers are those of the blocks that are open."""
+        self.handlers[:] = self.entries.values()
+        self.busy.clear()
 
     def is_busy(self, module: str, layer: int) -> bool:
         """Whether any handler in force reads or changes a layer; ``busy`` remembers while they are the same."""
@@ -55,7 +70,9 @@ class Route:
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class Place:
+    """A module of a routed model: its name, pattern of names, layer, tower and configured attention implementation."""
+
     route: Route
     name: str
     module: str
@@ -65,11 +82,11 @@ class _Place:
 
 
 _CHECKS: WeakKeyDictionary[nn.Module, Check] = WeakKeyDictionary()
+_TRUSTED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 _ROUTES: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
-_PLACES: WeakKeyDictionary[nn.Module, _Place] = WeakKeyDictionary()
 
 
-@contextmanager
+@block
 def attached(model: Any, handler: Handler) -> Iterator[Route]:
     """Have ``handler`` see every attention call of ``model`` (load_model's result or a Hugging Face module).
 
@@ -79,16 +96,29 @@ def attached(model: Any, handler: Handler) -> Iterator[Route]:
         HeadscopeError: the architecture does not route through transformers' attention interface.
     """
     inner = bare_model(model)
-    route = _ROUTES.get(inner) or _open(inner)
-    route.handlers.append(handler)
-    route.busy.clear()
+    entry = object()
     try:
+        with uninterrupted(), LOCK:
+            route = _ROUTES.get(inner) or _open(inner)
+            route.entries[entry] = handler
+            route.put_in_force()
         yield route
     finally:
-        route.handlers.remove(handler)
-        route.busy.clear()
-        if not route.handlers:
-            _close(route)
+        try:
+            with uninterrupted(), LOCK:
+                _leave(inner, entry)
+        finally:
+            _leave(inner, entry)  # an interrupt may have come just before; a second time does nothing
+
+
+def _leave(model: nn.Module, entry: object) -> None:
+    route = _ROUTES.get(model)
+    if route is None:
+        return
+    route.entries.pop(entry, None)
+    route.put_in_force()
+    if not route.handlers:
+        _close(route)
 
 
 def _open(model: nn.Module) -> Route:
@@ -97,30 +127,56 @@ def _open(model: nn.Module) -> Route:
         raise HeadscopeError(
             f"{type(model).__name__} is not a Hugging Face model; load it with load_model or transformers"
         )
-    route = Route(model, implementations(model), check=_CHECKS.get(model))
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise HeadscopeError(
+            f"{type(model).__name__} is split over {model._tp_size} devices by tensor parallelism, so that each holds "
+            "other heads under the same numbers: load it with device_map='auto' instead of tp_plan"
+        )
+    route = Route(model, implementations(model), check=_CHECKS.get(model), trusted=trusted(model))
     made = places(route)
-    switch(model, NAME, attention_function, lazy_mask)
-    _PLACES.update(made)
+    for module in made:
+        held = PLACES.get(module)
+        if held is not None and held.route.handlers and "att" in type(module).__name__.lower():
+            raise HeadscopeError(
+                f"{held.name or type(module).__name__} is traced or edited as part of another "
+                f"{type(held.route.model).__name__}; give both blocks the same model"
+            )
     _ROUTES[model] = route
-    for part in {id(m): m for m in (model, getattr(model, "base_model", model))}.values():
-        route.hooks.append(part.register_forward_pre_hook(_Begin(route), with_kwargs=True))
-        route.hooks.append(part.register_forward_hook(_End(route), always_call=True))
+    try:
+        switch(model, NAME, attention_function, lazy_mask)
+        PLACES.update(made)
+        route.hooks += watch_passes(route)
+    except BaseException:
+        _close(route)
+        raise
     return route
 
 
-def places(route: Route) -> dict[nn.Module, _Place]:
+def places(route: Route) -> dict[nn.Module, Place]:
     """Every module of a model with its pattern of names, layer, tower and configured attention implementation."""
     configured = {id(config): impl for config, impl in route.restore.configs}
     default = route.restore.named[""]
-    found: dict[nn.Module, _Place] = {}
+    found: dict[nn.Module, Place] = {}
     ranks: dict[str, int] = {}
     for name, module in route.model.named_modules():
         where, layer = parse_name(name, module)
         if where.count("*") > 1:  # a tower in stages: layers count through them
             layer = ranks[where] = ranks.get(where, -1) + 1
         impl = configured.get(id(getattr(module, "config", None))) or default
-        found[module] = _Place(route, name, where, layer, tower_of(where, route.model), impl)
+        found[module] = Place(route, name, where, layer, tower_of(where, route.model), impl)
     return found
+
+
+def trusted(model: nn.Module) -> frozenset[str]:
+    """The names of attention implementations that the user vouches for in ``model``."""
+    return _TRUSTED.get(model, frozenset())
+
+
+def trust(model: nn.Module, names: frozenset[str]) -> None:
+    """From now on functions of these implementations are taken for softmax attention, as far as a check finds."""
+    _TRUSTED[model] = trusted(model) | names
+    if model in _ROUTES:
+        _ROUTES[model].trusted = _TRUSTED[model]
 
 
 def set_check(model: nn.Module, check: Check) -> None:
@@ -137,13 +193,15 @@ def modules_of(model: Any) -> set[str]:
 
 
 def _close(route: Route) -> None:
-    model = route.model
     for hook in route.hooks:
         hook.remove()
-    for module in model.modules():
-        _PLACES.pop(module, None)
-    _ROUTES.pop(model, None)
-    restore(route.restore, NAME, keep=bool(_ROUTES))
+    for module in route.model.modules():
+        held = PLACES.get(module)
+        if held is not None and held.route is route:
+            PLACES.pop(module, None)
+    _ROUTES.pop(route.model, None)
+    held_configs = {id(config) for other in list(_ROUTES.values()) for config, _ in other.restore.configs}
+    release(route.restore, NAME, held_configs, keep=bool(_ROUTES))
 
 
 def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
@@ -159,87 +217,14 @@ def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
     return where, 0 if layer is None else int(layer)
 
 
-class _Bound:
-    """A hook where forward passes begin or end. A copy of the model, which is not traced, shares it to no effect."""
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
-
-    def __deepcopy__(self, memo: Any) -> _Bound:
-        return self
-
-
-class _Begin(_Bound):
-    """Tells the handlers that a forward pass begins: of the model, or of its base model called directly."""
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        whole = self.route.model
-        if model is not whole and (self.route.inside is not None or model is not getattr(whole, "base_model", None)):
-            return
-        inputs = dict(kwargs)
-        if args and "input_ids" not in inputs:
-            inputs["input_ids"] = args[0]
-        for handler in self.route.handlers:
-            if self.route.inside is not None:  # the last pass was interrupted where no hook could tell
-                handler.abort_forward()
-            handler.begin_forward(inputs)
-        self.route.inside, self.route.called = model, False
-
-
-class _End(_Bound):
-    """Tells the handlers that a pass broke off, and refuses one that ran without calling attention."""
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.route.inside is not model:
-            return
-        self.route.inside = None
-        done = output is not None or stopped()  # torch calls the hook also after an exception, without an output
-        for handler in self.route.handlers:
-            if done and self.route.called:
-                handler.end_forward()
-            else:
-                handler.abort_forward()
-        if done and not self.route.called:
-            raise HeadscopeError(
-                f"{type(model).__name__} ran without calling its attention, as an exported, ahead-of-time compiled or "
-                "captured model does: nothing can be traced or edited in it; use the model it was made from"
-            )
-
-
-def attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: (batch, head, query, d) in, (batch, query, head, d_value) out."""
-    place = _PLACES.get(module)
-    if place is None:
-        raise HeadscopeError(
-            f"{type(module).__name__} attends outside the model that was traced; trace the whole model"
-        )
-    place.route.called = True
-    if not place.route.is_busy(place.module, place.layer):
-        options = {**kwargs, "scaling": scaling, "dropout": dropout}
-        own = leave(module, place.implementation, query, key, value, attention_mask, **options)
-        if own is not None:
-            return own, None
-    call = make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
-    if place.route.check is not None:
-        place.route.check(module, place, call, attention_mask, {**kwargs, "scaling": scaling, "dropout": dropout})
-    z = run_call(call, place.route.handlers)
-    return z.transpose(1, 2).contiguous(), None
-
-
 def release_all() -> None:
     """Detach every handler from every model (after an interrupt in the middle of attaching)."""
-    for route in list(_ROUTES.values()):
-        route.handlers.clear()
-        _close(route)
+    with LOCK:
+        for route in list(_ROUTES.values()):
+            route.entries.clear()
+            route.handlers.clear()
+            _close(route)
+        unregister(NAME)
 
 
 def is_attached(model: Any) -> bool:

@@ -6,7 +6,10 @@
    mask, window, softcap, sink and scale handling where attention weights cannot be asked for.
 3. The tile and the output are compared with those of the AttentionCall we make of the same call.
 
-A tower that the verification prompt does not reach (images, say) is checked when its first call comes.
+A tower that the verification prompt does not reach (images, say) is checked when its first call comes. The prompt runs
+once more without its attention mask, where transformers may make no mask at all and leave causality to a flag. A
+function that is not known to be softmax attention (``headscope.interp.sites.huggingface.own``) is not compared with
+anything: nothing ever stands in for it.
 
 ``headscope.interp.sites.agreement`` derives how far two right computations may differ. In half precision that may be
 much, so a function that takes float32 as well runs once more on the same inputs in float32, and is held to float32's
@@ -17,8 +20,8 @@ else.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,13 +33,16 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.agreement import Verification, compare_call
 from headscope.interp.sites.compiled import uncompiled
 from headscope.interp.sites.huggingface import calls as hf_calls
+from headscope.interp.sites.huggingface import own
 from headscope.interp.sites.huggingface import route as hf_route
 from headscope.interp.sites.huggingface import switch as hf_switch
 from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
+from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.unwrap import bare_model, model_device
 
 NAME = "headscope-verify"
 LONGEST_WINDOW = 1024  # a sliding window up to this size is exceeded by the verification prompt
+SHORT = 24  # tokens of a prompt where no window asks for more
 LARGEST = 1 << 24  # query-key pairs of the largest call that is checked whole when it comes
 _VERIFIED: WeakKeyDictionary[nn.Module, Verification] = WeakKeyDictionary()
 
@@ -57,19 +63,24 @@ def verify_once(model: Any) -> Verification:
     return found
 
 
-def verify(model: Any, inputs: dict[str, Tensor] | None = None) -> Verification:
+def verify(model: Any, inputs: dict[str, Tensor] | None = None, trust: Sequence[str] = ()) -> Verification:
     """Run the check on ``inputs`` (default: a small padded batch of random tokens, longer than the sliding window).
 
-    A model that passes is known from then on to ``trace`` and to interventions.
+    A model that passes is known from then on to ``trace`` and to interventions. ``trust`` names attention
+    implementations whose functions you registered or wrapped yourself, and which are softmax attention at every length
+    and with every cache: they are compared like the others, and ours stands in for them from then on.
 
     Raises:
         HeadscopeError: the architecture is not routed, or does not run on inputs of ours (give ``inputs`` then).
     """
     inner = bare_model(model)
     if hf_route.is_attached(inner):
+        if trust:
+            raise HeadscopeError("verify(trust=...) compares the model with itself; call it outside the `with` block")
         return _VERIFIED.get(inner) or Verification(calls=1)  # verified when the first handler was attached
     found = Verification()
-    with uncompiled():
+    with hf_route.LOCK, uncompiled():
+        hf_route.trust(inner, frozenset(trust))
         if inputs is None:
             _try(inner, found)
         else:
@@ -107,8 +118,10 @@ def _run(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
     training = {part: part.training for part in model.modules()}
     model.eval()
     try:
-        with _probing(model, found), torch.no_grad():
-            model(**inputs)
+        with torch.no_grad(), torch.autocast(model_device(model).type, enabled=False):
+            with _probing(model, found):
+                model(**inputs)
+            _run_unmasked(model, found, inputs)
     except HeadscopeError as error:
         named = type(model).__name__ in str(error)
         raise error if named else HeadscopeError(hf_calls.refusal(model, str(error))) from error
@@ -117,11 +130,30 @@ def _run(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
             part.training = was
 
 
+def _run_unmasked(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
+    """The first example once more without a mask, as many callers leave it out; some models need one."""
+    mask = inputs.get("attention_mask")
+    if found.problems or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    rest = {name: x for name, x in inputs.items() if name != "attention_mask"}
+    if set(rest) == {"input_ids", "use_cache"}:
+        rest["input_ids"] = rest["input_ids"][:1, :SHORT]
+    again = Verification()
+    try:
+        with _probing(model, again):
+            model(**rest)
+    except HeadscopeError:
+        raise
+    except Exception:  # whatever it is, nobody can run the model so
+        return
+    found.add(again)
+
+
 def prompt(model: nn.Module) -> dict[str, Any]:
     """Two rows of random tokens, one padded on the left and one on the right."""
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     windows = [w for w in (getattr(config, "sliding_window", None),) if isinstance(w, int) and 0 < w <= LONGEST_WINDOW]
-    length = max([24, *(w + 8 for w in windows)])
+    length = max([SHORT, *(w + 8 for w in windows)])
     limit = getattr(config, "max_position_embeddings", None)
     length = min(length, limit) if isinstance(limit, int) and limit > 0 else length
     generator = torch.Generator().manual_seed(0)
@@ -148,9 +180,10 @@ def _first_plain(special: Tensor) -> int:
     return next(i for i in range(3, 4096) if i not in special.tolist())
 
 
-@contextmanager
+@block
 def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
-    route = hf_route.Route(model, hf_switch.implementations(model))
+    before, thread = hf_switch.implementations(model), threading.get_ident()
+    route = hf_route.Route(model, before, trusted=hf_route.trusted(model))
     places = hf_route.places(route)
 
     def function(
@@ -161,15 +194,27 @@ def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        place, scaling, dropout = places[module], kwargs.get("scaling"), kwargs.get("dropout", 0.0)
-        call = hf_calls.make_call(module, place, query, key, value, attention_mask, scaling, dropout, kwargs)
-        return _check(found, module, place, call, attention_mask, kwargs)
+        place, tensors = places.get(module), (query, key, value)
+        if place is None or threading.get_ident() != thread:  # the user's own call of this model, or of a twin of it
+            name = "sdpa" if place is None else place.implementation
+            now = getattr(getattr(module, "config", None), "_attn_implementation_internal", None)
+            name = now.own or "eager" if isinstance(now, hf_switch.Switched) else name
+            return own.leave(module, name, *tensors, attention_mask, known=False, **kwargs)
+        options = {"scaling": None, "dropout": 0.0, **kwargs}
+        call = hf_calls.make_call(
+            module, place, *tensors, attention_mask, options["scaling"], options["dropout"], options
+        )
+        return _check(found, module, place, call, attention_mask, options)
 
-    hf_switch.switch(model, NAME, function, lazy_mask)
     try:
+        hf_switch.switch(model, NAME, function, lazy_mask)
         yield
     finally:
-        hf_switch.restore(route.restore, NAME)
+        try:
+            with uninterrupted():
+                hf_switch.restore(before, NAME)
+        finally:
+            hf_switch.restore(before, NAME)  # an interrupt may have come just before
     _check_layers(found, places)
 
 
@@ -213,8 +258,10 @@ def _check(
     """Compare one call with what the model's configured function computes, and return the latter's result."""
     found.calls += 1
     found.layers.setdefault(call.module, []).append(call.layer)
-    real = hf_calls.original_function(module, place.implementation)
+    real = own.original_function(module, place.implementation)
     original = mask.original(place.implementation) if isinstance(mask, LazyMask) else mask
+    if place.implementation not in place.route.trusted and not own.is_known(module, place.implementation):
+        return real(module, call.query, call.key, call.value, original, **kwargs)
 
     def run(value: Tensor) -> Any:
         return real(module, call.query, call.key, value, original, **kwargs)

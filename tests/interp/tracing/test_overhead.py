@@ -15,8 +15,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from headscope.interp import trace
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.benchmarks import attaching
+from headscope.interp.sites.huggingface import attention as hf_attention
 from headscope.interp.sites.huggingface import calls as hf_calls
-from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.huggingface import own
 from headscope.interp.sites.huggingface.masks import LazyMask
 from headscope.interp.statistics import Entropy, LogSumExp
 from headscope.interp.survey.tiny import tiny_model
@@ -64,7 +65,7 @@ def test_only_layers_that_somebody_reads_or_changes_become_calls(name: str, monk
 
     with trace(model, [Entropy()], layers=[1]), apply(model, AblateHeads([(1, 0)])):  # verified before we count
         pass
-    monkeypatch.setattr(huggingface, "make_call", noting)
+    monkeypatch.setattr(hf_attention, "make_call", noting)
     with trace(model, [Entropy()], layers=[]):
         run(model)
     assert seen == set()
@@ -87,7 +88,7 @@ def test_no_mask_of_query_times_key_is_made_for_long_inputs(monkeypatch: pytest.
     asked: list[LazyMask] = []
     original = LazyMask.original
     monkeypatch.setattr(LazyMask, "original", lambda mask, name: asked.append(mask) or original(mask, name))
-    monkeypatch.setattr(hf_calls, "SMALL", 24 * 24)
+    monkeypatch.setattr(own, "SMALL", 24 * 24)
     with torch.no_grad():
         plain = model(**batch()).logits
         with trace(model, [Entropy()], layers=[], verify=False):
