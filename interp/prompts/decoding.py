@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.prompts.boundary import known_boundary, prompt_boundary
 
 
 def prefill(lm: Any, ids: Any) -> Any:
-    """Run the model on token ids without statistics; returns its key/value cache.
+    """Run the model on a prompt's token ids, all but the last, without statistics; returns its key/value cache.
+
+    The last token is left for ``decode``, whose first pass chooses the answer's first token. Edits that act while
+    reading or while answering are told where the prompt ends.
 
     Raises:
         HeadscopeError: no token, or a model that keeps no cache.
@@ -21,7 +26,7 @@ def prefill(lm: Any, ids: Any) -> Any:
     inputs: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=lm.device), "use_cache": True}
     if "logits_to_keep" in inspect.signature(lm.model.forward).parameters:
         inputs["logits_to_keep"] = 1
-    with torch.no_grad():
+    with torch.no_grad(), _boundary(len(ids) + 1):
         cache = getattr(lm.model(**inputs), "past_key_values", None)
     if cache is None:
         raise HeadscopeError(f"{lm.name} returns no key/value cache, which decoding needs; use a causal language model")
@@ -29,7 +34,7 @@ def prefill(lm: Any, ids: Any) -> Any:
 
 
 def decode(lm: Any, cache: Any, last: int, max_new_tokens: int, *, newline_stop: bool = False) -> list[int]:
-    """Continue a cache greedily from the token ``last``: the emitted ids, with the one that ended the answer.
+    """Continue a cache greedily from the prompt's ``last`` token: the emitted ids, with the one that ended the answer.
 
     Stops at a token that ends a text or a turn (``stop_tokens``), with ``newline_stop`` at a token with a newline, or
     after ``max_new_tokens``. Every forward pass has one query row: the one that emits the next token.
@@ -38,8 +43,9 @@ def decode(lm: Any, cache: Any, last: int, max_new_tokens: int, *, newline_stop:
         HeadscopeError: logits that are not numbers.
     """
     stops, emitted, fed = stop_tokens(lm), list[int](), int(last)
+    length = int(cache.get_seq_length()) + 1
     while len(emitted) < max_new_tokens:
-        with torch.no_grad():
+        with torch.no_grad(), _boundary(length):
             output = lm.model(input_ids=torch.tensor([[fed]], device=lm.device), past_key_values=cache, use_cache=True)
         check_finite(lm, output.logits[:, -1])
         fed = int(output.logits[0, -1].argmax())
@@ -47,6 +53,11 @@ def decode(lm: Any, cache: Any, last: int, max_new_tokens: int, *, newline_stop:
         if fed in stops or (newline_stop and "\n" in lm.tokenizer.decode([fed])):
             break
     return emitted
+
+
+def _boundary(length: int) -> AbstractContextManager[None]:
+    """Says where the prompt ends, unless whoever built it does."""
+    return prompt_boundary(length) if known_boundary() is None else nullcontext()
 
 
 def stop_tokens(lm: Any) -> frozenset[int]:

@@ -15,7 +15,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.discovery import Scored, discover
 from headscope.interp.prompts.decoding import answer_text, check_finite, decode, prefill
 from headscope.interp.prompts.haystack import Needles, rouge1_recall
-from headscope.interp.prompts.needle import NeedlePrompt, NeedleTask
+from headscope.interp.prompts.needle import NeedlePrompt, NeedlePrompts
 from headscope.interp.prompts.spans import encode
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.journal import Trial
@@ -57,8 +57,8 @@ def retrieval(
 
     Args:
         lm: load_model's result, with its tokenizer.
-        lengths, depths, needles, haystack, chat, max_new_tokens, newline_stop, stem: as of ``NeedleTask``; by default
-            the authors' three needles, ten depths and those of their 20 lengths that fit the model's context.
+        lengths, depths, needles, haystack, chat, max_new_tokens, newline_stop, stem: as of ``NeedlePrompts``; by
+            default the authors' three needles, ten depths and those of their 20 lengths that fit the model's context.
         count: "counter" is the authors' code: each copied token adds 1 / (tokens of the answer), so that a token
             copied twice counts twice and a trial can exceed 1. "set" is the paper's formula |g & k| / |k| on sets of
             distinct tokens, at most 1.
@@ -79,13 +79,13 @@ def retrieval(
         needle, length, depth, response, recall, tokens and position. NaN for layers without softmax attention.
 
     Raises:
-        HeadscopeError: as of ``NeedleTask``, a model that cannot be traced, or no trial above ``threshold``.
+        HeadscopeError: as of ``NeedlePrompts``, a model that cannot be traced, or no trial above ``threshold``.
     """
     if count not in ("counter", "set") or forced not in ("first", "all") or group not in ("needle", "text", None):
         raise HeadscopeError("count is 'counter' or 'set', forced 'first' or 'all', group 'needle', 'text' or None")
-    task = NeedleTask(lengths, depths, needles, haystack, paraphrased, chat, max_new_tokens, newline_stop, stem)
+    task = NeedlePrompts(lengths, depths, needles, haystack, paraphrased, chat, max_new_tokens, newline_stop, stem)
     trials = [{**trial, "text": f"{trial['needle']} in {trial['length']}"} for trial in task.trials(lm)]
-    parameters = {**task.parameters, "lengths": task.lengths_for(lm), "count": count}
+    parameters = {**task.parameters(lm), "count": count}
     parameters |= {"forced": forced} if paraphrased else {"threshold": threshold}
 
     def score(trial: Trial) -> Scored:
@@ -122,10 +122,11 @@ def copy_score(
     return np.asarray(np.sum(found, axis=0) / len(distinct), dtype=np.float64)
 
 
-def _generated_trial(lm: Any, task: NeedleTask, trial: Trial, count: Count, threshold: float) -> Scored:
+def _generated_trial(lm: Any, task: NeedlePrompts, trial: Trial, count: Count, threshold: float) -> Scored:
     prompt = task.build(lm, trial)
-    cache = prefill(lm, prompt.ids[:-1])
-    with trace(lm, [TopKeys(1)]) as tracer:
+    with prompt.published():
+        cache = prefill(lm, prompt.ids[:-1])
+    with prompt.published(), trace(lm, [TopKeys(1)]) as tracer:
         new = decode(lm, cache, prompt.ids[-1], task.max_new_tokens, newline_stop=task.newline_stop)
     response = answer_text(lm, new)
     recall = rouge1_recall(prompt.needle.real_needle, response, stem=task.stem)
@@ -137,7 +138,7 @@ def _generated_trial(lm: Any, task: NeedleTask, trial: Trial, count: Count, thre
     return _all_layers(lm, record, scores), details
 
 
-def _forced_trial(lm: Any, task: NeedleTask, trial: Trial, count: Count, *, first_only: bool) -> Scored:
+def _forced_trial(lm: Any, task: NeedlePrompts, trial: Trial, count: Count, *, first_only: bool) -> Scored:
     """Feed the answer as it stands in the needle, token for token, whatever the model would say."""
     prompt = task.build(lm, trial)
     first, stop = prompt.span
