@@ -7,21 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headscope.interp.results.evaluation import Evaluation as Evaluation
+    from headscope.interventions.applying import apply as apply
+    from headscope.interventions.base import Composed as Composed
+    from headscope.interventions.base import Edit as Edit
     from headscope.interventions.base import Intervention as Intervention
-    from headscope.interventions.base import apply as apply
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
+    from headscope.interventions.head_edit import HeadEdit as HeadEdit
+    from headscope.interventions.load import load_intervention as load_intervention
     from headscope.interventions.outputs.ablate import AblateHeads as AblateHeads
     from headscope.interventions.outputs.ablate import head_means as head_means
+    from headscope.interventions.outputs.scale import ScaleHeads as ScaleHeads
+    from headscope.interventions.tasks.needle import NeedleTask as NeedleTask
     from headscope.interventions.tasks.text_loss import TextLoss as TextLoss
 
 _HOME = {
     "AblateHeads": "outputs.ablate",
+    "Composed": "base",
+    "Edit": "base",
     "Evaluation": "evaluation",
+    "HeadEdit": "head_edit",
     "Intervention": "base",
+    "NeedleTask": "tasks.needle",
+    "ScaleHeads": "outputs.scale",
     "TextLoss": "tasks.text_loss",
-    "apply": "base",
+    "apply": "applying",
     "evaluate": "evaluation.evaluate",
     "head_means": "outputs.ablate",
+    "load_intervention": "load",
 }
 
 __all__ = list(_HOME)

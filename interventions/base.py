@@ -1,39 +1,63 @@
-"""What every intervention is: a handler with a name, a description and, where it is head-driven, a head set."""
+"""What every intervention is: a handler with a name, a description and, where it is head-driven, a head set.
+
+``Edit`` is the base of the published ones: a frozen dataclass whose fields say everything, so that describing, copying,
+comparing and saving are the same for all. ``Composed`` is several in their order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.registry import make, settings
 from headscope.interp.results.headset import HeadSet
-from headscope.interp.sites import attached, verify_once
-from headscope.interp.sites.huggingface.route import Route, modules_of, places
-from headscope.interp.sites.huggingface.switch import implementations
-from headscope.interp.sites.towers import check_name, default_tower, selects
-from headscope.interp.sites.unwrap import bare_model, origin
-from headscope.kernels.request import Reduced, Request
+from headscope.interp.runs.provenance import describe
+from headscope.interventions import files
+from headscope.interventions.edits import EDITS
+from headscope.interventions.phases import PHASES, During, Rows, chosen_rows
 
 
 class Intervention(Handler):
     """An edit of attention or of head outputs, in force inside ``with apply(model, intervention)``.
 
     ``heads`` is the head set that drives it, or None. ``with_heads`` makes the same edit on other heads, which is what
-    a matched random control is.
+    a matched random control is. ``a + b`` is both, a first.
     """
 
     name: str = "intervention"
     heads: HeadSet | None = None
+    made_for: Mapping[str, Any] | None = None  # of a loaded one: the model it was saved for, checked by ``apply``
+
+    source: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    @property
+    def phased(self) -> bool:
+        """Whether it has to know where the prompt ends."""
+        return getattr(self, "during", "always") != "always"
 
     def with_heads(self, heads: HeadSet) -> Intervention:
         """The same edit driven by other heads."""
         raise HeadscopeError(f"{self.name} is not driven by a head set, so it has no random-head control")
+
+    def with_settings(self, **given: Any) -> Intervention:
+        """The same edit with other settings.
+
+        Raises:
+            HeadscopeError: a setting that it does not have.
+        """
+        raise HeadscopeError(f"{self.name} has no settings to change ({', '.join(given)})")
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides what it does, JSON-able, for provenance and for resuming."""
@@ -44,109 +68,270 @@ class Intervention(Handler):
         if self.heads is not None:
             self.heads.check(layers, heads)
 
+    def save(self, path: str | Path, model: Any = None) -> Path:
+        """Write it as one safetensors file (see ``load_intervention``). With ``model`` the file is for that model:
+        its name, revision, shapes and a hash of a few weights are checked where it is loaded and applied.
 
-def size(model: Any) -> tuple[int, int]:
-    """Layers of the tower that reads or writes text, and query heads a layer."""
-    config: Any = bare_model(model).config
-    text = config.get_text_config()
-    return int(text.num_hidden_layers), int(text.num_attention_heads)
+        Raises:
+            HeadscopeError: an edit of no registry, or a setting that a file cannot hold.
+        """
+        tensors: dict[str, Tensor] = {}
+        document = self.document(tensors, "")
+        made_for = self.made_for if model is None else files.signature(model)
+        return files.write(path, {**document, "model": None if made_for is None else dict(made_for)}, tensors)
 
+    def document(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+        """What a file holds of it; its tensors go to ``tensors`` under names that begin with ``prefix``."""
+        raise HeadscopeError(
+            f"{self.name} cannot be saved: make it a dataclass derived from Edit, with a line in EDITS"
+        )
 
-class _InTower(Handler):
-    """``inner`` where one tower attends: head (0, 0) of a vision tower is another head than the text's.
-
-    A head that does not exist is refused at the first call, where the number of heads is seen.
-    """
-
-    def __init__(self, inner: Intervention, model: nn.Module, tower: str, layers: int) -> None:
-        self.inner, self.model, self.tower, self.layers = inner, model, tower, layers
-        self._checked = False
-
-    def _is_here(self, call: AttentionCall) -> bool:
-        here = selects(self.tower, call.module, self.model)
-        if here and not self._checked:
-            self.inner.check(self.layers, call.query.shape[1])
-            self._checked = True
-        return here
-
-    def concerns(self, module: str, layer: int) -> bool:
-        return selects(self.tower, module, self.model) and self.inner.concerns(module, layer)
-
-    def edit(self, call: AttentionCall) -> AttentionCall:
-        return self.inner.edit(call) if self._is_here(call) else call
-
-    def request(self, call: AttentionCall) -> Request | None:
-        return self.inner.request(call) if self._is_here(call) else None
-
-    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
-        return self.inner.edit_output(call, z) if self._is_here(call) else z
-
-    def observe(self, call: AttentionCall, reduced: Reduced) -> None:
-        self.inner.observe(call, reduced)
-
-    def begin_forward(self, inputs: dict[str, Any]) -> None:
-        self.inner.begin_forward(inputs)
-
-    def end_forward(self) -> None:
-        self.inner.end_forward()
-
-    def abort_forward(self) -> None:
-        self.inner.abort_forward()
+    def __add__(self, other: Intervention) -> Composed:
+        return Composed((*parts_of(self), *parts_of(other)))
 
 
-@contextmanager
-def apply(model: Any, *interventions: Intervention, tower: str | None = None) -> Iterator[None]:
-    """Put ``interventions`` in force, in order, for every forward pass and ``generate`` inside the block.
-
-    Composes with ``trace`` (a tracer entered later sees the edited model) and with itself, so that each tower can have
-    edits of its own. The model is as it was after the block, also after an exception.
+@dataclass(frozen=True, eq=False)
+class Edit(Intervention):
+    """Base of the edits that are declarations: frozen dataclasses whose fields are their settings.
 
     Args:
-        model: load_model's result, a Hugging Face model, a TransformerBridge or an nnsight wrapper (around its
-            ``trace`` and ``generate``).
-        interventions: edits, e.g. ``AblateHeads``.
-        tower: whose heads they name where a model has several towers, as in ``trace(tower=...)``: ``"language"``,
-            ``"vision"``, ``"encoder"``, ``"cross"`` ... or a pattern of module names. None: the tower that reads or
-            writes text.
-
-    Raises:
-        HeadscopeError: an architecture that cannot be edited exactly, or a head that does not exist.
+        during: ``"always"``, ``"prefill"`` (the prompt's rows), ``"decode"`` (rows of generated tokens) or ``"answer"``
+            (the prompt's last row too, which chooses the first token of the answer; the protocol of Wu et al. 2024).
+        strength: from 0 (the unedited model, to the bit) to 1 (the edit).
+        positions: only queries at these positions, a span as statistics take it, or the name of a published one.
     """
-    inner = bare_model(model)
-    if tower is None:
-        chosen, layers, heads = default_tower(modules_of(inner), inner), *size(model)
-        for intervention in interventions:
-            intervention.check(layers, heads)
-    else:
-        chosen, layers = tower, layers_of(model, tower)
-        for intervention in interventions:
-            _check_layers(intervention, layers, tower)
-    verify_once(model)
-    with ExitStack() as stack:
-        for intervention in interventions:
-            stack.enter_context(attached(model, _InTower(intervention, inner, chosen, layers)))
-        stack.enter_context(torch.no_grad())
-        yield
+
+    _: KW_ONLY
+    during: During = "always"
+    strength: float = 1.0
+    positions: Any = None
+
+    strengths: ClassVar[tuple[float, float]] = (0.0, 1.0)  # which ones mean something
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("__eq__", "__hash__", "__repr__"):  # before a dataclass writes its own, which tensors break
+            if name not in vars(cls):
+                setattr(cls, name, getattr(Edit, name))
+
+    def __post_init__(self) -> None:
+        kind, (least, most) = type(self).__name__, self.strengths
+        if self.during not in PHASES:
+            raise HeadscopeError(f"{kind}: during must be {_listed(PHASES)}, not {self.during!r}")
+        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
+        if not number or not math.isfinite(self.strength) or not least <= self.strength <= most:
+            bounds = f"between {least:g} and {most:g}" if math.isfinite(most) else "a finite number"
+            raise HeadscopeError(f"{kind}: strength must be {bounds}, not {self.strength!r}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """What results call it: its kind, its heads, and the settings that say more than the defaults."""
+        kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", type(self).__name__).lower()
+        if self.heads is not None:
+            count = f"{len(self.heads)} heads"
+            kind = kind.removesuffix("heads") + count if kind.endswith("heads") else f"{kind} of {count}"
+        told = ", ".join(_told(field, getattr(self, field.name)) for field in fields(self) if self._shows(field))
+        return f"{kind} ({told})" if told else kind
+
+    def _shows(self, field: Field[Any]) -> bool:
+        value = getattr(self, field.name)
+        return isinstance(value, str | int | float) and (not field.kw_only or value != field.default)
+
+    def with_settings(self, **given: Any) -> Edit:
+        """The same edit with other settings, checked like new ones."""
+        held = {name: getattr(self, name) for name in settings(type(self))}
+        return make(type(self), type(self).__name__, {**held, **given})
+
+    def describe(self) -> dict[str, Any]:
+        """Every field, tensors by their hash; weights of heads where they differ."""
+        own = {field.name: _described(getattr(self, field.name)) for field in fields(self) if field.name != "heads"}
+        weighted = self.heads is not None and len(set(self.heads.weights)) > 1
+        weights = {"weights": list(self.heads.weights)} if self.heads is not None and weighted else {}
+        return {**super().describe(), "kind": type(self).__name__, **weights, **own}
+
+    def document(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+        """Its name in the registry and its settings.
+
+        Raises:
+            HeadscopeError: it is in no registry, or a setting that a file cannot hold.
+        """
+        kind = next((name for name, place in EDITS.places.items() if _is_at(place, type(self))), None)
+        if kind is None:
+            raise HeadscopeError(
+                f"{type(self).__name__} is in no registry, so a file could not name it: add a line to EDITS, or an "
+                "entry point of the group headscope.edits"
+            )
+        held = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        return {"kind": kind, "settings": {n: files.encode(x, prefix + n, tensors) for n, x in held.items()}}
+
+    def concerns(self, module: str, layer: int) -> bool:
+        """Not with strength 0: the layers then run the model's own attention."""
+        return self.strength != 0
+
+    def rows(self, call: AttentionCall) -> Rows:
+        """The query rows of ``call`` that are meant, by phase and positions."""
+        return chosen_rows(call, self.during, self.positions)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> str:
+        weights = None if self.heads is None else self.heads.weights
+        return json.dumps([self.describe(), weights], sort_keys=True)
+
+    def __repr__(self) -> str:
+        given = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "heads" or not _is_default(field, value):
+                given.append(f"{field.name}={_short(value)}")
+        return f"{type(self).__name__}({', '.join(given)})"
 
 
-def layers_of(model: Any, tower: str) -> int:
-    """How many layers attend in a tower.
+class Composed(Intervention):
+    """Several interventions in a stated order: ``parts[0]`` first, at every place where they act.
 
-    Raises:
-        HeadscopeError: ``tower`` is no name of one or of modules, or nothing that can be edited attends there.
+    Inside attention all parts change the call one after the other; what heads give is then changed by all parts one
+    after the other.
     """
-    inner = bare_model(model)
-    if origin(model) == "transformer_lens" and tower != "language":
-        raise HeadscopeError(f"a TransformerBridge shows its language layers only, not {tower!r}; edit the bare model")
-    check_name(tower, modules_of(inner))
-    parts = places(Route(inner, implementations(inner))).values()
-    layers = {part.layer for part in parts if "att" in part.module.lower() and selects(tower, part.module, inner)}
-    if not layers:
-        raise HeadscopeError(f"{type(inner).__name__} has no attention layer in {tower!r}")
-    return 1 + max(layers)
+
+    def __init__(self, parts: Sequence[Intervention]) -> None:
+        self.parts = tuple(part for given in parts for part in parts_of(given))
+        if not self.parts:
+            raise HeadscopeError("compose at least one intervention, e.g. first + second")
+        self.name = " + ".join(part.name for part in self.parts)
+        named = dict.fromkeys(head for part in self.parts for head in part.heads or ())
+        self.heads = HeadSet(tuple(named)) if named else None
+
+    @property
+    def phased(self) -> bool:
+        """Whether one of them has to know where the prompt ends."""
+        return any(part.phased for part in self.parts)
+
+    def with_heads(self, heads: HeadSet) -> Composed:
+        """Each head of ``self.heads`` becomes the one at its place in ``heads``, in every part that names it.
+
+        Raises:
+            HeadscopeError: another number of heads, or no part has any.
+        """
+        if self.heads is None:
+            raise HeadscopeError(f"{self.name} is not driven by a head set, so it has no random-head control")
+        if len(heads) != len(self.heads):
+            raise HeadscopeError(f"{self.name} names {len(self.heads)} heads; give as many, not {len(heads)}")
+        instead = dict(zip(self.heads, heads, strict=True))
+        return Composed([moved(part, instead, heads.name) for part in self.parts])
+
+    def with_settings(self, **given: Any) -> Composed:
+        """Every part with these settings."""
+        return Composed([part.with_settings(**given) for part in self.parts])
+
+    def describe(self) -> dict[str, Any]:
+        """Its parts, in their order."""
+        return {**super().describe(), "kind": "Composed", "parts": [part.describe() for part in self.parts]}
+
+    def document(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+        """The documents of its parts."""
+        return {"parts": [part.document(tensors, f"{prefix}{i}.") for i, part in enumerate(self.parts)]}
+
+    def check(self, layers: int, heads: int) -> None:
+        """Raise HeadscopeError where one of them cannot apply."""
+        for part in self.parts:
+            part.check(layers, heads)
+
+    def concerns(self, module: str, layer: int) -> bool:
+        """The layers of any part."""
+        return any(part.concerns(module, layer) for part in self.parts)
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        """Every part's, in order."""
+        for part in self._here(call):
+            call = part.edit(call)
+        return call
+
+    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
+        """Every part's, in order."""
+        for part in self._here(call):
+            z = part.edit_output(call, z)
+        return z
+
+    def begin_forward(self, inputs: dict[str, Any]) -> None:
+        """A pass begins for every part."""
+        for part in self.parts:
+            part.begin_forward(inputs)
+
+    def end_forward(self) -> None:
+        """It came to its end."""
+        for part in self.parts:
+            part.end_forward()
+
+    def abort_forward(self) -> None:
+        """It did not."""
+        for part in self.parts:
+            part.abort_forward()
+
+    def _here(self, call: AttentionCall) -> list[Intervention]:
+        return [part for part in self.parts if part.concerns(call.module, call.layer)]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Composed) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts))
 
 
-def _check_layers(intervention: Intervention, layers: int, tower: str) -> None:
-    missing = [layer for layer in (intervention.heads or HeadSet(())).by_layer() if not 0 <= layer < layers]
-    if missing:
-        raise HeadscopeError(f"layer {missing[0]} does not exist in {tower!r}, which has layers 0-{layers - 1}")
+def parts_of(intervention: Intervention) -> tuple[Intervention, ...]:
+    """The interventions that one is made of, in order."""
+    return intervention.parts if isinstance(intervention, Composed) else (intervention,)
+
+
+def moved(edit: Intervention, instead: Mapping[tuple[int, int], tuple[int, int]], name: str) -> Intervention:
+    """``edit`` with each of its heads replaced, the weights kept; one without heads as it is."""
+    if edit.heads is None:
+        return edit
+    return edit.with_heads(HeadSet(tuple(instead[head] for head in edit.heads), edit.heads.weights, name=name))
+
+
+def _is_at(place: str, cls: type) -> bool:
+    return place == f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _is_default(field: Field[Any], value: Any) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return default is value or (type(default) is type(value) and not isinstance(value, Tensor) and default == value)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "type": str(value.dtype), "sha256": files.tensor_hash(value)}
+    if isinstance(value, HeadSet):
+        return [list(head) for head in value]
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _described(item) for key, item in value.items()}
+    return describe(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        shape, dtype = "x".join(map(str, value.shape)), str(value.dtype).removeprefix("torch.")
+        return f"<{shape} {dtype}, sha256 {files.tensor_hash(value)[:12]}>"
+    if isinstance(value, HeadSet):
+        return repr(",".join(f"L{layer}H{head}" for layer, head in value))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_short(item)}" for key, item in value.items()) + "}"
+    return repr(value)
+
+
+def _told(field: Field[Any], value: Any) -> str:
+    return value if isinstance(value, str) and field.name in ("how", "during") else f"{field.name}={value}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"

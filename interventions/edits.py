@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from headscope.interp.registry import Registry
-from headscope.interventions.base import Intervention
+
+if TYPE_CHECKING:
+    from headscope.interventions.base import Intervention
 
 EDITS: Registry[Intervention] = Registry(
     "edit",
@@ -11,5 +15,6 @@ EDITS: Registry[Intervention] = Registry(
     "headscope.interventions",
     {
         "ablate_heads": "outputs.ablate:AblateHeads",
+        "scale_heads": "outputs.scale:ScaleHeads",
     },
 )

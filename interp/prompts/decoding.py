@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.prompts.boundary import known_boundary, prompt_boundary
 
 
 def prefill(lm: Any, ids: Any) -> Any:
-    """Run the model on token ids without statistics; returns its key/value cache.
+    """Run the model on a prompt's token ids, all but the last, without statistics; returns its key/value cache.
+
+    The last token is left for ``decode``, whose first pass chooses the answer's first token. Edits that act while
+    reading or while answering are told where the prompt ends.
 
     Raises:
         HeadscopeError: no token, or a model that keeps no cache.
     """
     if not len(ids):
         raise HeadscopeError("a prompt needs at least two tokens")
-    cache = getattr(lm.forward(torch.tensor([list(ids)]), logits=1, cache=True), "past_key_values", None)
+    with _boundary(len(ids) + 1):
+        output = lm.forward(torch.tensor([list(ids)]), logits=1, cache=True)
+    cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise HeadscopeError(f"{lm.name} returns no key/value cache, which decoding needs; use a causal language model")
     return cache
 
 
 def decode(lm: Any, cache: Any, last: int, max_new_tokens: int, *, newline_stop: bool = False) -> list[int]:
-    """Continue a cache greedily from the token ``last``: the emitted ids, with the one that ended the answer.
+    """Continue a cache greedily from the prompt's ``last`` token: the emitted ids, with the one that ended the answer.
 
     Stops at a token that ends a text or a turn (``stop_tokens``), with ``newline_stop`` at a token with a newline, or
     after ``max_new_tokens``. Every forward pass has one query row: the one that emits the next token.
@@ -33,14 +40,21 @@ def decode(lm: Any, cache: Any, last: int, max_new_tokens: int, *, newline_stop:
         HeadscopeError: logits that are not numbers.
     """
     stops, emitted, fed = stop_tokens(lm), list[int](), int(last)
+    length = int(cache.get_seq_length()) + 1
     while len(emitted) < max_new_tokens:
-        output = lm.forward(torch.tensor([[fed]]), cache=cache)
+        with _boundary(length):
+            output = lm.forward(torch.tensor([[fed]]), cache=cache)
         check_finite(lm, output.logits[:, -1])
         fed = int(output.logits[0, -1].argmax())
         emitted.append(fed)
         if fed in stops or (newline_stop and "\n" in lm.tokenizer.decode([fed])):
             break
     return emitted
+
+
+def _boundary(length: int) -> AbstractContextManager[None]:
+    """Says where the prompt ends, unless whoever built it does."""
+    return prompt_boundary(length) if known_boundary() is None else nullcontext()
 
 
 def stop_tokens(lm: Any) -> frozenset[int]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.prompts.decoding import answer_text, decode, prefill
+from headscope.interp.prompts.boundary import prompt_boundary
 from headscope.interp.prompts.haystack import (
     Needle,
     Needles,
@@ -20,12 +21,11 @@ from headscope.interp.prompts.haystack import (
     insertion_point,
     load_haystack,
     load_needles,
-    rouge1_recall,
     sentence_ends,
 )
 from headscope.interp.prompts.spans import encode, span_in
 from headscope.interp.runs.journal import Trial
-from headscope.interp.statistics.spans import Span
+from headscope.interp.statistics.spans import Span, published_spans
 
 PAPER_LENGTHS = tuple(int(n) for n in np.round(np.linspace(1000, 50000, 20)))  # retrieval_head_detection.py
 LEAST_HAYSTACK = 16  # tokens of text around a needle, below which its depth means nothing
@@ -35,26 +35,44 @@ BASE = "{context}\nBased on the content of the book, Question: {question}\nAnswe
 
 @dataclass(frozen=True, eq=False)
 class NeedlePrompt:
-    """One prompt. ``ids`` are the tokens of ``text``; ``span`` holds the answer (``real_needle``) and ``needle_span``
-    the whole sentence, as token positions (first, stop) in ``ids``."""
+    """One prompt. ``ids`` are the tokens of ``text``; ``span`` holds the answer (``real_needle``), ``needle_span`` the
+    whole sentence and ``question_span`` the question (None where its tokens cannot be told), as token positions
+    (first, stop) in ``ids``."""
 
     needle: Needle
     text: str
     ids: tuple[int, ...]
     span: Span
     needle_span: Span
+    question_span: Span | None = None
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Inside the block statistics and edits may name the spans ``needle``, ``answer`` and ``question`` of this
+        prompt, and know where it ends."""
+        spans = {"needle": self.needle_span, "answer": self.span, "question": self.question_span}
+        named = {name: span for name, span in spans.items() if span is not None}
+        with published_spans(named), prompt_boundary(len(self.ids)):
+            yield
 
 
 @dataclass(frozen=True, eq=False)
-class NeedleTask:
-    """The needle-in-a-haystack test of Wu et al. 2024 (arXiv 2404.15574, Section 2 and retrieval_head_detection.py).
+class NeedlePrompts:
+    """The prompts of the needle-in-a-haystack test of Wu et al. 2024 (arXiv 2404.15574, Section 2 and
+    retrieval_head_detection.py).
 
-    ``lengths`` are tokens of the full prompt (None: the authors' 20 lengths from 1,000 to 50,000 that fit the model's
-    context with the new tokens); ``depths`` percents, or a number of them from 0 to 100 (10: the authors');
-    ``needles`` as of ``load_needles``; ``haystack`` a text file (None: the bundled novel). ``paraphrased`` asks each
-    needle's ``paraphrase``. ``chat`` forces or forbids the chat template (None: used where the tokenizer has one).
-    ``stem`` goes to ``rouge1_recall``. ``newline_stop`` ends an answer at its first newline, as the authors do: models
-    that begin with a newline then answer nothing.
+    Args:
+        lengths: tokens of the full prompt (None: those of ``usual_lengths`` that fit the model's context with the new
+            tokens; here the authors' 20 from 1,000 to 50,000).
+        depths: percents of the context, or a number of them from 0 to 100 (10: the authors').
+        needles: as of ``load_needles``.
+        haystack: a text file (None: the bundled novel).
+        paraphrased: ask each needle's ``paraphrase``.
+        chat: force or forbid the chat template (None: used where the tokenizer has one).
+        max_new_tokens: of an answer, at most.
+        newline_stop: end an answer at its first newline, as the authors do: models that begin with a newline then
+            answer nothing.
+        stem: goes to ``rouge1_recall``.
 
     The needle is set as a line of its own at the sentence end at or before the depth (a clause's end within a very
     long sentence); depth 100 appends it. Each needle starts reading the haystack at another place, as the authors give
@@ -72,8 +90,8 @@ class NeedleTask:
     max_new_tokens: int = 50
     newline_stop: bool = False
     stem: Callable[[str], str] | None = None
-    name: str = field(default="needle", init=False)
-    metric: str = field(default="ROUGE-1 recall", init=False)
+
+    usual_lengths: ClassVar[tuple[int, ...]] = PAPER_LENGTHS
 
     def trials(self, lm: Any) -> list[Trial]:
         """Every needle at every length and depth: needle (its name), length, depth.
@@ -120,16 +138,16 @@ class NeedleTask:
         """Prompt lengths that ``lm`` can take together with the new tokens.
 
         Raises:
-            HeadscopeError: a length that was asked for does not fit, or none of the paper's does.
+            HeadscopeError: a length that was asked for does not fit, or none of the usual ones does.
         """
         limit = lm.info.context_length
         most = None if limit is None else limit - self.max_new_tokens
         if self.lengths is None:
-            fitting = [n for n in PAPER_LENGTHS if most is None or n <= most]
+            fitting = [n for n in self.usual_lengths if most is None or n <= most]
             if not fitting:
                 raise HeadscopeError(
-                    f"{lm.name} has a context of {limit} tokens, shorter than the paper's shortest prompt "
-                    f"({PAPER_LENGTHS[0]} and {self.max_new_tokens} new tokens): pass lengths=[...]"
+                    f"{lm.name} has a context of {limit} tokens, shorter than the shortest usual prompt "
+                    f"({self.usual_lengths[0]} and {self.max_new_tokens} new tokens): pass lengths=[...]"
                 )
             return fitting
         lengths = [int(n) for n in self.lengths]
@@ -169,39 +187,17 @@ class NeedleTask:
             return len(encode(tokenizer, text)[0]), text
 
         text = _fit(make, stops, float(trial["depth"]), length, length - overhead)
-        return _located(tokenizer, needle, text)
+        return _located(tokenizer, needle, self._question(needle), text)
 
     def uses_chat(self, lm: Any) -> bool:
         """Whether prompts go through the chat template."""
         return bool(getattr(lm.tokenizer, "chat_template", None)) if self.chat is None else self.chat
 
-    def tokens(self, trial: Trial) -> tuple[int, int]:
-        """A trial's prompt tokens and the most that are generated."""
-        return int(trial["length"]), self.max_new_tokens
-
-    def run(self, lm: Any, trial: Trial) -> dict[str, Any]:
-        """Answer one prompt greedily and measure the answer's recall, with whatever is attached to the model.
-
-        Returns:
-            score (ROUGE-1 recall of the needle's answer, 0 to 1), response, tokens (of the prompt), new_tokens,
-            position (the answer's first token), all JSON-able.
-
-        Raises:
-            HeadscopeError: as of ``build``, or logits that are not numbers.
-        """
-        prompt = self.build(lm, trial)
-        cache = prefill(lm, prompt.ids[:-1])
-        new = decode(lm, cache, prompt.ids[-1], self.max_new_tokens, newline_stop=self.newline_stop)
-        response = answer_text(lm, new)
-        score = rouge1_recall(prompt.needle.real_needle, response, stem=self.stem)
-        place = {"tokens": len(prompt.ids), "position": prompt.span[0], "new_tokens": len(new)}
-        return {"score": score, "response": response, **place}
-
-    @property
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self, lm: Any) -> dict[str, Any]:
         """The settings as JSON-able values; texts by their SHA-256, so that a resumed run is known to be the same."""
         needles = [needle.to_dict() for needle in self.loaded.values()]
         return {
+            "lengths": self.lengths_for(lm),
             "depths": self.percents,
             "needles": list(self.loaded),
             "needles_sha256": hashlib.sha256(repr(needles).encode()).hexdigest(),
@@ -229,8 +225,11 @@ class NeedleTask:
             rotated += "\n\n" + rotated
         return rotated[: 8 * length]
 
+    def _question(self, needle: Needle) -> str:
+        return str(needle.paraphrase) if self.paraphrased else needle.question
+
     def _prompt(self, lm: Any, needle: Needle, context: str) -> str:
-        question = needle.paraphrase if self.paraphrased else needle.question
+        question = self._question(needle)
         if self.uses_chat(lm):
             return str(lm.chat(CHAT.format(context=context, question=question)))
         return BASE.format(context=context, question=question)
@@ -281,7 +280,7 @@ def _fit(
     return best[1]
 
 
-def _located(tokenizer: Any, needle: Needle, text: str) -> NeedlePrompt:
+def _located(tokenizer: Any, needle: Needle, question: str, text: str) -> NeedlePrompt:
     if text.count(needle.needle) != 1:
         raise HeadscopeError(
             f"needle {needle.name!r} stands {text.count(needle.needle)} times in its prompt instead of once: "
@@ -291,4 +290,7 @@ def _located(tokenizer: Any, needle: Needle, text: str) -> NeedlePrompt:
     at = text.index(needle.needle)
     whole = span_in(tokenizer, text, ids, offsets, needle.needle, start=at)
     answer = span_in(tokenizer, text, ids, offsets, needle.real_needle, start=at)
-    return NeedlePrompt(needle, text, tuple(ids), answer, whole)
+    asked = None
+    with suppress(HeadscopeError):  # a question that the chat template or the tokenizer changes has no span
+        asked = span_in(tokenizer, text, ids, offsets, question, start=max(0, text.rfind(question)))
+    return NeedlePrompt(needle, text, tuple(ids), answer, whole, asked)

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.prompts.boundary import prompt_boundary
 from headscope.interp.prompts.spans import by_offsets
 from headscope.interp.sites.inputs import media_tokens
 from headscope.interp.sites.unwrap import bare_model
-from headscope.interp.statistics.spans import OPEN, Span, intervals
+from headscope.interp.statistics.spans import OPEN, Span, intervals, published_spans
 
 Message = Mapping[str, Any]
 SPAN_OF_ROLE = {"system": "system", "developer": "system", "user": "instruction", "assistant": "response"}
@@ -46,6 +48,15 @@ class VisionPrompt:
 
     inputs: dict[str, Any]
     spans: dict[str, list[list[Span]]]
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Inside the block statistics and edits may name the spans of these chats (``span="image"``), and know where
+        each ends."""
+        mask = self.inputs.get("attention_mask")
+        length = self.inputs["input_ids"].shape[1] if mask is None else mask.sum(-1).tolist()
+        with published_spans(self.spans), prompt_boundary(length):
+            yield
 
 
 def vision_prompt(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,25 @@ class Evaluation:
     """Per-trial scores of every condition.
 
     ``trials``: a table with task, condition, kind (baseline, intervention, control), of, trial, score and whatever the
-    task said of a trial. ``metrics``: what each task's score means. Trials are paired: every condition ran the same
-    ones.
+    task said of a trial. ``metrics``: what each task's score means; ``higher_is_better``: its direction (None where a
+    task does not say). Trials are paired: every condition ran the same ones.
     """
 
     trials: pd.DataFrame
     metrics: dict[str, str]
     provenance: dict[str, Any]
+    higher_is_better: dict[str, bool | None] = field(default_factory=dict)
 
     @classmethod
-    def from_rows(cls, rows: list[dict[str, Any]], metrics: dict[str, str], provenance: dict[str, Any]) -> Evaluation:
+    def from_rows(
+        cls,
+        rows: list[dict[str, Any]],
+        metrics: dict[str, str],
+        provenance: dict[str, Any],
+        higher_is_better: dict[str, bool | None] | None = None,
+    ) -> Evaluation:
         """An evaluation from one dict a trial."""
-        return cls(pd.DataFrame(rows), metrics, provenance)
+        return cls(pd.DataFrame(rows), metrics, provenance, higher_is_better or {})
 
     def scores(self, task: str) -> pd.DataFrame:
         """Scores of a task: one row a trial, one column a condition, in the order they ran."""
@@ -49,7 +56,7 @@ class Evaluation:
     def summary(self) -> pd.DataFrame:
         """One row a condition: mean score, its difference from no edit, both with paired 95 % bootstrap intervals.
 
-        Columns: task, condition, kind, of, mean, ci_low, ci_high, delta, delta_low, delta_high, n.
+        Columns: task, condition, kind, of, mean, ci_low, ci_high, delta, delta_low, delta_high, n, higher_is_better.
         """
         rows = []
         kinds = self.trials.drop_duplicates("condition").set_index("condition")
@@ -73,6 +80,7 @@ class Evaluation:
                         "delta_low": delta_low,
                         "delta_high": delta_high,
                         "n": len(values),
+                        "higher_is_better": self.higher_is_better.get(task),
                     }
                 )
         return pd.DataFrame(rows)
@@ -82,8 +90,11 @@ class Evaluation:
 
         ``difference`` is the mean over trials of (intervention - mean of the controls); its interval resamples trials
         and control sets together (both are samples). ``rank`` is how many of the ``controls`` sets score at or below
-        the intervention, and ``p_lower`` = (1 + rank) / (1 + controls) the Monte-Carlo probability of a random set
-        scoring as low.
+        the intervention. ``p_lower`` = (1 + rank) / (1 + controls) is the Monte-Carlo probability of a random set
+        scoring as low, ``p_higher`` that of one scoring as high, ``p_two_sided`` twice the smaller (at most 1), and
+        ``p_worse`` the tail on the metric's bad side (NaN where its direction is not known). The +1 counts the
+        intervention itself (Phipson and Smyth 2010, arXiv 1603.05766), so that no tail is below ``p_least`` =
+        1 / (1 + controls), and no ``p_two_sided`` below twice that: more controls show smaller ones.
         """
         rows = []
         for task in self.metrics:
@@ -92,7 +103,10 @@ class Evaluation:
                 edit = scores[condition].to_numpy(dtype=np.float64)
                 drawn = scores[columns].to_numpy(dtype=np.float64)  # (trial, control)
                 low, high = _two_way_interval(edit[:, None] - drawn)
-                rank = int((drawn.mean(0) <= edit.mean()).sum())
+                rank, above = (int(side.sum()) for side in (drawn.mean(0) <= edit.mean(), drawn.mean(0) >= edit.mean()))
+                least = 1 / (1 + drawn.shape[1])
+                lower, higher = (1 + rank) * least, (1 + above) * least
+                better = self.higher_is_better.get(task)
                 rows.append(
                     {
                         "task": task,
@@ -104,8 +118,13 @@ class Evaluation:
                         "high": high,
                         "rank": rank,
                         "controls": drawn.shape[1],
-                        "p_lower": (1 + rank) / (1 + drawn.shape[1]),
+                        "p_lower": lower,
+                        "p_higher": higher,
+                        "p_two_sided": min(1.0, 2 * min(lower, higher)),
+                        "p_worse": float("nan") if better is None else lower if better else higher,
+                        "p_least": least,
                         "n": len(edit),
+                        "higher_is_better": better,
                     }
                 )
         return pd.DataFrame(rows)
@@ -129,6 +148,7 @@ class Evaluation:
         document = {
             "format": FORMAT,
             "metrics": self.metrics,
+            "higher_is_better": self.higher_is_better,
             "summary": json.loads(self.summary().to_json(orient="records")),
             "contrasts": json.loads(self.contrasts().to_json(orient="records")),
             "provenance": self.provenance,
@@ -157,8 +177,9 @@ class Evaluation:
             if not set(document["metrics"]) <= set(trials["task"]):
                 raise ValueError("a task has no trials")
             trials = trials.astype({"score": np.float64})
-            return cls(trials, dict(document["metrics"]), dict(document["provenance"]))
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+            directions = {task: document["higher_is_better"].get(task) for task in document["metrics"]}
+            return cls(trials, dict(document["metrics"]), dict(document["provenance"]), directions)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise HeadscopeError(f"{folder} holds no evaluation ({error}); run `headscope evaluate` first") from error
 
 

@@ -1,13 +1,16 @@
 """Spans of positions: which keys of a call a span holds.
 
 A span is ``(first, stop)``: token positions counted from the example's first token, ``stop`` excluded. A statistic
-takes one pair for all examples, one pair an example, or one list of pairs an example. ``prompts.spans`` finds the spans
-of words in a text.
+takes one pair for all examples, one pair an example, one list of pairs an example, or a name: whoever builds a prompt
+publishes its spans by name (``with published_spans({"needle": (40, 52)})``: the tasks do), and a name means those of
+the prompt that is being read. ``prompts.spans`` finds the spans of words in a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,16 +21,48 @@ from headscope.interp.errors import HeadscopeError
 Span = tuple[int, int]
 Spans = dict[str, Span]
 OPEN = 2**31 - 1  # the stop of a span that has no end yet: a response that is being generated
+_PUBLISHED: ContextVar[Mapping[str, Any]] = ContextVar("headscope_spans", default={})  # noqa: B039 (never changed)
+
+
+@contextmanager
+def published_spans(spans: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block statistics and edits may name these spans (``span="needle"``); a block inside it adds to them.
+
+    Raises:
+        HeadscopeError: something that is no span.
+    """
+    for span in spans.values():
+        by_example(span)
+    token = _PUBLISHED.set({**_PUBLISHED.get(), **spans})
+    try:
+        yield
+    finally:
+        _PUBLISHED.reset(token)
+
+
+def named(span: Any) -> Any:
+    """``span``, or where it is a name the span that is published under it.
+
+    Raises:
+        HeadscopeError: nothing is published under that name.
+    """
+    if not isinstance(span, str):
+        return span
+    known = _PUBLISHED.get()
+    if span not in known:
+        there = f"this prompt has {', '.join(known)}" if known else "this prompt publishes none"
+        raise HeadscopeError(f"no span is called {span!r}: {there}; give positions, or publish it with published_spans")
+    return known[span]
 
 
 def members(span: Any, at: Tensor, batch: int) -> Tensor:
     """Which positions ``at`` (batch or 1, key) a span holds: bool (batch or 1, key).
 
-    ``span`` is one pair for all examples, a list with one pair an example, or a list with one list of pairs an example
-    (an empty one: the example has no such span). Pairs that overlap count once.
+    ``span`` is one pair for all examples, a list with one pair an example, a list with one list of pairs an example
+    (an empty one: the example has no such span), or the name of a published one. Pairs that overlap count once.
 
     Raises:
-        HeadscopeError: another form, or another number of examples than ``batch``.
+        HeadscopeError: another form, another number of examples than ``batch``, or a name that is not published.
     """
     rows = by_example(span)
     if len(rows) not in (1, batch):
@@ -42,6 +77,7 @@ def members(span: Any, at: Tensor, batch: int) -> Tensor:
 
 def by_example(span: Any) -> list[list[Span]]:
     """Any form of a span as one list of pairs an example; a list of one stands for all examples."""
+    span = named(span)
     held = span.tolist() if hasattr(span, "tolist") else span
     try:
         if not hasattr(held[0], "__len__"):

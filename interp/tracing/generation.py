@@ -1,4 +1,4 @@
-"""Generation under a tracer: where the response begins, which ways of generating are refused, and its steps.
+"""Generation under a tracer or an edit: where the response begins, which ways of generating are refused, and its steps.
 
 A record holds the passes that a model makes, one after the other. Generation that reads every token once (greedy search
 and sampling, with any cache, the prompt whole or in chunks) is such a sequence. Generation that moves examples between
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +17,12 @@ import xarray as xr
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.prompts.boundary import known_boundary, prompt_boundary
 from headscope.interp.sites.unwrap import bare_model, origin
 
 
 class Listener(Protocol):
-    """Who wants to know of a generation: the tracer."""
+    """Who wants to know of a generation: the tracer, and edits that act while reading or while writing."""
 
     def begin_generation(self, prompt_length: int | None) -> None:
         """Generation begins; its prompt has so many tokens, padding included (None: the passes will show it)."""
@@ -53,32 +54,68 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 
 
 @contextmanager
-def watching_generate(model: Any, listener: Listener) -> Iterator[None]:
-    """Inside the block ``model.generate`` refuses what a record cannot hold and tells ``listener`` of the rest."""
+def watching_generate(model: Any, listener: Listener, *, recorded: bool = True) -> Iterator[None]:
+    """Inside the block ``model.generate`` tells ``listener`` where the prompt ends, and, where it is ``recorded``,
+    refuses what a record cannot hold."""
     inner = bare_model(model)
-    real = getattr(inner, "generate", None)
-    if real is None or origin(model) == "transformer_lens":  # a bridge has a loop of its own
+    if getattr(inner, "generate", None) is None or origin(model) == "transformer_lens":  # a bridge has its own loop
         yield
         return
-    held = vars(inner).get("generate")  # another tracer's, or the user's
-
-    @functools.wraps(real)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        check_generation(inner, kwargs)
-        listener.begin_generation(_prompt_length(inner, args, kwargs))
-        try:
-            return real(*args, **kwargs)
-        finally:
-            listener.end_generation()
-
-    vars(inner)["generate"] = generate
+    listeners = getattr(vars(inner).get("generate"), "listeners", None)
+    if listeners is None:
+        listeners = _listened(inner)
+    entry = (listener, recorded)
+    listeners.append(entry)
     try:
         yield
     finally:
-        if held is None:
-            vars(inner).pop("generate", None)
-        else:
-            vars(inner)["generate"] = held
+        listeners[:] = [other for other in listeners if other is not entry]
+        ours = vars(inner).get("generate")
+        if not listeners and getattr(ours, "listeners", None) is listeners:  # not where the user wrapped it since
+            if ours.held is None:  # type: ignore[union-attr]
+                del vars(inner)["generate"]
+            else:
+                vars(inner)["generate"] = ours.held  # type: ignore[union-attr]
+
+
+def _listened(inner: Any) -> list[tuple[Listener, bool]]:
+    """Put one wrapper around ``inner.generate``, whoever listens and in whatever order they leave."""
+    real, listeners = inner.generate, list[tuple[Listener, bool]]()
+
+    @functools.wraps(real)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if any(recorded for _, recorded in listeners):
+            check_generation(inner, kwargs)
+        told = [listener for listener, _ in listeners]
+        for listener in told:
+            listener.begin_generation(_prompt_length(inner, args, kwargs))
+        try:
+            return real(*args, **kwargs)
+        finally:
+            for listener in told:
+                listener.end_generation()
+
+    vars(generate).update(listeners=listeners, held=vars(inner).get("generate"))
+    vars(inner)["generate"] = generate
+    return listeners
+
+
+class GenerationBoundary:
+    """Publishes the boundary of what ``generate`` reads, unless a ``prompt_boundary`` around it already says."""
+
+    def __init__(self) -> None:
+        self._blocks: list[ExitStack] = []
+
+    def begin_generation(self, prompt_length: int | None) -> None:
+        """Rows before ``prompt_length`` are the prompt's, padding counted."""
+        block = ExitStack()
+        if prompt_length is not None and known_boundary() is None:
+            block.enter_context(prompt_boundary(prompt_length, padded=True))
+        self._blocks.append(block)
+
+    def end_generation(self) -> None:
+        """Passes are the user's own again."""
+        self._blocks.pop().close()
 
 
 def check_generation(model: Any, options: dict[str, Any]) -> None:

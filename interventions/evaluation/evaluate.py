@@ -15,7 +15,8 @@ from headscope.interp.runs.files import locked
 from headscope.interp.runs.journal import Journal, Trial
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
-from headscope.interventions.base import Intervention, apply, size
+from headscope.interventions.applying import apply, size
+from headscope.interventions.base import Composed, Intervention, moved, parts_of
 from headscope.interventions.tasks import resolve
 from headscope.interventions.tasks.base import Task
 
@@ -39,8 +40,8 @@ class Condition:
 
 def evaluate(
     model: Any,
-    tasks: Sequence[str | Task] = ("needle",),
-    interventions: Sequence[Intervention | Sequence[Intervention]] = (),
+    tasks: str | Task | Sequence[str | Task] = ("needle",),
+    interventions: Intervention | Sequence[Intervention | Sequence[Intervention]] = (),
     *,
     controls: int = 10,
     seed: int = 0,
@@ -52,7 +53,7 @@ def evaluate(
     Args:
         model: load_model's result.
         tasks: names from ``interventions.tasks.TASKS`` or task objects.
-        interventions: each item is one condition; a sequence of interventions is applied together as one.
+        interventions: each item is one condition; a composed one (``a + b``), or a sequence, is applied as one.
         controls: random head sets (seeds ``seed`` .. ``seed + controls - 1``) for every head-driven condition.
         out: folder for ``evaluation.json``, the per-trial table and the journal that makes the run resumable.
 
@@ -61,13 +62,14 @@ def evaluate(
             control, or ``out`` holds a run with other settings or that goes on now.
     """
     chosen = resolve(tasks)
-    conditions = plan(model, interventions, controls, seed)
+    items = [interventions] if isinstance(interventions, Intervention) else interventions
+    conditions = plan(model, items, controls, seed)
     trials = {task.name: task.trials(model) for task in chosen}
-    made = provenance(model, seed=seed, tasks={task.name: task.parameters for task in chosen}, controls=controls)
+    made = provenance(model, seed=seed, tasks={task.name: task.parameters(model) for task in chosen}, controls=controls)
     config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed")}
     config |= {"conditions": [c.describe() for c in conditions], "trials": trials}
     work = _schedule(chosen, conditions, trials)
-    announce((task.tokens(trial) for task, _, trial in work), list(FILES) if out is not None else [])
+    announce((task.tokens(model, trial) for task, _, trial in work), list(FILES) if out is not None else [])
     path = None if out is None else Path(out) / FILES[-1]
     with locked(path):
         journal = Journal(path, config)
@@ -88,7 +90,8 @@ def evaluate(
         )
     ]
     made["conditions"] = config["conditions"]
-    result = Evaluation.from_rows(rows, {task.name: task.metric for task in chosen}, made)
+    directions = {task.name: getattr(task, "higher_is_better", None) for task in chosen}
+    result = Evaluation.from_rows(rows, {task.name: task.metric for task in chosen}, made, directions)
     if out is not None:
         result.save(out)
     return result
@@ -101,7 +104,7 @@ def plan(
     conditions = [Condition("no edit", BASELINE)]
     layers, heads = size(model)
     for item in interventions:
-        edits = (item,) if isinstance(item, Intervention) else tuple(item)
+        edits = parts_of(item) if isinstance(item, Intervention) else parts_of(Composed(item))
         for edit in edits:
             edit.check(layers, heads)
         name = " + ".join(edit.name for edit in edits)
@@ -126,13 +129,7 @@ def _control(edits: tuple[Intervention, ...], heads: int, seed: int) -> tuple[In
     named = HeadSet(tuple(dict.fromkeys(head for edit in edits for head in edit.heads or ())))
     ordered = [(layer, head) for layer, mine in sorted(named.by_layer().items()) for head in mine]
     instead = dict(zip(ordered, named.matched_random(heads, seed), strict=True))
-    drawn = []
-    for edit in edits:
-        if edit.heads is not None:
-            pairs = tuple(instead[head] for head in edit.heads)
-            edit = edit.with_heads(HeadSet(pairs, edit.heads.weights, name=f"random (seed {seed})"))
-        drawn.append(edit)
-    return tuple(drawn)
+    return tuple(moved(edit, instead, f"random (seed {seed})") for edit in edits)
 
 
 def _schedule(

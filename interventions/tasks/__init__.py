@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.registry import Registry
-from headscope.interventions.tasks.base import Task
+from headscope.interventions.tasks.base import Task, check_task
 
 TASKS: Registry[Task] = Registry(
     "task",
@@ -19,14 +20,16 @@ TASKS: Registry[Task] = Registry(
 )
 
 
-def resolve(tasks: Sequence[str | Task]) -> list[Task]:
-    """Tasks from names (with default settings) or task objects; a single name stands for a list of it."""
-    found: list[Task] = []
-    for task in [tasks] if isinstance(tasks, str) else tasks:
-        if not isinstance(task, str):
-            found.append(task)
-        else:
-            found.append(TASKS[task]())
+def resolve(tasks: str | Any | Sequence[str | Any]) -> list[Task]:
+    """Tasks from names (with default settings) or task objects; one alone stands for a list of it.
+
+    Raises:
+        HeadscopeError: an unknown name, an object that is no task, two of one name, or none.
+    """
+    given = tasks if isinstance(tasks, list | tuple) else [tasks]
+    found: list[Task] = [TASKS[task]() if isinstance(task, str) else task for task in given]
+    for task in found:
+        check_task(task)
     if not found:
         raise HeadscopeError("name at least one task to evaluate, e.g. tasks=['needle']")
     names = [task.name for task in found]

@@ -1,32 +1,73 @@
-"""What ``evaluate`` needs of a task."""
+"""What a task is: trials that a model runs, each giving one score."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import inspect
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
+from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.journal import Trial
+from headscope.interp.runs.provenance import describe, hash_texts
+
+LONG = 200  # characters, above which a text is kept as its hash
+METHODS = {"trials": 1, "tokens": 2, "run": 2, "parameters": 1}  # what evaluate calls, and with how many arguments
 
 
-class Task(Protocol):
-    """What ``evaluate`` needs of a task. ``trials`` are JSON-able; ``run`` returns at least ``{"score": float}``."""
+@dataclass(frozen=True)
+class Task:
+    """Base of the tasks: frozen dataclasses whose fields are their settings. A subclass writes ``trials`` and ``run``.
 
-    @property
-    def name(self) -> str:
-        """What results call it; two tasks of one evaluation have different names."""
+    Whoever builds a prompt in ``run`` says where it ends and what stands in it (``prompt_boundary`` and
+    ``published_spans`` of ``headscope.interp.prompts``), for edits that go by phase or by a span's name.
 
-    @property
-    def metric(self) -> str:
-        """What a score means, with its unit."""
+    ``evaluate`` also takes any other object with these attributes and methods.
+    """
 
-    def trials(self, model: Any) -> list[Trial]:
-        """The trials for this model, the same at every call."""
+    name: ClassVar[str] = ""
+    metric: ClassVar[str] = ""
+    unit: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool | None] = None
+    source: ClassVar[str] = ""
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """The settings, JSON-able: two runs with equal settings have equal trials."""
+    def trials(self, lm: Any) -> list[Trial]:
+        """The trials for this model, JSON-able, the same at every call."""
+        raise NotImplementedError
 
-    def tokens(self, trial: Trial) -> tuple[int, int]:
+    def tokens(self, lm: Any, trial: Trial) -> tuple[int, int]:
         """A trial's prompt tokens and generated tokens, for estimates."""
+        raise NotImplementedError
 
-    def run(self, model: Any, trial: Trial) -> dict[str, Any]:
-        """Run one trial on the model as it is now (interventions included)."""
+    def run(self, lm: Any, trial: Trial) -> dict[str, Any]:
+        """Run one trial on the model as it is now (interventions included); at least ``{"score": float}``."""
+        raise NotImplementedError
+
+    def parameters(self, lm: Any) -> dict[str, Any]:
+        """The settings, JSON-able: two runs with equal settings have equal trials. Texts are hashed."""
+        return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+
+
+def check_task(task: Any) -> None:
+    """Refuse an object that ``evaluate`` cannot run.
+
+    Raises:
+        HeadscopeError: names what it lacks, or the method that takes other arguments.
+    """
+    what = f"task {getattr(task, 'name', None) or type(task).__name__!r}"
+    missing = [name for name in ("name", "metric", *METHODS) if not hasattr(task, name)]
+    if missing:
+        raise HeadscopeError(f"{what} has no {', '.join(missing)}: derive it from interventions.tasks.base.Task")
+    for name, count in METHODS.items():
+        try:
+            inspect.signature(getattr(task, name)).bind(*[None] * count)
+        except TypeError as error:
+            called = f"{name}(lm)" if count == 1 else f"{name}(lm, trial)"
+            raise HeadscopeError(f"{what}: evaluate calls {called}; make it a method that takes these") from error
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > LONG:
+        return {"sha256": hash_texts([value])}
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    return describe(value)

@@ -40,14 +40,13 @@ class Alive:
     metric: str = "a logit"
     ran: list[str] = field(default_factory=list)
 
-    @property
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self, model: Any) -> dict[str, Any]:
         return {"prompts": list(self.prompts)}
 
     def trials(self, model: Any) -> list[dict[str, Any]]:
         return [{"prompt": prompt, "words": len(prompt.split())} for prompt in self.prompts]
 
-    def tokens(self, trial: dict[str, Any]) -> tuple[int, int]:
+    def tokens(self, model: Any, trial: dict[str, Any]) -> tuple[int, int]:
         return trial["words"], 2
 
     def run(self, model: Any, trial: dict[str, Any]) -> dict[str, Any]:
@@ -218,12 +217,24 @@ def test_a_tasks_own_keys_do_not_replace_the_tables(llama: LanguageModel) -> Non
 def test_tasks_by_name_and_errors(llama: LanguageModel) -> None:
     assert [task.name for task in resolve(["needle", "text_loss"])] == list(TASKS)
     assert [task.name for task in resolve("needle")] == ["needle"]
-    with pytest.raises(HeadscopeError, match="no task 'nedle' .did you mean 'needle'..; known: needle, text_loss"):
+    with pytest.raises(HeadscopeError, match="no task 'nedle' .did you mean 'needle'...; known: needle, text_loss"):
         resolve(["nedle"])
     with pytest.raises(HeadscopeError, match="at least one task"):
         resolve([])
     with pytest.raises(HeadscopeError, match="same name"):
         evaluate(llama, [Alive(), Alive(prompts=("w9",))])
+
+
+def test_objects_that_are_no_tasks_are_told_in_one_line() -> None:
+    class Old(Alive):
+        def tokens(self, trial: dict[str, Any]) -> tuple[int, int]:  # type: ignore[override]
+            return 1, 1
+
+    with pytest.raises(HeadscopeError, match=r"task 'alive': evaluate calls tokens\(lm, trial\)"):
+        resolve([Old()])
+    with pytest.raises(HeadscopeError, match="task 'int' has no name, metric, trials"):
+        resolve([3])
+    assert [task.name for task in resolve(Alive())] == ["alive"]
 
 
 def test_text_loss_is_the_cross_entropy_of_every_token_after_the_first(lm: LanguageModel) -> None:
@@ -235,7 +246,7 @@ def test_text_loss_is_the_cross_entropy_of_every_token_after_the_first(lm: Langu
     logits = lm.model(input_ids=torch.tensor([trials[1]["ids"]])).logits[0].double().detach()
     losses = [-logits[i].log_softmax(-1)[trials[1]["ids"][i + 1]] for i in range(19)]
     assert task.run(lm, trials[1])["score"] == pytest.approx(float(sum(losses) / 19), rel=1e-6)
-    assert task.tokens(trials[0]) == (20, 0)
+    assert task.tokens(lm, trials[0]) == (20, 0)
     assert len(TextLoss(passages=9, length=20, text=text).trials(lm)) == 3, "passages overlap"
 
 
@@ -288,8 +299,41 @@ def test_contrasts_are_against_the_mean_of_the_controls() -> None:
     assert row["random"] == pytest.approx(random.mean())
     assert row["difference"] == pytest.approx(2.0 / 6 - random.mean())
     assert (row["rank"], row["controls"], row["n"]) == (1, 2, 6)  # random 1, with 0.25, is below the edit's 0.333
-    assert row["p_lower"] == pytest.approx(2 / 3)
+    assert row["p_lower"] == pytest.approx(2 / 3) and row["p_higher"] == pytest.approx(2 / 3)
+    assert row["p_two_sided"] == 1.0 and row["p_least"] == pytest.approx(1 / 3) and np.isnan(row["p_worse"])
     assert row["low"] < row["difference"] < row["high"]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_both_tails_and_the_bad_one(better: bool) -> None:
+    """Nineteen controls below the edit: as high as it is, no random set; the least p of a tail is 1 in 20."""
+    scores = {"no edit": BASE, "edit": EDIT} | {f"random {i}": [x - 0.01 * (i + 1) for x in EDIT] for i in range(19)}
+    made = table(scores)
+    found = Evaluation(made.trials, made.metrics, made.provenance, {"made up": better})
+    row = found.contrasts().iloc[0]
+    assert (row["p_lower"], row["p_higher"], row["p_two_sided"], row["p_least"]) == (1.0, 0.05, 0.1, 0.05)
+    assert row["p_worse"] == (1.0 if better else 0.05) and row["higher_is_better"] == better
+    assert set(found.summary()["higher_is_better"]) == {better}
+
+
+def test_p_values_are_uniform_under_no_effect() -> None:
+    """Edit and 19 controls drawn alike: P(p <= k / 20) is k / 20 exactly. Of 2,000, the number at or below 1 in 20 has
+    the standard deviation sqrt(2000 * 0.05 * 0.95) = 9.7: 100 -/+ 39 is 4 of them. Two-sided at 1 in 10 likewise."""
+    rng = np.random.default_rng(0)
+    tails = {"p_lower": 0, "p_higher": 0, "p_two_sided": 0}
+    for _ in range(2000):
+        drawn = rng.normal(size=20)
+        edit, controls = drawn[0], drawn[1:]
+        lower, higher = (1 + (controls <= edit).sum()) / 20, (1 + (controls >= edit).sum()) / 20
+        scores = {"no edit": [0.0], "edit": [edit], **{f"random {i}": [x] for i, x in enumerate(controls)}}
+        if _ < 20:  # the table's numbers are these
+            row = table(scores).contrasts().iloc[0]
+            assert (row["p_lower"], row["p_higher"]) == pytest.approx((lower, higher))
+        tails["p_lower"] += lower <= 0.05
+        tails["p_higher"] += higher <= 0.05
+        tails["p_two_sided"] += min(1, 2 * min(lower, higher)) <= 0.1
+    assert all(61 <= tails[name] <= 139 for name in ("p_lower", "p_higher"))
+    assert 147 <= tails["p_two_sided"] <= 253  # 200 -/+ 4 sqrt(2000 * 0.1 * 0.9)
 
 
 def test_a_control_of_the_same_score_counts_against_the_intervention() -> None:
@@ -426,6 +470,7 @@ def test_saved_and_loaded(llama: LanguageModel, tmp_path: Path) -> None:
     loaded = Evaluation.load(tmp_path)
     pd.testing.assert_frame_equal(loaded.summary(), result.summary())
     pd.testing.assert_frame_equal(loaded.contrasts(), result.contrasts())
+    assert loaded.higher_is_better == {"alive": None, "text_loss": False}
     assert loaded.metrics == {"alive": "a logit", "text_loss": "nats per token"}
     document = json.loads((tmp_path / "evaluation.json").read_text())
     assert document["provenance"] == loaded.provenance == json.loads(json.dumps(result.provenance))

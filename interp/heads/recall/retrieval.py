@@ -14,7 +14,7 @@ from headscope.interp.heads.recall.copying import Count, copy_score, place_of, t
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.decoding import answer_text, decode, prefill
 from headscope.interp.prompts.haystack import Needles, rouge1_recall
-from headscope.interp.prompts.needle import NeedleTask
+from headscope.interp.prompts.needle import NeedlePrompts
 from headscope.interp.runs.journal import Trial
 from headscope.interp.statistics import TopKeys
 from headscope.interp.tracing.tracer import trace
@@ -35,8 +35,8 @@ class Retrieval(HeadMethod):
     token is out: compare ``retrieval_paraphrased``.
 
     Args:
-        lengths, depths, needles, haystack, chat, max_new_tokens, newline_stop, stem: as of ``NeedleTask``; by default
-            the authors' three needles, ten depths and those of their 20 lengths that fit the model's context.
+        lengths, depths, needles, haystack, chat, max_new_tokens, newline_stop, stem: as of ``NeedlePrompts``; by
+            default three bundled needles, ten depths and those of the authors' 20 lengths that fit the model's context.
         count: "counter" is the authors' code: each copied token adds 1 / (tokens of the answer), so that a token
             copied twice counts twice and a trial can exceed 1. "set" is the paper's formula |g & k| / |k| on sets of
             distinct tokens, at most 1.
@@ -71,9 +71,9 @@ class Retrieval(HeadMethod):
         return self.group
 
     @cached_property
-    def task(self) -> NeedleTask:
+    def task(self) -> NeedlePrompts:
         """The prompts."""
-        return NeedleTask(
+        return NeedlePrompts(
             lengths=self.lengths,
             depths=self.depths,
             needles=self.needles,
@@ -91,8 +91,8 @@ class Retrieval(HeadMethod):
         return trial["length"], self.max_new_tokens
 
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
-        own = {"lengths": self.task.lengths_for(lm), "count": self.count, "threshold": self.threshold}
-        return {**self.task.parameters, **own}
+        own = {"count": self.count, "threshold": self.threshold}
+        return {**self.task.parameters(lm), **own}
 
     def score(self, lm: LanguageModel, trial: Trial) -> Scored:
         prompt = self.task.build(lm, trial)

@@ -14,7 +14,7 @@ from headscope.interp.heads.recall.copying import copy_score, place_of, top_keys
 from headscope.interp.heads.recall.retrieval import Retrieval
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.decoding import check_finite, prefill
-from headscope.interp.prompts.needle import NeedleTask
+from headscope.interp.prompts.needle import NeedlePrompts
 from headscope.interp.prompts.spans import encode
 from headscope.interp.runs.journal import Trial
 from headscope.interp.statistics import TopKeys
@@ -50,7 +50,7 @@ class RetrievalParaphrased(Retrieval):
             raise HeadscopeError(f"forced is 'first' or 'all', not {self.forced!r}")
 
     @cached_property
-    def task(self) -> NeedleTask:
+    def task(self) -> NeedlePrompts:
         """The prompts, with each needle's paraphrased question."""
         return replace(super().task, paraphrased=True)
 

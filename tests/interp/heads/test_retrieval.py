@@ -16,7 +16,7 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.heads import retrieval, retrieval_paraphrased
 from headscope.interp.heads.recall.copying import copy_score
 from headscope.interp.models import LanguageModel
-from headscope.interp.prompts import NeedleTask, decode, load_haystack, load_needles, prefill
+from headscope.interp.prompts import NeedlePrompts, decode, load_haystack, load_needles, prefill
 from headscope.interp.sites import attached
 from headscope.interp.statistics import TopKeys
 from headscope.interp.tracing.tracer import trace
@@ -112,7 +112,7 @@ def _say(lm: LanguageModel, emitted: list[int], prompt: int) -> None:
 def scene(tokenizer):
     """A model that says the answer, its first token again, and stops; heads that look where we say."""
     lm = _llama(tokenizer)
-    task = NeedleTask(lengths=[260], depths=[50], needles=1)
+    task = NeedlePrompts(lengths=[260], depths=[50], needles=1)
     prompt = task.build(lm, task.trials(lm)[0])
     first, stop = prompt.span
     said = [*prompt.ids[first:stop], prompt.ids[first], tokenizer.eos_token_id]
@@ -157,7 +157,7 @@ def test_paraphrase_control_leaves_induction_out(tokenizer, chat):
     tokenizer.chat_template = "[{{ messages[0]['content'] }}]" if chat else None
     lead = [0] * len(tokenizer("Answer:")["input_ids"]) if chat else []
     lm = _llama(tokenizer)
-    task = NeedleTask(lengths=[260], depths=[50], needles=1, paraphrased=True)
+    task = NeedlePrompts(lengths=[260], depths=[50], needles=1, paraphrased=True)
     prompt = task.build(lm, task.trials(lm)[0])
     assert "Golden Gate" in prompt.text and "best thing to do in San Francisco?" not in prompt.text
     first, stop = prompt.span
@@ -215,7 +215,7 @@ def test_sliding_windows_keep_positions(tokenizer):
         torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=2.0)  # sharp heads with a clear heaviest key
         torch.nn.init.normal_(layer.self_attn.k_proj.weight, std=2.0)
     lm = LanguageModel.wrap(model, tokenizer, name="tiny gemma")
-    task = NeedleTask(lengths=[260], depths=[100], needles=1, max_new_tokens=6)
+    task = NeedlePrompts(lengths=[260], depths=[100], needles=1, max_new_tokens=6)
     prompt = task.build(lm, task.trials(lm)[0])
     assert prompt.span[0] > 260 - 120  # the needle is inside the window, and the window has moved
     cache = prefill(lm, prompt.ids[:-1])

@@ -15,12 +15,12 @@ import torch
 
 from headscope.interp.heads import retrieval
 from headscope.interp.models import LanguageModel
-from headscope.interp.prompts import NeedleTask
+from headscope.interp.prompts import NeedlePrompts
 
 SETTINGS = {"lengths": [260], "depths": [50], "needles": 1, "progress": False}
 
 
-def _reference(lm: LanguageModel, task: NeedleTask, steps: int) -> tuple[np.ndarray, list[int]]:
+def _reference(lm: LanguageModel, task: NeedlePrompts, steps: int) -> tuple[np.ndarray, list[int]]:
     """Eager attention maps of one growing prompt without a cache, and plain loops."""
     prompt = task.build(lm, task.trials(lm)[0])
     before = lm.model.config._attn_implementation
@@ -48,7 +48,7 @@ def _reference(lm: LanguageModel, task: NeedleTask, steps: int) -> tuple[np.ndar
 
 @pytest.mark.slow
 def test_smollm2_scores_equal_those_of_eager_maps(smollm2):
-    task = NeedleTask(lengths=[260], depths=[50], needles=1)
+    task = NeedlePrompts(lengths=[260], depths=[50], needles=1)
     scores = retrieval(smollm2, **SETTINGS)
     expected, said = _reference(smollm2, task, 50)
     assert said[-1] == smollm2.tokenizer.eos_token_id and "Dolores" in smollm2.tokenizer.decode(said)

@@ -13,12 +13,12 @@ import torch
 from headscope.interp import HeadscopeError
 from headscope.interp.models import LanguageModel
 from headscope.interp.prompts import (
-    NeedleTask,
     load_haystack,
     load_needles,
     rouge1_recall,
     stop_tokens,
 )
+from headscope.interventions.tasks.needle import NeedleTask
 
 ALL = load_needles(10)
 KINDS = ["byte_bpe", "chat", "sentencepiece", "wordpiece", "slow"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from headscope.interp import HeadscopeError
-from headscope.interp.prompts import NeedleTask, load_haystack, load_needles
+from headscope.interp.prompts import NeedlePrompts, load_haystack, load_needles
 from headscope.interp.prompts.haystack import boundary_before, insertion_point, sentence_ends
 
 ALL = load_needles(10)
@@ -19,7 +19,7 @@ KINDS = ["byte_bpe", "chat", "sentencepiece", "wordpiece", "slow"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_have_the_asked_length_and_depths_are_different_places(tokenizers, kind, tiny_lm):
     lm = tiny_lm(tokenizers[kind])
-    task = NeedleTask(lengths=[1501], depths=10, needles=2)
+    task = NeedlePrompts(lengths=[1501], depths=10, needles=2)
     for name in task.loaded:
         prompts = [task.build(lm, t) for t in task.trials(lm) if t["needle"] == name]
         assert [len(p.ids) for p in prompts] == [1501] * 10
@@ -32,7 +32,7 @@ def test_prompts_have_the_asked_length_and_depths_are_different_places(tokenizer
 
 def test_needle_stands_between_sentences(tokenizers, tiny_lm):
     lm = tiny_lm(tokenizers["byte_bpe"])
-    task = NeedleTask(lengths=[1500], depths=[0, 22, 56, 100], needles=1)
+    task = NeedlePrompts(lengths=[1500], depths=[0, 22, 56, 100], needles=1)
     start, *inner, end = [task.build(lm, trial) for trial in task.trials(lm)]
     sentence = task.loaded["sandwich"].needle
     assert start.text.startswith(sentence + "\n")
@@ -48,7 +48,7 @@ def test_needle_stands_between_sentences(tokenizers, tiny_lm):
 def test_needle_follows_a_sentence_of_the_users_text(tokenizers, tmp_path, tiny_lm):
     lm, book = tiny_lm(tokenizers["byte_bpe"]), tmp_path / "book.txt"
     book.write_text(" ".join(f"Mr. Elliot, who was {i}, sold {i / 4} acres." for i in range(300)))
-    task = NeedleTask(lengths=[800], depths=[20, 40, 60, 80], needles=1, haystack=book)
+    task = NeedlePrompts(lengths=[800], depths=[20, 40, 60, 80], needles=1, haystack=book)
     for trial in task.trials(lm):
         before, after = task.build(lm, trial).text.split("\n" + task.loaded["sandwich"].needle + "\n")
         assert before.endswith("acres.") and after.startswith("Mr. Elliot")
@@ -61,7 +61,7 @@ def test_long_sentences_are_entered_at_a_clause():
 
 
 def test_chat_template_and_base_prompt(tokenizers, tiny_lm):
-    task = NeedleTask(lengths=[500], depths=[50], needles=1)
+    task = NeedlePrompts(lengths=[500], depths=[50], needles=1)
     chat, base = tiny_lm(tokenizers["chat"]), tiny_lm(tokenizers["byte_bpe"])
     trial = task.trials(chat)[0]
     text = task.build(chat, trial).text
@@ -69,15 +69,15 @@ def test_chat_template_and_base_prompt(tokenizers, tiny_lm):
     assert task.build(base, trial).text.endswith(
         "\nBased on the content of the book, Question: What is the best thing to do in San Francisco?\nAnswer:"
     )
-    forced = NeedleTask(lengths=[500], depths=[50], needles=1, chat=False)
+    forced = NeedlePrompts(lengths=[500], depths=[50], needles=1, chat=False)
     assert "<|user|>" not in forced.build(chat, trial).text
     with pytest.raises(HeadscopeError, match="no chat template"):
-        NeedleTask(lengths=[500], depths=[50], chat=True).trials(base)
+        NeedlePrompts(lengths=[500], depths=[50], chat=True).trials(base)
 
 
 def test_needles_read_different_parts_of_the_haystack(tokenizers, tiny_lm):
     lm = tiny_lm(tokenizers["byte_bpe"])
-    task = NeedleTask(lengths=[600], depths=[100], needles=3)
+    task = NeedlePrompts(lengths=[600], depths=[100], needles=3)
     begins = [task.build(lm, trial).text[:80] for trial in task.trials(lm)]
     assert len(set(begins)) == 3 and begins[0].startswith("Sir Walter Elliot")
 
@@ -88,13 +88,13 @@ def test_any_text_file_and_own_needles(tokenizers, tmp_path, tiny_lm):
     book.write_text("The sea was calm. A gull cried! Who had heard it? Mr. Elliot slept on.\n", encoding="utf-8")
     fact = {"needle": "The vault opens at noon.", "question": "When does it open?", "real_needle": "At Noon"}
     facts.write_text(json.dumps(fact) + "\n\n")
-    task = NeedleTask(lengths=[300], depths=3, needles=facts, haystack=book)
+    task = NeedlePrompts(lengths=[300], depths=3, needles=facts, haystack=book)
     (first, *_) = trials = task.trials(lm)
     assert [t["depth"] for t in trials] == [0, 50, 100] and first["needle"] == "At Noon"
     prompt = task.build(lm, trials[1])
     assert len(prompt.ids) == 300 and prompt.needle.real_needle == "at noon"  # as it stands in the needle
     assert tokenizers["byte_bpe"].decode(prompt.ids[slice(*prompt.span)]) == " at noon"
-    assert task.parameters["haystack"] == "book.txt" and str(tmp_path) not in json.dumps(task.parameters)
+    assert task.parameters(lm)["haystack"] == "book.txt" and str(tmp_path) not in json.dumps(task.parameters(lm))
 
 
 @pytest.mark.parametrize(
@@ -130,15 +130,15 @@ def test_any_text_file_and_own_needles(tokenizers, tmp_path, tiny_lm):
 )
 def test_what_cannot_be_asked_is_refused(tokenizers, settings, message, tiny_lm):
     with pytest.raises(HeadscopeError, match=message):
-        NeedleTask(**settings).trials(tiny_lm(tokenizers["byte_bpe"]))
+        NeedlePrompts(**settings).trials(tiny_lm(tokenizers["byte_bpe"]))
 
 
 def test_papers_lengths_are_clipped_to_the_context(tokenizers, tiny_lm):
-    lengths = NeedleTask().lengths_for(tiny_lm(tokenizers["byte_bpe"], context=8192))
+    lengths = NeedlePrompts().lengths_for(tiny_lm(tokenizers["byte_bpe"], context=8192))
     assert lengths == [1000, 3579, 6158]
-    assert len(NeedleTask().lengths_for(tiny_lm(tokenizers["byte_bpe"], context=131072))) == 20
-    with pytest.raises(HeadscopeError, match="shorter than the paper's shortest"):
-        NeedleTask().lengths_for(tiny_lm(tokenizers["byte_bpe"], context=1024))
+    assert len(NeedlePrompts().lengths_for(tiny_lm(tokenizers["byte_bpe"], context=131072))) == 20
+    with pytest.raises(HeadscopeError, match="shorter than the shortest usual"):
+        NeedlePrompts().lengths_for(tiny_lm(tokenizers["byte_bpe"], context=1024))
 
 
 def test_sentence_ends():

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from headscope.interp import HeadscopeError
-from headscope.interp.prompts import NeedleTask, load_haystack, load_needles
+from headscope.interp.prompts import NeedlePrompts, load_haystack, load_needles
 from headscope.interp.prompts.spans import find_span, named_spans, text_span
 
 ALL = load_needles(10)
@@ -22,7 +22,7 @@ def _plain(text: str) -> str:
 def test_spans_are_exact_at_every_depth(tokenizers, kind, tiny_lm):
     tokenizer = tokenizers[kind]
     lm = tiny_lm(tokenizer)
-    task = NeedleTask(lengths=[420], depths=[0, 37, 100], needles=10)
+    task = NeedlePrompts(lengths=[420], depths=[0, 37, 100], needles=10)
     trials = task.trials(lm)
     assert len(trials) == 30
     for trial in trials:
@@ -43,9 +43,9 @@ def test_needles_that_do_not_survive_tokenization_are_refused(tokenizers, tiny_l
     fact = {"needle": "Ключ лежит под 石.", "question": "Where?", "real_needle": "под 石"}
     for kind in ("wordpiece", "slow"):
         with pytest.raises(HeadscopeError, match="does not survive tokenization"):
-            NeedleTask(lengths=[500], needles=[fact]).trials(tiny_lm(tokenizers[kind]))
+            NeedlePrompts(lengths=[500], needles=[fact]).trials(tiny_lm(tokenizers[kind]))
     for kind in ("byte_bpe", "sentencepiece"):  # these fall back to bytes
-        assert NeedleTask(lengths=[500], needles=[fact], depths=[50]).trials(tiny_lm(tokenizers[kind]))
+        assert NeedlePrompts(lengths=[500], needles=[fact], depths=[50]).trials(tiny_lm(tokenizers[kind]))
 
 
 def test_truncation_is_an_error(tokenizers):

@@ -1,0 +1,95 @@
+"""Which query rows of a call an edit acts on: by phase, and by position.
+
+A row belongs to the prompt or to a generated token by the prompt's boundary (``headscope.interp.prompts.boundary``),
+whatever the passes: cached or not, chunked, padded to the left. The phases:
+
+- ``"always"``: every row.
+- ``"prefill"``: the prompt's rows.
+- ``"decode"``: rows of generated tokens. The first generated token is chosen by the prompt's last row, so untouched.
+- ``"answer"``: the prompt's last row too: every row that chooses a token. This is the protocol of Wu et al. 2024 (arXiv
+  2404.15574), whose code reads the prompt without its last token unmasked and decodes from that token masked.
+
+Where nobody says where the prompt ends (a forward pass outside ``generate``, ``prompt_boundary`` and the tasks), a pass
+of one row that continues a cache is a generated token's, and any other reads the prompt, as in the tracer; ``"answer"``
+is then refused for passes of the prompt, whose last row nobody can tell.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.prompts.boundary import known_boundary
+from headscope.interp.statistics.plan import Plan
+from headscope.interp.statistics.spans import members
+
+During = Literal["always", "prefill", "decode", "answer"]
+PHASES: tuple[str, ...] = get_args(During)
+Rows = slice | Tensor  # a range of rows, or bool (batch or 1, query)
+
+
+def chosen_rows(call: AttentionCall, during: str, positions: Any = None) -> Rows:
+    """The rows of ``call`` in a phase and, with ``positions`` (a span, or the name of a published one), at these.
+
+    Raises:
+        HeadscopeError: cross-attention, whose calls do not say where decoding stands, or a boundary that is not known.
+    """
+    if call.cross and (during != "always" or positions is not None):
+        raise HeadscopeError(
+            "cross-attention does not say where decoding stands; edit it with during='always' and no positions"
+        )
+    rows = _phase(call, during)
+    if positions is None or is_none(rows):
+        return rows
+    held = members(positions, Plan(call).query_positions, call.query.shape[0])
+    return held & as_mask(rows, call)
+
+
+def _phase(call: AttentionCall, during: str) -> Rows:
+    count, offset = call.query.shape[2], call.mask.query_offset
+    if during == "always":
+        return slice(0, count)
+    known = known_boundary()
+    if known is None:
+        generated = offset > 0 and count == 1
+        if during == "answer" and not generated:
+            raise HeadscopeError(
+                "during='answer' has to know where the prompt ends: call generate, or enter "
+                "headscope.interp.prompts.prompt_boundary(tokens of the prompt)"
+            )
+        return slice(0, count if generated == (during != "prefill") else 0)
+    lengths = [length - (during == "answer") for length in known.lengths]
+    if len(lengths) == 1 and (known.padded or call.mask.start is None):
+        cut = min(max(lengths[0] - offset, 0), count)
+        return slice(0, cut) if during == "prefill" else slice(cut, count)
+    if len(lengths) not in (1, call.query.shape[0]):
+        raise HeadscopeError(
+            f"the boundaries of {len(lengths)} prompts are given, but the batch has {call.query.shape[0]} examples"
+        )
+    device = call.query.device
+    at = torch.arange(count, device=device)[None] + offset if known.padded else Plan(call).query_positions
+    before = at < torch.tensor(lengths, device=device)[:, None]
+    return before if during == "prefill" else ~before
+
+
+def is_none(rows: Rows) -> bool:
+    """Whether a range holds no row (a tensor of rows is not looked into: that would wait for a GPU)."""
+    return isinstance(rows, slice) and rows.start >= rows.stop
+
+
+def is_every(rows: Rows, call: AttentionCall) -> bool:
+    """Whether a range holds every row of the call."""
+    return isinstance(rows, slice) and rows.start == 0 and rows.stop >= call.query.shape[2]
+
+
+def as_mask(rows: Rows, call: AttentionCall) -> Tensor:
+    """The rows as bool (batch or 1, query)."""
+    if isinstance(rows, Tensor):
+        return rows
+    mask = torch.zeros(1, call.query.shape[2], dtype=torch.bool, device=call.query.device)
+    mask[:, rows] = True
+    return mask
