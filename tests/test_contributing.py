@@ -1,15 +1,17 @@
-"""CONTRIBUTING.md's examples run as they stand and give what they say, against eager attention and plain hooks.
+"""CONTRIBUTING.md's examples, put in place as it says, are found by the command line, run, and give what they say.
 
-Tolerance: float32 through two layers with scores up to about 10: 1e-5, as derived in tests/interp/test_heads.py.
+Tolerance: float32 through two layers with scores up to about 10: 1e-5, as derived in tests/interp/heads/test_heads.py.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
-import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +21,51 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from headscope.interp import heads, trace
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.results.headset import HeadSet
-from headscope.interventions import apply, evaluate
-from headscope.interventions.tasks.text_loss import TextLoss
 
 ROOT = Path(__file__).parent.parent
+ROOMS = ("kernels", "interp", "probes", "interventions")
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLES = {
     match[1]: match[0] for match in re.findall(r"^```python\n(# (\S+\.py)\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 }
-TEXTS = ["w1 w5 w9 w2 w7 w7 w3 w1 w5", "w4 w8 w8 w2", "w6 w1 w1 w1 w0 w3"]
+LINES = re.findall(r'The line, in `(\S+)`: `("(\w+)": "([\w.]+):(\w+)",)`', PAGE)
+KINDS = ("methods", "statistics", "edits", "tasks")
+WORDS = "w1 w5 w9 w2 w7 w7 w3 w1 w5 w4 w8 w8 w2 w6 w1 w1 w1 w0 w3 w2".split()
+TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(3)]
 TOLERANCE = 1e-5
 
+# What a user does with what was added, in one process: the four lists, a discovery, an evaluation and a report.
+SESSION = """
+import contextlib, io, json, sys
+from headscope.interp.cli import main
 
-@pytest.fixture
+def run(*arguments):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            main(list(arguments))
+        except SystemExit as stop:
+            assert not stop.code, (arguments, stop.code)
+    return out.getvalue()
+
+model, page = sys.argv[1:]
+found = {kind: json.loads(run("list", kind, "--json"))[kind] for kind in ("methods", "statistics", "edits", "tasks")}
+run("discover", NAMES[0], "-m", model, "--text", "texts.txt", "--set", "length=12", "--out", "runs/heads", "--json")
+run("trace", "-m", model, "-p", TEXT, "--statistics", NAMES[1], "--out", "runs/trace", "--json")
+run("intervene", NAMES[2], "-m", model, "--heads", "L0H1,L1H3", "--out", "runs/edit.safetensors")
+task = json.dumps([TEXT])
+run("evaluate", NAMES[3], "-m", model, "--with", "runs/edit.safetensors", "--controls", "2", "--set", f"texts={task}",
+    "--out", "runs/evaluation", "--json")
+run("report", "runs")
+run("list", "--write", page)
+json.dump(found, open("found.json", "w"))
+"""
+
+
+@pytest.fixture(scope="module")
 def lm() -> LanguageModel:
-    vocabulary = {f"w{i}": i for i in range(24)}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(24)}, unk_token="w0"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0")
     sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
@@ -47,22 +75,26 @@ def lm() -> LanguageModel:
     return LanguageModel.wrap(model, tokenizer, name="tiny llama")
 
 
-@pytest.fixture
-def example() -> Iterator[Any]:
-    """Import an example as the module its first line names, and forget it afterwards."""
-    made: list[str] = []
+@pytest.fixture(scope="module")
+def saved(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as a folder."""
+    folder = tmp_path_factory.mktemp("model")
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
 
-    def load(path: str) -> types.ModuleType:
-        name = "headscope.example." + Path(path).stem
-        module = types.ModuleType(name)
-        sys.modules[name] = module
-        made.append(name)
-        exec(compile(EXAMPLES[path], path, "exec"), module.__dict__)
-        return module
 
-    yield load
-    for name in made:
-        del sys.modules[name]
+def session(work: Path, path: list[Path], model: Path, names: list[str]) -> dict[str, Any]:
+    """Run SESSION in ``work`` with ``path`` before every other; what the lists hold."""
+    (work / "texts.txt").write_text(TEXTS[0])
+    shutil.copy(ROOT / "README.md", work / "page.md")
+    code = f"NAMES = {names!r}\nTEXT = {TEXTS[0]!r}\n{SESSION}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(model), "page.md"]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((work / "found.json").read_text())
+    return found
 
 
 def patterns(lm: LanguageModel, text: str) -> np.ndarray:
@@ -74,64 +106,107 @@ def patterns(lm: LanguageModel, text: str) -> np.ndarray:
     return torch.cat(found).double().numpy()
 
 
-def test_there_is_an_example_of_each_kind() -> None:
-    assert list(EXAMPLES) == ["interp/heads/first_token.py", "interp/statistics/rows.py", "interventions/scale.py"]
-
-
-def test_the_head_method(lm: LanguageModel, example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = example("interp/heads/first_token.py")
-    line = re.search(r'`"(first_token)": "([\w.]+)",`', PAGE)
-    assert line is not None and line[2] == "headscope.interp.heads.first_token"
-    monkeypatch.setitem(heads.METHODS, line[1], module.__name__)
-    scores = heads.method("first-token")(lm, texts=TEXTS, out=tmp_path, progress=False)
-    expected = np.stack([patterns(lm, text)[:, :, 1:, 0].mean(-1) for text in TEXTS])
-    np.testing.assert_allclose(scores.trials, expected, atol=TOLERANCE)
-    assert expected.std() > 0.01
-    assert (tmp_path / "first_token.json").exists() and (scores.n == len(TEXTS)).all()
-
-
-def test_the_statistic(lm: LanguageModel, example: Any) -> None:
-    module = example("interp/statistics/rows.py")
-    with trace(lm, [module.EffectiveKeys()]) as tracer:
-        lm(TEXTS[0])
-    found = tracer.record["effective_keys"].isel(example=0).transpose("layer", "head", "query").to_numpy()
-    p = patterns(lm, TEXTS[0])
-    expected = np.exp(-(p * np.log(np.where(p > 0, p, 1))).sum(-1))
-    np.testing.assert_allclose(found, expected, rtol=2 * TOLERANCE)
-    assert expected.min() >= 1 and expected[..., -1].max() > 2
-
-
-def test_the_intervention(lm: LanguageModel, example: Any) -> None:
-    module = example("interventions/scale.py")
-    edit = module.ScaleHeads(HeadSet(((0, 1), (1, 3))), 0.25)
-    before = lm(TEXTS[0]).logits
-    with apply(lm, edit):
-        found = lm(TEXTS[0]).logits
-    assert torch.equal(lm(TEXTS[0]).logits, before)
+def top_one(lm: LanguageModel, factor: float) -> float:
+    """The task's score by hand; the outputs of heads L0H1 and L1H3 are multiplied by ``factor``."""
 
     def by_hand(head: int) -> Any:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             z = args[0].clone()
-            z[..., head * 8 : head * 8 + 8] *= 0.25
+            z[..., head * 8 : head * 8 + 8] *= factor
             return (z,)
 
         return hook
 
     blocks = lm.model.model.layers
-    for layer, head in edit.heads:
-        blocks[layer].self_attn.o_proj.register_forward_pre_hook(by_hand(head))
-    expected = lm(TEXTS[0]).logits
-    scale = float(expected.abs().max())
-    assert float((expected - before).abs().max()) > 1e-2 * scale
-    assert float((found - expected).abs().max()) <= TOLERANCE * scale
+    hooks = [blocks[i].self_attn.o_proj.register_forward_pre_hook(by_hand(head)) for i, head in ((0, 1), (1, 3))]
+    ids = lm.encode(TEXTS[0])["input_ids"]
+    with torch.no_grad():
+        said = lm.model(ids).logits[0, :-1].argmax(-1)
+    for hook in hooks:
+        hook.remove()
+    return float((said == ids[0, 1:]).double().mean())
 
 
-def test_the_intervention_has_controls(lm: LanguageModel, example: Any) -> None:
-    module = example("interventions/scale.py")
-    task = TextLoss(passages=2, length=8, text=" ".join(TEXTS))
-    result = evaluate(lm, [task], [module.ScaleHeads(HeadSet(((0, 1),)), 0.0)], controls=3, progress=False)
-    assert list(result.contrasts()["controls"]) == [3]
-    assert result.provenance["conditions"][2]["edits"][0]["factor"] == 0.0
+def check_results(lm: LanguageModel, work: Path, method: str, statistic: str, task: str) -> None:
+    """What the session wrote, against the untouched model's eager attention and a plain hook."""
+    from headscope.interp import load_record
+    from headscope.interp.results.evaluation import Evaluation
+    from headscope.interp.results.scores import HeadScores
+
+    p = patterns(lm, " ".join(TEXTS[0].split()[:12]))
+    scores = HeadScores.load(work / "runs/heads" / f"{method}.json")
+    np.testing.assert_allclose(scores.mean, p[:, :, 1:, 0].mean(-1), atol=TOLERANCE)
+    p = patterns(lm, TEXTS[0])
+    expected = np.exp(-(p * np.log(np.where(p > 0, p, 1))).sum(-1))
+    record = load_record(work / "runs/trace")[statistic].isel(example=0).transpose("layer", "head", "query")
+    np.testing.assert_allclose(record.to_numpy(), expected, rtol=2 * TOLERANCE)
+    assert expected.min() >= 1 and expected[..., -1].max() > 2
+    trials = Evaluation.load(work / "runs/evaluation").trials
+    means = trials.groupby("kind")["score"].mean()
+    assert means["baseline"] == top_one(lm, 1.0) and means["intervention"] == top_one(lm, -1.0)
+    assert (trials["task"] == task).all() and set(trials["kind"]) == {"baseline", "intervention", "control"}
+    report = (work / "runs/report.html").read_text()
+    assert method.replace("_", " ") in report and "Mean mass that queries put on the first token" in report
+
+
+def test_there_is_an_example_of_each_kind_with_its_line() -> None:
+    assert [Path(name).parts[1] for name in EXAMPLES] == ["heads", "statistics", "outputs", "tasks"]
+    assert [len(code.splitlines()) <= 50 for code in EXAMPLES.values()] == [True] * 4
+    assert [line[2] for line in LINES] == ["first_token", "effective_keys", "negate_heads", "top_one"]
+
+
+def test_one_file_and_one_line_are_enough(lm: LanguageModel, saved: Path, tmp_path: Path) -> None:
+    """The examples in a copy of the repository: listed, run, reported, and in the page's tables."""
+    skipped = shutil.ignore_patterns("__pycache__", "benchmarks", "*.md", "*.json", "*.svg")
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, tmp_path / "headscope" / room, ignore=skipped)
+    for name, code in EXAMPLES.items():
+        (tmp_path / "headscope" / name).write_text(code)
+    for file, line, *_ in LINES:
+        path = tmp_path / "headscope" / file
+        before = path.read_text()
+        place = re.search(r"Registry\(\n(?: +\"[^\n]*\",\n)+ +\{\n", before)
+        assert place is not None, f"{file} has no registry"
+        path.write_text(before[: place.end()] + f"        {line}\n" + before[place.end() :])
+    names = [line[2] for line in LINES]
+    found = session(tmp_path, [tmp_path], saved, names)
+    for kind, name, file in zip(KINDS, names, EXAMPLES, strict=True):
+        row = next(row for row in found[kind] if row["name"] == name)
+        assert row["file"] == file and row["summary"] and row["unit"] is not None
+        assert (
+            f"| `{name}` |" in (tmp_path / "page.md").read_text()
+            and f"| `{name}` |" not in (ROOT / "README.md").read_text()
+        )
+    check_results(lm, tmp_path, "first_token", "effective_keys", "top_one")
+
+
+def test_a_package_of_ones_own_joins_through_entry_points(lm: LanguageModel, saved: Path, tmp_path: Path) -> None:
+    """The same classes in somebody else's package, through the public API alone."""
+    package, made = tmp_path / "site/theirs", tmp_path / "site/theirs-1.0.dist-info"
+    package.mkdir(parents=True), made.mkdir()
+    (package / "__init__.py").write_text("")
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    points, names = [], []
+    for kind, (name, code), line in zip(KINDS, EXAMPLES.items(), LINES, strict=True):
+        own = f"their_{line[2]}"
+        (package / Path(name).name).write_text(code.replace(f'"{line[2]}"', f'"{own}"'))
+        points.append(f"[headscope.{kind}]\n{own} = theirs.{Path(name).stem}:{line[4]}\n")
+        names.append(own)
+    (made / "entry_points.txt").write_text("\n".join(points))
+    here = [tmp_path / "site", *(Path(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
+    found = session(tmp_path, here, saved, names)
+    for kind, name in zip(KINDS, names, strict=True):
+        assert any(row["name"] == name and row["file"].endswith(".py") for row in found[kind])
+        assert f"| `{name}` |" in (tmp_path / "page.md").read_text()
+    check_results(lm, tmp_path, names[0], names[1], names[3])
+
+
+def test_the_readmes_tables_are_true() -> None:
+    from headscope.interp.cli.listing import registries
+    from headscope.interp.reports.tables import rewritten
+
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rewritten(page, registries()) == page, "run `headscope list --write README.md`"
 
 
 def test_what_the_page_names_exists() -> None:
