@@ -64,7 +64,7 @@ class Registry(Mapping[str, type[T]], Generic[T]):
     def __getitem__(self, name: str) -> type[T]:
         key = str(name).replace("-", "_")
         if key not in self.places:
-            raise UnknownNameError(f"there is no {self.kind} {name!r}{_meant(key, self)}; known: {', '.join(self)}")
+            raise UnknownNameError(f"there is no {self.kind} {name!r}{meant(key, self)}; known: {', '.join(self)}")
         module, _, own = self.places[key].partition(":")
         found: type[T] = getattr(import_module(module), own)
         return found
@@ -121,7 +121,7 @@ def make(cls: type[T], name: str, given: Mapping[str, Any]) -> T:
     for key in given:
         if key not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise HeadscopeError(f"{name} has no setting {key!r}{_meant(key, known)}; {takes}")
+            raise HeadscopeError(f"{name} has no setting {key!r}{meant(key, known)}; {takes}")
     missing = [key for key, one in known.items() if one.default is MISSING and key not in given]
     if missing:
         raise HeadscopeError(f"{name} needs {' and '.join(missing)}: give {', '.join(f'{key}=...' for key in missing)}")
@@ -150,7 +150,8 @@ def _row(name: str, cls: type) -> dict[str, Any]:
     }
 
 
-def _meant(name: str, known: Mapping[str, Any]) -> str:
+def meant(name: str, known: Mapping[str, Any]) -> str:
+    """`` (did you mean ...?)`` where a known name is close, else nothing."""
     close = get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

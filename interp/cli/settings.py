@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
 
-POSITIONAL = ("name", "metric")  # fields of a task that are no settings
 PASSAGES = 32  # of a reference text, evenly spread
 
 
@@ -29,8 +28,7 @@ def keywords(function: Callable[..., Any], name: str, given: dict[str, Any]) -> 
     if given.get("lengths") is not None:
         settings["lengths"] = numbers(given["lengths"], int, "--lengths")
     if given.get("depths") is not None:
-        depths = numbers(given["depths"], float, "--depths")
-        settings["depths"] = int(depths[0]) if len(depths) == 1 else depths
+        settings["depths"] = numbers(given["depths"], float, "--depths")
     if given.get("samples") is not None:
         settings["samples"] = given["samples"]
     if given.get("text") is not None:
@@ -38,14 +36,10 @@ def keywords(function: Callable[..., Any], name: str, given: dict[str, Any]) -> 
             settings["haystack"] = given["text"]
         else:
             settings["texts" if "texts" in known else "text"] = read_text(given["text"])
-    for item in given.get("set", []):
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise HeadscopeError(f"--set takes NAME=VALUE, got {item!r}")
-        settings[key] = _value(value)
+    settings |= assignments(given.get("set", []))
     for key in settings:
         if key not in known:
-            hidden = {"lm", "model", "out", "progress", "seed", *POSITIONAL}
+            hidden = {"lm", "model", "out", "progress", "seed"}
             raise HeadscopeError(
                 f"{name} has no setting {key!r}; it takes {', '.join(k for k in known if k not in hidden)}"
             )
@@ -54,11 +48,15 @@ def keywords(function: Callable[..., Any], name: str, given: dict[str, Any]) -> 
     return settings
 
 
-def shared(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Of settings shared by several tasks, those that this one takes."""
-    known = inspect.signature(function).parameters
-    common = {key: value for key, value in given.items() if key in ("lengths", "depths") and key in known}
-    return {**common, "set": [item for item in given["set"] if item.partition("=")[0] in known]}
+def assignments(items: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """NAME=VALUE, with JSON values (anything else is a string), by name."""
+    found = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise HeadscopeError(f"{option} takes NAME=VALUE, got {item!r}")
+        found[key.strip()] = _value(value)
+    return found
 
 
 def _value(text: str) -> Any:
