@@ -11,16 +11,8 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-COMMANDS = (
-    "models",
-    "listing",
-    "trace",
-    "discover",
-    "probe",
-    "intervene",
-    "evaluate",
-    "report",
-)  # their files, in help's order
+# the commands' files, in help's order
+COMMANDS = ("models", "listing", "trace", "discover", "probe", "intervene", "evaluate", "report")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -226,7 +226,7 @@ def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model
         (("intervene", "scale_heads", "--out", "x", "--heads", "L0H1", "--set", "faktor=2"), "has no setting 'faktor'"),
         (("intervene", "scale_heads", "--out", "x", "--heads", "L7H1"), "L7H1 does not exist"),
         (("evaluate", "text_loss", "--ablate", "nowhere"), "does not exist"),
-        (("trace", "--statistics", "mood", "--prompt", "x", "--out", "unused"), "unknown statistic 'mood'"),
+        (("trace", "--statistics", "mood", "--prompt", "x", "--out", "unused"), "there is no statistic 'mood'"),
         (("trace", "--prompt", "", "--out", "unused"), "empty"),
         (("trace", "--out", "unused"), "--prompt"),
         (("probe", "no-such-labels"), "no-such-labels"),
