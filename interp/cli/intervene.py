@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from headscope.interp.results.headset import HeadSet
     from headscope.interp.results.scores import HeadScores
 
-HEADS = "Head scores (folder or JSON), or heads such as L18H6,L17H3."
+HEADS = "Head scores (folder or JSON), a saved HeadSet (JSON), or heads such as L18H6,L17H3."
 
 
 @app.command()
@@ -58,19 +58,19 @@ def intervene(
 
 
 def head_set(given: str, top: int) -> tuple[HeadSet, HeadScores | None]:
-    """Heads as they are named on the command line: the ``top`` of head scores (with these), or what ``HeadSet.of``
-    reads.
+    """Heads as the command line names them: the ``top`` of head scores (and these), a saved HeadSet, or names.
 
     Raises:
-        HeadscopeError: neither.
+        HeadscopeError: none of these.
     """
     from headscope.interp.results.headset import HeadSet
     from headscope.interp.results.scores import HeadScores
 
     path = Path(given)
-    if not path.exists() and (path.suffix or "/" in given or not any(c.isdigit() for c in given)):
-        HeadScores.load(path)  # says what is missing
-    if not path.exists():
-        return HeadSet.of(given), None  # type: ignore[arg-type]
+    named = not path.exists() and not path.suffix and "/" not in given and any(c.isdigit() for c in given)
+    if named or "," in given:
+        return HeadSet.of(given), None
+    if path.is_file() and path.suffix == ".json" and not path.with_suffix(".parquet").exists():
+        return HeadSet.load(path), None
     scores = HeadScores.load(path)
     return scores.top(top), scores

@@ -28,7 +28,7 @@ def needle_grid(frame: pd.DataFrame) -> go.Figure:
         HeadscopeError: missing columns, no rows, no score, or scores outside 0 to 1.
     """
     kept = _checked_trials(frame)
-    lengths, depths = (sorted(frame[name].dropna().unique().tolist()) for name in ("length", "depth"))
+    lengths, depths = (sorted(pd.to_numeric(frame[name]).dropna().unique().tolist()) for name in ("length", "depth"))
     cells = kept.groupby(["depth", "length"])["score"].agg(["mean", "count"])
     mean = cells["mean"].unstack().reindex(index=depths, columns=lengths)
     count = cells["count"].unstack().reindex(index=depths, columns=lengths).fillna(0).astype(int)
@@ -60,7 +60,11 @@ def needle_grid(frame: pd.DataFrame) -> go.Figure:
 def _checked_trials(frame: pd.DataFrame) -> pd.DataFrame:
     """The trials that have a score."""
     style.require(frame, ["length", "depth", "score"], "a needle grid")
-    kept = frame.dropna(subset=["length", "depth", "score"])
+    try:
+        numbers = {name: pd.to_numeric(frame[name]) for name in ("length", "depth", "score")}
+    except (ValueError, TypeError) as error:
+        raise HeadscopeError(f"a needle grid needs numbers: {error}; give length, depth and score as such") from error
+    kept = frame.assign(**numbers).dropna(subset=["length", "depth", "score"])
     if kept.empty:
         raise HeadscopeError("every score of the needle grid is NaN, so there is nothing to draw")
     if not kept["score"].between(0.0, 1.0).all():

@@ -24,7 +24,8 @@ def missing(dtype: np.dtype[Any]) -> float | int:
 
 def damaged(part: Path, error: Exception) -> HeadscopeError:
     """The error of a part that cannot be read."""
-    return HeadscopeError(f"{part} is damaged ({type(error).__name__}); trace these examples again")
+    cause = " ".join(f"{type(error).__name__}: {error}".split())
+    return HeadscopeError(f"{part} is damaged ({cause[:160]}); delete it and trace these examples again")
 
 
 def join(parts: Sequence[xr.Dataset], paths: Sequence[Path], numbers: NDArray[np.int64] | None) -> xr.Dataset:

@@ -5,12 +5,16 @@ position, d_head). Query and key positions count from each example's first token
 record. Missing values are NaN (floats) or -1 (positions). On disk a record is a folder of zarr parts and a manifest
 that is replaced atomically: a part that is not in the manifest does not exist, so an interrupted append leaves the
 record as it was. ``load_record`` reads a whole record, ``open_record`` reads values when they are used.
+
+Every part has a list of its files (``checksums/``). Opening a record compares names, sizes and metadata with it,
+``load_record`` and ``each_part`` every byte; a chunk that is read later carries a checksum of its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,12 +23,16 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from zarr.codecs import ZstdCodec
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.records.checksums import check_part, write_checksums
 from headscope.interp.records.lazy import RAGGED, damaged, join, missing
-from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.files import write_atomically, writing
+from headscope.interp.runs.sealed import sealed, unsealed
 
-FORMAT = 1
+FORMAT = 2
+PART = re.compile(r"part-[0-9a-f-]+\.zarr")  # no name leads out of the record's folder
 MANIFEST = "record.json"
 SWEEP = "sweep.json"  # settings of the sweep that writes a record
 
@@ -118,17 +126,24 @@ def _append(record: xr.Dataset, path: Path, parts: list[str]) -> Path:
 
 
 def write_part(record: xr.Dataset, path: Path, name: str) -> None:
-    """Write a record's examples as the part ``name`` of the folder ``path``: whole and on disk, or not at all."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Write a record's examples as the part ``name`` of the folder ``path``: whole and on disk, or not at all.
+
+    Raises:
+        HeadscopeError: the disk is full, or the folder cannot be written.
+    """
     unfinished = path / f".{name}.{uuid.uuid4().hex[:8]}"
     labels = {key: label.astype(object) for key, label in record.coords.items() if label.dtype.kind == "U"}
     record = record.assign_coords(labels)  # zarr has a specification of text of any length, not of numpy's
+    packed = {str(key): {"compressors": (ZstdCodec(level=0, checksum=True),)} for key in record.variables}
     try:
-        record.to_zarr(unfinished, mode="w", consolidated=False)
-        for file in (file for file in unfinished.rglob("*") if file.is_file()):
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        os.replace(unfinished, path / name)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            record.to_zarr(unfinished, mode="w", consolidated=False, encoding=packed)
+            for file in (file for file in unfinished.rglob("*") if file.is_file()):
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            write_checksums(path, name, unfinished, [str(key) for key in (*record.data_vars, *record.coords)])
+            os.replace(unfinished, path / name)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -140,16 +155,16 @@ def write_manifest(path: Path, parts: Sequence[str], *, numbered: bool = False, 
     manifest = {"format": FORMAT, "kind": "headscope record", "parts": list(parts)}
     if numbered:
         manifest |= {"numbered": True, "attrs": attrs}
-    write_atomically(path / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomically(path / MANIFEST, sealed(manifest))
 
 
 def load_record(path: str | Path) -> xr.Dataset:
     """Read a record back into memory.
 
     Raises:
-        HeadscopeError: no record there, one of another program or a newer version, or damaged parts.
+        HeadscopeError: no record there, one of another program or version, or parts that are damaged or incomplete.
     """
-    return open_record(path).load()
+    return _record(Path(path), contents=True).load()
 
 
 def open_record(path: str | Path) -> xr.Dataset:
@@ -160,9 +175,12 @@ def open_record(path: str | Path) -> xr.Dataset:
     Raises:
         HeadscopeError: as ``load_record``; a part that is damaged inside, when it is read.
     """
-    path = Path(path)
+    return _record(Path(path), contents=False)
+
+
+def _record(path: Path, *, contents: bool) -> xr.Dataset:
     manifest = _manifest(path)
-    parts = [_open(path, part) for part in manifest["parts"]]
+    parts = [_open(path, part, contents=contents) for part in manifest["parts"]]
     numbers = None
     if manifest.get("numbered"):
         numbers = np.concatenate([part["example"].to_numpy() for part in parts])
@@ -180,7 +198,7 @@ def each_part(path: str | Path) -> Iterator[xr.Dataset]:
     """
     path = Path(path)
     for name in _manifest(path)["parts"]:
-        part = _open(path, name)
+        part = _open(path, name, contents=True)
         yield join([part], [path / name], None).assign_coords(example=part["example"]).load()
 
 
@@ -190,23 +208,33 @@ def part_examples(path: Path, part: str) -> list[int]:
     return numbers
 
 
-def _open(path: Path, part: str) -> xr.Dataset:
+def _open(path: Path, part: str, *, contents: bool = False) -> xr.Dataset:
+    """A part, its variables in the order they had: zarr lists them in any, and a Dataset's axes follow it."""
     try:
-        return xr.open_dataset(path / part, engine="zarr", consolidated=False, chunks=None, cache=False)
+        order = check_part(path, part, contents=contents)
+        found = xr.open_dataset(path / part, engine="zarr", consolidated=False, chunks=None, cache=False)
+        data = {name: found[name] for name in order if name in found.data_vars}
+        return xr.Dataset(data, {name: found[name] for name in order if name in found.coords}, found.attrs)
     except Exception as error:
         raise damaged(path / part, error) from error
 
 
 def _manifest(path: Path) -> dict[str, Any]:
+    foreign = f"{path} is not a headscope record; pass the folder that save_record wrote"
     try:
         if not (path / MANIFEST).exists() and (path / SWEEP).exists():
             raise HeadscopeError(f"the sweep in {path} is not finished; run the same sweep again, and it will continue")
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        foreign = manifest["kind"] != "headscope record" or not isinstance(manifest["parts"], list)
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        if manifest["kind"] != "headscope record" or not isinstance(manifest["parts"], list) or not manifest["parts"]:
+            raise HeadscopeError(foreign)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HeadscopeError(f"{path} is not a headscope record; pass the folder that save_record wrote") from error
-    if foreign:
-        raise HeadscopeError(f"{path} is not a headscope record; pass the folder that save_record wrote")
+        raise HeadscopeError(foreign) from error
     if manifest.get("format") != FORMAT:
         raise HeadscopeError(f"{path} has record format {manifest.get('format')}; this version reads {FORMAT}")
-    return manifest
+    outside = [part for part in manifest["parts"] if not (isinstance(part, str) and PART.fullmatch(part))]
+    if outside:
+        raise HeadscopeError(f"{path / MANIFEST} names {outside[0]!r}, which is no part of a record; trace it again")
+    try:
+        return unsealed(manifest)
+    except ValueError as error:
+        raise HeadscopeError(f"{path / MANIFEST} is damaged ({error}); trace these examples again") from error

@@ -103,10 +103,7 @@ class Report:
                 f"the report would take {len(page) / 1e6:.1f} MB, more than {LIMIT / 1e6:.0f}; "
                 "leave out figures or show smaller tiles"
             )
-        try:
-            write_atomically(path, page)
-        except OSError as error:
-            raise HeadscopeError(f"cannot write the report to {path}: {error.strerror or error}") from error
+        write_atomically(path, page)
         return path
 
     def _enter(self, kind: str, text: str) -> str:

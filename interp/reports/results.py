@@ -59,9 +59,7 @@ class Results:
         records = {str(p.parent.relative_to(folder)): load_record(p.parent) for p in sorted(folder.rglob(MANIFEST))}
         if not (scores or evaluations or records):
             raise HeadscopeError(f"{folder} holds no results; run `headscope discover`, `probe`, `trace` or `evaluate`")
-        configs = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.config.json"))]
-        model = next((c["settings"]["model"] for c in configs if c.get("settings", {}).get("model")), "")
-        return cls(scores, evaluations, records, model)
+        return cls(scores, evaluations, records, _named_model(folder))
 
     def summary(self) -> list[dict[str, Any]]:
         """One row a method: its best head and how many heads pass 0.1."""
@@ -105,6 +103,25 @@ class Results:
             _add_patterns(page, self.scores, prompt, model or self.model)
         page.provenance({found.method: found.provenance for found in self.scores.values()} or made)
         return page
+
+
+def _named_model(folder: Path) -> str:
+    """The model on the command line of the first run that kept its configuration there, or ''.
+
+    Raises:
+        HeadscopeError: a configuration that cannot be read.
+    """
+    for path in sorted(folder.rglob("*.config.json")):
+        try:
+            model = json.loads(path.read_bytes())["settings"]["model"]
+            if not isinstance(model, str):
+                raise TypeError(f"the model is {model!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HeadscopeError(
+                f"{path} is not a configuration of headscope ({type(error).__name__}); remove it"
+            ) from error
+        return model
+    return ""
 
 
 def _add_scores(page: Report, found: HeadScores) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.bootstrap import bootstrap_mean
-from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.sealed import read_beside, unsealed, write_results
 
-FORMAT = 1
+FORMAT = 2
+TRIALS = "evaluation.parquet"
+COLUMNS = ("task", "condition", "kind", "of", "trial", "score")
 LEVEL, RESAMPLES = 0.95, 4000
 
 
@@ -134,19 +137,24 @@ class Evaluation:
         return found
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``evaluation.json`` (summary, contrasts, provenance) and ``evaluation.parquet`` (trials)."""
+        """Write ``evaluation.json`` (summary, contrasts, provenance) and ``evaluation.parquet`` (trials).
+
+        The JSON carries its own checksum and the table's, and ``load`` refuses files that were changed.
+
+        Raises:
+            HeadscopeError: the disk is full, or the folder cannot be written.
+        """
         folder = Path(folder)
         document = {
             "format": FORMAT,
             "metrics": self.metrics,
-            "higher_is_better": self.higher_is_better,
+            "higher_is_better": {task: self.higher_is_better.get(task) for task in self.metrics},
             "summary": json.loads(self.summary().to_json(orient="records")),
             "contrasts": json.loads(self.contrasts().to_json(orient="records")),
             "provenance": self.provenance,
         }
-        write_atomically(folder / "evaluation.parquet", self.trials.to_parquet(index=False))
         path = folder / "evaluation.json"
-        write_atomically(path, json.dumps(document, indent=1).encode())
+        write_results(path, document, {TRIALS: self.trials.to_parquet(index=False)})
         return path
 
     @classmethod
@@ -154,20 +162,24 @@ class Evaluation:
         """Read what ``save`` wrote.
 
         Raises:
-            HeadscopeError: nothing there, or not an evaluation.
+            HeadscopeError: nothing there, not an evaluation, or one that was changed.
         """
-        folder = Path(folder)
+        path = Path(folder) / "evaluation.json"
         try:
-            document = json.loads((folder / "evaluation.json").read_text())
+            document = json.loads(path.read_bytes())
             if document["format"] != FORMAT:
                 raise HeadscopeError(f"{folder}: an evaluation of format {document['format']}, this reads {FORMAT}")
-            trials = pd.read_parquet(folder / "evaluation.parquet")
-            missing = {"task", "condition", "kind", "of", "trial", "score"} - set(trials)
-            if missing:
-                raise ValueError(f"no column {', '.join(sorted(missing))}")
-            directions = {task: document["higher_is_better"].get(task) for task in document["metrics"]}
-            return cls(trials, dict(document["metrics"]), document["provenance"], directions)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            document = unsealed(document)
+            trials = pd.read_parquet(io.BytesIO(read_beside(path, document, TRIALS)))
+            missing = set(COLUMNS) - set(trials)
+            if missing or trials.empty:
+                raise ValueError(f"no column {', '.join(sorted(missing))}" if missing else "no trials")
+            if not set(document["metrics"]) <= set(trials["task"]):
+                raise ValueError("a task has no trials")
+            trials = trials.astype({"score": np.float64})
+            directions = {task: document["higher_is_better"][task] for task in document["metrics"]}
+            return cls(trials, dict(document["metrics"]), dict(document["provenance"]), directions)
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
             raise HeadscopeError(f"{folder} holds no evaluation ({error}); run `headscope evaluate` first") from error
 
 

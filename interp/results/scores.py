@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +17,14 @@ from numpy.typing import NDArray
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.bootstrap import bootstrap_mean
 from headscope.interp.results.headset import HeadSet
-from headscope.interp.runs.files import write_atomically
+from headscope.interp.results.picture import svg_map
+from headscope.interp.runs.sealed import read_beside, unsealed, write_results
 
-FORMAT = 1
+FORMAT = 2
+COLUMNS = ("trial", "layer", "head")  # of the table of trials, in the order of its rows
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadScores:
     """Per-head scores of one discovery method.
 
@@ -45,6 +49,21 @@ class HeadScores:
             raise HeadscopeError(
                 f"{self.method}: no trial was kept, so there is nothing to score; add trials or lengths"
             )
+
+    def __repr__(self) -> str:
+        """``HeadScores('induction', 24 layers x 16 heads, 50 trials, best L5H3 0.912)``."""
+        return f"HeadScores({self._words()})"
+
+    def _repr_html_(self) -> str:
+        """A picture for notebooks; ``plots.head_map`` draws the interactive one."""
+        return svg_map(self.mean, self._words())
+
+    def _words(self) -> str:
+        size = f"{self.method!r:.40}, {self.layers} layers x {self.heads} heads, {len(self.trials)} trials"
+        if not self.n.any():
+            return f"{size}, no score"
+        layer, head = self.top(1)[0]
+        return f"{size}, best L{layer}H{head} {self.mean[layer, head]:.3g}"
 
     @property
     def layers(self) -> int:
@@ -104,8 +123,15 @@ class HeadScores:
         frame = pd.DataFrame({name: values.ravel() for name, values in columns.items()})
         return frame.sort_values("score", ascending=False, kind="stable").reset_index(drop=True)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write ``METHOD.json`` and ``METHOD.parquet`` (every trial), each atomically; returns the JSON's path."""
+    def save(self, folder: str | Path, beside: Mapping[str, bytes] | None = None) -> Path:
+        """Write ``METHOD.json`` and ``METHOD.parquet`` (every trial), each atomically; returns the JSON's path.
+
+        The JSON carries its own checksum and the table's, and ``load`` refuses files that were changed. ``beside``
+        holds further files (name -> contents) that belong to the scores: they are written and listed, too.
+
+        Raises:
+            HeadscopeError: the disk is full, or the folder cannot be written.
+        """
         folder = Path(folder)
         document = {
             "format": FORMAT,
@@ -118,9 +144,9 @@ class HeadScores:
             "provenance": self.provenance,
             "trials": list(self.details),
         }
-        write_atomically(folder / f"{self.method}.parquet", self._trial_frame().to_parquet(index=False))
         path = folder / f"{self.method}.json"
-        write_atomically(path, json.dumps(_plain(document), indent=1, allow_nan=False).encode())
+        table = self._trial_frame().to_parquet(index=False)
+        write_results(path, _plain(document), {f"{self.method}.parquet": table, **(beside or {})})
         return path
 
     def _trial_frame(self) -> pd.DataFrame:
@@ -134,25 +160,41 @@ class HeadScores:
         """Read what ``save`` wrote, from the JSON file or the folder that holds a single one.
 
         Raises:
-            HeadscopeError: no such file, several candidates, or a file that is not head scores.
+            HeadscopeError: no such file, several candidates, a file that is not head scores, or one that was changed.
         """
         path = _find_scores(Path(path))
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(path.read_bytes())
             if document["format"] != FORMAT:
                 raise HeadscopeError(f"{path}: head scores of format {document['format']}, this version reads {FORMAT}")
-            frame = pd.read_parquet(path.with_suffix(".parquet"))
-            shape = (-1, int(document["layers"]), int(document["heads_per_layer"]))
-            trials = frame["score"].to_numpy(dtype=np.float64).reshape(shape)
-            groups = frame["group"].to_numpy(dtype=np.int64).reshape(shape)[:, 0, 0]
-            interval = {key: document[key] for key in ("level", "resamples") if key in document}
-            return cls(
-                document["method"], trials, document["provenance"], groups, tuple(document["trials"]), **interval
-            )
-        except (KeyError, ValueError, OSError, TypeError) as error:
+            document = unsealed(document)
+            frame = pd.read_parquet(io.BytesIO(read_beside(path, document, f"{path.stem}.parquet")))
+            trials, groups = _arrays(frame, int(document["layers"]), int(document["heads_per_layer"]))
+            made, details = dict(document["provenance"]), tuple(dict(row) for row in document["trials"])
+            level, resamples = float(document["level"]), int(document["resamples"])
+            return cls(str(document["method"]), trials, made, groups, details, level, resamples)
+        except (KeyError, ValueError, OSError, TypeError, ArithmeticError) as error:
             raise HeadscopeError(
                 f"{path} is not a head-score file of headscope ({error}); run `headscope discover`"
             ) from error
+
+
+def _arrays(frame: pd.DataFrame, layers: int, heads: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Scores (trial, layer, head) and groups (trial,) of a table with one row for each, in this order.
+
+    Raises:
+        ValueError: other rows.
+    """
+    shape = (len(frame) // max(1, layers * heads), layers, heads)
+    if min(shape) < 1 or len(frame) != np.prod(shape):
+        raise ValueError(f"{len(frame)} rows are not trials of {layers} x {heads} heads")
+    for name, index in zip(COLUMNS, np.indices(shape), strict=True):
+        if not np.array_equal(frame[name].to_numpy(), index.ravel()):
+            raise ValueError(f"its rows are not in the order {', '.join(COLUMNS)}")
+    groups = frame["group"].to_numpy(dtype=np.int64).reshape(shape)
+    if (groups != groups[:, :1, :1]).any():
+        raise ValueError("a trial is in several groups")
+    return frame["score"].to_numpy(dtype=np.float64).reshape(shape), groups[:, 0, 0]
 
 
 def _find_scores(path: Path) -> Path:

@@ -13,9 +13,33 @@ from filelock import FileLock, Timeout
 from headscope.interp.errors import HeadscopeError
 
 
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what the system says of writing ``path`` (disk full, read-only, no permission) into one line.
+
+    Raises:
+        HeadscopeError: for every OSError inside.
+    """
+    try:
+        yield
+    except Timeout:  # of a lock; it is an OSError, too
+        raise
+    except OSError as error:
+        cause = error.strerror or " ".join(str(error).split())
+        raise HeadscopeError(f"cannot write {path} ({cause}); make room there, or choose another output") from error
+
+
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` whole or not at all: a sibling temporary file, flushed, then renamed over it."""
-    path = Path(path)
+    """Write ``data`` to ``path`` whole or not at all: a sibling temporary file, flushed, then renamed over it.
+
+    Raises:
+        HeadscopeError: the disk is full, or the folder cannot be written.
+    """
+    with writing(path):
+        _write(Path(path), data)
+
+
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -39,16 +63,17 @@ def locked(path: str | Path | None) -> Iterator[None]:
     The lock is a hidden file beside it that the system releases when the process dies, however it dies.
 
     Raises:
-        HeadscopeError: another run holds it.
+        HeadscopeError: another run holds it, or nothing can be written there.
     """
     if path is None:
         yield
         return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.parent / f".{path.name}.lock", timeout=0)
     try:
-        lock.acquire()
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout as error:
         raise HeadscopeError(
             f"another process is writing {path}; wait for it or stop it, or choose another output folder"

@@ -1,7 +1,7 @@
 """Trials that survive a kill: a run's settings and its finished trials, one flushed line each.
 
 A run is resumed by running it again with the same settings: finished trials are read back and skipped. A line that a
-kill cut short is dropped and its trial runs again.
+kill cut short is dropped and its trial runs again; a line that was changed is refused, by the checksum each carries.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.files import write_atomically, writing
+from headscope.interp.runs.sealed import sealed_line, unsealed
 
 Trial = dict[str, Any]  # what is run once, JSON-able
 
@@ -33,21 +34,27 @@ class Journal:
         if self.path.exists():
             self._read(config)
         else:
-            write_atomically(self.path, (json.dumps({"headscope_run": config}, sort_keys=True) + "\n").encode())
+            write_atomically(self.path, sealed_line({"headscope_run": config}))
 
     def _read(self, config: dict[str, Any]) -> None:
         assert self.path is not None
         lines = self.path.read_bytes().split(b"\n")
         whole, torn = lines[:-1], lines[-1]
         try:
-            found = dict(json.loads(whole[0])["headscope_run"])
-            entries = [json.loads(line) for line in whole[1:]]
-            self.entries = {int(entry["trial"]): entry["result"] for entry in entries}
+            found = dict(unsealed(json.loads(whole[0]))["headscope_run"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise HeadscopeError(f"{self.path} is not a run of headscope; choose another output folder") from error
+        for number, line in enumerate(whole[1:], 2):
+            try:
+                entry = unsealed(json.loads(line))
+                self.entries[int(entry["trial"])] = dict(entry["result"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise HeadscopeError(
+                    f"line {number} of {self.path} is damaged; delete that line, and its trial runs again"
+                ) from error
         require_same(self.path, found, config)
         if torn:
-            with open(self.path, "r+b") as file:
+            with writing(self.path), open(self.path, "r+b") as file:
                 file.truncate(self.path.stat().st_size - len(torn))
 
     def __contains__(self, trial: int) -> bool:
@@ -56,8 +63,8 @@ class Journal:
     def add(self, trial: int, result: dict[str, Any]) -> None:
         """Record a finished trial; on disk before this returns."""
         if self.path is not None:
-            line = json.dumps({"trial": trial, "result": result}).encode() + b"\n"
-            with open(self.path, "ab") as file:
+            line = sealed_line({"trial": trial, "result": result})
+            with writing(self.path), open(self.path, "ab") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())

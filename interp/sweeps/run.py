@@ -28,6 +28,7 @@ from headscope.interp.runs.files import locked, write_atomically
 from headscope.interp.runs.journal import plain, require_same
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import describe, fingerprint, provenance
+from headscope.interp.runs.sealed import sealed, unsealed
 from headscope.interp.sites import attached
 from headscope.interp.sites.unwrap import origin, takes
 from headscope.interp.statistics import Statistic
@@ -173,14 +174,14 @@ def _resume(out: Path, settings: dict[str, Any]) -> set[int]:
     parts = sorted(path.name for path in out.glob("part-*"))
     if parts or (out / MANIFEST).exists():
         try:
-            found = json.loads((out / SWEEP).read_text())
+            found = unsealed(json.loads((out / SWEEP).read_bytes()))
         except (OSError, ValueError) as error:
             raise HeadscopeError(
-                f"{out} already holds a record that is not a sweep's; choose another folder"
+                f"{out} already holds a record whose {SWEEP} is not a sweep's ({error}); choose another folder"
             ) from error
         require_same(out / SWEEP, found, settings)
     else:
-        write_atomically(out / SWEEP, json.dumps(settings, indent=1).encode())
+        write_atomically(out / SWEEP, sealed(settings))
     for unfinished in out.glob(".part-*"):
         shutil.rmtree(unfinished)
     return {int(number) for name in parts for number in part_examples(out, name)}

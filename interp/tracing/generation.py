@@ -171,5 +171,6 @@ def response_steps(record: xr.Dataset) -> xr.Dataset:
     taken = rows.isel(query=index.clip(min=0)).where(index >= 0)
     taken = taken.assign({name: taken[name].fillna(-1).astype(dtype) for name, dtype in whole.items()})
     taken = taken.assign_coords(query_position=xr.where(index >= 0, taken["query_position"], -1))
-    order = [dim if dim != "query" else "step" for dim in record.dims if dim in rows.dims]
-    return taken.transpose(*order, missing_dims="ignore")
+    for name, value in rows.data_vars.items():  # axes by each variable's own: a Dataset's are in no order
+        taken[name] = taken[name].transpose(..., *["step" if dim == "query" else dim for dim in value.dims])
+    return taken.assign_coords(query_position=taken["query_position"].transpose("example", "step"))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
@@ -18,6 +18,7 @@ from headscope.interp.runs.files import locked, write_atomically
 from headscope.interp.runs.journal import Journal
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import hash_texts, provenance
+from headscope.interp.runs.sealed import sha256
 from headscope.interp.statistics import HeadOutput
 from headscope.interp.tracing.tracer import trace
 
@@ -87,23 +88,25 @@ class _Store:
         return self.folder / f"z-{index:05d}.safetensors"
 
     def __contains__(self, index: int) -> bool:
-        return index in self.journal and (self.folder is None or self._file(index).exists())
+        return index in self._held or (index in self.journal and self._file(index).exists())
 
     def put(self, index: int, z: NDArray[np.float32]) -> None:
         if self.folder is None:
             self._held[index] = z
-        else:
-            write_atomically(self._file(index), save({"z": z}))
-        self.journal.add(index, {"shape": list(z.shape)})
+            return
+        data = save({"z": z})
+        write_atomically(self._file(index), data)
+        self.journal.add(index, {"sha256": sha256(data)})
 
     def get(self, index: int) -> NDArray[np.float32]:
         if self.folder is None:
             return self._held[index]
         path = self._file(index)
         try:
-            z: NDArray[np.float32] = load_file(path)["z"]
-            if list(z.shape) != self.journal.entries[index]["shape"]:
-                raise ValueError(f"shape {z.shape}")
+            data = path.read_bytes()
+            if sha256(data) != self.journal.entries[index]["sha256"]:
+                raise ValueError("it was changed")
+            z: NDArray[np.float32] = load(data)["z"]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise HeadscopeError(f"{path} is damaged ({error}); delete it and run again") from error
         return z

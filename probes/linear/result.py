@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.sealed import read_beside, unsealed
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +46,14 @@ class Directions:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically; the tensors are named as the attributes."""
-        tensors = {name: np.ascontiguousarray(array) for name, array in asdict(self).items()}
-        write_atomically(path, save(tensors, metadata={"format": "headscope directions 1"}))
+        write_atomically(path, self.as_bytes())
         return Path(path)
+
+    def as_bytes(self) -> bytes:
+        """What ``save`` writes."""
+        tensors = {name: np.ascontiguousarray(array) for name, array in asdict(self).items()}
+        data: bytes = save(tensors, metadata={"format": "headscope directions 1"})
+        return data
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
@@ -135,12 +142,13 @@ class ProbeResult:
     def save(self, folder: str | Path) -> Path:
         """Write ``probe_NAME.json`` and ``.parquet``, ``probe_NAME.safetensors`` and ``control/``; returns the JSON.
 
-        Each file is written atomically, the JSON last: where it exists, the others do.
+        Each file is written atomically, the JSON last, with the checksums of the others: ``load`` refuses files of
+        different runs.
         """
-        folder = Path(folder)
-        self.control.save(folder / "control")
-        self.directions.save(folder / f"{self.scores.method}.safetensors")
-        return self.scores.save(folder)
+        folder, method = Path(folder), self.scores.method
+        control = self.control.save(folder / "control")
+        beside = {f"control/{control.name}": control.read_bytes(), f"{method}.safetensors": self.directions.as_bytes()}
+        return self.scores.save(folder, beside)
 
     @classmethod
     def load(cls, path: str | Path) -> ProbeResult:
@@ -154,11 +162,16 @@ class ProbeResult:
         scores = HeadScores.load(path)
         if "baselines" not in scores.provenance:
             raise HeadscopeError(f"{path} holds scores of {scores.method!r}, not a probe result")
-        control = HeadScores.load(folder / "control" / f"{scores.method}_control.json")
-        directions = Directions.load(folder / f"{scores.method}.safetensors")
-        shape = (scores.layers, scores.heads)
-        if control.mean.shape != shape or directions.probe_bias.shape != shape:
-            raise HeadscopeError(f"the files of {scores.method} in {folder} belong to different runs; probe again")
+        parts = (f"control/{scores.method}_control.json", f"{scores.method}.safetensors")
+        control, directions = HeadScores.load(folder / parts[0]), Directions.load(folder / parts[1])
+        try:
+            main = folder / f"{scores.method}.json"
+            for name in parts:
+                read_beside(main, unsealed(json.loads(main.read_bytes())), name)
+        except (OSError, ValueError, KeyError) as error:
+            raise HeadscopeError(
+                f"the files of {scores.method} in {folder} belong to different runs ({error}); probe again"
+            ) from error
         return cls(scores, control, directions)
 
 

@@ -485,20 +485,20 @@ def test_a_trial_without_interval_is_valid_json(llama: LanguageModel, tmp_path: 
     assert document["summary"][0]["ci_low"] is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "metrics": {}}', "\x00\xff"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "metrics": {}}', "\x00\xff"])
 def test_files_that_are_no_evaluation(llama: LanguageModel, tmp_path: Path, content: str) -> None:
     with pytest.raises(HeadscopeError, match="holds no evaluation"):
         Evaluation.load(tmp_path / "nowhere")
     evaluate(llama, [Alive()], out=tmp_path, progress=False)
     (tmp_path / "evaluation.json").write_text(content)
-    with pytest.raises(HeadscopeError, match="holds no evaluation|an evaluation of format 2"):
+    with pytest.raises(HeadscopeError, match="holds no evaluation|an evaluation of format 1"):
         Evaluation.load(tmp_path)
 
 
 def test_trials_that_are_no_evaluation(llama: LanguageModel, tmp_path: Path) -> None:
     evaluate(llama, [Alive()], out=tmp_path, progress=False)
     pd.DataFrame({"task": ["alive"]}).to_parquet(tmp_path / "evaluation.parquet")
-    with pytest.raises(HeadscopeError, match="no column condition"):
+    with pytest.raises(HeadscopeError, match="not the file that it was written with"):
         Evaluation.load(tmp_path)
     (tmp_path / "evaluation.parquet").write_bytes(b"PAR1")
     with pytest.raises(HeadscopeError, match="holds no evaluation"):

@@ -11,6 +11,7 @@ import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.record import append_record, concatenate, load_record, open_record, save_record
+from headscope.interp.runs.sealed import sealed
 
 
 def record(examples: int = 2, length: int = 5, *, heads: int = 3, offset: float = 0.0) -> xr.Dataset:
@@ -151,6 +152,69 @@ def test_a_newer_format_is_refused(tmp_path):
     (tmp_path / "r" / "record.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(HeadscopeError, match="format 99"):
         load_record(tmp_path / "r")
+
+
+def test_every_lost_or_changed_file_is_found(tmp_path):
+    """Chunks that zarr would read as missing values, chunks of the right size, metadata and what does not belong there.
+
+    Opening finds what is gone or of another size, and metadata; loading finds every changed byte, also one that only
+    says which chunk is which.
+    """
+    whole = save_record(record(), tmp_path / "whole")
+    names = [p.relative_to(whole) for p in sorted(whole.glob("part-*/**/*")) if p.is_file()]
+    assert len(names) > 15
+    for number, name in enumerate(names):
+        for how in ("delete", "cut", "flip"):
+            path = tmp_path / f"{number}-{how}"
+            shutil.copytree(whole, path)
+            data = (path / name).read_bytes()
+            if how == "delete":
+                (path / name).unlink()
+            elif how == "cut":
+                (path / name).write_bytes(data[:-1])
+            else:
+                (path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            with pytest.raises(HeadscopeError, match="is damaged"):
+                load_record(path)
+            if how != "flip" or name.name == "zarr.json":
+                with pytest.raises(HeadscopeError, match="is damaged"):
+                    open_record(path)
+    part = next(whole.glob("part-*"))
+    (part / "extra").write_text("x")
+    with pytest.raises(HeadscopeError, match="extra was added"):
+        open_record(whole)
+
+
+def test_a_flipped_bit_is_found_where_it_is_read_later(tmp_path):
+    """The checksum inside each compressed chunk: every byte of it, none of them found by its size."""
+    path = save_record(record(2, 50), tmp_path / "r")
+    chunk = next(p for p in path.glob("part-*/entropy/c/**/*") if p.is_file())
+    data = chunk.read_bytes()
+    for at in range(0, len(data), 97):
+        chunk.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
+        with pytest.raises(HeadscopeError, match="is damaged"):
+            open_record(path)["entropy"].load()
+    chunk.write_bytes(data)
+    xr.testing.assert_identical(open_record(path).load(), record(2, 50))
+
+
+@pytest.mark.parametrize("name", ["../other/part-0.zarr", "/etc", "part-0/../../other", "other", 3, None])
+def test_a_part_outside_the_folder_is_refused(tmp_path, name):
+    path = save_record(record(), tmp_path / "r")
+    (path / "record.json").write_bytes(sealed({"format": 2, "kind": "headscope record", "parts": [name]}))
+    with pytest.raises(HeadscopeError, match="which is no part of a record"):
+        open_record(path)
+
+
+def test_variables_and_axes_come_back_in_one_order(tmp_path):
+    """zarr lists a folder in any order: 60 reads, and the axes by name and by place are those that were written."""
+    made = record()
+    first = load_record(save_record(made, tmp_path / "r"))
+    assert list(first.data_vars) == list(made.data_vars)
+    for _ in range(30):
+        for read in (load_record, open_record):
+            found = read(tmp_path / "r")
+            assert list(found.variables) == list(first.variables) and list(found.dims) == list(first.dims)
 
 
 def test_damaged_parts_are_named(tmp_path):

@@ -251,7 +251,7 @@ def test_a_folder_must_hold_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "3", '{"format": 1}', '{"format": 1, "method": "m", "layers": 2}', "\x00"]
+    "content", ["", "{", "[]", "null", "3", '{"format": 2}', '{"format": 2, "method": "m", "layers": 2}', "\x00"]
 )
 def test_foreign_json_is_refused(tmp_path: Path, content: str) -> None:
     path = random_scores().save(tmp_path)
@@ -264,7 +264,7 @@ def test_other_damage_is_refused(tmp_path: Path) -> None:
     path = random_scores().save(tmp_path)
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "format": 99}))
-    with pytest.raises(HeadscopeError, match="head scores of format 99, this version reads 1"):
+    with pytest.raises(HeadscopeError, match="head scores of format 99, this version reads 2"):
         HeadScores.load(path)
     path.write_text(json.dumps({**document, "layers": 7}))  # 72 scores are not trials of 7 x 3 heads
     with pytest.raises(HeadscopeError, match="is not a head-score file"):

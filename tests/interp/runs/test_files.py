@@ -35,7 +35,8 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(
         raise error
 
     monkeypatch.setattr(files.os, step, fail)
-    with pytest.raises(type(error)):
+    line = HeadscopeError if isinstance(error, OSError) else type(error)
+    with pytest.raises(line, match=r"cannot write .*a.json \(No space left" if line is HeadscopeError else ""):
         write_atomically(path, b"new")
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
@@ -64,7 +65,7 @@ def test_others_may_read_what_the_umask_allows(tmp_path: Path) -> None:
 
 def test_a_folder_of_that_name_is_an_error_and_stays(tmp_path: Path) -> None:
     (tmp_path / "a" / "inside").mkdir(parents=True)
-    with pytest.raises(OSError):
+    with pytest.raises(HeadscopeError, match="cannot write"):
         write_atomically(tmp_path / "a", b"data")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -127,3 +128,47 @@ def test_a_lock_is_released_by_an_exception(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     with locked(tmp_path / "a"), locked(None), locked(None):
         pass
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """Below a file there can be no folder, whoever asks (a read-only disk looks the same)."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(HeadscopeError, match=r"cannot write .* \(.*\); make room there, or choose another output"):
+        write_atomically(tmp_path / "file" / "a", b"data")
+    with pytest.raises(HeadscopeError, match="cannot write"), locked(tmp_path / "file" / "a"):
+        raise AssertionError("locked")
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np, xarray as xr
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.records.record import save_record
+from headscope.interp.results.scores import HeadScores
+from headscope.interp.runs.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+out, rng = Path(sys.argv[1]), np.random.default_rng(0)
+journal = Journal(out / "run.jsonl", {})
+values = (("example", "layer", "head", "query"), rng.random((1, 2, 4, 500)))
+record = xr.Dataset({"entropy": values}, {"example": [0], "layer": [0, 1], "head": range(4), "query": range(500)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for write in (
+    lambda: HeadScores("m", rng.random((50, 4, 4))).save(out),
+    lambda: journal.add(0, {"text": "x" * 9000}),
+    lambda: save_record(record, out / "record"),
+):
+    try:
+        write()
+    except HeadscopeError as error:
+        print(error)
+"""
+
+
+def test_files_that_the_system_does_not_let_grow_are_one_line_each(tmp_path: Path) -> None:
+    """A real refusal of the system (a limit of 4 KiB a file) for results, journals and records."""
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 3, done.stderr
+    assert all(line.startswith("cannot write ") and "File too large" in line for line in lines)
+    assert not list(tmp_path.glob("record/part-*")) and not (tmp_path / "m.json").exists()

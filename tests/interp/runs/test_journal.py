@@ -98,7 +98,15 @@ def test_a_damaged_line_in_the_middle_is_refused(tmp_path: Path, line: bytes) ->
     written(path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], line, *lines[2:]]))
-    with pytest.raises(HeadscopeError, match="is not a run of headscope"):
+    with pytest.raises(HeadscopeError, match="line 3 of .* is damaged; delete that line"):
+        Journal(path, CONFIG)
+
+
+def test_a_changed_number_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    written(path)
+    path.write_bytes(path.read_bytes().replace(b"0.333", b"0.433"))
+    with pytest.raises(HeadscopeError, match="line 3 of .* is damaged"):
         Journal(path, CONFIG)
 
 

@@ -8,9 +8,11 @@ import types
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from transformers import DynamicCache, GenerationConfig
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.records.record import load_record, open_record, save_record
 from headscope.interp.statistics import Entropy, KeyMass, SinkMass, TopKeys
 from headscope.interp.statistics.queries import Generated, Last
 from headscope.interp.survey.eager import eager_weights
@@ -74,6 +76,34 @@ def test_steps_hold_what_chose_each_token(model):
             np.testing.assert_allclose(
                 steps["sink_mass"].sel(example=b, layer=layer), p[b, :, 8:13, first], atol=NEAR * 13
             )
+
+
+def test_axes_of_steps_do_not_depend_on_how_a_record_was_read(model, tmp_path):
+    """Of 100 reads of one folder up to 23 gave (example, step, layer, head): a Dataset's axes are in no order."""
+    with trace(model, [Entropy(), TopKeys(2)]) as tracer:
+        model.generate(tokens(2, 5), max_new_tokens=4, do_sample=False, **FREE)
+    made = response_steps(tracer.record)
+    assert made["entropy"].dims == ("example", "layer", "head", "step")
+    assert made["top_keys"].dims == ("example", "layer", "head", "step", "rank")
+    assert made["query_position"].dims == ("example", "step")
+    path = save_record(tracer.record, tmp_path / "r")
+    for _ in range(50):
+        for read in (load_record, open_record):
+            steps = response_steps(read(path))
+            for name in ("entropy", "top_keys", "query_position"):
+                assert steps[name].dims == made[name].dims
+                np.testing.assert_array_equal(steps[name], made[name])
+
+
+def test_axes_of_steps_follow_each_variables_own_in_any_record(model):
+    """The same of a Dataset whose first variable begins with the queries."""
+    with trace(model, [Entropy()]) as tracer:
+        model.generate(tokens(2, 5), max_new_tokens=4, do_sample=False, **FREE)
+    record = tracer.record
+    turned = xr.Dataset({"first": ("query", np.arange(record.sizes["query"]))}).merge(record)
+    assert list(turned.dims)[0] == "query"
+    assert response_steps(turned)["entropy"].dims == ("example", "layer", "head", "step")
+    np.testing.assert_array_equal(response_steps(turned)["entropy"], response_steps(record)["entropy"])
 
 
 def test_steps_of_a_record_of_the_response_only(model):
