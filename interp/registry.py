@@ -164,7 +164,7 @@ def _row(name: str, cls: type) -> dict[str, Any]:
 
 
 def meant(name: str, known: Mapping[str, Any]) -> str:
-    """ " (did you mean ...?)" where a known name is close, else nothing."""
+    """`` (did you mean ...?)`` where a known name is close, else nothing."""
     close = get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

@@ -42,6 +42,12 @@ class Intervention(Handler):
     unit: ClassVar[str] = ""
     refused: ClassVar[Mapping[str, str]] = {}
 
+    @classmethod
+    def measured(cls, model: Any, given: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+        """Settings beside ``given`` that are measured on a model, over reference ``texts``, for whoever builds one by
+        name (``headscope intervene``)."""
+        return {}
+
     @property
     def phased(self) -> bool:
         """Whether it has to know where the prompt ends."""

@@ -1,4 +1,4 @@
-"""The command line, one file a command: ``headscope models | list | trace | discover | probe | evaluate | report``.
+"""The command line, one file a command: ``headscope discover``, ``headscope evaluate`` ... (``COMMANDS``).
 
 The one door that may import every room, inside its commands, so that ``--help`` is instant. Results go to stdout
 (``--json`` for scripts), everything else to stderr. Exit codes: 0 done, 2 bad input (one line says what to do),
@@ -11,7 +11,8 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-COMMANDS = ("models", "listing", "trace", "discover", "probe", "evaluate", "report")  # their files, in help's order
+# the commands' files, in help's order
+COMMANDS = ("models", "listing", "trace", "discover", "probe", "intervene", "evaluate", "report")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

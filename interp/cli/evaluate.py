@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headscope.interp.cli.app import Depths, Device, DryRun, Dtype, Json, Lengths, Model, Out, Run, Seed, Settings, app
+from headscope.interp.cli.intervene import HEADS, head_set
 
 if TYPE_CHECKING:
+    from headscope.interp.models import LanguageModel
     from headscope.interp.results.evaluation import Evaluation
+    from headscope.interp.results.scores import HeadScores
+    from headscope.interventions.base import Intervention
+    from headscope.interventions.tasks.base import Task
 
 
 @app.command()
 def evaluate(
     task: Annotated[str, typer.Argument(help="Comma-separated tasks; `headscope list tasks` names them.")],
     model: Model,
-    ablate: Annotated[Path | None, typer.Option("--ablate", help="Head scores (folder or JSON) to ablate.")] = None,
-    top: Annotated[int, typer.Option("--top", help="How many of the highest-scoring heads.")] = 10,
-    how: Annotated[str, typer.Option("--how", help="zero, mean or uniform.")] = "zero",
+    edit: Annotated[list[Path] | None, typer.Option("--with", help="A saved edit; repeatable.")] = None,
+    sweep: Annotated[str | None, typer.Option("--sweep", help="Every edit at each: strength=0,0.5,1.")] = None,
+    ablate: Annotated[str | None, typer.Option("--ablate", help=f"Heads to ablate: {HEADS}")] = None,
+    top: Annotated[int, typer.Option("--top", help="Of head scores: how many of the highest.")] = 10,
+    how: Annotated[str, typer.Option("--how", help="With --ablate: zero, mean or uniform.")] = "zero",
     reference: Annotated[
         Path | None,
         typer.Option("--reference", help="With --how mean: average over this text's paragraphs (default: bundled)."),
     ] = None,
-    during: Annotated[str, typer.Option("--during", help="always, prefill or decode.")] = "always",
+    during: Annotated[str, typer.Option("--during", help="With --ablate: always, prefill, decode, answer.")] = "always",
     controls: Annotated[int, typer.Option("--controls", help="Layer-matched random head sets.")] = 10,
     out: Out = None,
     lengths: Lengths = None,
@@ -36,40 +44,88 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Evaluate with heads ablated, beside no edit and layer-matched random heads."""
-    from headscope.interp.cli.settings import keywords, passages, shared
+    """Evaluate with edits, beside no edit and layer-matched random heads."""
+    from headscope.interp.cli.settings import passages
     from headscope.interp.errors import HeadscopeError
-    from headscope.interp.results.scores import HeadScores
     from headscope.interp.runs import estimate
-    from headscope.interventions import AblateHeads, head_means
     from headscope.interventions import evaluate as run_evaluate
-    from headscope.interventions.tasks import TASKS
 
     run = Run(model, out, as_json, dry_run, device, dtype)
     given = {"lengths": lengths, "depths": depths, "set": setting or []}
-    names = [name.strip() for name in task.split(",")]
     if reference is not None and how != "mean":
         raise HeadscopeError("--reference is the text of mean ablation; give --how mean with it")
-    heads = None if ablate is None else HeadScores.load(ablate).top(top)
-    tasks = [TASKS[name](**keywords(TASKS[name], name, shared(TASKS[name], given))) for name in names]
+    tasks = named_tasks([name.strip() for name in task.split(",")], given)
+    heads, scores = (None, None) if ablate is None else head_set(ablate, top)
+    if sweep is not None and ablate is None and not edit:
+        raise HeadscopeError("--sweep changes a setting of edits; give one by --with or --ablate")
     lm = run.load()
+    warn_of_overlap(lm, tasks, scores)
     texts = passages(reference) if heads is not None and how == "mean" else []
     arguments: dict[str, Any] = {"controls": controls, "seed": seed, "out": out}
+
+    def edits(how: str, texts: Sequence[str]) -> list[Intervention]:
+        from headscope.interventions import AblateHeads, load_intervention
+
+        found: list[Intervention] = [load_intervention(file, lm) for file in edit or ()]
+        if heads is not None:
+            measured = AblateHeads.measured(lm, {"how": how}, texts)
+            found.append(AblateHeads(heads, how, during=during, **measured))  # type: ignore[arg-type]
+        return found if sweep is None else swept(found, sweep)
+
     if dry_run:
-        cheap: Any = "zero" if texts else how  # as many passes, without the means
-        planned = [] if heads is None else [AblateHeads(heads, cheap, during=during)]  # type: ignore[arg-type]
         with estimate.dry_run() as work:
-            run_evaluate(lm, tasks, planned, **arguments)
+            run_evaluate(lm, tasks, edits("zero" if texts else how, ()), **arguments)  # as many passes, without means
         work.passes += [(int(lm.encode(text)["input_ids"].shape[1]), 0) for text in texts]
         return run.show_estimate(lm, work)
-    interventions = []
-    if heads is not None:
-        means = head_means(lm, texts) if texts else None
-        interventions = [AblateHeads(heads, how, during=during, means=means)]  # type: ignore[arg-type]
-    result = run_evaluate(lm, tasks, interventions, **arguments)
-    edit = {"ablate": ablate, "top": top, "how": how, "during": during, "reference": reference}
-    run.save_config(f"evaluate {task}", {**edit, **given, "controls": controls, "seed": seed})
+    result = run_evaluate(lm, tasks, edits(how, texts), **arguments)
+    kept = {"with": edit, "sweep": sweep, "ablate": ablate, "top": top, "how": how, "during": during}
+    run.save_config(f"evaluate {task}", {**kept, "reference": reference, **given, "controls": controls, "seed": seed})
     show_evaluation(result, as_json)
+
+
+def named_tasks(names: Sequence[str], given: dict[str, Any]) -> list[Task]:
+    """Tasks with those of the command line's settings that they take.
+
+    Raises:
+        HeadscopeError: an unknown task, or a setting that none of them takes.
+    """
+    from headscope.interp.cli.settings import shared_out
+    from headscope.interp.registry import make
+    from headscope.interventions.tasks import TASKS
+
+    classes = {name: TASKS[name] for name in names}
+    found = shared_out(classes, given)
+    return [make(cls, name, found[name]) for name, cls in classes.items()]
+
+
+def swept(edits: Sequence[Intervention], sweep: str) -> list[Intervention]:
+    """Every edit with every value of NAME=a,b,c.
+
+    Raises:
+        HeadscopeError: another form, or a setting that an edit does not have.
+    """
+    from headscope.interp.cli.settings import assignments
+    from headscope.interp.errors import HeadscopeError
+
+    name, _, values = sweep.partition("=")
+    found = [assignments([f"{name}={value}"], "--sweep")[name.strip()] for value in values.split(",") if value.strip()]
+    if not name or not found:
+        raise HeadscopeError(f"--sweep takes NAME=a,b,c, e.g. strength=0,0.5,1; got {sweep!r}")
+    return [edit.with_settings(**{name.strip(): value}) for edit in edits for value in found]
+
+
+def warn_of_overlap(lm: LanguageModel, tasks: Sequence[Task], scores: HeadScores | None) -> None:
+    """Say where heads are judged on the needles that found them."""
+    from headscope.interp.cli import console
+
+    used = set() if scores is None else set((scores.provenance.get("parameters") or {}).get("needles") or ())
+    for task in tasks:
+        both = [name for name in task.parameters(lm).get("needles", ()) if name in used] if used else []
+        if both:
+            console.note(
+                f"warning: {task.name} asks for needles that the heads were found with ({', '.join(both)}); judge them "
+                "on others, e.g. without --set needles=..."
+            )
 
 
 def show_evaluation(result: Evaluation, as_json: bool) -> None:
@@ -83,4 +139,7 @@ def show_evaluation(result: Evaluation, as_json: bool) -> None:
     shown = summary[summary["kind"] != "control"].drop(columns=["of"])
     console.show_rows(shown.to_dict("records"), "evaluation, 95 % paired bootstrap intervals", False)
     if len(contrasts):
-        console.show_rows(contrasts.to_dict("records"), "against layer-matched random heads", False)
+        least = float(contrasts["p_least"].max())
+        table = contrasts.drop(columns=["rank", "p_least", "p_worse", "higher_is_better"])
+        title = f"against layer-matched random heads (no tail can be below {least:.2g} with so many controls)"
+        console.show_rows(table.to_dict("records"), title, False)

@@ -28,7 +28,7 @@ def probe(
     from headscope.probes import load_labelled, probe_heads
 
     run = Run(model, out, as_json, dry_run, device, dtype)
-    settings = keywords(probe_heads, "probe", {"set": setting or []})
+    settings = keywords(probe_heads, "probe", setting or ())
     lm = run.load()
     if dry_run:
         lengths = [len(ids) for ids in lm.tokenizer(list(load_labelled(dataset).texts))["input_ids"]]

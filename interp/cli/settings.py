@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.registry import meant, settings
 
-POSITIONAL = ("name", "metric")  # fields of a task that are no settings
 PASSAGES = 32  # of a reference text, evenly spread
 
 
-def shared_out(
-    classes: Mapping[str, type], given: Mapping[str, Any], kind: str = "method"
-) -> dict[str, dict[str, Any]]:
+def shared_out(classes: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Command-line settings for several declarations: each is given those that it takes.
 
     ``given``: "lengths", "depths", "samples", "text" and "seed" as their options read them, "set" as NAME=VALUE lines.
@@ -27,16 +24,17 @@ def shared_out(
     """
     asked = _asked(given)
     known = {name: settings(cls) for name, cls in classes.items()}
+    every = dict.fromkeys(key for takes in known.values() for key in takes)
     for key in asked:
-        if not any(key in takes for takes in known.values()):
-            everything = dict.fromkeys(one for takes in known.values() for one in takes)
-            raise HeadscopeError(f"{', '.join(classes)} has no setting {key!r}{meant(key, everything)}")
+        if key not in every:
+            who = f"{names} has no" if "," not in (names := ", ".join(classes)) else f"none of {names} has a"
+            raise HeadscopeError(f"{who} setting {key!r}{meant(key, every)}; known: {', '.join(every)}")
     found = {name: {key: value for key, value in asked.items() if key in takes} for name, takes in known.items()}
     for name, takes in known.items():
         if given.get("text") is not None:
-            field = next((field for field in ("haystack", "texts") if field in takes), None)
+            field = next((field for field in ("haystack", "texts", "text") if field in takes), None)
             if field is None:
-                raise HeadscopeError(f"the {kind} {name} reads no text: leave --text out")
+                raise HeadscopeError(f"{name} reads no text: leave --text out")
             found[name][field] = given["text"] if field == "haystack" else read_text(given["text"])
         if given.get("seed") is not None and "seed" in takes:
             found[name]["seed"] = given["seed"]
@@ -51,12 +49,7 @@ def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
         asked["depths"] = numbers(given["depths"], float, "--depths")
     if given.get("samples") is not None:
         asked["samples"] = given["samples"]
-    for item in given.get("set") or ():
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise HeadscopeError(f"--set takes NAME=VALUE, got {item!r}")
-        asked[key] = _value(value)
-    return asked
+    return asked | assignments(given.get("set") or ())
 
 
 def numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
@@ -67,43 +60,26 @@ def numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
         raise HeadscopeError(f"{option} takes comma-separated numbers, e.g. {option} 1,2; got {text!r}") from error
 
 
-def keywords(function: Callable[..., Any], name: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Command-line settings as keyword arguments of ``function``, refusing what it does not take."""
-    known = inspect.signature(function).parameters
-    settings: dict[str, Any] = {}
-    if given.get("lengths") is not None:
-        settings["lengths"] = numbers(given["lengths"], int, "--lengths")
-    if given.get("depths") is not None:
-        depths = numbers(given["depths"], float, "--depths")
-        settings["depths"] = int(depths[0]) if len(depths) == 1 else depths
-    if given.get("samples") is not None:
-        settings["samples"] = given["samples"]
-    if given.get("text") is not None:
-        if "haystack" in known:
-            settings["haystack"] = given["text"]
-        else:
-            settings["texts" if "texts" in known else "text"] = read_text(given["text"])
-    for item in given.get("set", []):
+def keywords(function: Callable[..., Any], name: str, items: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE lines as keyword arguments of a function, refusing what it does not take."""
+    found = assignments(items)
+    takes = [key for key in inspect.signature(function).parameters if key not in ("lm", "model", "out", "progress")]
+    for key in found:
+        if key not in takes:
+            known = dict.fromkeys(takes)
+            raise HeadscopeError(f"{name} has no setting {key!r}{meant(key, known)}; it takes {', '.join(takes)}")
+    return found
+
+
+def assignments(items: Sequence[str], option: str = "--set") -> dict[str, Any]:
+    """NAME=VALUE, with JSON values (anything else is a string), by name."""
+    found = {}
+    for item in items:
         key, separator, value = item.partition("=")
-        if not separator:
-            raise HeadscopeError(f"--set takes NAME=VALUE, got {item!r}")
-        settings[key] = _value(value)
-    for key in settings:
-        if key not in known:
-            hidden = {"lm", "model", "out", "progress", "seed", *POSITIONAL}
-            raise HeadscopeError(
-                f"{name} has no setting {key!r}; it takes {', '.join(k for k in known if k not in hidden)}"
-            )
-    if "seed" in known and "seed" in given:
-        settings["seed"] = given["seed"]
-    return settings
-
-
-def shared(function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Of settings shared by several tasks, those that this one takes."""
-    known = inspect.signature(function).parameters
-    common = {key: value for key, value in given.items() if key in ("lengths", "depths") and key in known}
-    return {**common, "set": [item for item in given["set"] if item.partition("=")[0] in known]}
+        if not separator or not key:
+            raise HeadscopeError(f"{option} takes NAME=VALUE, got {item!r}")
+        found[key.strip()] = _value(value)
+    return found
 
 
 def _value(text: str) -> Any:

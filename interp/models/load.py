@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
 )
+from transformers.utils import logging
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.gguf import read_gguf
@@ -30,6 +33,7 @@ from headscope.interp.models.options import NEEDS_BITSANDBYTES, DeviceMap, Optio
 from headscope.interp.models.packages import PACKAGED, ensure_packaged
 from headscope.interp.sites.compiled import plain
 
+INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _TOKENIZER_FILES = (
     "tokenizer_config.json",
@@ -110,7 +114,7 @@ def _from_folder(folder: Path, options: Options, name: str, revision: str | None
         ggufs = sorted(folder.glob("*.gguf"))
         way = f"give the file itself: {ggufs[0]}" if ggufs else "give the folder that save_pretrained wrote"
         raise HeadscopeError(f"{folder} has no config.json, so it is not a model folder: {way}")
-    with _explained(str(folder)):
+    with _explained(str(folder)), _quiet():
         model, tokenizer = _pretrained(str(folder), options, folder, local_files_only=True)
     return LanguageModel.wrap(model, tokenizer, name=name, revision=revision or fingerprint(folder))
 
@@ -134,14 +138,14 @@ def _from_hub(name: str, options: Options, revision: str | None, offline: bool |
         raise HeadscopeError(f"no such file or folder: {name} (known names: {_known()})")
     if offline is not False:
         # Anything missing from the cache is an OSError: then, and only then, the hub is asked.
-        with contextlib.suppress(OSError), _explained(name, let_pass=(OSError,)):
+        with contextlib.suppress(OSError), _explained(name, let_pass=(OSError,)), _quiet():
             return _hub_model(name, options, revision, local=True)
     if offline:
         raise HeadscopeError(
             f"{name} is not in the local hub cache and offline=True: load it once with network access, "
             f"or take a known name ({_known()}) or a path"
         )
-    with _explained(name):
+    with _explained(name), _quiet():
         return _hub_model(name, options, revision, local=False)
 
 
@@ -149,6 +153,8 @@ def _hub_model(name: str, options: Options, revision: str | None, *, local: bool
     if not local:  # one question without retries: no network is then an error within seconds
         revision = HfApi().model_info(name, revision=revision, timeout=10).sha
     config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=local))
+    with contextlib.suppress(hub_errors.EntryNotFoundError):  # a checkpoint in one file has none
+        hf_hub_download(name, INDEX, revision=config.parent.name, local_files_only=local)
     commit = config.parent.name  # .../snapshots/<commit>/config.json
     model, tokenizer = _pretrained(name, options, config.parent, local_files_only=local, revision=commit)
     return LanguageModel.wrap(model, tokenizer, name=name, revision=commit)
@@ -156,6 +162,7 @@ def _hub_model(name: str, options: Options, revision: str | None, *, local: bool
 
 def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tuple[Any, Any]:
     """Model and tokenizer through transformers' Auto classes; every weight must come from the checkpoint."""
+    _refuse_pickles(folder, place)
     where["trust_remote_code"] = options.trust_remote_code
     config = AutoConfig.from_pretrained(place, **where)
     model, report = _auto_class(config, place, options).from_pretrained(
@@ -174,6 +181,29 @@ def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tup
             tokenizer = None
     model = model.to(options.device) if options.is_moved_afterwards(config) else model
     return model.eval(), tokenizer
+
+
+def _refuse_pickles(folder: Path, place: str) -> None:
+    """Refuse weights other than safetensors files in ``folder`` itself: transformers unpickles what an index names,
+    and an adapter loads another model, of which the revision says nothing.
+
+    Raises:
+        HeadscopeError: names the file.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise HeadscopeError(f"{place} holds an adapter of another model: load it with peft and pass the object")
+    if not (folder / INDEX).is_file():
+        return
+    try:
+        files = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HeadscopeError(f"{folder / INDEX} cannot be read ({error!r}): save the model again") from error
+    for file in sorted(map(str, files)):
+        if not file.endswith(".safetensors") or Path(file).name != file:
+            raise HeadscopeError(
+                f"{folder / INDEX} names {file!r}, which is no safetensors file beside it: save the model with "
+                "save_pretrained (headscope reads no pickles)"
+            )
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -195,11 +225,14 @@ def _auto_class(config: Any, place: str, options: Options) -> Any:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and samples of every safetensors file (its size, its first MiB, 64 blocks of 64 KiB).
+    """SHA-256 over config.json, the index of weights, the folder's own code, and samples of every safetensors file
+    (its size, its first MiB, 64 blocks of 64 KiB).
 
     Reading all of a large checkpoint would take longer than loading it; training any layer changes the samples.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted([*folder.glob(INDEX), *folder.glob("*.py")]):
+        digest.update(path.name.encode() + path.read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -213,6 +246,19 @@ def fingerprint(folder: Path) -> str:
 
 def _known() -> str:
     return ", ".join(sorted(PACKAGED))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No "Loading weights" bars in logs: transformers draws them only where someone is looking."""
+    was = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

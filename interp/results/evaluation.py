@@ -148,7 +148,7 @@ class Evaluation:
         document = {
             "format": FORMAT,
             "metrics": self.metrics,
-            "higher_is_better": self.higher_is_better,
+            "higher_is_better": {task: self.higher_is_better.get(task) for task in self.metrics},
             "summary": json.loads(self.summary().to_json(orient="records")),
             "contrasts": json.loads(self.contrasts().to_json(orient="records")),
             "provenance": self.provenance,
@@ -177,7 +177,7 @@ class Evaluation:
             if not set(document["metrics"]) <= set(trials["task"]):
                 raise ValueError("a task has no trials")
             trials = trials.astype({"score": np.float64})
-            directions = {task: document["higher_is_better"].get(task) for task in document["metrics"]}
+            directions = {task: document["higher_is_better"][task] for task in document["metrics"]}
             return cls(trials, dict(document["metrics"]), dict(document["provenance"]), directions)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise HeadscopeError(f"{folder} holds no evaluation ({error}); run `headscope evaluate` first") from error

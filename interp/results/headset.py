@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.sealed import sealed, unsealed
+
+FORMAT, KIND = 1, "headscope heads"
+SHORT = 80  # characters of a repr
+_NAMED = re.compile(r"L?(\d+)(?:H|\.)(\d+)", re.IGNORECASE)
+
+Pair = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class HeadSet:
     """Ordered (layer, head) pairs, 0-based query heads, each with a weight (1.0 unless said otherwise).
 
-    Iterates over the pairs. ``by_layer`` groups them, as an edit needs them.
+    Iterates over the pairs; ``heads[0]`` is a pair, ``heads[:5]`` a head set. ``a | b`` is a's heads, then b's others;
+    ``a & b`` a's heads that are in b; ``a - b`` a's heads that are not. Each keeps a's order, and a's weight where both
+    have one; b may be whatever ``of`` takes. ``by_layer`` groups the pairs, as an edit needs them.
     """
 
     heads: tuple[tuple[int, int], ...]
@@ -31,9 +45,90 @@ class HeadSet:
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights) or (1.0,) * len(heads))
 
     @classmethod
-    def of(cls, heads: HeadSet | Iterable[tuple[int, int]], name: str = "heads") -> HeadSet:
-        """A head set from pairs, or the same head set."""
-        return heads if isinstance(heads, HeadSet) else cls(tuple(heads), name=name)
+    def of(cls, heads: HeadSet | str | Pair | Iterable[str | Pair], name: str = "heads") -> HeadSet:
+        """A head set from ``"L18H6,L17H3"`` (or ``"18.6"``), a pair ``(18, 6)``, several of either, or a head set.
+
+        Raises:
+            HeadscopeError: something else, or a head named twice.
+        """
+        if isinstance(heads, HeadSet):
+            return heads
+        try:
+            given: list[Any] = heads.split(",") if isinstance(heads, str) else list(heads)
+            if len(given) == 2 and all(isinstance(number, int | np.integer) for number in given):
+                given = [tuple(given)]
+            return cls(tuple(_pair(one) for one in given), name=name)
+        except (TypeError, ValueError) as error:
+            raise HeadscopeError(
+                f"{heads!r:.60} names no heads ({error}); give 'L18H6,L17H3', (18, 6) or a list of either"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadSet:
+        """The heads that ``save`` wrote; of a head-score file all heads with a score, highest first, weighted by it.
+
+        Raises:
+            HeadscopeError: no such file, or something else.
+        """
+        try:
+            document = unsealed(json.loads(Path(path).read_bytes()))
+            if document.get("kind") == KIND and document["format"] == FORMAT:
+                return cls(tuple(map(_pair, document["heads"])), tuple(document["weights"]), str(document["name"]))
+            scored = [row for row in document["heads"] if row["score"] is not None]
+            pairs = tuple((int(row["layer"]), int(row["head"])) for row in scored)
+            return cls(pairs, tuple(float(row["score"]) for row in scored), str(document["method"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise HeadscopeError(
+                f"{path} holds no heads ({type(error).__name__}: {error}); give a file of HeadSet.save or `discover`"
+            ) from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write the heads, their weights and the name as JSON, atomically.
+
+        Raises:
+            HeadscopeError: the disk is full, or the folder cannot be written.
+        """
+        document = {"format": FORMAT, "kind": KIND, "name": self.name, "heads": self.heads, "weights": self.weights}
+        write_atomically(path, sealed(document))
+        return Path(path)
+
+    def __repr__(self) -> str:
+        """``HeadSet(L18H6, L17H3, ... 10 heads)``: at most 80 characters."""
+        names = [f"L{layer}H{head}" for layer, head in self.heads]
+        whole = f"HeadSet({', '.join(names)})"
+        if len(whole) <= SHORT:
+            return whole
+        shown, end = "HeadSet(", f"... {len(self)} heads)"
+        for name in names:
+            if len(shown) + len(name) + 2 + len(end) > SHORT:
+                break
+            shown += f"{name}, "
+        return shown + end
+
+    @overload
+    def __getitem__(self, at: int) -> Pair: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> HeadSet: ...
+
+    def __getitem__(self, at: int | slice) -> Pair | HeadSet:
+        if isinstance(at, slice):
+            return HeadSet(self.heads[at], self.weights[at], self.name)
+        return self.heads[at]
+
+    def __or__(self, other: HeadSet | str | Pair | Iterable[str | Pair]) -> HeadSet:
+        more = HeadSet.of(other) - self
+        return HeadSet(self.heads + more.heads, self.weights + more.weights, self.name)
+
+    def __and__(self, other: HeadSet | str | Pair | Iterable[str | Pair]) -> HeadSet:
+        return self._where(HeadSet.of(other), inside=True)
+
+    def __sub__(self, other: HeadSet | str | Pair | Iterable[str | Pair]) -> HeadSet:
+        return self._where(HeadSet.of(other), inside=False)
+
+    def _where(self, other: HeadSet, *, inside: bool) -> HeadSet:
+        kept = [i for i, head in enumerate(self.heads) if (head in other.heads) == inside]
+        return HeadSet(tuple(self.heads[i] for i in kept), tuple(self.weights[i] for i in kept), self.name)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self.heads)
@@ -79,3 +174,16 @@ class HeadSet:
                 )
             chosen += [(layer, int(head)) for head in rng.choice(free, size=len(mine), replace=False)]
         return HeadSet(tuple(chosen), name=f"random (seed {seed})")
+
+
+def _pair(one: str | Iterable[int]) -> Pair:
+    """A head by its name (L18H6, 18.6) or its numbers."""
+    if isinstance(one, str):
+        found = _NAMED.fullmatch(one.strip())
+        if found is None:
+            raise ValueError(f"{one.strip()!r} is no head")
+        return int(found[1]), int(found[2])
+    layer, head = one
+    if layer != int(layer) or head != int(head):
+        raise ValueError(f"({layer}, {head}) are no whole numbers")
+    return int(layer), int(head)

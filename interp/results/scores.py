@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.bootstrap import bootstrap_mean
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.results.picture import svg_map
 from headscope.interp.runs.sealed import read_beside, unsealed, write_results
 
 FORMAT = 2
 COLUMNS = ("trial", "layer", "head")  # of the table of trials, in the order of its rows
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadScores:
     """Per-head scores of one discovery method.
 
@@ -48,6 +49,21 @@ class HeadScores:
             raise HeadscopeError(
                 f"{self.method}: no trial was kept, so there is nothing to score; add trials or lengths"
             )
+
+    def __repr__(self) -> str:
+        """``HeadScores('induction', 24 layers x 16 heads, 50 trials, best L5H3 0.912)``."""
+        return f"HeadScores({self._words()})"
+
+    def _repr_html_(self) -> str:
+        """A picture for notebooks; ``plots.head_map`` draws the interactive one."""
+        return svg_map(self.mean, self._words())
+
+    def _words(self) -> str:
+        size = f"{self.method!r:.40}, {self.layers} layers x {self.heads} heads, {len(self.trials)} trials"
+        if not self.n.any():
+            return f"{size}, no score"
+        layer, head = self.top(1)[0]
+        return f"{size}, best L{layer}H{head} {self.mean[layer, head]:.3g}"
 
     @property
     def layers(self) -> int:

@@ -20,13 +20,13 @@ TASKS: Registry[Task] = Registry(
 )
 
 
-def resolve(tasks: str | Any | Sequence[str | Any]) -> list[Task]:
+def resolve(tasks: str | Task | Sequence[str | Task]) -> list[Task]:
     """Tasks from names (with default settings) or task objects; one alone stands for a list of it.
 
     Raises:
         HeadscopeError: an unknown name, an object that is no task, two of one name, or none.
     """
-    given = tasks if isinstance(tasks, list | tuple) else [tasks]
+    given: Sequence[Any] = tasks if isinstance(tasks, list | tuple) else [tasks]
     found: list[Task] = [TASKS[task]() if isinstance(task, str) else task for task in given]
     for task in found:
         check_task(task)

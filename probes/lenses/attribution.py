@@ -171,6 +171,7 @@ def _find_path(lm: LanguageModel) -> _Path:
         ids = torch.arange(1, 5, device=lm.device)[None] % lm.info.vocab_size
         model(input_ids=ids)
     modules = dict(model.named_modules())
+    whole = {attention: _whole(modules, attention, leaf, seen) for attention, leaf in names.items()}
     if head is None or head not in seen:
         raise HeadscopeError(f"{lm.name} has no output embedding, so it has no logits to attribute")
     leaves = [
@@ -178,9 +179,9 @@ def _find_path(lm: LanguageModel) -> _Path:
     ]
     norms = [m for m in leaves if seen[m][1].shape == seen[head][0].shape and torch.equal(seen[m][1], seen[head][0])]
     stream: Tensor | None = None
-    for attention, projection in names.items():
+    for attention, projection in whole.items():
         layer = modules[attention.rpartition(".")[0]]
-        if layer not in seen or not _adds(seen, layer, seen[modules[projection]][1], stream):
+        if layer not in seen or not _adds(seen, layer, seen[projection][1], stream):
             raise HeadscopeError(
                 f"{lm.name}: {attention} does not add its heads' outputs to the residual stream as they are (a norm or "
                 "a factor comes between): direct logit attribution is not defined here; ablate heads instead"
@@ -188,10 +189,31 @@ def _find_path(lm: LanguageModel) -> _Path:
         stream = seen[layer][1]
     if len(norms) != 1 or stream is None or not _close(seen[norms[0]][0], stream, stream):
         raise HeadscopeError(f"{lm.name}: no single norm stands between the last layer and the logits")
-    return _Path([modules[name] for name in names.values()], norms[0], head, lm.device, lm.model.dtype)
+    return _Path(list(whole.values()), norms[0], head, lm.device, lm.model.dtype)
 
 
 Seen = dict[nn.Module, tuple[Tensor, Tensor]]  # what went in, what came out
+
+
+def _whole(modules: dict[str, nn.Module], attention: str, leaf: str, seen: Seen) -> nn.Module:
+    """The outermost module of an attention module that reads what the projection ``leaf`` reads, and is linear in it.
+
+    That is the projection itself or what stands around it: under LoRA the sum of ``base_layer`` and the adapter.
+    """
+    found, name = modules[leaf], leaf.rpartition(".")[0]
+    while name.startswith(f"{attention}."):
+        around = modules[name]
+        if around not in seen or not torch.equal(seen[around][0], seen[found][0]) or not _linear(around, seen):
+            break
+        found, name = around, name.rpartition(".")[0]
+    return found
+
+
+def _linear(module: nn.Module, seen: Seen) -> bool:
+    x, out = seen[module]
+    with torch.no_grad():
+        shift = module(torch.zeros_like(x))
+        return _close(module(2 * x) - shift, 2 * (out - shift), out)
 
 
 def _adds(seen: Seen, layer: nn.Module, written: Tensor, stream: Tensor | None) -> bool:

@@ -114,6 +114,44 @@ def test_discover_evaluate_report(capsys: pytest.CaptureFixture[str], model: str
     assert "<title>" in page and len(page) < 6_000_000
 
 
+def test_intervene_then_evaluate_with(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    from headscope.interp import load_model
+    from headscope.interventions import AblateHeads, ScaleHeads, load_intervention
+
+    for name, kind, extra in (("half", "scale_heads", ("factor=0.5",)), ("mean", "ablate-heads", ("how=mean",))):
+        command = ("intervene", kind, "--model", model, "--heads", "L0H1,L1H3", "--out", str(tmp_path / name))
+        code, printed, err = run(capsys, *command, *(x for s in extra for x in ("--set", s)))
+        assert code == 0 and "L0H1,L1H3" in printed, err
+    lm = load_model(model)
+    assert load_intervention(tmp_path / "half", lm) == ScaleHeads([(0, 1), (1, 3)], 0.5)
+    mean = load_intervention(tmp_path / "mean", lm)
+    assert isinstance(mean, AblateHeads) and mean.means is not None and mean.means.shape == (2, 4, 8)
+    command = ("evaluate", "text_loss", "--model", model, "--controls", "1", "--json")
+    small = ("--set", "length=16", "--set", "passages=2", "--sweep", "strength=0,0.5,1")
+    both = ("--with", str(tmp_path / "half"), "--with", str(tmp_path / "mean"))
+    code, printed, err = run(capsys, *command, *small, *both, "--ablate", "L0H1,L1H3")
+    assert code == 0, err
+    rows = json.loads(printed)["summary"]
+    edits = [row for row in rows if row["kind"] == "intervention"]
+    assert len(edits) == 3 * 3 and [row["delta"] for row in edits[::3]] == [0, 0, 0]  # strength 0
+    assert len({row["condition"] for row in rows}) == 1 + 9 + 9
+    half, zero = edits[2], edits[7]  # half of everything, and half of zero ablation: the same edit by two names
+    assert half["delta"] == pytest.approx(zero["delta"], abs=1e-6) and abs(half["delta"]) > 1e-4
+
+
+def test_heads_judged_on_the_needles_that_found_them(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
+) -> None:
+    found = str(tmp_path / "heads")
+    command = ("discover", "retrieval", "--model", model, "--lengths", "300", "--depths", "50")
+    run(capsys, *command, "--set", "threshold=-1", "--set", "max_new_tokens=3", "--out", found)
+    command = ("evaluate", "needle", "--model", model, "--ablate", found, "--top", "1", "--controls", "1", "--dry-run")
+    code, _, err = run(capsys, *command)
+    assert code == 0 and "warning" not in err, err
+    code, _, err = run(capsys, *command, "--set", 'needles=["train","soup"]')
+    assert code == 0 and "needles that the heads were found with (soup)" in " ".join(err.split())
+
+
 def test_mean_ablation_takes_a_reference_text(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
     from headscope.interp import load_model
     from headscope.interventions import head_means
@@ -129,7 +167,7 @@ def test_mean_ablation_takes_a_reference_text(capsys: pytest.CaptureFixture[str]
         code, _, err = run(capsys, *command, *extra, "--out", str(tmp_path / name), "--json")
         assert code == 0, err
         made = json.loads((tmp_path / name / "evaluation.json").read_text())["provenance"]
-        digests.append(made["conditions"][1]["edits"][0]["means_sha256"])
+        digests.append(made["conditions"][1]["edits"][0]["means"]["sha256"])
         config = json.loads((tmp_path / name / "evaluate-text_loss.config.json").read_text())
         assert config["settings"]["reference"] == (str(text) if extra else None)
     wanted = head_means(load_model(model), paragraphs)
@@ -162,9 +200,12 @@ def test_dry_run_runs_nothing(
 
 
 def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model: str) -> None:
-    command = ("discover", "retrieval", "--lengths", "300", "--depths", "0,100", "--set", "max_new_tokens=7")
+    command = ("discover", "retrieval", "--lengths", "300", "--set", "depths=2", "--set", "max_new_tokens=7")
     _, printed, _ = run(capsys, *command, "--model", model, "--dry-run", "--json")
     assert json.loads(printed)["forward_passes"] == 3 * 2 * (1 + 7)  # needles x depths x (prompt and steps)
+    command = (*command[:4], "--depths", "50", "--set", "max_new_tokens=7")  # one depth: the middle
+    _, printed, _ = run(capsys, *command, "--model", model, "--dry-run", "--json")
+    assert json.loads(printed)["forward_passes"] == 3 * (1 + 7)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +216,17 @@ def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model
         (("discover", "induction", "--set", "colour=1"), "has no setting 'colour'"),
         (("discover", "induction", "--set", "colour"), "NAME=VALUE"),
         (("discover", "retrieval", "--lengths", "many"), "comma-separated numbers"),
-        (("evaluate", "sums"), "no task 'sums'; known: needle"),
+        (("evaluate", "sums"), "there is no task 'sums'"),
+        (("evaluate", "needle,text_loss", "--set", "lenght=8"), "none of needle, text_loss has a setting 'lenght'"),
+        (("evaluate", "needle", "--set", "depth=8"), "(did you mean 'depths'?)"),
+        (("evaluate", "text_loss", "--sweep", "strength=0,1"), "give one by --with or --ablate"),
+        (("evaluate", "text_loss", "--with", "nowhere.safetensors"), "cannot read nowhere.safetensors"),
+        (("intervene", "scale_head", "--out", "x"), "(did you mean 'scale_heads'?)"),
+        (("intervene", "scale-heads", "--out", "x"), "needs heads: give heads=..."),
+        (("intervene", "scale_heads", "--out", "x", "--heads", "L0H1", "--set", "faktor=2"), "has no setting 'faktor'"),
+        (("intervene", "scale_heads", "--out", "x", "--heads", "L7H1"), "L7H1 does not exist"),
         (("evaluate", "text_loss", "--ablate", "nowhere"), "does not exist"),
-        (("trace", "--statistics", "mood", "--prompt", "x", "--out", "unused"), "no statistic 'mood'"),
+        (("trace", "--statistics", "mood", "--prompt", "x", "--out", "unused"), "there is no statistic 'mood'"),
         (("trace", "--prompt", "", "--out", "unused"), "empty"),
         (("trace", "--out", "unused"), "--prompt"),
         (("probe", "no-such-labels"), "no-such-labels"),

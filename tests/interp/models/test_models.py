@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import threading
@@ -183,6 +184,38 @@ def test_folder_revision_follows_the_weights(folder):
         model.lm_head.weight.add_(1)
     model.save_pretrained(folder)
     assert load_model(folder).revision != before
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "../weights.safetensors", "deep/weights.safetensors"])
+def test_an_index_that_leads_elsewhere_is_refused(folder, name):
+    """transformers unpickles a .bin that an index of safetensors names, and no revision would cover it."""
+    model = load_model(folder).model
+    (folder / "model.safetensors").unlink()
+    place = folder / name
+    place.parent.mkdir(exist_ok=True)
+    torch.save(model.state_dict(), place)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(HeadscopeError) as error:
+        load_model(folder)
+    says(error, f"names '{name}'", "save_pretrained")
+
+
+def test_several_files_of_weights_load_and_the_revision_covers_their_index(folder, tmp_path):
+    whole = load_model(folder)
+    whole.model.save_pretrained(tmp_path / "parts", max_shard_size="10KB")
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    parts = load_model(tmp_path / "parts")
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(weight, parts.model.state_dict()[name])
+    index.write_text(index.read_text() + " ")
+    assert load_model(tmp_path / "parts").revision != parts.revision
+
+
+def test_loading_draws_no_bars_into_a_log(folder, capfd):
+    load_model(folder)
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 def test_folder_without_a_tokenizer(tmp_path):

@@ -122,7 +122,7 @@ def test_damaged_bytes_are_refused_or_harmless(whole: Path, tmp_path: Path, name
     folder = Path(shutil.copytree(whole, tmp_path / "r"))
     numbers = read(folder)
     data, rng = (folder / name).read_bytes(), np.random.default_rng(1)
-    for _ in range(30):
+    for _ in range(20):
         (folder / name).write_bytes(damaged(data, rng))
         found = outcome(folder, numbers)
         if name.endswith("jsonl") and found == "other":
@@ -141,7 +141,7 @@ def test_changed_json_is_refused(whole: Path, tmp_path: Path, name: str, reseale
     folder = Path(shutil.copytree(whole, tmp_path / "r"))
     numbers = read(folder)
     document, rng = json.loads((folder / name).read_text()), np.random.default_rng(2)
-    for _ in range(40):
+    for _ in range(20):
         changed = mutated(document, rng)
         if resealed and isinstance(changed, dict):
             changed.pop(SEAL, None)

@@ -1,0 +1,240 @@
+"""What every registered edit promises. A new edit joins by its line in EDITS and one in ``EXAMPLES``.
+
+Tolerance between cached and uncached passes: float32 attention in another order of summation, 1e-5 of the largest logit
+(see test_ablate.py).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import settings
+from headscope.interp.results.headset import HeadSet
+from headscope.interp.sites import is_attached
+from headscope.interp.survey.tiny import tiny_model
+from headscope.interventions import Composed, Edit, Intervention, ScaleHeads, apply, load_intervention
+from headscope.interventions.edits import EDITS
+
+LAYERS, HEADS, D_HEAD = 2, 4, 8
+PICKED = [(0, 1), (1, 0), (1, 3)]
+MEANS = torch.randn(LAYERS, HEADS, D_HEAD, generator=torch.Generator().manual_seed(5))
+
+# name -> settings that act on a tiny model of 2 layers of 4 heads of width 8; the first of an edit's is its usual form
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "ablate_heads": [
+        {"heads": PICKED},
+        {"heads": PICKED, "how": "mean", "means": MEANS},
+        {"heads": PICKED, "how": "uniform"},
+    ],
+    "scale_heads": [{"heads": PICKED, "factor": -0.5}],
+}
+# (edit, field) -> another value that is not found by itself, or None where the field changes with another
+OTHERS: dict[tuple[str, str], dict[str, Any]] = {
+    ("ablate_heads", "how"): {"how": "uniform"},
+    ("ablate_heads", "means"): {"how": "mean", "means": MEANS + 1},
+}
+SHARED = {"during": "prefill", "strength": 0.5, "positions": (0, 3), "heads": HeadSet.of(PICKED[:2])}
+BAD = [
+    ({"during": "sometimes"}, "during must be"),
+    ({"strength": float("nan")}, "strength must be"),
+    ({"strength": "much"}, "strength must be"),
+]
+
+CASES = [pytest.param(name, given, id=f"{name}-{i}") for name in EXAMPLES for i, given in enumerate(EXAMPLES[name])]
+
+
+def made(name: str, given: dict[str, Any]) -> Edit:
+    edit: Edit = EDITS[name](**given)  # type: ignore[assignment]
+    return edit
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    """Two prompts, the second padded to the left."""
+    ids = torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    return ids, mask
+
+
+def logits(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    position = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=position, **options).logits
+    return found
+
+
+def test_every_edit_has_an_example() -> None:
+    assert set(EXAMPLES) == set(EDITS)
+    for name in EDITS:
+        assert EDITS[name].source and EDITS[name].__doc__ and EDITS[name].unit
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_it_acts_and_nothing_of_it_stays(lm: LanguageModel, name: str, given: dict[str, Any]) -> None:
+    ids, mask = tokens()
+    before = logits(lm.model, ids, mask)
+    edit = made(name, given)
+    with apply(lm, edit):
+        inside = logits(lm.model, ids, mask)
+    real = mask.bool()
+    assert float((inside - before)[real].abs().max()) > 1e-3 * float(before.abs().max()), "the example does nothing"
+    assert torch.equal(logits(lm.model, ids, mask), before) and not is_attached(lm)
+    with pytest.raises(KeyboardInterrupt), apply(lm, edit):
+        logits(lm.model, ids, mask)
+        raise KeyboardInterrupt
+    assert torch.equal(logits(lm.model, ids, mask), before) and not is_attached(lm)
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_strength_zero_is_the_unedited_model_to_the_bit(lm: LanguageModel, name: str, given: dict[str, Any]) -> None:
+    ids, mask = tokens()
+    before = logits(lm.model, ids, mask)
+    edit = made(name, given).with_settings(strength=0.0)
+    with apply(lm, edit):
+        assert torch.equal(logits(lm.model, ids, mask), before)
+
+
+@pytest.mark.parametrize("during", ["always", "prefill", "decode", "answer"])
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_cached_generation_is_generation_without_a_cache(
+    lm: LanguageModel, name: str, given: dict[str, Any], during: str
+) -> None:
+    """Grouped key/value heads, left padding, and every phase."""
+    ids, mask = tokens()
+    edit = made(name, given).with_settings(during=during)
+    options = dict(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0)
+    plain = lm.model.generate(ids, attention_mask=mask, **options)
+    with apply(lm, edit):
+        cached = lm.model.generate(ids, attention_mask=mask, **options)
+        again = lm.model.generate(ids, attention_mask=mask, use_cache=False, **options)
+    assert cached.sequences.tolist() == again.sequences.tolist()
+    one, two, three = (torch.stack(output.logits, 1) for output in (cached, again, plain))
+    assert float((one - two).abs().max()) <= 1e-5 * float(two.abs().max())
+    assert float((one - three).abs().max()) > 1e-3 * float(two.abs().max())
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_padding_changes_nothing(lm: LanguageModel, name: str, given: dict[str, Any]) -> None:
+    ids, mask = tokens()
+    with apply(lm, made(name, given)):
+        together = logits(lm.model, ids, mask)[1, 3:]
+        alone = logits(lm.model, ids[1:, 3:], mask[1:, 3:])[0]
+    assert float((together - alone).abs().max()) <= 1e-5 * float(alone.abs().max())
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_saved_loaded_equal(llama: LanguageModel, name: str, given: dict[str, Any], tmp_path: Path) -> None:
+    edit = made(name, given)
+    again = load_intervention(edit.save(tmp_path / "edit", llama), llama)
+    assert again == edit and hash(again) == hash(edit) and again.describe() == edit.describe()
+    assert repr(again) == repr(edit) and type(edit).__name__ in repr(edit) and "\n" not in repr(edit)
+    ids, mask = tokens()
+    with apply(llama, edit):
+        expected = logits(llama.model, ids, mask)
+    with apply(llama, again):
+        assert torch.equal(logits(llama.model, ids, mask), expected)
+    both = edit + ScaleHeads([(1, 2)], 2.0)
+    assert load_intervention(both.save(tmp_path / "both")) == both
+
+
+def test_loaded_in_another_process(tmp_path: Path) -> None:
+    """All examples at once, on a model that both processes make from its seed."""
+    model, ids = tiny_model("llama"), torch.arange(5, 15)[None]
+    layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+    width = model.config.hidden_size // heads
+    small = torch.randn(layers, heads, width, generator=torch.Generator().manual_seed(5))
+    parts: list[Intervention] = []
+    for name, examples in EXAMPLES.items():
+        for given in examples:
+            fitted = {key: small if isinstance(x, Tensor) and x.shape == MEANS.shape else x for key, x in given.items()}
+            parts.append(made(name, {**fitted, "heads": [(0, 1), (1, 0)]} if "heads" in given else fitted))
+    edit = Composed([part.with_settings(strength=0.5) for part in parts])
+    edit.save(tmp_path / "edit", model)
+    with apply(model, edit), torch.no_grad():
+        expected = model(ids).logits
+    code = (
+        "import sys, torch\n"
+        "from headscope.interp.survey.tiny import tiny_model\n"
+        "from headscope.interventions import apply, load_intervention\n"
+        "model = tiny_model('llama')\n"
+        "with apply(model, load_intervention(sys.argv[1], model)), torch.no_grad():\n"
+        "    found = model(torch.arange(5, 15)[None]).logits\n"
+        "sys.stdout.write(found.numpy().tobytes().hex())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "edit")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected.numpy().tobytes().hex()
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_the_description_changes_with_every_field(name: str) -> None:
+    base = made(name, EXAMPLES[name][0])
+    for field in fields(base):
+        value = getattr(base, field.name)
+        if (name, field.name) in OTHERS:
+            other = replace(base, **OTHERS[name, field.name])
+        elif field.name in SHARED:
+            other = replace(base, **{field.name: SHARED[field.name]})
+        else:
+            assert isinstance(value, int | float), f"give another value of {field.name} in OTHERS"
+            other = replace(base, **{field.name: value + 1})
+        assert other.describe() != base.describe() and other != base, field.name
+        json.dumps(other.describe(), allow_nan=False)
+        assert getattr(base, field.name) is value, "the edit itself changed"
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_other_heads(llama: LanguageModel, name: str, given: dict[str, Any]) -> None:
+    edit = made(name, given)
+    if edit.heads is None:
+        with pytest.raises(HeadscopeError, match="not driven by a head set"):
+            edit.with_heads(HeadSet.of(PICKED))
+        return
+    drawn = edit.heads.matched_random(HEADS, 0)
+    other = edit.with_heads(drawn)
+    assert type(other) is type(edit) and list(other.heads or ()) == list(drawn) and other != edit
+    assert other.with_heads(edit.heads) == edit
+    with pytest.raises(HeadscopeError, match="L7H0 does not exist"), apply(llama, edit.with_heads(HeadSet(((7, 0),)))):
+        raise AssertionError("entered")
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_composed_is_nested(lm: LanguageModel, name: str, given: dict[str, Any]) -> None:
+    ids, mask = tokens()
+    first, second = made(name, given), ScaleHeads([(0, 1), (1, 2)], 3.0)
+    results = []
+    blocks: list[Callable[[], Any]] = [
+        lambda: apply(lm, first + second),
+        lambda: apply(lm, first, second),
+        lambda: apply(lm, second + first),
+    ]
+    for block in blocks:
+        with block():
+            results.append(logits(lm.model, ids, mask))
+    assert torch.equal(results[0], results[1])
+    both = first + second
+    assert both != second + first and both.describe() != (second + first).describe()
+    assert both + first == Composed([first, second, first]) and both.parts == (first, second)
+
+
+@pytest.mark.parametrize(("given", "message"), BAD)
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_bad_settings_are_refused_with_one_line(name: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(HeadscopeError, match=message) as refused:
+        made(name, {**EXAMPLES[name][0], **given})
+    assert "\n" not in str(refused.value)
+    with pytest.raises(HeadscopeError, match="has no setting 'strenght'.*did you mean 'strength'"):
+        made(name, EXAMPLES[name][0]).with_settings(strenght=1)
+    assert "strength" in settings(EDITS[name]) and all(one.meaning for one in settings(EDITS[name]).values())
