@@ -62,7 +62,7 @@ def build(start: Callable[..., None], kernel: Any, x: Tensor, args: tuple[Any, .
 
 
 def is_compilers(error: Exception, x: Tensor) -> bool:
-    """Whether ``error`` came from building a kernel: on a card, all but spent memory; elsewhere what compilers raise."""
+    """Whether ``error`` is of building a kernel: on a card all but spent memory, elsewhere what compilers raise."""
     if isinstance(error, torch.OutOfMemoryError) or type(error).__name__ == "InterpreterError":
         return False
     return x.is_cuda or type(error).__module__.startswith(COMPILERS)

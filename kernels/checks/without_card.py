@@ -87,7 +87,7 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "columns", lambda: columns.fill(q, k, lse, sums, sums, sizes, seen, **plain)
     yield "top keys", lambda: topk.top_keys(q, k, lse, count=8, mask=mask, **plain)
     yield "blocks", lambda: blocks.pooled(q, k, lse, mask=mask, size=64, **plain)
-    options = {"mask": mask, "scale": 0.1}
+    options: dict[str, Any] = {"mask": mask, "scale": 0.1}
     if width == d_value:
         yield "divergence", lambda: divergence.distances((q, k), (q, k), lse, lse, **options)
 

@@ -187,19 +187,5 @@ def rows(
     grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
     f_at, features, batch = feature_tiles(columns, KEYS, asked=True)
     at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), f_at
-    launch(
-        _kernel,
-        grid,
-        q,
-        *at,
-        features,
-        sinks,
-        results,
-        sizes,
-        rules,
-        scale,
-        batch,
-        together,
-        REGISTERS=160,
-        num_warps=4,
-    )
+    given = sinks, results, sizes, rules, scale, batch, together
+    launch(_kernel, grid, q, *at, features, *given, REGISTERS=160, num_warps=4)

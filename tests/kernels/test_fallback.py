@@ -1,4 +1,4 @@
-"""A kernel that does not compile: the next engine answers, with one warning; no error of a compiler reaches the user."""
+"""A kernel that does not compile: the next engine answers, with one warning."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
-from triton.runtime.errors import PTXASError
-
 from headscope.kernels import blocks, columns, divergence, gpu_engine
 from headscope.kernels import gpu_passes as passes
+from headscope.kernels.checks.broken import Broken
 from headscope.kernels.checks.cases import Case, everything, random_case
 from headscope.kernels.checks.compare import allowed, compare, distance
 from headscope.kernels.fallback import EngineWarning
@@ -25,20 +24,6 @@ from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import divergence as triton_divergence
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton import topk as triton_topk
-
-
-class Broken:
-    """In a kernel's place: its compiler fails, as ptxas does."""
-
-    def __init__(self, error: Exception | None = None) -> None:
-        self.tried, self.error = 0, error or PTXASError("`ptxas` failed with error code -11")
-
-    def __getitem__(self, _: Any) -> Callable[..., None]:
-        return self._raise
-
-    def _raise(self, *_: Any, **__: Any) -> None:
-        self.tried += 1
-        raise self.error
 
 
 def small(**options: Any) -> Case:

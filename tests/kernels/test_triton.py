@@ -1,6 +1,6 @@
 """The Triton kernels against the float64 definition, in Triton's interpreter where there is no GPU.
 
-The interpreter has no bfloat16 arithmetic, so bfloat16 is checked on the GPU alone (``kernels/benchmarks/h100.py``).
+The interpreter has no bfloat16 arithmetic, so bfloat16 is checked on the GPU alone (``kernels/benchmarks/gpu.py``).
 """
 
 from __future__ import annotations
