@@ -7,7 +7,6 @@ steps, takes tokens back or runs other prompts in between is not, and is refused
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,7 +16,9 @@ import xarray as xr
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.unwrap import bare_model, origin
+from headscope.interp.tracing.guards import Guard, guard, release
 
 
 class Listener(Protocol):
@@ -52,33 +53,32 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 )
 
 
-@contextmanager
+@block
 def watching_generate(model: Any, listener: Listener) -> Iterator[None]:
     """Inside the block ``model.generate`` refuses what a record cannot hold and tells ``listener`` of the rest."""
     inner = bare_model(model)
-    real = getattr(inner, "generate", None)
-    if real is None or origin(model) == "transformer_lens":  # a bridge has a loop of its own
-        yield
-        return
-    held = vars(inner).get("generate")  # another tracer's, or the user's
+    watched = origin(model) != "transformer_lens"  # a bridge has a loop of its own
 
-    @functools.wraps(real)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        check_generation(inner, kwargs)
-        listener.begin_generation(_prompt_length(inner, args, kwargs))
+    @contextmanager
+    def around(args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
+        check_generation(inner, options)
+        listener.begin_generation(_prompt_length(inner, args, options))
         try:
-            return real(*args, **kwargs)
+            yield
         finally:
             listener.end_generation()
 
-    vars(inner)["generate"] = generate
+    made: list[Guard | None] = []
     try:
+        with uninterrupted():
+            made.append(guard(inner, "generate", around) if watched else None)
         yield
     finally:
-        if held is None:
-            vars(inner).pop("generate", None)
-        else:
-            vars(inner)["generate"] = held
+        try:
+            with uninterrupted():
+                release(made[0] if made else None)
+        finally:
+            release(made[0] if made else None)  # an interrupt may have come just before
 
 
 def check_generation(model: Any, options: dict[str, Any]) -> None:
