@@ -49,6 +49,9 @@ class Handler:
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """The model is about to run a forward pass on these keyword arguments."""
 
+    def fill_cache(self, cache: Any) -> None:
+        """The forward pass that comes to its end leaves its keys in this cache, which the model may have made."""
+
     def end_forward(self) -> None:
         """The forward pass that began came to its end."""
 

@@ -11,7 +11,8 @@
 
        |p - p'| <= p (exp(2 delta) - 1 + keys eps_sum + 8 eps).
 
-   Being relative to p, it proves the mask whatever the scores are: a hidden key's p is exactly 0.
+   Being relative to p, it proves the mask whatever the scores are: a hidden key's p is exactly 0. What one of them
+   flushes to 0 and the other keeps is added (``_floor``).
 3. An output is a sum of p v, so it differs by the same share of sum(p |v|), and the sum's own rounding.
 """
 
@@ -33,11 +34,13 @@ _HIDES = -1e4  # a bias that hides its key instead of weighing it
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of two computations of ``what``, and the largest as a share of its bound."""
+    """The largest difference of two computations of ``what``, and the largest as a share of its bound, with where that
+    is and what stands there."""
 
     what: str
     size: float
     share: float
+    seen: str = ""
 
 
 def compare_call(call: AttentionCall, output: Tensor, run: Callable[[Tensor], Tensor]) -> Iterator[Difference]:
@@ -57,18 +60,26 @@ def compare_call(call: AttentionCall, output: Tensor, run: Callable[[Tensor], Te
         index = torch.arange(stop - first, device=rows.device)
         one_hot[:, :, first + index, index] = 1
         ours = call.pattern(keys=slice(first, stop))
-        yield _difference("the pattern", run(one_hot)[..., : stop - first], ours, pattern_bound(call, ours), keep)
-    yield _difference("the output", output, call.output(), output_bound(call), keep)
+        theirs = run(one_hot)[..., : stop - first]
+        yield _difference("the pattern", theirs, ours, pattern_bound(call, ours), keep, first)
+    yield _difference("the output", output, call.output(), output_bound(call), keep, 0)
 
 
-def _difference(what: str, theirs: Tensor, ours: Tensor, bound: Tensor, keep: Tensor) -> Difference:
-    """``theirs`` (batch, query, head, ·), ``ours`` and ``bound`` (batch, head, query, ·); rows ``keep`` (batch, query)
-    count."""
+def _difference(what: str, theirs: Tensor, ours: Tensor, bound: Tensor, keep: Tensor, first: int) -> Difference:
+    """``theirs`` (batch, query, head, ·), ``ours`` and ``bound`` (batch, head, query, ·), the last from ``first``; rows
+    ``keep`` (batch, query) count."""
     sizes = (theirs.float() - ours.transpose(1, 2).float()).abs()[keep]
     if not sizes.numel():
         return Difference(what, 0.0, 0.0)
     bound = bound.transpose(1, 2)[keep].clamp(min=1e-38)  # values that are all zero have the bound zero
-    return Difference(what, float(sizes.max()), float((sizes / bound).max()))
+    shares = (sizes / bound).nan_to_num(torch.inf)  # (row, head, key or feature)
+    row, head, last = (int(i) for i in torch.unravel_index(shares.argmax(), shares.shape))
+    example, query = (int(i) for i in keep.nonzero()[row])
+    their, our = float(theirs[keep][row, head, last]), float(ours.transpose(1, 2)[keep][row, head, last])
+    where = (
+        f"example {example}, head {head}, query {query}, {'key' if what == 'the pattern' else 'feature'} {first + last}"
+    )
+    return Difference(what, float(sizes.max()), float(shares.max()), f"{their:.3g} for our {our:.3g} at {where}")
 
 
 def relative_error(call: AttentionCall) -> float:
@@ -102,8 +113,13 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def _floor(call: AttentionCall) -> float:
-    """Below this a probability may have been flushed to zero."""
-    return torch.finfo(call.query.dtype).smallest_normal
+    """Below this a probability may have been flushed to zero.
+
+    exp(s - m), at most 1, is made as 2^n 2^f. A fast exponential rounds n to the nearest whole number and gives zero
+    where that is the smallest exponent of normal numbers or less: then the value is below sqrt(2) times the smallest.
+    What comes after, a rescaling to a later maximum or a division by the sum, is a factor of at most 1.
+    """
+    return math.sqrt(2.0) * torch.finfo(call.query.dtype).smallest_normal
 
 
 @dataclass(eq=False)
@@ -137,6 +153,6 @@ class Verification:
             self.worst = max(self.worst, seen.share)
             if not seen.share <= 1.0:
                 self.problems.append(
-                    f"{seen.what} of layer {call.layer} ({call.query.dtype}) differs from ours by up to "
-                    f"{seen.size:.2g}, {seen.share:.2g} times what rounding can do{hint}"
+                    f"{seen.what} of layer {call.layer} ({call.query.dtype}) differs from ours, {seen.seen}, "
+                    f"{seen.share:.3g} times what rounding can do{hint}"
                 )

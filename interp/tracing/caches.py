@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.towers import tower_of
+from headscope.interp.tracing.guards import Around, Guard, guard, release
 
 
 class Caches:
@@ -18,28 +20,26 @@ class Caches:
     MOVES = {"reorder_cache": "beam search", "batch_select_indices": "beam search", "crop": "assisted generation"}
 
     def __init__(self) -> None:
-        self._watched: list[weakref.ref[Any]] = []  # weak: a trace of many prompts must not keep all their caches
+        self._watched: list[tuple[weakref.ref[Any], list[Guard | None]]] = []  # weak: traces of many prompts keep none
 
     def watch(self, cache: Any) -> None:
-        """Put the refusals on a cache object (not on its class)."""
-        self._watched = [seen for seen in self._watched if seen() is not None]
-        if cache is None or any(cache is seen() for seen in self._watched) or not hasattr(cache, "__dict__"):
+        """Guard a cache object (no copy of it, and not its class)."""
+        self._watched = [(seen, guards) for seen, guards in self._watched if seen() is not None]
+        if cache is None or any(cache is seen() for seen, _ in self._watched) or not hasattr(cache, "__dict__"):
             return
-        self._watched.append(weakref.ref(cache))
-        for name, who in self.MOVES.items():
-            if hasattr(cache, name) and name not in vars(cache):
-                setattr(cache, name, _refuse(who))
+        guards = [guard(cache, name, _refuse(who)) for name, who in self.MOVES.items()]
+        self._watched.append((weakref.ref(cache), guards))
 
     def release(self) -> None:
-        """Take the refusals off."""
-        for cache in (seen() for seen in self._watched):
-            for name in self.MOVES if cache is not None else ():
-                vars(cache).pop(name, None)
+        """Take the guards off."""
+        for _, guards in self._watched:
+            for made in guards:
+                release(made)
         self._watched.clear()
 
 
-def _refuse(who: str) -> Any:
-    def refuse(*_: Any, **__: Any) -> None:
+def _refuse(who: str) -> Around:
+    def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         raise HeadscopeError(
             f"{who} rearranges the cache between steps, so a record would mix examples; generate without it, or trace "
             "a forward pass over the finished text"

@@ -7,7 +7,6 @@ steps, takes tokens back or runs other prompts in between is not, and is refused
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.boundary import known_boundary, prompt_boundary
+from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.unwrap import bare_model, origin
+from headscope.interp.tracing.guards import Guard, guard, release
 
 
 class Listener(Protocol):
@@ -53,51 +54,34 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 )
 
 
-@contextmanager
+@block
 def watching_generate(model: Any, listener: Listener, *, recorded: bool = True) -> Iterator[None]:
     """Inside the block ``model.generate`` tells ``listener`` where the prompt ends, and, where it is ``recorded``,
     refuses what a record cannot hold."""
     inner = bare_model(model)
-    if getattr(inner, "generate", None) is None or origin(model) == "transformer_lens":  # a bridge has its own loop
-        yield
-        return
-    listeners = getattr(vars(inner).get("generate"), "listeners", None)
-    if listeners is None:
-        listeners = _listened(inner)
-    entry = (listener, recorded)
-    listeners.append(entry)
+    own = getattr(inner, "generate", None) is None or origin(model) == "transformer_lens"  # a bridge has its own loop
+
+    @contextmanager
+    def around(args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
+        if recorded:
+            check_generation(inner, options)
+        listener.begin_generation(_prompt_length(inner, args, options))
+        try:
+            yield
+        finally:
+            listener.end_generation()
+
+    made: list[Guard | None] = []
     try:
+        with uninterrupted():
+            made.append(guard(inner, "generate", around) if not own else None)
         yield
     finally:
-        listeners[:] = [other for other in listeners if other is not entry]
-        ours = vars(inner).get("generate")
-        if not listeners and getattr(ours, "listeners", None) is listeners:  # not where the user wrapped it since
-            if ours.held is None:  # type: ignore[union-attr]
-                del vars(inner)["generate"]
-            else:
-                vars(inner)["generate"] = ours.held  # type: ignore[union-attr]
-
-
-def _listened(inner: Any) -> list[tuple[Listener, bool]]:
-    """Put one wrapper around ``inner.generate``, whoever listens and in whatever order they leave."""
-    real, listeners = inner.generate, list[tuple[Listener, bool]]()
-
-    @functools.wraps(real)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        if any(recorded for _, recorded in listeners):
-            check_generation(inner, kwargs)
-        told = [listener for listener, _ in listeners]
-        for listener in told:
-            listener.begin_generation(_prompt_length(inner, args, kwargs))
         try:
-            return real(*args, **kwargs)
+            with uninterrupted():
+                release(made[0] if made else None)
         finally:
-            for listener in told:
-                listener.end_generation()
-
-    vars(generate).update(listeners=listeners, held=vars(inner).get("generate"))
-    vars(inner)["generate"] = generate
-    return listeners
+            release(made[0] if made else None)  # an interrupt may have come just before
 
 
 class GenerationBoundary:

@@ -38,15 +38,20 @@ class Session:
         self._end: dict[int, NDArray[np.int64]] = {}
         self._prompt_end: NDArray[np.int64] | None = None
         self._cache: weakref.ref[Any] | None = None
+        self._began: int | None = None
 
     @property
     def continues(self) -> bool:
         """Whether a pass came before the present one."""
         return bool(self._stop)
 
-    def is_over(self, call: AttentionCall, offset: int) -> bool:
-        """Whether ``call`` begins new examples: it starts again at position 0, or the batch changed."""
-        return bool(self._stop) and (offset == 0 or call.query.shape[0] != self.batch)
+    def is_over(self, call: AttentionCall, offset: int, cache: weakref.ref[Any] | None) -> bool:
+        """Whether ``call`` begins new examples: it starts again at position 0, or where this session began but on
+        another cache (each a copy of one prefix, or a prefix that was tuned), or the batch changed."""
+        if not self._stop:
+            return False
+        other = cache is not None and (self._cache is None or self._cache() is not cache())
+        return offset == 0 or call.query.shape[0] != self.batch or (other and offset == self._began)
 
     def is_prompt(self, call: AttentionCall, offset: int, boundary: int | None) -> bool:
         """Whether ``call`` reads the prompt: before the ``boundary`` that `generate` named; without one, in the first
@@ -65,6 +70,7 @@ class Session:
             raise HeadscopeError(
                 f"this model attends in several towers ({self.module} and {call.module}); choose one with tower=..."
             )
+        self._began = offset if self._began is None else self._began
         read = max(self._stop.values(), default=offset)
         if offset != read:
             raise HeadscopeError(

@@ -103,6 +103,10 @@ class Tracer(Handler):
         """Passes are the user's own again."""
         self._boundary = None
 
+    def fill_cache(self, cache: Any) -> None:
+        """What moves examples inside it would mix them up, also in a cache that the model made itself."""
+        self._caches.watch(cache)
+
     def end_forward(self) -> None:
         """What the pass recorded is part of the record from now on."""
         self._running = False
@@ -187,7 +191,7 @@ class Tracer(Handler):
         if times:
             check_repeats(bare_model(self.model), call)
         offset = call.mask.query_offset if not call.cross else self._cross_offset()
-        if not self._pass and self._sessions and self._sessions[0].is_over(call, offset):
+        if not self._pass and self._sessions and self._sessions[0].is_over(call, offset, self._cache):
             self._finish()
         while len(self._sessions) <= times:
             self._sessions.append(Session(self.statistics, call.module, call.query.shape[0]))

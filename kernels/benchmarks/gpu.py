@@ -33,7 +33,7 @@ from headscope.kernels.benchmarks.gpu_compare import compare
 from headscope.kernels.benchmarks.timed import HEADS, KV_HEADS, Tensors, kinds, tensors
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
-from headscope.kernels.request import Request
+from headscope.kernels.request import Columns, Request
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.tuning import Tiles
 

@@ -28,7 +28,7 @@ from headscope.kernels.fallback import EngineWarning
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
-from headscope.kernels.request import Request
+from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton import topk as triton_topk
@@ -98,13 +98,19 @@ def groups() -> dict[str, list[Job]]:
 def narrow(spec: dict[str, Any]) -> list[str]:
     """Lse, entropy and the output in a pass, and column sums and maxima: the fewest kernels that hold every rule."""
     case = random_case(**spec, device=DEVICE)
-    request = Request(lse=True, entropy=True, key_sum=True, key_max=True)
+    request = Request(lse=True, entropy=True, columns=(Columns(sum=True, max=True),))
     got, again = (case.run(gpu_engine.attend, request) for _ in range(2))
     wrong = [f"{spec}: {verdict}" for verdict in compare(got, case, request) if not verdict.holds]
-    for name, x in vars(got).items():
-        if isinstance(x, torch.Tensor) and not torch.equal(x, getattr(again, name)):
+    for (name, x), (_, y) in zip(_tensors(got), _tensors(again), strict=True):
+        if not torch.equal(x, y):
             wrong.append(f"{spec}: {name} differs between two runs")
     return wrong
+
+
+def _tensors(reduced: Reduced) -> list[tuple[str, torch.Tensor]]:
+    """Everything that was computed, by name."""
+    found = [*vars(reduced).items(), *((name, x) for part in reduced.columns for name, x in vars(part).items())]
+    return [(name, x) for name, x in found if isinstance(x, torch.Tensor)]
 
 
 def features(spec: dict[str, Any]) -> list[str]:

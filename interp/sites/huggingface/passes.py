@@ -93,9 +93,12 @@ class _End(_Bound):
         route.inside = route.thread = None
         route.maps = False
         route.dense.held.clear()
+        cache = getattr(output, "past_key_values", None)
         done = output is not None or stopped()  # torch calls the hook also after an exception, without an output
         for handler in route.handlers:
             if done and route.called:
+                if cache is not None:
+                    handler.fill_cache(cache)
                 handler.end_forward()
             else:
                 handler.abort_forward()

@@ -1,0 +1,87 @@
+"""Methods that ask before they run, for single objects.
+
+The method is replaced on its class while anything is guarded and asks for guarded objects only. Nothing is put on the
+objects: a copy of one, or what is saved of it, holds nothing of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+Around = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
+_LOCK = RLock()
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """``around`` is entered with the arguments of every call of a method of one object, which is held weakly."""
+
+    of: weakref.ref[Any]
+    owner: type
+    name: str
+    around: Around
+
+
+@dataclass(eq=False)
+class _Replaced:
+    real: Any
+    ours: Any
+
+
+_GUARDS: dict[tuple[type, str], list[Guard]] = {}
+_REPLACED: dict[tuple[type, str], _Replaced] = {}
+
+
+def guard(thing: Any, name: str, around: Around) -> Guard | None:
+    """Guard a method of one object, until ``release``; None where its class has no such method."""
+    owner = next((kind for kind in type(thing).__mro__ if name in vars(kind)), None)
+    if owner is None:
+        return None
+    made = Guard(weakref.ref(thing), owner, name, around)
+    with _LOCK:
+        held = _GUARDS.setdefault((owner, name), [])
+        held[:] = [other for other in held if other.of() is not None]
+        held.append(made)
+        if (owner, name) not in _REPLACED:
+            real = vars(owner)[name]
+            _REPLACED[owner, name] = _Replaced(real, _asking(owner, name, real))
+            setattr(owner, name, _REPLACED[owner, name].ours)
+    return made
+
+
+def release(made: Guard | None) -> None:
+    """End a guard; the class gets its own method back with the last one. Doing so twice is doing so once."""
+    if made is None:
+        return
+    key = made.owner, made.name
+    with _LOCK:
+        held = _GUARDS.get(key, [])
+        held[:] = [other for other in held if other is not made and other.of() is not None]
+        replaced = _REPLACED.get(key)
+        if held or replaced is None:
+            return
+        if vars(made.owner).get(made.name) is replaced.ours:  # not what somebody else has put over it since
+            setattr(made.owner, made.name, replaced.real)
+        del _REPLACED[key]
+        _GUARDS.pop(key, None)
+
+
+def _asking(owner: type, name: str, real: Any) -> Any:
+    @functools.wraps(real)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for made in _of(self, owner, name):
+                stack.enter_context(made.around(args, kwargs))
+            return real(self, *args, **kwargs)
+
+    return method
+
+
+def _of(thing: Any, owner: type, name: str) -> Iterator[Guard]:
+    return (made for made in list(_GUARDS.get((owner, name), ())) if made.of() is thing)
