@@ -17,7 +17,15 @@ class Handler:
     A site runs, for handlers in the order they were entered: every ``edit``, then the attention itself with the
     handlers' ``request``s in the same pass, then every ``edit_output``, then every ``observe``. A tracer therefore sees
     the edited attention and the edited outputs.
+
+    It is shown the calls of the tower and layers that it is attached to. ``follows`` names other towers whose calls
+    ``follow`` is shown as well, after their edits.
     """
+
+    follows: tuple[str, ...] = ()
+
+    def check(self, layers: int, heads: int) -> None:
+        """Raise HeadscopeError where it cannot apply to a tower of ``layers`` layers of ``heads`` query heads."""
 
     def concerns(self, module: str, layer: int) -> bool:
         """Whether this layer's calls are read or changed at all, the same answer while attached.
@@ -40,6 +48,9 @@ class Handler:
 
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Read the statistics asked for by ``request``; ``reduced.output`` holds the final heads' outputs."""
+
+    def follow(self, call: AttentionCall) -> None:
+        """See a call of another tower, one of ``follows``."""
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """The model is about to run a forward pass on these keyword arguments."""
