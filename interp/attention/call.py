@@ -83,6 +83,8 @@ class AttentionCall:
     def inputs(self) -> dict[str, Any]:
         """The kernels' arguments. A position bias becomes ``key`` further dimensions: q.k + b = [q, b].[k, e]."""
         q, k, v, scale = self.query, self.key, self.value, self.scale
+        if self.score_edit is not None and torch.is_grad_enabled() and not q.requires_grad:
+            q = q.detach().requires_grad_()  # what the edit holds may require a gradient, which no kernel can see
         if self.position_bias is not None:
             if self.softcap is not None:
                 raise HeadscopeError("attention with both a softcap and a position bias is not supported")

@@ -18,11 +18,16 @@ class Handler:
     handlers' ``request``s in the same pass, then every ``edit_output``, then every ``observe``. A tracer therefore sees
     the edited attention and the edited outputs.
 
-    ``only_reads``: it changes nothing, so that what a backward pass computes again (gradient checkpointing) is no
-    concern of it.
+    It is shown the calls of the tower and layers that it is attached to. ``follows`` names other towers whose calls
+    ``follow`` is shown as well, after their edits. ``only_reads``: it changes nothing, so that what a backward pass
+    computes again (gradient checkpointing) is no concern of it.
     """
 
+    follows: tuple[str, ...] = ()
     only_reads = False
+
+    def check(self, layers: int, heads: int) -> None:
+        """Raise HeadscopeError where it cannot apply to a tower of ``layers`` layers of ``heads`` query heads."""
 
     def concerns(self, module: str, layer: int) -> bool:
         """Whether this layer's calls are read or changed at all, the same answer while attached.
@@ -45,6 +50,9 @@ class Handler:
 
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Read the statistics asked for by ``request``; ``reduced.output`` holds the final heads' outputs."""
+
+    def follow(self, call: AttentionCall) -> None:
+        """See a call of another tower, one of ``follows``."""
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """The model is about to run a forward pass on these keyword arguments."""

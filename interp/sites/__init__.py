@@ -7,28 +7,60 @@ from typing import Any
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.sites.agreement import Verification
+from headscope.interp.sites.attachment import Attachment, Layers
 from headscope.interp.sites.compiled import plain, uncompiled
+from headscope.interp.sites.gradients import gradients
 from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.huggingface import verify as hf_verify
 from headscope.interp.sites.interrupts import block
-from headscope.interp.sites.unwrap import origin
+from headscope.interp.sites.unwrap import origin, require_model
 
-__all__ = ["attached", "is_attached", "verify", "verify_once"]
+__all__ = ["attached", "handlers_on", "is_attached", "verify", "verify_once"]
 
 
 @block
-def attached(model: Any, handler: Handler) -> Iterator[Any]:
-    """Have ``handler`` see every attention call of ``model`` inside the block; nothing of ours stays after it.
+def attached(
+    model: Any,
+    handler: Handler,
+    *,
+    tower: str | None = None,
+    layers: Layers | None = None,
+    verify: bool = True,
+    grad: bool = False,
+) -> Iterator[Any]:
+    """Show ``handler`` the attention calls of one tower of ``model`` inside the block; nothing of ours stays after it.
 
-    ``model``: what ``load_model`` returns, a Hugging Face module, a TransformerLens ``TransformerBridge``, or an
-    nnsight wrapper. TransformerLens and nnsight are imported only for objects of theirs. What torch.compile compiled
-    runs uncompiled inside the block (``headscope.interp.sites.compiled`` says why).
+    TransformerLens and nnsight are imported only for objects of theirs. What torch.compile compiled runs uncompiled
+    inside the block (``headscope.interp.sites.compiled`` says why).
+
+    Args:
+        model: what ``load_model`` returns, a Hugging Face module, a TransformerLens ``TransformerBridge``, or an
+            nnsight wrapper.
+        handler: a tracer, an edit, or a ``Handler`` of your own.
+        tower: a name of ``headscope.interp.sites.towers.TOWERS``, a pattern of module names, or ``"all"``. None: the
+            tower that reads or writes text.
+        layers: show these alone (all by default), perhaps with what an error calls each of them.
+        verify: check once per model that our attention equals the model's own.
+        grad: keep what a backward pass needs. Outputs carry gradients, also through edits; statistics do not. A
+            handler may keep the ``z`` of ``edit_output`` for dL/dz.
 
     Raises:
-        HeadscopeError: an architecture or an object that cannot be traced exactly.
+        HeadscopeError: an architecture or an object that cannot be traced exactly; no such tower; a layer that does not
+            attend in it or, when the block ends without another exception, attended in no finished forward pass.
     """
-    with uncompiled(), _site(model).attached(plain(model), handler) as route:
+    require_model(model)
+    attachment = Attachment(model, handler, tower, layers)
+    if verify:
+        verify_once(model)
+    with gradients(model, on=grad), uncompiled(), _site(model).attached(plain(model), attachment) as route:
         yield route
+    attachment.finish()
+
+
+def handlers_on(model: Any) -> list[tuple[Handler, str]]:
+    """The handlers that are attached to a model now, in order of entry, and the tower of each."""
+    with attached(model, Handler(), verify=False) as route:
+        return [(each.inner, each.size.tower) for each in route.handlers[:-1] if isinstance(each, Attachment)]
 
 
 def verify_once(model: Any) -> Verification:

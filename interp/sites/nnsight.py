@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler, edit_call, finish_call
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.attachment import Attachment
 from headscope.interp.sites.huggingface.dense_masks import rule_of
+from headscope.interp.sites.towers import parse_name
 from headscope.interp.sites.transformer_lens.verify import bound_of
 from headscope.interp.sites.unwrap import origin
 from headscope.kernels.masks import Mask
@@ -95,16 +96,17 @@ def run(model: Any, *inputs: Any, handlers: Sequence[Handler] = (), remote: Any 
     save = require(model).save
     at = places(model)
     layers = [(place.envoy, place.operation, _projection(place)) for place in at]
-    edits = [_affine(handlers, place, model._module.config.get_text_config()) for place in at]
+    shown = [Attachment.of(model._module, handler) for handler in handlers]
+    edits = [_affine(shown, place, model._module.config.get_text_config()) for place in at]
     options = {} if remote is False else {"remote": remote}
     seen, masks, asked, logits = _through_graph(model, inputs, {**kwargs, **options}, layers, edits, save)
     try:
-        _observe(at, edits, seen, masks, asked, handlers)
+        _observe(at, edits, seen, masks, asked, shown)
     except BaseException:
-        for handler in handlers:
+        for handler in shown:
             handler.abort_forward()
         raise
-    for handler in handlers:
+    for handler in shown:
         handler.end_forward()
     return logits
 
@@ -155,13 +157,12 @@ def _width(projection: Any) -> int:
     return int(projection.weight.shape[0] if wide is None else wide)
 
 
-def _affine(handlers: Sequence[Handler], place: Place, config: Any) -> Affine:
+def _affine(handlers: Sequence[Attachment], place: Place, config: Any) -> Affine:
     """What the handlers do to this layer's z, as a factor and an offset (head * d_value), or None for nothing."""
-    where, layer = huggingface.parse_name(place.path, place.module)
+    where, layer = parse_name(place.path, place.module)
     heads = config.num_attention_heads
     for handler in handlers:
-        if hasattr(handler, "check"):
-            handler.check(config.num_hidden_layers, heads)
+        handler.inner.check(handler.size.depth, handler.size.most_heads or heads)
     projection = getattr(place.module, place.projection) if place.projection else None
     width = heads if projection is None else _width(projection)
     probe = torch.randn(1, heads, 4, width // heads, generator=torch.Generator().manual_seed(0))
@@ -217,7 +218,7 @@ def _observe(
         for name in REFUSED:
             if named.get(name) is not None and not (name == "dropout" and not named[name]):
                 raise HeadscopeError(f"{place.path} attends with {name!r}, which cannot be traced remotely")
-        where, layer = huggingface.parse_name(place.path, place.module)
+        where, layer = parse_name(place.path, place.module)
         call = AttentionCall(
             query=query,
             key=key,

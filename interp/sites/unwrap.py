@@ -40,6 +40,15 @@ def bare_model(model: Any) -> nn.Module:
     return bare
 
 
+def require_model(model: Any) -> None:
+    """Raise HeadscopeError unless this is, or holds, a model whose attention transformers can switch."""
+    inner = bare_model(model)
+    if getattr(inner, "config", None) is None or not hasattr(inner, "set_attn_implementation"):
+        raise HeadscopeError(
+            f"{type(inner).__name__} is not a Hugging Face model; load it with load_model or transformers"
+        )
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Where the model's inputs go: the device of its first parameter or, where accelerate keeps that elsewhere between
     calls, the device it is fetched to.

@@ -29,7 +29,8 @@ from headscope.interp.runs.journal import plain, require_same
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.interp.runs.sealed import sealed, unsealed
-from headscope.interp.sites import attached
+from headscope.interp.sites import handlers_on
+from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.unwrap import origin, takes
 from headscope.interp.statistics import Statistic
 from headscope.interp.statistics.exactness import is_exact
@@ -85,6 +86,7 @@ def sweep(
     given, statistics = Prompts(lm, prompts), tuple(statistics)
     options: dict[str, Any] = {"layers": layers, "queries": queries, "tower": tower}
     Tracer(lm, statistics, **options)
+    tower_size(lm, tower).check_layers(layers or ())
     check_statistics(statistics, given.lengths, queries)
     together = padding and all(is_exact(statistic, "padding") for statistic in statistics)
     budget = Budget(Cost(lm, statistics, layers, queries), bytes_of(memory), largest, together)
@@ -126,8 +128,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the numbers, and must therefore be the same when a sweep is continued."""
     layers = options["layers"]
-    with attached(lm, Handler()) as route:  # for a moment, to see what edits the model
-        edits = [getattr(handler, "inner", handler) for handler in route.handlers if _changes(handler)]
+    edits = [(handler, tower) for handler, tower in handlers_on(lm) if _changes(handler)]
     return plain(
         {
             "model": {key: value for key, value in made["model"].items() if key != "device"},
@@ -137,7 +138,10 @@ def _settings(
             "queries": describe(options["queries"]),
             "layers": None if layers is None else sorted(set(layers)),
             "tower": options["tower"],
-            "interventions": [edit.describe() if hasattr(edit, "describe") else describe(edit) for edit in edits],
+            "interventions": [
+                {"tower": tower, "edit": edit.describe() if hasattr(edit, "describe") else describe(edit)}
+                for edit, tower in edits
+            ],
         }
     )
 

@@ -13,7 +13,8 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.parts import one_head
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
-from headscope.interp.sites import attached, verify_once
+from headscope.interp.sites import attached
+from headscope.interp.sites.sizes import tower_size
 from headscope.kernels.request import Reduced, Request
 
 LIMIT_MIB = 1024.0
@@ -25,7 +26,7 @@ class _Maps(Handler):
         self.found: dict[int, torch.Tensor] = {}
 
     def request(self, call: AttentionCall) -> Request | None:
-        return Request(lse=True, query_rows=torch.arange(0)) if call.layer in self.layers else None
+        return Request(lse=True, query_rows=torch.arange(0))
 
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         heads = self.layers[call.layer]
@@ -41,31 +42,44 @@ def patterns(
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Attention maps of one layer (head, query, key), or of all layers (layer, head, query, key), and the tokens.
 
+    Layers without softmax attention are NaN among all layers, and refused by themselves.
+
     Raises:
-        HeadscopeError: the maps would take more than ``limit_mib`` MiB (said before anything is allocated), or a layer
-            that does not exist.
+        HeadscopeError: the maps would take more than ``limit_mib`` MiB (said before anything is allocated), a layer
+            that does not exist or does not attend, or layers that differ in their number of heads.
     """
-    tokens = tokens_of(lm, prompt)
-    layers = list(range(lm.info.layers)) if layer is None else [layer]
-    HeadSet(((layers[-1], 0),)).check(lm.info.layers, lm.info.heads)
-    need = len(layers) * lm.info.heads * len(tokens) ** 2 * 4 / 2**20
+    tokens, size = tokens_of(lm, prompt), tower_size(lm)
+    size.check_layers([] if layer is None else [layer])
+    layers = list(size.heads) if layer is None else [layer]
+    count = size.depth if layer is None else 1
+    need = count * (size.most_heads or lm.info.heads) * len(tokens) ** 2 * 4 / 2**20
     if need > limit_mib:
         raise HeadscopeError(
             f"these maps take {need:.0f} MiB, more than the limit of {limit_mib:.0f}: ask for one head with "
             "head_pattern, record statistics instead, or raise limit_mib"
         )
     found = _run(lm, prompt, dict.fromkeys(layers))
-    stacked = np.stack([found[index] for index in layers])
-    return (stacked if layer is None else stacked[0]), tokens
+    if layer is not None:
+        return found[layer], tokens
+    shapes = {pattern.shape for pattern in found.values()}
+    if len(shapes) != 1:
+        raise HeadscopeError(f"the layers of {lm.name} differ in their number of heads; ask for one with layer=...")
+    stacked = np.full((size.depth, *shapes.pop()), np.nan, dtype=np.float32)
+    for index, pattern in found.items():
+        stacked[index] = pattern
+    return stacked, tokens
 
 
 def head_pattern(lm: Any, prompt: str, layer: int, head: int) -> tuple[NDArray[np.float32], list[str]]:
     """One head's pattern (query, key) on a prompt, and the prompt's tokens as text.
 
     Raises:
-        HeadscopeError: a head that does not exist, or a prompt whose map would pass the limit of ``patterns``.
+        HeadscopeError: a head that does not exist, a layer that does not attend, or a prompt whose map would pass the
+            limit of ``patterns``.
     """
-    HeadSet(((layer, head),)).check(lm.info.layers, lm.info.heads)
+    size = tower_size(lm)
+    HeadSet(((layer, head),)).check(size.depth, size.heads.get(layer) or size.most_heads or lm.info.heads)
+    size.check_layers([layer])
     tokens = tokens_of(lm, prompt)
     need = len(tokens) ** 2 * 4 / 2**20
     if need > LIMIT_MIB:
@@ -80,8 +94,7 @@ def tokens_of(lm: Any, prompt: str) -> list[str]:
 
 
 def _run(lm: Any, prompt: str, layers: dict[int, list[int] | None]) -> dict[int, NDArray[np.float32]]:
-    verify_once(lm)
     handler = _Maps(layers)
-    with attached(lm, handler):
+    with attached(lm, handler, layers=list(layers)):
         lm([prompt])
     return {layer: pattern.numpy() for layer, pattern in handler.found.items()}

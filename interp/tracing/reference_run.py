@@ -12,10 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites import attached, verify_once
-from headscope.interp.sites.huggingface.route import modules_of
-from headscope.interp.sites.towers import check_name, default_tower, selects
-from headscope.interp.sites.unwrap import bare_model
+from headscope.interp.sites import attached
 from headscope.kernels.request import Reduced, Request
 
 _Place = tuple[str, int, int]  # module, layer, position of the first query
@@ -26,23 +23,13 @@ class ReferenceRun(Handler):
 
     only_reads = True
 
-    def __init__(
-        self, model: Any, layers: Sequence[int] | None, tower: str | None, device: torch.device | str | None
-    ) -> None:
-        inner = bare_model(model)
-        check_name(tower, modules_of(inner))
-        name = default_tower(modules_of(inner), inner) if tower is None else tower
-        self.modules = frozenset(each for each in modules_of(inner) if selects(name, each, inner))
-        self.layers, self.device = None if layers is None else frozenset(layers), device
+    def __init__(self, device: torch.device | str | None) -> None:
+        self.device = device
         self._calls: dict[_Place, AttentionCall] = {}
         self._pass: dict[_Place, AttentionCall] = {}
 
     def __repr__(self) -> str:
         return f"ReferenceRun({len(self._calls)} calls)"
-
-    def concerns(self, module: str, layer: int) -> bool:
-        """The kept layers of the kept tower."""
-        return module in self.modules and (self.layers is None or layer in self.layers)
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """Forget a pass that broke off where no hook could tell."""
@@ -59,7 +46,7 @@ class ReferenceRun(Handler):
 
     def request(self, call: AttentionCall) -> Request | None:
         """Nothing but to see the call, whose edits are done."""
-        return Request(output=False) if self.concerns(call.module, call.layer) else None
+        return Request(output=False)
 
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Keep the call."""
@@ -137,10 +124,9 @@ def keep_attention(
         device: where to keep them, such as ``"cpu"``; by default where they are.
 
     Raises:
-        HeadscopeError: an architecture that cannot be traced exactly, two prompts in one block, or a tower that
-            attends more than once in a pass.
+        HeadscopeError: an architecture that cannot be traced exactly, a layer that does not attend, two prompts in one
+            block, or a tower that attends more than once in a pass.
     """
-    kept = ReferenceRun(model, layers, tower, device)
-    verify_once(model)
-    with attached(model, kept), torch.no_grad():
+    kept = ReferenceRun(device)
+    with attached(model, kept, tower=tower, layers=layers):
         yield kept

@@ -15,9 +15,9 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.provenance import signed
-from headscope.interp.sites import attached, verify_once
-from headscope.interp.sites.huggingface.route import modules_of
-from headscope.interp.sites.towers import check_name, default_tower, selects, tower_of
+from headscope.interp.sites import attached
+from headscope.interp.sites.sizes import attending
+from headscope.interp.sites.towers import tower_of
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.statistics import (
     BLOCK,
@@ -41,6 +41,8 @@ from headscope.interp.tracing.piece import Piece
 from headscope.interp.tracing.session import Session
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, Request
+
+TEXT = ("language", "decoder")  # towers that read or write text
 
 
 class Tracer(Handler):
@@ -69,7 +71,7 @@ class Tracer(Handler):
         self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
         self._pending_ids: Tensor | None = None
         self._plans = Plans(self.statistics, queries)
-        self._roles: dict[str, tuple[bool, bool]] = {}
+        self._reads: dict[str, bool] = {}
         self._times: dict[int, int] = {}
         self._heap, self._host_copies = Heap(), HostCopies()
         self._pass: list[tuple[Session, Piece]] = []
@@ -79,6 +81,9 @@ class Tracer(Handler):
         self._boundary: int | None = None
         self._cache: weakref.ref[Any] | None = None
         self._caches = Caches()
+        self._passes = 0
+        if tower == "cross" or (tower is not None and tower_of(tower, bare_model(model)) == "cross"):
+            self.follows = TEXT  # queries of cross-attention stand where the decoder stands
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """Remember the tokens of the pass that begins."""
@@ -110,6 +115,7 @@ class Tracer(Handler):
     def end_forward(self) -> None:
         """What the pass recorded is part of the record from now on."""
         self._running = False
+        self._passes += 1
 
     def abort_forward(self) -> None:
         """Forget what a pass recorded that did not come to its end."""
@@ -118,31 +124,30 @@ class Tracer(Handler):
         self._keep_pass()
         self._sessions = [session for session in self._sessions if session.continues]
 
-    def end(self, *, completed: bool) -> None:
-        """The block is left: nothing of ours stays on the model's caches."""
+    def end(self) -> None:
+        """The block is left, perhaps by an exception: finished passes stay recorded, nothing on the model's caches."""
         self._caches.release()
-        if completed and not self._running:
-            self._keep_pass()
-        else:
+        if self._running:
             self.abort_forward()
+        else:
+            self._keep_pass()
 
-    def concerns(self, module: str, layer: int) -> bool:
-        """The recorded layers; and, for another tower's sake, those that say where the decoder stands."""
-        chosen, reads = self._role_of(module)
-        return (chosen and (self.layers is None or layer in self.layers)) or (reads and self.tower is not None)
+    def follow(self, call: AttentionCall) -> None:
+        """Remember where the decoder stands."""
+        self._decoder = call.mask
+        if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
+            raise HeadscopeError(
+                "this model makes a dense mask of its own from the padding, which hides where examples begin and "
+                "end; trace prompts of one length, or one at a time"
+            )
 
+    @torch.no_grad()
     def request(self, call: AttentionCall) -> Request | None:
         """The declared statistics as one request, or None where this call is not recorded."""
-        chosen, reads = self._role_of(call.module)
-        if reads and not call.cross:
-            self._decoder = call.mask
-            if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
-                raise HeadscopeError(
-                    "this model makes a dense mask of its own from the padding, which hides where examples begin and "
-                    "end; trace prompts of one length, or one at a time"
-                )
-        if not chosen or (self.layers is not None and call.layer not in self.layers):
-            return None
+        if call.module not in self._reads:
+            self._reads[call.module] = tower_of(call.module, bare_model(self.model)) in TEXT
+        if self._reads[call.module]:
+            self.follow(call)
         session, offset = self._session_of(call)
         require_exact(self.statistics, call, continues=session.continues)
         prompt = session.is_prompt(call, offset, self._boundary)
@@ -153,6 +158,7 @@ class Tracer(Handler):
                 return None
         return request
 
+    @torch.no_grad()
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
         _, piece = self._pass[-1]
@@ -176,14 +182,6 @@ class Tracer(Handler):
             piece.values.setdefault(statistic.kind, {}).update(found)
         if call.query.device.type == "cpu":
             self._heap.called(call.query.shape[0] * call.query.shape[2])
-
-    def _role_of(self, module: str) -> tuple[bool, bool]:
-        """Whether modules are recorded, and whether they are of the tower that reads or writes text."""
-        if module not in self._roles:
-            inner = bare_model(self.model)
-            name = default_tower(modules_of(inner), inner) if self.tower is None else self.tower
-            self._roles[module] = selects(name, module, inner), tower_of(module, inner) in ("language", "decoder")
-        return self._roles[module]
 
     def _session_of(self, call: AttentionCall) -> tuple[Session, int]:
         times = self._times.get(call.layer, 0)
@@ -256,8 +254,8 @@ class Tracer(Handler):
         if not self._running:
             self._keep_pass()
         entries = [*self._finished, *self._open()]
-        elsewhere = ", ".join(sorted(module for module, (chosen, _) in self._roles.items() if not chosen))
-        if not entries and elsewhere:
+        elsewhere = ", ".join(sorted(attending(bare_model(self.model)))) if self._passes and not entries else ""
+        if elsewhere:
             raise HeadscopeError(
                 f"nothing was recorded in {self.tower or 'the default tower'}; name a tower: {elsewhere}"
             )
@@ -280,6 +278,7 @@ def trace(
     queries: Queries | None = None,
     tower: str | None = None,
     verify: bool = True,
+    grad: bool = False,
 ) -> Iterator[Tracer]:
     """Record ``statistics`` of every forward pass of ``model`` inside the block; nothing stays on the model after it.
 
@@ -295,18 +294,19 @@ def trace(
             ``"vision"``, ``"audio"``, ``"encoder"``, ``"decoder"``, ``"cross"``, ``"connector"``, or a pattern of
             module names such as ``"model.layers.*.self_attn"``. One record holds one tower.
         verify: check once per model that our attention equals the model's own (see ``headscope.interp.sites``).
+        grad: gradients are off inside the block; True keeps what a backward pass through the model needs. Statistics
+            carry none either way.
 
     Raises:
-        HeadscopeError: an architecture that cannot be traced exactly, named, before anything runs.
+        HeadscopeError: an architecture that cannot be traced exactly or a layer that does not attend, named, before
+            anything runs; or a layer of ``layers`` that attended in no finished pass, when the block ends.
     """
     tracer = Tracer(model, statistics, layers=layers, queries=queries, tower=tower)
-    check_name(tower, modules_of(model))
-    if verify:
-        verify_once(model)
-    completed = False
     try:
-        with attached(model, tracer), watching_generate(model, tracer), torch.no_grad():
+        with (
+            attached(model, tracer, tower=tower, layers=layers, verify=verify, grad=grad),
+            watching_generate(model, tracer),
+        ):
             yield tracer
-        completed = True
     finally:
-        tracer.end(completed=completed)
+        tracer.end()

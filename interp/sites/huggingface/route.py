@@ -7,7 +7,6 @@ registered or patched at import. ``passes`` tells handlers where forward passes 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from threading import RLock, Thread
@@ -24,7 +23,7 @@ from headscope.interp.sites.huggingface.masks import lazy_mask
 from headscope.interp.sites.huggingface.passes import watch_passes
 from headscope.interp.sites.huggingface.switch import Implementations, implementations, release, switch, unregister
 from headscope.interp.sites.interrupts import block, uninterrupted
-from headscope.interp.sites.towers import tower_of
+from headscope.interp.sites.towers import numbered, tower_of
 from headscope.interp.sites.unwrap import bare_model
 
 NAME = "headscope"
@@ -157,11 +156,7 @@ def places(route: Route) -> dict[nn.Module, Place]:
     configured = {id(config): impl for config, impl in route.restore.configs}
     default = route.restore.named[""]
     found: dict[nn.Module, Place] = {}
-    ranks: dict[str, int] = {}
-    for name, module in route.model.named_modules():
-        where, layer = parse_name(name, module)
-        if where.count("*") > 1:  # a tower in stages: layers count through them
-            layer = ranks[where] = ranks.get(where, -1) + 1
+    for name, module, where, layer in numbered(route.model):
         impl = configured.get(id(getattr(module, "config", None))) or default
         found[module] = Place(route, name, where, layer, tower_of(where, route.model), impl)
     return found
@@ -186,12 +181,6 @@ def set_check(model: nn.Module, check: Check) -> None:
         _ROUTES[model].check = check
 
 
-def modules_of(model: Any) -> set[str]:
-    """The patterns of the model's modules that stand in layers, attention or not, and attention that stands alone."""
-    names = (parse_name(name, module)[0] for name, module in bare_model(model).named_modules())
-    return {name for name in names if "*" in name or "att" in name}
-
-
 def _close(route: Route) -> None:
     for hook in route.hooks:
         hook.remove()
@@ -202,19 +191,6 @@ def _close(route: Route) -> None:
     _ROUTES.pop(route.model, None)
     held_configs = {id(config) for other in list(_ROUTES.values()) for config, _ in other.restore.configs}
     release(route.restore, NAME, held_configs, keep=bool(_ROUTES))
-
-
-def parse_name(name: str, module: nn.Module | None) -> tuple[str, int]:
-    """A module's pattern of names and its layer: "model.layers.3.self_attn" is ("model.layers.*.self_attn", 3).
-
-    A name with several numbers has the first one's layer here; ``places`` counts such layers through.
-    """
-    # what a TransformerBridge puts between a layer and its parts, and torch.compile around a part
-    name = name.replace("._original_component", "").replace("._orig_mod", "")
-    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
-    where = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-    layer = int(numbers[0]) if numbers else getattr(module, "layer_idx", None)
-    return where, 0 if layer is None else int(layer)
 
 
 def release_all() -> None:

@@ -98,6 +98,11 @@ class Layer:
         if self.route.check is not None:
             self.route.check.pattern(call, pattern)
         self._call = edited = edit_call(call, self.route.handlers)
+        if edited is not call and torch.is_grad_enabled():
+            raise HeadscopeError(
+                f"an edit inside attention carries no gradient through a TransformerBridge ({self.prefix}), only edits "
+                "of head outputs do; give apply(grad=True) the model that load_model or transformers loads"
+            )
         self._own_z = edited.value is not call.value
         ours = {own.point: 1 + (own.point is hook) for own in self.hooks if own.function != self._z}
         foreign = any(len(point.fwd_hooks) > count for point, count in ours.items())

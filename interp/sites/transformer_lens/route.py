@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.agreement import Verification
+from headscope.interp.sites.attachment import Attachment
 from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.towers import parse_name
 from headscope.interp.sites.transformer_lens.attention import Hook, HookFunction, Layer
 from headscope.interp.sites.transformer_lens.bridge import (
     attends_natively,
@@ -210,7 +212,7 @@ def fwd_hooks(bridge: Any, *handlers: Handler) -> list[tuple[str, HookFunction]]
             "`with trace(bridge, ...)` or `with apply(bridge, ...)`"
         )
     verify_once(bridge)
-    route = Route(bridge, list(handlers), standalone=True)
+    route = Route(bridge, [Attachment.of(bridge, handler) for handler in handlers], standalone=True)
 
     def begin(tokens: Tensor, hook: Any) -> None:
         if begin not in [held.user_hook for held in hook.fwd_hooks]:
@@ -284,7 +286,7 @@ def _layers(route: Route, bridge: Any) -> list[Layer]:
     layers = []
     for path, module in components(bridge):
         prefix = str(module.hook_pattern.name).removesuffix(".hook_pattern")
-        where, _ = huggingface.parse_name(path, module)
+        where, _ = parse_name(path, module)
         match = re.match(r"blocks\.(\d+)\.", prefix)
         layers.append(Layer(route, module, prefix, hooks, where, int(match[1]) if match else 0))
     return layers

@@ -8,8 +8,8 @@ import torch
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import verify
-from headscope.interp.sites.huggingface.route import parse_name
 from headscope.interp.sites.inputs import example_inputs
+from headscope.interp.sites.towers import parse_name
 from headscope.interp.statistics import Distance, Entropy, KeyMass, SinkMass, TopKeys, WindowMass
 from headscope.interp.survey.eager import eager_weights
 from headscope.interp.survey.tiny import tiny_model

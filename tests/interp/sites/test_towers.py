@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.inputs import example_inputs
@@ -17,6 +20,7 @@ from headscope.interp.statistics import (
 from headscope.interp.survey.eager import eager_weights
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.tracing.tracer import trace
+from headscope.interventions import AblateHeads, apply
 
 TOWERS = {
     "llava": {None: "language_model", "language": "language_model", "vision": "vision_tower"},
@@ -106,6 +110,68 @@ def test_encoder_decoder_and_cross_attention_apart(name):
     with pytest.raises(HeadscopeError, match="Distance is not exact with queries and keys of different sequences"):
         with trace(model, [Distance()], tower="cross"):
             model(**inputs)
+
+
+BERT = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
+
+
+def composed(sees: bool):
+    """A BERT decoder, whose modules are called ``decoder.bert.encoder...``, after a BERT or a ViT."""
+    small = tf.BertConfig(**BERT, max_position_embeddings=64)
+    if sees:
+        eye = {key: size for key, size in BERT.items() if key != "vocab_size"} | {"image_size": 32, "patch_size": 8}
+        config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tf.ViTConfig(**eye), small)
+    else:
+        config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(small, copy.deepcopy(small))
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    model = (tf.VisionEncoderDecoderModel if sees else tf.EncoderDecoderModel)(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    ids = torch.randint(3, 99, (2, 11))
+    given = {"pixel_values": torch.randn(2, 3, 32, 32)} if sees else {"input_ids": ids}
+    return model, {**given, "decoder_input_ids": ids[:, :7]}
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_decoder_whose_path_says_encoder(sees):
+    """Against the eager weights of a copy."""
+    model, inputs = composed(sees)
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = twin(**inputs, output_attentions=True)
+    want = {"encoder": out.encoder_attentions, None: out.decoder_attentions, "cross": out.cross_attentions}
+    want |= {"decoder": want[None]} | ({"vision": want["encoder"]} if sees else {})
+    for tower, patterns in want.items():
+        p = torch.stack(patterns, 1)
+        with trace(model, [Entropy()], tower=tower) as tracer:
+            model(**inputs)
+        entropy = -(p * p.clamp(min=1e-30).log()).sum(-1)
+        np.testing.assert_allclose(tracer.record["entropy"], entropy, atol=2e-5)
+    with trace(model, [Entropy()], tower="cross") as tracer:
+        first = next(value for name, value in inputs.items() if name != "decoder_input_ids")
+        model.generate(first, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1)
+    assert tracer.record.sizes["query"] == 4
+
+
+@pytest.mark.parametrize("tower", ["encoder", "decoder", None])
+def test_an_edit_of_a_decoder_whose_path_says_encoder(tower):
+    """Against a hook on the module that the head's output goes through."""
+    model, inputs = composed(sees=False)
+    part = model.encoder if tower == "encoder" else model.decoder.bert
+
+    def zero(module, args):
+        return (torch.cat([torch.zeros_like(args[0][..., :8]), args[0][..., 8:]], -1), *args[1:])
+
+    hook = part.encoder.layer[0].attention.output.register_forward_pre_hook(zero)
+    with torch.no_grad():
+        want = model(**inputs)
+    hook.remove()
+    with apply(model, AblateHeads([(0, 0)]), tower=tower):
+        got = model(**inputs)
+    torch.testing.assert_close(got.logits, want.logits, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(got.encoder_last_hidden_state, want.encoder_last_hidden_state, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["whisper", "t5"])

@@ -14,6 +14,7 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import LanguageModel
 from headscope.interp.sites import attached
+from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.tracing.maps import head_pattern, patterns
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.score_edits import distance_slope
@@ -94,3 +95,15 @@ def test_one_heads_map_is_of_its_own_edit(lm: LanguageModel) -> None:
             found, _ = head_pattern(lm, PROMPT, 1, head)
             assert np.abs(found - want).max() < 64 * np.finfo(np.float32).eps
             assert np.abs(found - before[head]).max() > 1e-2
+
+
+def test_layers_of_a_hybrid_without_attention_are_nan_or_refused(lm: LanguageModel) -> None:
+    hybrid = tiny_model("qwen3_next")  # layer 0 is linear attention
+    mixed = LanguageModel.wrap(hybrid, lm.tokenizer)
+    found, tokens = patterns(mixed, PROMPT)
+    assert found.shape == (2, 4, len(tokens), len(tokens)) and np.isnan(found[0]).all()
+    np.testing.assert_allclose(found[1].sum(-1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(head_pattern(mixed, PROMPT, 1, 2)[0], found[1, 2], atol=1e-5)
+    for ask in (lambda: patterns(mixed, PROMPT, layer=0), lambda: head_pattern(mixed, PROMPT, 0, 0)):
+        with pytest.raises(HeadscopeError, match="layer 0 .* no softmax attention call; these layers do: 1"):
+            ask()

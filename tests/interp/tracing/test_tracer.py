@@ -222,6 +222,24 @@ def test_head_output_is_what_the_projection_reads(model):
     np.testing.assert_array_equal(record["z"].sel(layer=1, position=2), z[:, 2])
 
 
+@pytest.mark.parametrize("how", [ValueError("mine"), KeyboardInterrupt()])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_finished_passes_are_kept_when_the_user_raises(model, how, passes):
+    ids = torch.arange(5, 15)[None]
+    with pytest.raises(type(how)), trace(model, [Entropy()]) as tracer:
+        for turn in range(passes):
+            model(ids + turn)
+        raise how
+    assert tracer.record["token"].values[:, 0].tolist() == list(range(5, 5 + passes))
+
+
+def test_a_finished_generation_is_kept_when_the_user_raises(model):
+    with pytest.raises(ValueError), trace(model, [Entropy()]) as tracer:
+        text = model.generate(torch.arange(5, 15)[None], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        raise ValueError
+    assert tracer.record.sizes["query"] == text.shape[1] - 1
+
+
 def test_an_interrupted_pass_leaves_nothing(model):
     ids = tokens(2, 6)
 

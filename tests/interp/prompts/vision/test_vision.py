@@ -10,8 +10,7 @@ import torch
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.vision import vision_prompt
-from headscope.interp.sites.huggingface.route import parse_name
-from headscope.interp.sites.towers import tower_of
+from headscope.interp.sites.towers import parse_name, tower_of
 from headscope.interp.statistics import SpanMass
 from headscope.interp.statistics.spans import OPEN
 from headscope.interp.survey.eager import eager_weights

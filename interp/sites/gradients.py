@@ -1,0 +1,48 @@
+"""Gradients inside a block: off unless asked for, and one clear line where they are missed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.unwrap import bare_model
+
+_OFF = "gradients are off inside this block: pass grad=True to every trace and apply around the backward pass"
+_NONE = (
+    "this value carries no gradient although grad=True: it came from a pass that ran without them (as lm(texts) does: "
+    "call lm.model(**lm.encode(texts))), or nothing that it depends on requires one"
+)
+
+
+@contextmanager
+def gradients(model: Any, *, on: bool) -> Iterator[None]:
+    """Forward passes inside the block keep what a backward pass needs (``on``), or nothing.
+
+    Raises:
+        HeadscopeError: where they are on, under ``torch.inference_mode`` or with gradient checkpointing, whose second
+            forward pass may come when the block has ended; where they are off, in place of torch's error in a backward
+            pass.
+    """
+    if on:
+        _refuse(model)
+    with torch.set_grad_enabled(on):
+        try:
+            yield
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise HeadscopeError(_NONE if on else _OFF) from error
+
+
+def _refuse(model: Any) -> None:
+    if torch.is_inference_mode_enabled():
+        raise HeadscopeError("grad=True does nothing under torch.inference_mode(); leave that block first")
+    if any(part.training and getattr(part, "gradient_checkpointing", False) for part in bare_model(model).modules()):
+        raise HeadscopeError(
+            "gradient checkpointing runs layers again in the backward pass, which may come after the block; call "
+            "model.gradient_checkpointing_disable() or model.eval() before grad=True"
+        )
