@@ -64,7 +64,7 @@ def _difference(one: xr.Dataset, other: xr.Dataset) -> str:
     """In what two records differ that one record has once: variables, labels, what values must be read with; or ''."""
     if set(one.data_vars) != set(other.data_vars):
         return "statistics"
-    for dim in (dim for dim in one.dims if dim not in ("example", *RAGGED)):
+    for dim in sorted(str(dim) for dim in one.dims if dim not in ("example", *RAGGED)):
         labels = [x[dim].to_numpy().tolist() if dim in x.coords else x.sizes.get(dim) for x in (one, other)]
         if labels[0] != labels[1]:
             return f"{dim} ({labels[0]} and {labels[1]})"
