@@ -213,8 +213,9 @@ def _open(path: Path, part: str, *, contents: bool = False) -> xr.Dataset:
     try:
         order = check_part(path, part, contents=contents)
         found = xr.open_dataset(path / part, engine="zarr", consolidated=False, chunks=None, cache=False)
-        data = {name: found[name] for name in order if name in found.data_vars}
-        return xr.Dataset(data, {name: found[name] for name in order if name in found.coords}, found.attrs)
+        data = {name: found.variables[name] for name in order if name in found.data_vars}
+        coords = {name: found.variables[name] for name in order if name in found.coords}
+        return xr.Dataset(data, coords, found.attrs)
     except Exception as error:
         raise damaged(path / part, error) from error
 
