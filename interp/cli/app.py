@@ -36,6 +36,23 @@ Settings = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"headscope {version('headscope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """An oscilloscope for attention heads: trace a model, find its heads, change them, evaluate again."""
+
+
 @dataclass(frozen=True)
 class Run:
     """What most commands are told: the model, where and how it runs, and where results go."""

@@ -4,6 +4,7 @@ from headscope.interp.plots.blocks import block_map
 from headscope.interp.plots.maps import head_map, ranked, statistic_map
 from headscope.interp.plots.pattern import pattern
 from headscope.interp.plots.profile import statistic_profile
+from headscope.interp.plots.prompt import head_on_prompt
 from headscope.interp.plots.style import show_token
 from headscope.interp.plots.tasks import evaluation, needle_grid
 
@@ -11,6 +12,7 @@ __all__ = [
     "block_map",
     "evaluation",
     "head_map",
+    "head_on_prompt",
     "needle_grid",
     "pattern",
     "ranked",

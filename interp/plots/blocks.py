@@ -8,7 +8,7 @@ import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.plots import style
-from headscope.interp.plots.pattern import FLOOR, colours
+from headscope.interp.plots.pattern import FLOOR, add_switch, colours
 
 MOST = 1024  # blocks a side
 
@@ -41,8 +41,9 @@ def block_map(
         raise HeadscopeError(f"a map of {values.shape[0]} blocks a side is too large to read; trace larger blocks")
     down, across = (size * np.arange(n) for n in values.shape)
     values[(across[None, :] > down[:, None]) & (values == 0)] = np.nan
-    log = log and bool(np.nanmax(values) <= 1 + 1e-3)
-    fig = style.figure(title or f"Blocks of head L{layer}H{head}", f"{size} x {size} tokens", inner=560, width=760)
+    weights = bool(np.nanmax(values) <= 1 + 1e-3)
+    log = log and weights
+    fig = style.figure(title or f"Blocks of head L{layer}H{head}", f"{size} x {size} tokens", inner=520, width=700)
     fig.add_heatmap(
         z=np.log10(np.maximum(values, FLOOR)) if log else values,
         x=across + (size - 1) / 2,
@@ -54,5 +55,7 @@ def block_map(
         hovertemplate="<b>%{customdata:.4f}</b><br>%{text}<extra></extra>",
         **colours(values, log=log),
     )
-    fig.update_xaxes(title_text="Key", showgrid=False)
-    return fig.update_yaxes(title_text="Query", showgrid=False, autorange="reversed")
+    if weights:
+        add_switch(fig, values, log=log)
+    fig.update_xaxes(title_text="Key position (tokens)", showgrid=False)
+    return fig.update_yaxes(title_text="Query position (tokens)", showgrid=False, autorange="reversed")

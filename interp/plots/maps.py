@@ -25,13 +25,14 @@ def head_map(
     low: ArrayLike | None = None,
     high: ArrayLike | None = None,
     n: ArrayLike | None = None,
-    diverging: bool = False,
+    diverging: bool | None = None,
 ) -> go.Figure:
     """One value for each head: layers along x, heads along y, a colour for the value.
 
     ``scores`` is HeadScores, which brings its intervals and counts, or an array (layer, head) with optional bounds
     ``low`` and ``high`` and counts ``n`` of the same shape; the hover shows them. ``label`` names the value.
-    ``diverging`` centres the colours at 0, for differences. Cells without a value are crossed out.
+    ``diverging`` centres the colours at 0, blue below and red above; by default where a value is below 0. Cells without
+    a value are crossed out.
 
     Raises:
         HeadscopeError: nothing to draw, or shapes that disagree.
@@ -47,6 +48,7 @@ def head_map(
     extra = _hover_lines(values.shape, low, high, n)
     if np.isnan(values).all():  # also true of an empty array
         raise HeadscopeError("the head map has no value that is a number, so there is nothing to draw")
+    diverging = style.signed(values) if diverging is None else diverging
     ends = style.colour_range(values, diverging=diverging)
     colours = style.DIVERGING if diverging else style.SEQUENTIAL
     return _draw_map(values, layers, heads, extra, title=title, label=label, ends=ends, colours=colours)
@@ -89,7 +91,7 @@ def _draw_map(
     names = np.array([[f"Layer {layer}, head {head}" for head in heads] for layer in layers], dtype=object)
     cell = min(34, max(9, 860 // len(layers)))
     subtitle = "×: no data" if np.isnan(values).any() else ""
-    inner, width = min(760, max(150, cell * len(heads))), 200 + 34 * len(layers)
+    inner, width = min(760, max(190, cell * len(heads))), 200 + 34 * len(layers)
     fig = style.figure(title, subtitle, inner=inner, width=width, plot_bgcolor=style.RULE)
     fig.add_heatmap(
         z=values.T,
@@ -109,8 +111,9 @@ def _draw_map(
     return fig.update_yaxes(title_text="Head", **style.cells(heads, 20, downwards=True))
 
 
-def ranked(scores: HeadScores, k: int = 20) -> go.Figure:
+def ranked(scores: HeadScores, k: int = 20, *, label: str = "score") -> go.Figure:
     """The ``k`` highest-scoring heads, best on top, each with its bootstrap interval (all heads where there are fewer).
+    ``label`` names the score, with its unit.
 
     Raises:
         HeadscopeError: ``k`` is not positive, or no head has a score.
@@ -135,7 +138,7 @@ def ranked(scores: HeadScores, k: int = 20) -> go.Figure:
     marker = {"color": style.ACCENT, "size": 9, "line": {"color": "white", "width": 1}}
     template = "%{text}<extra></extra>"
     fig.add_scatter(x=frame["score"], y=rows, mode="markers", marker=marker, text=hover, hovertemplate=template)
-    fig.update_xaxes(title_text="Score", rangemode="tozero")
+    fig.update_xaxes(title_text=style.show_text(label).capitalize(), rangemode="tozero")
     return fig.update_yaxes(range=[len(frame) - 0.4, -0.6], **style.ticks(names, 60))
 
 
@@ -162,8 +165,11 @@ def statistic_map(record: xr.Dataset, name: str, reduce: str = "mean") -> go.Fig
     words = name.replace("_", " ")
     title = f"{words.capitalize()} of every head"
     extra = _hover_lines(values.shape, None, None, count)
-    ends = style.colour_range(values, zero=False)
-    return _draw_map(values, layers, heads, extra, title=title, label=f"{reduce} {words}".capitalize(), ends=ends)
+    signed = style.signed(values)
+    ends = style.colour_range(values, diverging=signed, zero=False)
+    label = f"{reduce} {style.with_unit(name)}".capitalize()
+    colours = style.DIVERGING if signed else style.SEQUENTIAL
+    return _draw_map(values, layers, heads, extra, title=title, label=label, ends=ends, colours=colours)
 
 
 def variable_of(record: xr.Dataset, name: str) -> xr.DataArray:

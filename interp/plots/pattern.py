@@ -14,6 +14,7 @@ from headscope.interp.plots import style
 CELLS = 256 * 256
 FLOOR = 1e-4  # the lower end of the logarithmic colours
 LABELS = 64
+BUTTON = {"size": 11, "color": "#10151a"}  # on a pressed button, which Plotly keeps light on a dark page, too
 
 
 def pattern(
@@ -25,13 +26,14 @@ def pattern(
     query_offset: int | None = None,
     key_offset: int = 0,
     causal: bool = True,
-    log: bool = False,
+    log: bool = True,
 ) -> go.Figure:
     """One head's pattern (query, key): which keys each query attends to, with token texts on both axes.
 
     The axes are positions, so a repeated token keeps its own row and column. Row ``i`` stands at ``query_offset + i``
     and column ``j`` at ``key_offset + j``; by default the queries are the last of the keys. ``causal`` leaves the cells
-    above the diagonal blank. ``log`` colours the logarithm, from 0.0001 to 1, which shows small weights.
+    above the diagonal blank. ``log`` begins with colours of the logarithm, from 0.0001 to 1, which show what lies
+    beside a sink; buttons switch. Values below 0 (a difference of two patterns) have colours centred at 0 instead.
 
     Raises:
         HeadscopeError: token lists that do not fit the weights, weight on keys that a causal query cannot see, or more
@@ -61,7 +63,7 @@ def _check(values: NDArray[np.float64], tokens_query: list[str], tokens_key: lis
     if values.size > CELLS:
         raise HeadscopeError(
             f"a pattern of {values.shape[0]} x {values.shape[1]} cells is too large to read; pass a tile of at most "
-            "256 x 256 with its query_offset and key_offset"
+            "256 x 256 with its query_offset and key_offset, or draw plots.head_on_prompt or plots.block_map"
         )
 
 
@@ -86,18 +88,22 @@ def _draw(
         [f"<b>{values[i, j]:.4f}</b>{row}{column}" if shown[i, j] else "" for j, column in enumerate(columns)]
         for i, row in enumerate(rows)
     ]
+    signed = style.signed(values)
+    log = log and not signed
     fig.add_heatmap(
         z=np.log10(np.maximum(values, FLOOR)) if log else values,
         x=keys,
         y=queries,
         text=hover,
-        colorscale=style.SEQUENTIAL,
+        colorscale=style.DIVERGING if signed else style.SEQUENTIAL,
         hoverongaps=False,
         hovertemplate="%{text}<extra></extra>",
         **colours(values, log=log),
     )
-    fig.update_xaxes(title_text="Key", tickangle=-90, range=_ends(keys), **_token_ticks(keys, text_key))
-    return fig.update_yaxes(title_text="Query", range=_ends(queries)[::-1], **_token_ticks(queries, text_query))
+    if not signed:
+        add_switch(fig, values, log=log)
+    fig.update_xaxes(title_text="Key (token)", tickangle=-90, range=_ends(keys), **_token_ticks(keys, text_key))
+    return fig.update_yaxes(title_text="Query (token)", range=_ends(queries)[::-1], **_token_ticks(queries, text_query))
 
 
 def colours(values: NDArray[np.float64], *, log: bool) -> dict[str, Any]:
@@ -107,8 +113,25 @@ def colours(values: NDArray[np.float64], *, log: bool) -> dict[str, Any]:
         powers = list(range(round(np.log10(FLOOR)), 1))
         bar |= {"tickvals": powers, "ticktext": [f"≤ {FLOOR:g}"] + [f"{10.0**p:g}" for p in powers[1:]]}
         return {"zmin": powers[0], "zmax": 0, "colorbar": bar}
-    low, high = style.colour_range(values)
+    low, high = style.colour_range(values, diverging=style.signed(values))
     return {"zmin": low, "zmax": high, "colorbar": bar}
+
+
+def add_switch(fig: go.Figure, values: NDArray[np.float64], *, log: bool) -> None:
+    """Two buttons above the map of ``values``: colours of the logarithm, and linear ones."""
+    buttons = []
+    for name, power in (("log", True), ("linear", False)):
+        z = np.log10(np.maximum(values, FLOOR)) if power else values
+        look = colours(values, log=power)
+        shown = {"z": [[[None if np.isnan(x) else round(x, 6) for x in row] for row in z.tolist()]]}
+        bar = {f"colorbar.{key}": [look["colorbar"].get(key)] for key in ("tickvals", "ticktext")}
+        ends = {key: [look[key]] for key in ("zmin", "zmax")}
+        buttons.append({"label": name, "method": "restyle", "args": [{**shown, **bar, **ends}]})
+    place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 4, "t": 0}}
+    menu = {"type": "buttons", "direction": "right", "active": 0 if log else 1, "font": BUTTON, "bgcolor": "#d8e0e7"}
+    fig.update_layout(updatemenus=[{**menu, **place, "buttons": buttons}])
+    room = 30  # between the title and the buttons
+    fig.update_layout(height=fig.layout.height + room, margin={"t": fig.layout.margin.t + room})
 
 
 def _ends(positions: NDArray[np.int64]) -> list[float]:

@@ -40,7 +40,9 @@ def statistic_profile(record: xr.Dataset, name: str, layer: int, head: int) -> g
         raise HeadscopeError(f"{name} of L{layer}H{head} is NaN everywhere, so there is nothing to draw")
     words = name.replace("_", " ")
     title = f"{words.capitalize()} of head L{layer}H{head}"
-    return _draw_profile(variable["query"].to_numpy(), values, title=title, label=style.show_text(words))
+    return _draw_profile(
+        variable["query"].to_numpy(), values, title=title, label=style.show_text(style.with_unit(name))
+    )
 
 
 def _draw_profile(query: np.ndarray, values: np.ndarray, *, title: str, label: str) -> go.Figure:
@@ -65,7 +67,7 @@ def _draw_profile(query: np.ndarray, values: np.ndarray, *, title: str, label: s
         text=text,
         hovertemplate=f"{label}: %{{y:.3f}} %{{text}}<br>n = %{{customdata}}<extra></extra>",
     )
-    fig.update_xaxes(title_text="Query position", showgrid=False)
+    fig.update_xaxes(title_text="Query position (tokens)", showgrid=False)
     return fig.update_yaxes(title_text=label.capitalize())
 
 

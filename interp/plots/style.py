@@ -25,6 +25,21 @@ CONTRAST = "#c8553d"
 SEQUENTIAL = "Viridis"
 DIVERGING = "RdBu_r"  # blue below 0, white at 0, red above
 
+# unit of each statistic, as the axes say it
+UNITS = {
+    "entropy": "nats",
+    "lse": "log of the sum of exponentials",
+    "distance": "tokens",
+    "windowed_distance": "tokens",
+    "sink_mass": "share of attention",
+    "span_mass": "share of attention",
+    "window_mass": "share of attention",
+    "target_mass": "share of attention",
+    "key_mass": "attention received",
+    "key_mass_mean": "share of attention",
+    "key_mass_max": "share of attention",
+}
+
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _HOVER_FONT = {"family": _FONT, "color": INK, "size": 12}
 
@@ -131,6 +146,17 @@ def colour_bar(label: str) -> dict[str, Any]:
     """A slim colour bar with its label along the side; ``label`` is already safe text."""
     font = {"size": 12, "color": SOFT}
     return {"title": {"text": label, "side": "right", "font": font}, "thickness": 12, "outlinewidth": 0, "xpad": 8}
+
+
+def signed(values: NDArray[np.float64]) -> bool:
+    """Whether there are values below 0: differences, contributions. Their colours are centred at 0."""
+    return bool((values[np.isfinite(values)] < 0).any())
+
+
+def with_unit(name: str) -> str:
+    """A statistic's name in words, with its unit where it has one."""
+    words = name.replace("_", " ")
+    return f"{words} ({UNITS[name]})" if name in UNITS else words
 
 
 def thin(count: int, most: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from headscope.interp.plots import style
 
 KINDS = {"baseline": style.INK, "intervention": style.CONTRAST, "control": style.MUTED}
 EVALUATION = ["task", "condition", "kind", "mean", "ci_low", "ci_high", "delta", "delta_low", "delta_high", "n"]
-ROW, GAP = 26, 62  # pixels: one condition, and what stands between two tasks
+ROW, GAP = 26, 84  # pixels: one condition, and what stands between two tasks
 
 
 def needle_grid(frame: pd.DataFrame) -> go.Figure:
@@ -76,12 +77,12 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
 
 
-def evaluation(frame: pd.DataFrame) -> go.Figure:
+def evaluation(frame: pd.DataFrame, metrics: Mapping[str, str] | None = None) -> go.Figure:
     """Every condition's result with its interval, and its difference to the baseline, a block of rows a task.
 
     ``frame`` has a row a task and condition: task, condition, kind (baseline, intervention or control), mean, ci_low,
     ci_high, delta, delta_low, delta_high (against the baseline, paired) and n. Controls that differ only in their seed
-    ("random (seed 3)") share one row, drawn muted.
+    ("random (seed 3)") share one row, drawn muted. ``metrics`` says what each task's numbers mean (task -> unit).
 
     Raises:
         HeadscopeError: missing columns, no rows, an unknown kind, or no mean at all.
@@ -94,7 +95,7 @@ def evaluation(frame: pd.DataFrame) -> go.Figure:
         raise HeadscopeError("every mean of the evaluation is NaN, so there is nothing to draw")
     blocks = [(str(task), _arrange(rows)) for task, rows in frame.groupby("task", sort=False)]
     columns = ["mean", "delta"] if frame["delta"].notna().any() else ["mean"]
-    fig = _panels(blocks, columns)
+    fig = _panels(blocks, columns, dict(metrics or {}))
     for at, (_, rows) in enumerate(blocks, start=1):
         for column, name in enumerate(columns, start=1):
             for kind in KINDS:
@@ -127,7 +128,7 @@ def _arrange(rows: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def _panels(blocks: list[tuple[str, pd.DataFrame]], columns: list[str]) -> go.Figure:
+def _panels(blocks: list[tuple[str, pd.DataFrame]], columns: list[str], metrics: dict[str, str]) -> go.Figure:
     """The empty grid of panels, a row a task with room for its conditions."""
     heights = [ROW * (int(rows["row"].max()) + 1) + 14 for _, rows in blocks]
     inner = sum(heights) + GAP * (len(blocks) - 1)
@@ -144,8 +145,11 @@ def _panels(blocks: list[tuple[str, pd.DataFrame]], columns: list[str]) -> go.Fi
     margin = {"t": 122, "b": 56}
     fig.update_layout(template=style.TEMPLATE, title=title, height=inner + 178, legend=legend, margin=margin)
     names = {"mean": "Mean", "delta": "Difference to baseline"}
-    for column, name in enumerate(columns, start=1):
-        fig.update_xaxes(title_text=names[name], row=len(blocks), col=column)
+    for at, (task, _) in enumerate(blocks, start=1):
+        for column, name in enumerate(columns, start=1):
+            unit = f" ({style.show_text(metrics[task], 40)})" if task in metrics else ""
+            if unit or at == len(blocks):
+                fig.update_xaxes(title_text=names[name] + unit, row=at, col=column)
     for at, (task, _) in enumerate(blocks, start=1):
         top = fig.get_subplot(at, 1).yaxis.domain[1]
         place: dict[str, Any] = {"x": 0, "y": top, "xref": "paper", "yref": "paper", "showarrow": False}

@@ -65,7 +65,7 @@ def _difference(one: xr.Dataset, other: xr.Dataset) -> str:
     """In what two records differ that one record has once: variables, labels, what values must be read with; or ''."""
     if set(one.data_vars) != set(other.data_vars):
         return "statistics"
-    for dim in (dim for dim in one.dims if dim != "example" and not is_ragged(dim)):
+    for dim in sorted(str(dim) for dim in one.dims if dim != "example" and not is_ragged(dim)):
         labels = [x[dim].to_numpy().tolist() if dim in x.coords else x.sizes.get(dim) for x in (one, other)]
         if labels[0] != labels[1]:
             return f"{dim} ({labels[0]} and {labels[1]})"
@@ -212,8 +212,9 @@ def _open(path: Path, part: str, *, contents: bool = False) -> xr.Dataset:
     try:
         order = check_part(path, part, contents=contents)
         found = xr.open_dataset(path / part, engine="zarr", consolidated=False, chunks=None, cache=False)
-        data = {name: found[name] for name in order if name in found.data_vars}
-        return xr.Dataset(data, {name: found[name] for name in order if name in found.coords}, found.attrs)
+        data = {name: found.variables[name] for name in order if name in found.data_vars}
+        coords = {name: found.variables[name] for name in order if name in found.coords}
+        return xr.Dataset(data, coords, found.attrs)
     except Exception as error:
         raise damaged(path / part, error) from error
 

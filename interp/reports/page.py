@@ -53,7 +53,8 @@ class Report:
         return self
 
     def table(self, frame: pd.DataFrame, caption: str, formats: Mapping[str, str] | None = None) -> Report:
-        """Add a table of the frame's columns (its index is left out); NaN is shown as a dash.
+        """Add a table of the frame's columns (its index is left out), their names in words (underscores as spaces);
+        NaN is shown as a dash.
 
         ``formats`` gives a column's format specification, such as ``{"score": ".3f", "recall": ".1%"}``; other floats
         are shown with four significant digits.
@@ -168,7 +169,7 @@ def _table(frame: pd.DataFrame, formats: dict[str, str], caption: str) -> str:
         values = frame.iloc[:, at]
         numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
         kind = ' class="number"' if numeric else ""
-        head.append(f'<th scope="col"{kind}>{_safe(name)}</th>')
+        head.append(f'<th scope="col"{kind}>{_safe(str(name).replace("_", " "))}</th>')
         try:
             columns.append([f"<td{kind}>{_safe(_cell(value, formats.get(name)))}</td>" for value in values])
         except (ValueError, TypeError) as error:

@@ -27,6 +27,17 @@ MEANING = {
 }
 
 
+UNITS = {  # of each method's scores
+    "sinks": "share of attention",
+    "induction": "share of attention",
+    "previous_token": "share of attention",
+    "duplicate_token": "share of attention",
+    "retrieval": "share of the needle copied",
+    "retrieval_paraphrased": "share of the needle copied",
+    "logit_attribution": "logits",
+}
+
+
 @dataclass(frozen=True)
 class Results:
     """Everything readable in a folder and its subfolders, by path."""
@@ -62,7 +73,7 @@ class Results:
         return cls(scores, evaluations, records, _named_model(folder))
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a method: its best head and how many heads pass 0.1."""
+        """One row a method: its best head, and where scores lie in [0, 1], how many heads pass 0.1 (else None)."""
         rows = []
         for found in self.scores.values():
             best = found.to_frame().iloc[0]
@@ -73,7 +84,7 @@ class Results:
                     "score": float(best["score"]),
                     "ci_low": float(best["ci_low"]),
                     "ci_high": float(best["ci_high"]),
-                    "heads_above_0.1": int((found.mean > 0.1).sum()),
+                    "heads_above_0.1": _above_tenth(found),
                     "heads": found.mean.size,
                     "trials": len(found.trials),
                 }
@@ -84,10 +95,10 @@ class Results:
         """Compose the page."""
         first = next(iter(self.scores.values()), None) or next(iter(self.evaluations.values()), None)
         made = first.provenance if first is not None else {}
-        name = made.get("model", {}).get("name", "")
-        page = Report("headscope report", f"{name}" if name else "")
+        model_of = made.get("model")
+        page = Report("headscope report", str(model_of.get("name") or "") if isinstance(model_of, dict) else "")
         if self.scores:
-            page.heading("Heads found").table(pd.DataFrame(self.summary()), "Best head of every method")
+            page.heading("Heads found").table(_readable(pd.DataFrame(self.summary())), "Best head of every method")
         for found in self.scores.values():
             _add_scores(page, found)
         for place, result in self.evaluations.items():
@@ -95,14 +106,34 @@ class Results:
         for place, record in self.records.items():
             page.heading(f"Record {place}")
             for variable in record.data_vars:
-                if record[variable].dims == ("example", "layer", "head", "query"):
-                    page.figure(
-                        plots.statistic_map(record, str(variable)), f"{variable}: mean over examples and queries"
-                    )
+                if set(record[variable].dims) == {"example", "layer", "head", "query"}:
+                    words = str(variable).replace("_", " ").capitalize()
+                    page.figure(plots.statistic_map(record, str(variable)), f"{words}: mean over examples and queries")
         if prompt is not None:
             _add_patterns(page, self.scores, prompt, model or self.model)
         page.provenance({found.method: found.provenance for found in self.scores.values()} or made)
         return page
+
+
+def _above_tenth(found: HeadScores) -> int | None:
+    known = found.trials[~np.isnan(found.trials)]
+    return int((found.mean > 0.1).sum()) if ((known >= 0) & (known <= 1)).all() else None
+
+
+def _readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table for people: an interval is one column, methods are words."""
+    frame = frame.copy()
+    for low, high, name in (("ci_low", "ci_high", "interval"), ("low", "high", "interval")):
+        if {low, high} <= set(frame.columns):
+            shown = [
+                "–" if np.isnan([a, b]).any() else f"{a:.3g} to {b:.3g}"
+                for a, b in zip(frame[low], frame[high], strict=True)
+            ]
+            frame.insert(int(frame.columns.get_indexer([low])[0]), name, shown)
+            frame = frame.drop(columns=[low, high])
+    if "method" in frame:
+        frame["method"] = [str(method).replace("_", " ") for method in frame["method"]]
+    return frame
 
 
 def _named_model(folder: Path) -> str:
@@ -126,15 +157,16 @@ def _named_model(folder: Path) -> str:
 
 def _add_scores(page: Report, found: HeadScores) -> None:
     low, high = found.interval
-    title = found.method.replace("_", " ")
+    title = found.method.replace("_", " ").capitalize()
+    label = f"score ({UNITS[found.method]})" if found.method in UNITS else "score"
     page.heading(title)
     if found.method in MEANING:
         page.text(MEANING[found.method])
     page.figure(
-        plots.head_map(found.mean, title=title, label="score", low=low, high=high, n=found.n),
-        f"Every head; intervals are 95 % bootstrap over {len(found.trials)} trials.",
+        plots.head_map(found.mean, title=title, label=label, low=low, high=high, n=found.n),
+        f"Every head; intervals are {found.level:.0%} bootstrap over {len(found.trials)} trials.",
     )
-    page.figure(plots.ranked(found, 20), "The highest-scoring heads with their intervals.")
+    page.figure(plots.ranked(found, 20, label=label), "The highest-scoring heads with their intervals.")
     grid = pd.DataFrame(list(found.details))
     if {"length", "depth", "recall"} <= set(grid.columns):
         page.figure(
@@ -148,10 +180,13 @@ def _add_evaluation(page: Report, result: Any, place: str) -> None:
     page.text(
         "Every condition ran the same trials; differences are paired. Random heads are drawn from the same layers."
     )
-    page.figure(plots.evaluation(result.summary()), "Scores and differences from no edit, 95 % bootstrap intervals.")
+    page.figure(
+        plots.evaluation(result.summary(), result.metrics),
+        "Scores and differences from no edit, 95 % bootstrap intervals.",
+    )
     contrasts = result.contrasts()
     if len(contrasts):
-        page.table(contrasts, "Each intervention against its layer-matched random heads")
+        page.table(_readable(contrasts), "Each intervention against its layer-matched random heads")
     trials = result.trials
     for task in result.metrics:
         part = trials[trials["task"] == task]
@@ -164,7 +199,6 @@ def _add_evaluation(page: Report, result: Any, place: str) -> None:
 
 def _add_patterns(page: Report, scores: dict[str, HeadScores], prompt: str, model: str) -> None:
     from headscope.interp.models import load_model
-    from headscope.interp.tracing.maps import head_pattern
 
     if not model:
         raise HeadscopeError("name the model for --prompt with --model")
@@ -177,6 +211,5 @@ def _add_patterns(page: Report, scores: dict[str, HeadScores], prompt: str, mode
         if (layer, head) in seen:
             continue
         seen.add((layer, head))
-        weights, tokens = head_pattern(lm, prompt, layer, head)
-        title = f"L{layer}H{head}, top head of {found.method}"
-        page.figure(plots.pattern(np.asarray(weights), tokens, tokens, title=title), title)
+        title = f"L{layer}H{head}, top head of {found.method.replace('_', ' ')}"
+        page.figure(plots.head_on_prompt(lm, prompt, layer, head, title=title), title)

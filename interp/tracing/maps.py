@@ -83,7 +83,7 @@ def head_pattern(lm: Any, prompt: str, layer: int, head: int) -> tuple[NDArray[n
     tokens = tokens_of(lm, prompt)
     need = len(tokens) ** 2 * 4 / 2**20
     if need > LIMIT_MIB:
-        raise HeadscopeError(f"one map of {len(tokens)} tokens takes {need:.0f} MiB; choose a shorter prompt")
+        raise HeadscopeError(f"one map of {len(tokens)} tokens takes {need:.0f} MiB; draw plots.head_on_prompt")
     return _run(lm, prompt, {layer: [head]})[layer][0], tokens
 
 

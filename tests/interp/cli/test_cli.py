@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,16 @@ def test_interrupt_and_kill_resume(model: str, tmp_path: Path) -> None:
         assert not (tmp_path / "induction.json").exists()
     done = journal.read_bytes().count(b"\n") - 1
     assert 0 < done < 4000
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--version")
+    assert code == 0 and out == f"headscope {metadata.version('headscope')}\n"
+
+
+def test_a_place_that_cannot_be_written_is_one_line(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run(capsys, "trace", "-m", model, "-p", "one two", "--out", str(tmp_path / "file" / "r"))
+    assert code == 2 and err.startswith("error: cannot write ") and err.count("\n") == 1

@@ -175,7 +175,7 @@ def test_needle_grid_refuses_bad_frames() -> None:
 
 def test_pattern_keeps_repeated_tokens_apart_and_the_future_blank() -> None:
     weights = np.array([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.2, 0.3, 0.5]])
-    fig = plots.pattern(weights, ["a", "a", "<s>"], ["a", "a", "<s>"], title="L0H0")
+    fig = plots.pattern(weights, ["a", "a", "<s>"], ["a", "a", "<s>"], title="L0H0", log=False)
     heat = fig.data[0]
     np.testing.assert_array_equal(heat.x, [0, 1, 2])
     assert labels(fig.layout.xaxis) == {0: "a", 1: "a", 2: "&lt;s&gt;"}
@@ -316,3 +316,44 @@ def test_statistics_refuse_what_the_record_does_not_hold(record) -> None:
     ):
         with pytest.raises(HeadscopeError, match=message):
             call()
+
+
+def test_a_pattern_shows_what_lies_beside_a_sink_and_can_be_switched() -> None:
+    """0.01 beside a sink of 0.99 has half the colours of the logarithm; the buttons hold both pictures."""
+    weights = np.array([[1.0, 0.0], [0.99, 0.01]])
+    fig = plots.pattern(weights, ["a", "b"], ["a", "b"], title="")
+    heat, (menu,) = fig.data[0], fig.layout.updatemenus
+    assert (heat.z[1, 1] - heat.zmin) / (heat.zmax - heat.zmin) == pytest.approx(0.5)
+    assert [button.label for button in menu.buttons] == ["log", "linear"] and menu.active == 0
+    shown = [button.args[0] for button in menu.buttons]
+    assert shown[0]["z"][0][1] == pytest.approx([np.log10(0.99), -2.0], abs=1e-6) and shown[0]["zmin"] == [-4]
+    assert shown[1]["z"][0] == [[1.0, None], [0.99, 0.01]] and (shown[1]["zmin"], shown[1]["zmax"]) == ([0.0], [1.0])
+
+
+def test_differences_are_centred_at_zero() -> None:
+    """Of patterns, of head scores and of statistics: as far below 0 as above, and no logarithm."""
+    difference = np.array([[0.0, 0.0], [-0.3, 0.1]])
+    heat = plots.pattern(difference, ["a", "b"], ["a", "b"], title="").data[0]
+    assert (heat.zmin, heat.zmax) == (-0.3, 0.3) and heat.z[1, 0] == -0.3 and heat.colorscale[0][1] == "rgb(5,48,97)"
+    heat = plots.head_map(np.array([[1.0, -4.0]]), title="", label="").data[0]
+    assert (heat.zmin, heat.zmax) == (-4.0, 4.0)
+    assert plots.head_map(np.array([[1.0, 4.0]]), title="", label="").data[0].zmin == 0.0
+    values = xr.Dataset({"gap": (("layer", "head"), np.array([[0.5, -0.25]]))}, {"layer": [0], "head": [0, 1]})
+    heat = plots.statistic_map(values.expand_dims(example=[0]), "gap").data[0]
+    assert (heat.zmin, heat.zmax) == (-0.5, 0.5)
+
+
+def test_axes_have_units(record) -> None:
+    assert plots.statistic_map(record, "entropy").data[0].colorbar.title.text == "Mean entropy (nats)"
+    assert plots.statistic_profile(record, "entropy", 2, 1).layout.yaxis.title.text == "Entropy (nats)"
+    rows = {
+        "task": "t",
+        "condition": ["no edit", "x"],
+        "kind": ["baseline", "intervention"],
+        "mean": [1.0, 2.0],
+        "n": 3,
+    }
+    bounds = dict.fromkeys(("ci_low", "ci_high", "delta", "delta_low", "delta_high"), 0.5)
+    fig = plots.evaluation(pd.DataFrame({**rows, **bounds}), {"t": "nats per token"})
+    assert fig.layout.xaxis.title.text == "Mean (nats per token)"
+    assert fig.layout.xaxis2.title.text == "Difference to baseline (nats per token)"

@@ -17,6 +17,8 @@ from plotly.offline import get_plotlyjs
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.reports.page import LIMIT, Report
+from headscope.interp.reports.results import Results
+from headscope.interp.results.scores import HeadScores
 
 ATTACK = "</script><img src=x onerror=alert(1)>"
 
@@ -151,3 +153,18 @@ def test_an_empty_report_and_an_unwritable_path_are_errors(tmp_path) -> None:
     with pytest.raises(HeadscopeError, match="cannot write"):
         Report("T").text("x").save(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_beyond_shares_have_no_count_above_a_tenth(tmp_path) -> None:
+    HeadScores("induction", np.array([[[0.05, 0.2, 0.7]]])).save(tmp_path)
+    HeadScores("logit_attribution", np.array([[[-1.0, 2.0, 0.5]]])).save(tmp_path)
+    rows = {row["method"]: row for row in Results.find(tmp_path).summary()}
+    assert rows["induction"]["heads_above_0.1"] == 2 and rows["logit_attribution"]["heads_above_0.1"] is None
+    page = Page(Results.find(tmp_path).report(None, None).save(tmp_path / "r.html"))
+    assert "logit attribution" in page.words and "heads above 0.1" in page.words and "–" in page.words
+    assert "logit_attribution" not in [word for word in page.words if "{" not in word][: page.words.index("Provenance")]
+
+
+def test_a_page_follows_the_readers_colours(tmp_path, figure) -> None:
+    source = Report("T").figure(figure, "A map.").save(tmp_path / "r.html").read_text()
+    assert "color-scheme: light dark" in source and source.count("prefers-color-scheme: dark") == 2
