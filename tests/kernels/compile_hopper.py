@@ -95,6 +95,6 @@ def main(d: int, dtype: torch.dtype, mask: Mask) -> None:
 if __name__ == "__main__":
     driver.set_active(NoCard())
     for module in (hopper_rows, hopper_output, hopper_columns):
-        module._kernel = Compiled(module._kernel, module.__name__.rsplit("_", 1)[1])
+        module._kernel = Compiled(module._kernel, module.__name__.rsplit(".", 1)[1])
     padded = Mask(start=torch.tensor([0, 3]), end=torch.tensor([256, 200]), right=0, left=100)
     main(int(sys.argv[1]), getattr(torch, sys.argv[2]), padded if sys.argv[3] == "padded" else Mask.causal())
