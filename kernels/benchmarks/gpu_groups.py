@@ -143,10 +143,8 @@ def repeated(spec: dict[str, Any]) -> list[str]:
 def broken(spec: dict[str, Any]) -> list[str]:
     """A kernel whose compiler fails: everything is right all the same, with a warning, also the second time."""
     name, wrong = spec["name"], []
-    options: dict[str, Any] = (
-        {"d_head": 128, "queries": 1100, "keys": 1100} if name.startswith("hopper") else {"d_head": 80}
-    )
-    case = random_case("causal", batch=1, dtype=torch.bfloat16, device="cuda", **options)
+    d, n = (128, 1100) if name.startswith("hopper") else (80, 70)
+    case = random_case("causal", batch=1, queries=n, keys=n, d_head=d, dtype=DTYPE, device=DEVICE)
     request = everything(case, top=5)
     with ExitStack() as patches, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -11,15 +11,14 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
+from headscope.kernels.checks.without_card import NoCard
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.hopper import output as hopper_output
@@ -30,21 +29,6 @@ from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton.masks import rules
 
 COMPARISONS = 32  # a masked tile makes one for each of a thread's 64 scores
-
-
-class NoCard:
-    """A driver that knows what to compile for, and nothing else."""
-
-    utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448, "multiprocessor_count": 132})
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _: int | None = None) -> int:
-        return 0
 
 
 class Compiled:
@@ -111,6 +95,6 @@ def main(d: int, dtype: torch.dtype, mask: Mask) -> None:
 if __name__ == "__main__":
     driver.set_active(NoCard())
     for module in (hopper_rows, hopper_output, hopper_columns):
-        module._kernel = Compiled(module._kernel, module.__name__.rsplit("_", 1)[1])
+        module._kernel = Compiled(module._kernel, module.__name__.rsplit(".", 1)[1])
     padded = Mask(start=torch.tensor([0, 3]), end=torch.tensor([256, 200]), right=0, left=100)
     main(int(sys.argv[1]), getattr(torch, sys.argv[2]), padded if sys.argv[3] == "padded" else Mask.causal())

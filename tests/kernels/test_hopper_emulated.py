@@ -18,13 +18,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from headscope.kernels import gpu_passes as passes
-from headscope.kernels.checks.cases import Case, everything, random_case
+from headscope.kernels.checks.cases import Case, everything, paddings, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
-from headscope.kernels.hopper.device import _beside
+from headscope.kernels.hopper.device import GROUP_ROWS, _beside
 from headscope.kernels.hopper.emulator import Deadlock, Emulated, emulated
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, ReducedColumns, Request
@@ -85,6 +85,14 @@ def fails(case: Case, request: Request) -> list[Any]:
 def test_every_mask(kind: str, d: int) -> None:
     case = random_case(kind, **BASE, batch=2, d_head=d, queries=200, keys=410)
     assert not fails(case, request_of(case, features=3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", hopper.D_HEADS)
+def test_padding_around_the_tiles(d: int) -> None:
+    for padding in paddings(GROUP_ROWS.value, hopper_columns.KEYS.value):
+        case = random_case("full", **BASE, batch=1, group=1, d_head=d, queries=290, keys=290, padding=padding)
+        assert not fails(case, request_of(case, features=3)), padding
 
 
 @pytest.mark.parametrize("d", hopper.D_HEADS)

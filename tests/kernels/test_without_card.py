@@ -1,0 +1,40 @@
+"""The Triton kernels compile for a card that is not here: every mask rule at every width (``without_card``)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton engine is an optional extra")
+
+from headscope.kernels.checks.cases import MASKS, WIDTHS
+
+
+def compile_all(cache: pytest.TempPathFactory, *asked: str) -> str:
+    """What a process of its own says: it replaces Triton's driver, and a compiler that crashes may take it down."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache.getbasetemp() / "triton")  # rules share kernels
+    command = [sys.executable, "-m", "headscope.kernels.checks.without_card", *asked]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [f"{d}x{dv}" for d, dv in WIDTHS])
+def test_what_the_copy_engine_feeds_compiles_under_every_rule(
+    width: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The ptxas of Triton 3.4 to 3.6 crashed on the output under bare chunks and segments, at widths above 64."""
+    said = compile_all(tmp_path_factory, "--widths", width, "--dtypes", "float16", "--calls", "output;columns")
+    assert f"{len(MASKS) - 1} shapes, 0 kernels do not compile" in said  # but for streaming's "rule"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_kernel_compiles(dtype: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    said = compile_all(tmp_path_factory, "--rules", "window,chunks", "--widths", "80,256", "--dtypes", dtype)
+    assert "4 shapes, 0 kernels do not compile" in said
