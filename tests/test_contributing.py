@@ -23,8 +23,7 @@ from headscope.interp import heads, trace
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.statistics import exactness as support
-from headscope.interventions import apply, evaluate
-from headscope.interventions.tasks.text_loss import TextLoss
+from headscope.interventions import EDITS, TASKS, TextLoss, apply, evaluate, load_intervention
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -76,7 +75,9 @@ def patterns(lm: LanguageModel, text: str) -> np.ndarray:
 
 
 def test_there_is_an_example_of_each_kind() -> None:
-    assert list(EXAMPLES) == ["interp/heads/first_token.py", "interp/statistics/rows.py", "interventions/scale.py"]
+    edit, task = "interventions/outputs/negate.py", "interventions/tasks/repeats.py"
+    assert list(EXAMPLES) == ["interp/heads/first_token.py", "interp/statistics/rows.py", edit, task]
+    assert not (ROOT / edit).exists() and not (ROOT / task).exists()
 
 
 def test_the_head_method(lm: LanguageModel, example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -104,18 +105,29 @@ def test_the_statistic(lm: LanguageModel, example: Any, monkeypatch: pytest.Monk
     assert expected.min() >= 1 and expected[..., -1].max() > 2
 
 
-def test_the_intervention(lm: LanguageModel, example: Any) -> None:
-    module = example("interventions/scale.py")
-    edit = module.ScaleHeads(HeadSet(((0, 1), (1, 3))), 0.25)
+def registered(monkeypatch: pytest.MonkeyPatch, registry: Any, module: Any, line: str) -> Any:
+    """Add the page's line to a registry, for the example's module."""
+    found = re.search(r'`"(\w+)": "([\w.]+):(\w+)",`', line)
+    assert found is not None and line in PAGE
+    monkeypatch.setitem(registry.places, found[1], f"{module.__name__}:{found[3]}")
+    return registry[found[1]]
+
+
+def test_the_edit(lm: LanguageModel, example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = example("interventions/outputs/negate.py")
+    cls = registered(monkeypatch, EDITS, module, '`"negate_heads": "outputs.negate:NegateHeads",`')
+    edit = cls([(0, 1), (1, 3)], 0.75)
     before = lm(TEXTS[0]).logits
     with apply(lm, edit):
         found = lm(TEXTS[0]).logits
+    with apply(lm, load_intervention(edit.save(tmp_path / "edit", lm), lm)):
+        assert torch.equal(lm(TEXTS[0]).logits, found)
     assert torch.equal(lm(TEXTS[0]).logits, before)
 
     def by_hand(head: int) -> Any:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
             z = args[0].clone()
-            z[..., head * 8 : head * 8 + 8] *= 0.25
+            z[..., head * 8 : head * 8 + 8] *= -0.5
             return (z,)
 
         return hook
@@ -127,14 +139,26 @@ def test_the_intervention(lm: LanguageModel, example: Any) -> None:
     scale = float(expected.abs().max())
     assert float((expected - before).abs().max()) > 1e-2 * scale
     assert float((found - expected).abs().max()) <= TOLERANCE * scale
+    row = next(row for row in EDITS.rows() if row["name"] == "negate_heads")
+    assert row["summary"] == "Turn the outputs z of ``heads`` around" and row["unit"] == "share of z"
 
 
-def test_the_intervention_has_controls(lm: LanguageModel, example: Any) -> None:
-    module = example("interventions/scale.py")
-    task = TextLoss(passages=2, length=8, text=" ".join(TEXTS))
-    result = evaluate(lm, [task], [module.ScaleHeads(HeadSet(((0, 1),)), 0.0)], controls=3, progress=False)
-    assert list(result.contrasts()["controls"]) == [3]
-    assert result.provenance["conditions"][2]["edits"][0]["factor"] == 0.0
+def test_the_task_and_the_edits_controls(lm: LanguageModel, example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_module, edit_module = example("interventions/tasks/repeats.py"), example("interventions/outputs/negate.py")
+    cls = registered(monkeypatch, TASKS, task_module, '`"repeats": "repeats:RepeatLoss",`')
+    task = cls(samples=2, length=6)
+    trial = task.trials(lm)[0]
+    twice = torch.tensor([trial["ids"] * 2])
+    logits = lm.model(twice).logits[0].double().detach().log_softmax(-1)
+    expected = -sum(float(logits[i, twice[0, i + 1]]) for i in range(6, 11)) / 5
+    assert task.run(lm, trial)["score"] == pytest.approx(expected, rel=1e-6)
+    edit = edit_module.NegateHeads(HeadSet(((0, 1),)), 0.5)
+    result = evaluate(
+        lm, [task, TextLoss(passages=2, length=8, text=" ".join(TEXTS))], edit, controls=3, progress=False
+    )
+    assert list(result.contrasts()["controls"]) == [3, 3]
+    assert result.provenance["conditions"][2]["edits"][0]["share"] == 0.5
+    assert result.higher_is_better["repeats"] is False
 
 
 def test_what_the_page_names_exists() -> None:
