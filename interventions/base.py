@@ -40,7 +40,7 @@ class Intervention(Handler):
 
     source: ClassVar[str] = ""
     unit: ClassVar[str] = ""
-    refused: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = {}  # where it cannot be used, and why
 
     @classmethod
     def measured(cls, model: Any, given: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
@@ -58,11 +58,7 @@ class Intervention(Handler):
         raise HeadscopeError(f"{self.name} is not driven by a head set, so it has no random-head control")
 
     def with_settings(self, **given: Any) -> Intervention:
-        """The same edit with other settings.
-
-        Raises:
-            HeadscopeError: a setting that it does not have.
-        """
+        """The same edit with other settings; refused where it has no such setting."""
         raise HeadscopeError(f"{self.name} has no settings to change ({', '.join(given)})")
 
     def describe(self) -> dict[str, Any]:
@@ -116,9 +112,8 @@ class Edit(Intervention):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("__eq__", "__hash__", "__repr__"):  # before a dataclass writes its own, which tensors break
-            if name not in vars(cls):
-                setattr(cls, name, getattr(Edit, name))
+        for name in {"__eq__", "__hash__", "__repr__"} - {*vars(cls)}:  # else dataclass's own, which tensors break
+            setattr(cls, name, getattr(Edit, name))
 
     def __post_init__(self) -> None:
         kind, (least, most) = type(self).__name__, self.strengths
@@ -149,19 +144,16 @@ class Edit(Intervention):
         return make(type(self), type(self).__name__, {**held, **given})
 
     def describe(self) -> dict[str, Any]:
-        """Every field, tensors by their hash; weights of heads where they differ."""
+        """Every field, tensors by their hash; weights of heads where they have any."""
         own = {field.name: described(getattr(self, field.name)) for field in fields(self) if field.name != "heads"}
-        weighted = self.heads is not None and len(set(self.heads.weights)) > 1
-        weights = {"weights": list(self.heads.weights)} if self.heads is not None and weighted else {}
-        return {**super().describe(), "kind": type(self).__name__, **weights, **own}
+        if self.heads is not None and set(self.heads.weights) - {1.0}:
+            own["weights"] = list(self.heads.weights)
+        return {**super().describe(), "kind": type(self).__name__, **own}
 
     def document(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-        """Its name in the registry and its settings.
-
-        Raises:
-            HeadscopeError: it is in no registry, or a setting that a file cannot hold.
-        """
-        kind = next((name for name, place in EDITS.places.items() if _is_at(place, type(self))), None)
+        """Its name in the registry and its settings; refused where it has none, or a file cannot hold a setting."""
+        here = f"{type(self).__module__}:{type(self).__qualname__}"
+        kind = next((name for name, place in EDITS.places.items() if place == here), None)
         if kind is None:
             raise HeadscopeError(
                 f"{type(self).__name__} is in no registry, so a file could not name it: add a line to EDITS, or an "
@@ -185,8 +177,7 @@ class Edit(Intervention):
         return hash(self._key())
 
     def _key(self) -> str:
-        weights = None if self.heads is None else self.heads.weights
-        return json.dumps([self.describe(), weights], sort_keys=True)
+        return json.dumps(self.describe(), sort_keys=True)
 
     def __repr__(self) -> str:
         given = []
@@ -301,7 +292,3 @@ def moved(edit: Intervention, instead: Mapping[tuple[int, int], tuple[int, int]]
     if edit.heads is None:
         return edit
     return edit.with_heads(HeadSet(tuple(instead[head] for head in edit.heads), edit.heads.weights, name=name))
-
-
-def _is_at(place: str, cls: type) -> bool:
-    return place == f"{cls.__module__}:{cls.__qualname__}"
