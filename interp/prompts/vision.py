@@ -54,8 +54,9 @@ class VisionPrompt:
         """Inside the block statistics and edits may name the spans of these chats (``span="image"``), and know where
         each ends."""
         mask, width = self.inputs.get("attention_mask"), self.inputs["input_ids"].shape[1]
-        padded_right = mask is not None and not bool(mask[:, -1].all())
-        ends = prompt_boundary(mask.sum(-1).tolist()) if padded_right else prompt_boundary(width, padded=True)
+        ends = prompt_boundary(width, padded=True)
+        if mask is not None and not bool(mask[:, -1].all()):  # padded to the right
+            ends = prompt_boundary(mask.sum(-1).tolist())
         with published_spans(self.spans), ends:
             yield
 
