@@ -130,6 +130,22 @@ def make(cls: type[T], name: str, given: Mapping[str, Any]) -> T:
     return cls(**given)
 
 
+def shared_out(classes: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings for several declarations: each is given those that it has.
+
+    Raises:
+        HeadscopeError: a setting that none of them has.
+    """
+    known = {name: settings(cls) for name, cls in classes.items()}
+    every = dict.fromkeys(key for has in known.values() for key in has)
+    names = ", ".join(classes)
+    for key in given:
+        if key not in every:
+            who = f"{names} has no" if len(classes) == 1 else f"none of {names} has a"
+            raise HeadscopeError(f"{who} setting {key!r}{meant(key, every)}; known: {', '.join(every)}")
+    return {name: {key: value for key, value in given.items() if key in has} for name, has in known.items()}
+
+
 def summary(cls: type) -> str:
     """The first sentence of a class's docstring."""
     text = " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())

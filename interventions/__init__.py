@@ -11,16 +11,21 @@ if TYPE_CHECKING:
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Edit as Edit
     from headscope.interventions.base import Intervention as Intervention
+    from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
     from headscope.interventions.head_edit import HeadEdit as HeadEdit
     from headscope.interventions.load import load_intervention as load_intervention
     from headscope.interventions.outputs.ablate import AblateHeads as AblateHeads
     from headscope.interventions.outputs.ablate import head_means as head_means
     from headscope.interventions.outputs.scale import ScaleHeads as ScaleHeads
+    from headscope.interventions.tasks import TASKS as TASKS
+    from headscope.interventions.tasks.base import Task as Task
     from headscope.interventions.tasks.needle import NeedleTask as NeedleTask
     from headscope.interventions.tasks.text_loss import TextLoss as TextLoss
 
 _HOME = {
+    "EDITS": "edits",
+    "TASKS": "tasks",
     "AblateHeads": "outputs.ablate",
     "Composed": "base",
     "Edit": "base",
@@ -29,6 +34,7 @@ _HOME = {
     "Intervention": "base",
     "NeedleTask": "tasks.needle",
     "ScaleHeads": "outputs.scale",
+    "Task": "tasks.base",
     "TextLoss": "tasks.text_loss",
     "apply": "applying",
     "evaluate": "evaluation.evaluate",

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, MISSING, Field, dataclass, fields
+from dataclasses import KW_ONLY, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,10 +21,10 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.registry import make, settings
 from headscope.interp.results.headset import HeadSet
-from headscope.interp.runs.provenance import describe
 from headscope.interventions import files
 from headscope.interventions.edits import EDITS
 from headscope.interventions.phases import PHASES, During, Rows, chosen_rows
+from headscope.interventions.words import described, is_default, listed, short, told
 
 
 class Intervention(Handler):
@@ -40,7 +40,7 @@ class Intervention(Handler):
 
     source: ClassVar[str] = ""
     unit: ClassVar[str] = ""
-    refused: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = {}  # where it cannot be used, and why
 
     @classmethod
     def measured(cls, model: Any, given: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
@@ -58,11 +58,7 @@ class Intervention(Handler):
         raise HeadscopeError(f"{self.name} is not driven by a head set, so it has no random-head control")
 
     def with_settings(self, **given: Any) -> Intervention:
-        """The same edit with other settings.
-
-        Raises:
-            HeadscopeError: a setting that it does not have.
-        """
+        """The same edit with other settings; refused where it has no such setting."""
         raise HeadscopeError(f"{self.name} has no settings to change ({', '.join(given)})")
 
     def describe(self) -> dict[str, Any]:
@@ -116,14 +112,13 @@ class Edit(Intervention):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        for name in ("__eq__", "__hash__", "__repr__"):  # before a dataclass writes its own, which tensors break
-            if name not in vars(cls):
-                setattr(cls, name, getattr(Edit, name))
+        for name in {"__eq__", "__hash__", "__repr__"} - {*vars(cls)}:  # else dataclass's own, which tensors break
+            setattr(cls, name, getattr(Edit, name))
 
     def __post_init__(self) -> None:
         kind, (least, most) = type(self).__name__, self.strengths
         if self.during not in PHASES:
-            raise HeadscopeError(f"{kind}: during must be {_listed(PHASES)}, not {self.during!r}")
+            raise HeadscopeError(f"{kind}: during must be {listed(PHASES)}, not {self.during!r}")
         number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
         if not number or not math.isfinite(self.strength) or not least <= self.strength <= most:
             bounds = f"between {least:g} and {most:g}" if math.isfinite(most) else "a finite number"
@@ -136,8 +131,8 @@ class Edit(Intervention):
         if self.heads is not None:
             count = f"{len(self.heads)} heads"
             kind = kind.removesuffix("heads") + count if kind.endswith("heads") else f"{kind} of {count}"
-        told = ", ".join(_told(field, getattr(self, field.name)) for field in fields(self) if self._shows(field))
-        return f"{kind} ({told})" if told else kind
+        shown = ", ".join(told(field, getattr(self, field.name)) for field in fields(self) if self._shows(field))
+        return f"{kind} ({shown})" if shown else kind
 
     def _shows(self, field: Field[Any]) -> bool:
         value = getattr(self, field.name)
@@ -149,19 +144,16 @@ class Edit(Intervention):
         return make(type(self), type(self).__name__, {**held, **given})
 
     def describe(self) -> dict[str, Any]:
-        """Every field, tensors by their hash; weights of heads where they differ."""
-        own = {field.name: _described(getattr(self, field.name)) for field in fields(self) if field.name != "heads"}
-        weighted = self.heads is not None and len(set(self.heads.weights)) > 1
-        weights = {"weights": list(self.heads.weights)} if self.heads is not None and weighted else {}
-        return {**super().describe(), "kind": type(self).__name__, **weights, **own}
+        """Every field, tensors by their hash; weights of heads where they have any."""
+        own = {field.name: described(getattr(self, field.name)) for field in fields(self) if field.name != "heads"}
+        if self.heads is not None and set(self.heads.weights) - {1.0}:
+            own["weights"] = list(self.heads.weights)
+        return {**super().describe(), "kind": type(self).__name__, **own}
 
     def document(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-        """Its name in the registry and its settings.
-
-        Raises:
-            HeadscopeError: it is in no registry, or a setting that a file cannot hold.
-        """
-        kind = next((name for name, place in EDITS.places.items() if _is_at(place, type(self))), None)
+        """Its name in the registry and its settings; refused where it has none, or a file cannot hold a setting."""
+        here = f"{type(self).__module__}:{type(self).__qualname__}"
+        kind = next((name for name, place in EDITS.places.items() if place == here), None)
         if kind is None:
             raise HeadscopeError(
                 f"{type(self).__name__} is in no registry, so a file could not name it: add a line to EDITS, or an "
@@ -185,15 +177,14 @@ class Edit(Intervention):
         return hash(self._key())
 
     def _key(self) -> str:
-        weights = None if self.heads is None else self.heads.weights
-        return json.dumps([self.describe(), weights], sort_keys=True)
+        return json.dumps(self.describe(), sort_keys=True)
 
     def __repr__(self) -> str:
         given = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "heads" or not _is_default(field, value):
-                given.append(f"{field.name}={_short(value)}")
+            if field.name == "heads" or not is_default(field, value):
+                given.append(f"{field.name}={short(value)}")
         return f"{type(self).__name__}({', '.join(given)})"
 
 
@@ -301,43 +292,3 @@ def moved(edit: Intervention, instead: Mapping[tuple[int, int], tuple[int, int]]
     if edit.heads is None:
         return edit
     return edit.with_heads(HeadSet(tuple(instead[head] for head in edit.heads), edit.heads.weights, name=name))
-
-
-def _is_at(place: str, cls: type) -> bool:
-    return place == f"{cls.__module__}:{cls.__qualname__}"
-
-
-def _is_default(field: Field[Any], value: Any) -> bool:
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    return default is value or (type(default) is type(value) and not isinstance(value, Tensor) and default == value)
-
-
-def _described(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {"shape": list(value.shape), "type": str(value.dtype), "sha256": files.tensor_hash(value)}
-    if isinstance(value, HeadSet):
-        return [list(head) for head in value]
-    if isinstance(value, list | tuple):
-        return [_described(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _described(item) for key, item in value.items()}
-    return describe(value)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Tensor):
-        shape, dtype = "x".join(map(str, value.shape)), str(value.dtype).removeprefix("torch.")
-        return f"<{shape} {dtype}, sha256 {files.tensor_hash(value)[:12]}>"
-    if isinstance(value, HeadSet):
-        return repr(",".join(f"L{layer}H{head}" for layer, head in value))
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_short(item)}" for key, item in value.items()) + "}"
-    return repr(value)
-
-
-def _told(field: Field[Any], value: Any) -> str:
-    return value if isinstance(value, str) and field.name in ("how", "during") else f"{field.name}={value}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"

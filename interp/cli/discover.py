@@ -46,7 +46,7 @@ def discover(
 ) -> None:
     """Score every head by published methods, with confidence intervals; methods share forward passes where they can."""
     from headscope.interp.cli import console
-    from headscope.interp.cli.settings import shared_out
+    from headscope.interp.cli.settings import for_methods
     from headscope.interp.heads import METHODS
     from headscope.interp.heads.discovery import discover as run_discovery
     from headscope.interp.registry import make
@@ -55,7 +55,7 @@ def discover(
     run = Run(model, out, as_json, dry_run, device, dtype)
     given = {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "seed": seed, "set": setting}
     classes = {name: METHODS[name] for name in methods}
-    settings = shared_out(classes, given)
+    settings = for_methods(classes, given)
     chosen = [make(cls, name, settings[name]) for name, cls in classes.items()]
     lm = run.load()
     if dry_run:

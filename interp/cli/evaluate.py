@@ -12,11 +12,7 @@ from headscope.interp.cli.app import Depths, Device, DryRun, Dtype, Json, Length
 from headscope.interp.cli.intervene import HEADS, head_set
 
 if TYPE_CHECKING:
-    from headscope.interp.models import LanguageModel
     from headscope.interp.results.evaluation import Evaluation
-    from headscope.interp.results.scores import HeadScores
-    from headscope.interventions.base import Intervention
-    from headscope.interventions.tasks.base import Task
 
 
 @app.command()
@@ -45,32 +41,35 @@ def evaluate(
     dtype: Dtype = None,
 ) -> None:
     """Evaluate with edits, beside no edit and layer-matched random heads."""
-    from headscope.interp.cli.settings import passages
+    from headscope.interp.cli import console
+    from headscope.interp.cli.settings import asked, passages
     from headscope.interp.errors import HeadscopeError
     from headscope.interp.runs import estimate
+    from headscope.interventions import AblateHeads, load_intervention
     from headscope.interventions import evaluate as run_evaluate
+    from headscope.interventions.evaluation.arguments import named_tasks, overlap, swept
 
     run = Run(model, out, as_json, dry_run, device, dtype)
     given = {"lengths": lengths, "depths": depths, "set": setting or []}
     if reference is not None and how != "mean":
         raise HeadscopeError("--reference is the text of mean ablation; give --how mean with it")
-    tasks = named_tasks([name.strip() for name in task.split(",")], given)
+    tasks = named_tasks([name.strip() for name in task.split(",")], asked(given))
     heads, scores = (None, None) if ablate is None else head_set(ablate, top)
-    if sweep is not None and ablate is None and not edit:
+    values = _sweep(sweep)
+    if values is not None and ablate is None and not edit:
         raise HeadscopeError("--sweep changes a setting of edits; give one by --with or --ablate")
     lm = run.load()
-    warn_of_overlap(lm, tasks, scores)
+    for warning in () if scores is None else overlap(tasks, lm, scores):
+        console.note(f"warning: {warning}")
     texts = passages(reference) if heads is not None and how == "mean" else []
     arguments: dict[str, Any] = {"controls": controls, "seed": seed, "out": out}
 
-    def edits(how: str, texts: Sequence[str]) -> list[Intervention]:
-        from headscope.interventions import AblateHeads, load_intervention
-
-        found: list[Intervention] = [load_intervention(file, lm) for file in edit or ()]
+    def edits(how: str, texts: Sequence[str]) -> list[Any]:
+        found: list[Any] = [load_intervention(file, lm) for file in edit or ()]
         if heads is not None:
             measured = AblateHeads.measured(lm, {"how": how}, texts)
             found.append(AblateHeads(heads, how, during=during, **measured))  # type: ignore[arg-type]
-        return found if sweep is None else swept(found, sweep)
+        return found if values is None else swept(found, *values)
 
     if dry_run:
         with estimate.dry_run() as work:
@@ -83,49 +82,18 @@ def evaluate(
     show_evaluation(result, as_json)
 
 
-def named_tasks(names: Sequence[str], given: dict[str, Any]) -> list[Task]:
-    """Tasks with those of the command line's settings that they take.
-
-    Raises:
-        HeadscopeError: an unknown task, or a setting that none of them takes.
-    """
-    from headscope.interp.cli.settings import shared_out
-    from headscope.interp.registry import make
-    from headscope.interventions.tasks import TASKS
-
-    classes = {name: TASKS[name] for name in names}
-    found = shared_out(classes, given)
-    return [make(cls, name, found[name]) for name, cls in classes.items()]
-
-
-def swept(edits: Sequence[Intervention], sweep: str) -> list[Intervention]:
-    """Every edit with every value of NAME=a,b,c.
-
-    Raises:
-        HeadscopeError: another form, or a setting that an edit does not have.
-    """
+def _sweep(given: str | None) -> tuple[str, list[Any]] | None:
+    """NAME=a,b,c: the setting and its values."""
     from headscope.interp.cli.settings import assignments
     from headscope.interp.errors import HeadscopeError
 
-    name, _, values = sweep.partition("=")
-    found = [assignments([f"{name}={value}"], "--sweep")[name.strip()] for value in values.split(",") if value.strip()]
+    if given is None:
+        return None
+    name, _, values = (part.strip() for part in given.partition("="))
+    found = [assignments([f"{name or '?'}={value}"])[name or "?"] for value in values.split(",") if value.strip()]
     if not name or not found:
-        raise HeadscopeError(f"--sweep takes NAME=a,b,c, e.g. strength=0,0.5,1; got {sweep!r}")
-    return [edit.with_settings(**{name.strip(): value}) for edit in edits for value in found]
-
-
-def warn_of_overlap(lm: LanguageModel, tasks: Sequence[Task], scores: HeadScores | None) -> None:
-    """Say where heads are judged on the needles that found them."""
-    from headscope.interp.cli import console
-
-    used = set() if scores is None else set((scores.provenance.get("parameters") or {}).get("needles") or ())
-    for task in tasks:
-        both = [name for name in task.parameters(lm).get("needles", ()) if name in used] if used else []
-        if both:
-            console.note(
-                f"warning: {task.name} asks for needles that the heads were found with ({', '.join(both)}); judge them "
-                "on others, e.g. without --set needles=..."
-            )
+        raise HeadscopeError(f"--sweep takes NAME=a,b,c, e.g. strength=0,0.5,1; got {given!r}")
+    return name, found
 
 
 def show_evaluation(result: Evaluation, as_json: bool) -> None:

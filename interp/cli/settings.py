@@ -9,47 +9,40 @@ from pathlib import Path
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.registry import meant, settings
+from headscope.interp.registry import meant, settings, shared_out
 
 PASSAGES = 32  # of a reference text, evenly spread
 
 
-def shared_out(classes: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Command-line settings for several declarations: each is given those that it takes.
-
-    ``given``: "lengths", "depths", "samples", "text" and "seed" as their options read them, "set" as NAME=VALUE lines.
+def for_methods(classes: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Command-line settings for several head methods: each is given those that it has, and ``--text`` and ``--seed``.
 
     Raises:
-        HeadscopeError: a setting that none of them takes, or one that cannot be read.
+        HeadscopeError: a setting that none of them has, one that cannot be read, or a method that reads no text.
     """
-    asked = _asked(given)
-    known = {name: settings(cls) for name, cls in classes.items()}
-    every = dict.fromkeys(key for takes in known.values() for key in takes)
-    for key in asked:
-        if key not in every:
-            who = f"{names} has no" if "," not in (names := ", ".join(classes)) else f"none of {names} has a"
-            raise HeadscopeError(f"{who} setting {key!r}{meant(key, every)}; known: {', '.join(every)}")
-    found = {name: {key: value for key, value in asked.items() if key in takes} for name, takes in known.items()}
-    for name, takes in known.items():
+    found = shared_out(classes, asked(given))
+    for name, own in found.items():
+        has = settings(classes[name])
         if given.get("text") is not None:
-            field = next((field for field in ("haystack", "texts", "text") if field in takes), None)
+            field = next((field for field in ("haystack", "texts") if field in has), None)
             if field is None:
                 raise HeadscopeError(f"{name} reads no text: leave --text out")
-            found[name][field] = given["text"] if field == "haystack" else read_text(given["text"])
-        if given.get("seed") is not None and "seed" in takes:
-            found[name]["seed"] = given["seed"]
+            own[field] = given["text"] if field == "haystack" else read_text(given["text"])
+        if "seed" in has and given.get("seed") is not None:
+            own["seed"] = given["seed"]
     return found
 
 
-def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
-    asked: dict[str, Any] = {}
+def asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name from "lengths", "depths" and "samples" as their options read them, and "set" (NAME=VALUE)."""
+    found: dict[str, Any] = {}
     if given.get("lengths") is not None:
-        asked["lengths"] = numbers(given["lengths"], int, "--lengths")
+        found["lengths"] = numbers(given["lengths"], int, "--lengths")
     if given.get("depths") is not None:
-        asked["depths"] = numbers(given["depths"], float, "--depths")
+        found["depths"] = numbers(given["depths"], float, "--depths")
     if given.get("samples") is not None:
-        asked["samples"] = given["samples"]
-    return asked | assignments(given.get("set") or ())
+        found["samples"] = given["samples"]
+    return found | assignments(given.get("set") or ())
 
 
 def numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:

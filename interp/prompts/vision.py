@@ -53,9 +53,11 @@ class VisionPrompt:
     def published(self) -> Iterator[None]:
         """Inside the block statistics and edits may name the spans of these chats (``span="image"``), and know where
         each ends."""
-        mask = self.inputs.get("attention_mask")
-        length = self.inputs["input_ids"].shape[1] if mask is None else mask.sum(-1).tolist()
-        with published_spans(self.spans), prompt_boundary(length):
+        mask, width = self.inputs.get("attention_mask"), self.inputs["input_ids"].shape[1]
+        ends = prompt_boundary(width, padded=True)
+        if mask is not None and not bool(mask[:, -1].all()):  # padded to the right
+            ends = prompt_boundary(mask.sum(-1).tolist())
+        with published_spans(self.spans), ends:
             yield
 
 

@@ -19,7 +19,7 @@ HELD_OUT = ("password", "train", "prize")  # bundled needles that head discovery
 class NeedleTask(NeedlePrompts, Task):
     """Recall of a sentence hidden in a haystack, in [0, 1] (Wu et al. 2024, arXiv 2404.15574, Section 2).
 
-    The settings of ``NeedlePrompts``, small by default: two lengths, three depths, and three needles that
+    The settings of ``NeedlePrompts``, small by default: 600 tokens, three depths, and three needles that
     ``discover retrieval`` does not use by itself, so that heads are not judged on what they were found with.
     """
 
@@ -31,7 +31,7 @@ class NeedleTask(NeedlePrompts, Task):
     unit: ClassVar[str] = "share of the answer's words"
     higher_is_better: ClassVar[bool | None] = True
     source: ClassVar[str] = "Wu et al. 2024, arXiv 2404.15574"
-    usual_lengths: ClassVar[tuple[int, ...]] = (500, 1000)
+    usual_lengths: ClassVar[tuple[int, ...]] = (600,)
 
     def tokens(self, lm: Any, trial: Trial) -> tuple[int, int]:
         """A trial's prompt tokens and the most that are generated."""

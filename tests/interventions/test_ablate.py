@@ -442,3 +442,27 @@ def test_an_intervention_without_heads_has_no_control() -> None:
     with pytest.raises(HeadscopeError, match="not driven by a head set"):
         Intervention().with_heads(HeadSet.of(PICKED))
     assert Intervention().describe() == {"name": "intervention", "heads": None}
+
+
+def test_head_means_of_a_bare_model(llama: LanguageModel) -> None:
+    texts = [PROMPT, "w9 w8 w3"]
+    expected = head_means(llama, texts)
+    ids = [llama.tokenizer(text)["input_ids"] for text in texts]
+    assert torch.equal(head_means(llama.model, ids), expected)
+    assert torch.equal(head_means(llama.model, texts, tokenizer=llama.tokenizer), expected)
+    with pytest.raises(HeadscopeError, match="without a tokenizer"):
+        head_means(llama.model, texts)
+    with pytest.raises(HeadscopeError, match="as a list"):
+        head_means(llama, PROMPT)
+
+
+@pytest.mark.parametrize("heads", ["L1H3", (1, 3), [(1, 3)], ["L1H3"], HeadSet.of([(1, 3)])])
+def test_heads_by_any_name(heads: Any) -> None:
+    assert AblateHeads(heads) == AblateHeads([(1, 3)]) and list(AblateHeads(heads).heads) == [(1, 3)]
+
+
+@pytest.mark.parametrize("heads", ["head three", 5, [(1, 2, 3)], None])
+def test_what_names_no_head_is_refused_in_one_line(heads: Any) -> None:
+    with pytest.raises(HeadscopeError, match="names no heads") as refused:
+        AblateHeads(heads)
+    assert "\n" not in str(refused.value)

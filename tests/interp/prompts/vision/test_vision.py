@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.prompts.vision import vision_prompt
+from headscope.interp.prompts.boundary import known_boundary
+from headscope.interp.prompts.vision import VisionPrompt, vision_prompt
 from headscope.interp.sites.towers import parse_name, tower_of
 from headscope.interp.statistics import SpanMass
 from headscope.interp.statistics.spans import OPEN
@@ -83,6 +84,25 @@ def test_mass_on_spans_equals_eager(built, picture):
                 got = tracer.record["span_mass"].sel(example=b, layer=layer, span=name)[:, : len(ids)]
                 np.testing.assert_allclose(got, p[..., at].sum(-1), atol=1600 * EPS, err_msg=name)
                 assert float(p[..., at].sum(-1).max()) > 0.05, "too little mass for this test to notice a mistake"
+
+
+def test_a_chat_publishes_its_spans_and_its_end(vision_model, picture):
+    """By name is by position; and the end is where generation begins, on either side of the padding."""
+    model, made = vision_model("llava")
+    prompt = vision_prompt(model, made, [chat(picture(0)), chat(picture(1), question="Which colours?")])
+    spans = {name: prompt.spans[name] for name in ("image", "instruction")}
+    with trace(model, [SpanMass(spans)]) as expected:
+        model(**prompt.inputs, use_cache=False)
+    with trace(model, [SpanMass({name: name for name in spans})]) as tracer, prompt.published():
+        known = known_boundary()
+        model(**prompt.inputs, use_cache=False)
+    np.testing.assert_array_equal(tracer.record["span_mass"], expected.record["span_mass"])
+    lengths = prompt.inputs["attention_mask"].sum(-1).tolist()
+    assert known is not None and len(set(lengths)) == 2
+    assert known.lengths == ((prompt.inputs["input_ids"].shape[1],) if known.padded else tuple(lengths))
+    other = VisionPrompt({name: x.flip(1) for name, x in prompt.inputs.items() if x.dim() == 2}, prompt.spans)
+    with other.published():
+        assert known_boundary() != known and known_boundary() is not None
 
 
 def test_the_response_of_a_chat_that_holds_it_and_of_one_that_is_generated(vision_model, picture):
