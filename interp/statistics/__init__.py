@@ -25,6 +25,7 @@ from headscope.interp.statistics.rows import (
     WindowedDistance,
     WindowMass,
 )
+from headscope.interp.statistics.stream import Resid
 
 __all__ = [
     "BLOCK",
@@ -42,6 +43,7 @@ __all__ = [
     "LogSumExp",
     "Plan",
     "Reader",
+    "Resid",
     "SinkMass",
     "SpanMass",
     "SpanOutput",

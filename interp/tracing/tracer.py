@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
+from headscope.interp.attention.stream import StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.provenance import signed
 from headscope.interp.sites import attached
@@ -31,6 +32,7 @@ from headscope.interp.statistics.base import check_together
 from headscope.interp.statistics.exactness import require_exact
 from headscope.interp.statistics.plan import Plans
 from headscope.interp.statistics.queries import Queries
+from headscope.interp.statistics.stream import Resid
 from headscope.interp.tracing.caches import Caches, check_repeats
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
@@ -38,6 +40,7 @@ from headscope.interp.tracing.host_copies import HostCopies, owned
 from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache, datasets, join, refuse_several
 from headscope.interp.tracing.piece import Piece
 from headscope.interp.tracing.session import Session
+from headscope.interp.tracing.stream import StreamRecord
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, Request
 
@@ -61,7 +64,10 @@ class Tracer(Handler):
         tower: str | None = None,
     ) -> None:
         check_together(statistics)
-        self.model, self.statistics = model, tuple(statistics)
+        self.model, self.declared = model, tuple(statistics)
+        self.statistics = tuple(each for each in statistics if not isinstance(each, Resid))
+        self._stream = StreamRecord(self.declared)
+        self.streams = tuple(self._stream.statistics)
         self.layers = None if layers is None else frozenset(layers)
         self.queries, self.tower = queries, tower
         self._sessions: list[Session] = []
@@ -109,10 +115,12 @@ class Tracer(Handler):
         """What the pass recorded is part of the record from now on."""
         self._running = False
         self._passes += 1
+        self._stream.end_forward()
 
     def abort_forward(self) -> None:
         """Forget what a pass recorded that did not come to its end."""
         self._running = False
+        self._stream.abort_forward()
         self._pass.clear()
         self._keep_pass()
         self._sessions = [session for session in self._sessions if session.continues]
@@ -124,6 +132,15 @@ class Tracer(Handler):
             self.abort_forward()
         else:
             self._keep_pass()
+
+    def concerns(self, module: str, layer: int) -> bool:
+        """Every layer, unless only the stream is read."""
+        return bool(self.statistics)
+
+    def stream(self, call: StreamCall) -> Tensor:
+        """Record the stream."""
+        self._stream.see(call)
+        return call.x
 
     def follow(self, call: AttentionCall) -> None:
         """Remember where the decoder stands."""
@@ -141,6 +158,8 @@ class Tracer(Handler):
             self._reads[call.module] = tower_of(call.module, bare_model(self.model)) in TEXT
         if self._reads[call.module]:
             self.follow(call)
+        if not self.statistics:
+            return None
         session, offset = self._session_of(call)
         require_exact(self.statistics, call, continues=session.continues)
         prompt = session.is_prompt(call, offset, self._boundary)
@@ -242,17 +261,21 @@ class Tracer(Handler):
         """
         if not self._running:
             self._keep_pass()
+        named = {"statistics": [str(s) for s in self.declared], "queries": str(self.queries)}
+        stream = self._stream.dataset()
+        if stream is not None and not self.statistics:
+            return [signed(stream, self.model, **named)]
         entries = [*self._finished, *self._open()]
         elsewhere = ", ".join(sorted(attending(bare_model(self.model)))) if self._passes and not entries else ""
         if elsewhere:
             raise HeadscopeError(
                 f"nothing was recorded in {self.tower or 'the default tower'}; name a tower: {elsewhere}"
             )
-        named = {"statistics": [str(s) for s in self.statistics], "queries": str(self.queries)}
-        return [signed(record, self.model, **named) for record in join(entries)]
+        return [signed(self._stream.beside(record), self.model, **named) for record in join(entries)]
 
     def clear(self) -> None:
         """Forget everything recorded."""
+        self._stream.clear()
         self._pass.clear()
         self._sessions.clear()
         self._finished.clear()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
@@ -66,6 +66,7 @@ class _Place:
 _CHECKS: WeakKeyDictionary[nn.Module, Check] = WeakKeyDictionary()
 _ROUTES: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
 _PLACES: WeakKeyDictionary[nn.Module, _Place] = WeakKeyDictionary()
+_PAUSED: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -116,6 +117,29 @@ def places(route: Route) -> dict[nn.Module, _Place]:
         impl = configured.get(id(getattr(module, "config", None))) or default
         found[module] = _Place(route, name, where, layer, tower_of(where, route.model), impl)
     return found
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Run passes of our own inside the block: no handler that is attached sees or changes them."""
+    route = _ROUTES.get(model)
+    held = [] if route is None else list(route.handlers)
+    _PAUSED.add(model)
+    try:
+        if route is not None:
+            route.handlers.clear()
+            route.busy.clear()
+        yield
+    finally:
+        _PAUSED.discard(model)
+        if route is not None:
+            route.handlers[:] = held
+            route.busy.clear()
+
+
+def is_paused(model: nn.Module) -> bool:
+    """Whether a pass of our own runs, which is not shown to handlers."""
+    return model in _PAUSED
 
 
 def set_check(model: nn.Module, check: Check) -> None:
