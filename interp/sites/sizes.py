@@ -74,7 +74,8 @@ def tower_size(model: Any, tower: str | None = None) -> TowerSize:
             raise HeadscopeError(
                 f"a TransformerBridge shows its language layers only, not {tower!r}; use the bare model"
             )
-    check_name(tower, modules_of(inner))
+    if tower is not None:
+        check_name(tower, modules_of(inner))
     found = attending(inner)
     chosen = default_tower(set(found) or modules_of(inner), inner) if tower is None else tower
     mine = {where: layers for where, layers in found.items() if selects(chosen, where, inner)}

@@ -20,20 +20,13 @@ from headscope.interp.sites import attached
 from headscope.interp.sites.sizes import attending
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.sites.unwrap import bare_model
-from headscope.interp.statistics import (
-    BLOCK,
-    OUTPUT,
-    ROW,
-    BlockStatistic,
-    CallStatistic,
-    Statistic,
-)
+from headscope.interp.statistics import BLOCK, OUTPUT, ROW, BlockStatistic, CallStatistic, Resid, Statistic
 from headscope.interp.statistics.base import check_together
 from headscope.interp.statistics.exactness import require_exact
 from headscope.interp.statistics.plan import Plans
 from headscope.interp.statistics.queries import Queries
-from headscope.interp.statistics.stream import Resid
 from headscope.interp.tracing.caches import Caches, check_repeats
+from headscope.interp.tracing.decoder import DecoderPosition
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
 from headscope.interp.tracing.host_copies import HostCopies, owned
@@ -41,7 +34,6 @@ from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache
 from headscope.interp.tracing.piece import Piece
 from headscope.interp.tracing.session import Session
 from headscope.interp.tracing.stream import StreamRecord
-from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, Request
 
 TEXT = ("language", "decoder")  # towers that read or write text
@@ -78,8 +70,7 @@ class Tracer(Handler):
         self._times: dict[int, int] = {}
         self._heap, self._host_copies = Heap(), HostCopies()
         self._pass: list[tuple[Session, Piece]] = []
-        self._decoder: Mask | None = None
-        self._padded = False
+        self._decoder = DecoderPosition()
         self._running = False
         self._boundary: int | None = None
         self._cache: weakref.ref[Any] | None = None
@@ -96,9 +87,7 @@ class Tracer(Handler):
         self._running = True
         ids = inputs.get("input_ids")
         self._pending_ids = ids.detach() if isinstance(ids, Tensor) and ids.dim() == 2 else None
-        self._decoder = None
-        padding = inputs.get("attention_mask")
-        self._padded = isinstance(padding, Tensor) and padding.dim() == 2 and not bool(padding.all())
+        self._decoder.begin(inputs)
         cache = inputs.get("past_key_values")
         self._cache = None if cache is None else weakref.ref(cache)
         self._caches.watch(cache)
@@ -144,12 +133,7 @@ class Tracer(Handler):
 
     def follow(self, call: AttentionCall) -> None:
         """Remember where the decoder stands."""
-        self._decoder = call.mask
-        if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
-            raise HeadscopeError(
-                "this model makes a dense mask of its own from the padding, which hides where examples begin and "
-                "end; trace prompts of one length, or one at a time"
-            )
+        self._decoder.see(call)
 
     @torch.no_grad()
     def request(self, call: AttentionCall) -> Request | None:
@@ -196,7 +180,7 @@ class Tracer(Handler):
         self._times[call.layer] = times + 1
         if times:
             check_repeats(bare_model(self.model), call)
-        offset = call.mask.query_offset if not call.cross else self._cross_offset()
+        offset = call.mask.query_offset if not call.cross else self._decoder.offset()
         if not self._pass and self._sessions and self._sessions[0].is_over(call, offset):
             self._finish()
         while len(self._sessions) <= times:
@@ -207,14 +191,6 @@ class Tracer(Handler):
         if ids is not None and not call.cross and ids.shape == (call.query.shape[0], call.query.shape[2]):
             session.add_tokens(offset, ids)
         return session, offset
-
-    def _cross_offset(self) -> int:
-        """Where the decoder stands: the query positions of cross-attention are the decoder's."""
-        if self._decoder is None:
-            return 0
-        if self._decoder.start is not None or self._decoder.end is not None:
-            raise HeadscopeError("cross-attention of a padded decoder is not recorded; trace one example at a time")
-        return self._decoder.query_offset
 
     def _keep_pass(self) -> None:
         """The pass came to its end: what it recorded becomes part of the record."""

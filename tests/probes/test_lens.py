@@ -120,3 +120,30 @@ def test_bad_targets_are_refused_and_nothing_stays_on_the_model() -> None:
         logit_attribution(lm, TEXTS, [1], progress=False)
     logit_attribution(lm, TEXTS, [1, 2, 3], progress=False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+
+
+class Adapted(torch.nn.Module):
+    """A projection under a low-rank adapter, built as peft builds one."""
+
+    def __init__(self, base_layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = torch.nn.Linear(base_layer.in_features, 2, bias=False)
+        self.lora_B = torch.nn.Linear(2, base_layer.out_features, bias=False)
+        torch.nn.init.normal_(self.lora_B.weight, std=0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def test_an_adapter_of_the_output_projection_counts() -> None:
+    """Against the model with the adapter's matrices added to its weights."""
+    merged, adapted = tiny("llama"), tiny("llama")
+    for mine, theirs in zip(adapted.model.model.layers, merged.model.model.layers, strict=True):
+        adapter = mine.self_attn.o_proj = Adapted(mine.self_attn.o_proj)
+        with torch.no_grad():
+            theirs.self_attn.o_proj.weight += adapter.lora_B.weight @ adapter.lora_A.weight
+    want, got = (logit_attribution(lm, TEXTS, ["w4", "w5", "w6"], progress=False) for lm in (merged, adapted))
+    np.testing.assert_allclose(got.trials, want.trials, atol=1e-4)
+    plain = logit_attribution(tiny("llama"), TEXTS, ["w4", "w5", "w6"], progress=False)
+    assert np.abs(plain.trials - want.trials).max() > 1e-2
