@@ -22,6 +22,7 @@ from headscope.interp.sites.layout import stream_layers
 from headscope.interp.statistics import Entropy, HeadOutput, Resid
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interventions import AblateHeads, apply
+from headscope.interventions.base import Intervention
 
 IN_TURN = ["llama", "gpt2", "gemma2", "gemma3_text", "olmo2", "mixtral", "deepseek_v3"]
 AT_ONCE = ["gpt_neox", "phi", "cohere"]
@@ -235,6 +236,37 @@ def test_edits_and_a_trace_in_force_do_not_see_the_pass_that_finds_the_layers():
         with attached(model, Add("resid_post", 0, 0, vector), layers=[0]), trace(model, [Resid()]) as stream:
             model(**given)
     assert tracer.record.sizes["example"] == stream.record.sizes["example"] == 2
+
+
+def test_an_intervention_edits_the_stream_and_heads_together():
+    """Against the two edits made one after the other, in blocks of their own."""
+    model, given = tiny_model("llama"), inputs()
+    vector = torch.linspace(-1, 1, model.config.hidden_size)
+
+    class Steer(Intervention):
+        name, streams = "steer", ("resid_mid",)
+
+        def stream(self, call):
+            return call.x + vector if call.layer == 0 else call.x
+
+        def edit_output(self, call, z):
+            return z * 0.5 if call.layer == 1 else z
+
+    class Half(Intervention):
+        name = "half"
+
+        def edit_output(self, call, z):
+            return z * 0.5 if call.layer == 1 else z
+
+    class Push(Seen):
+        def stream(self, call):
+            return call.x + vector if call.layer == 0 else call.x
+
+    with apply(model, Half()), attached(model, Push("resid_mid")):
+        want = logits(model, given)
+    with apply(model, Steer()):
+        got = logits(model, given)
+    assert torch.equal(got, want) and float((got - logits(model, given)).abs().max()) > 1e-2
 
 
 def test_gradients_go_through_the_stream():
