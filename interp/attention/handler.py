@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.stream import StreamCall
 from headscope.kernels.request import Reduced, Request
 
 
@@ -19,11 +20,13 @@ class Handler:
     the edited attention and the edited outputs.
 
     It is shown the calls of the tower and layers that it is attached to. ``follows`` names other towers whose calls
-    ``follow`` is shown as well, after their edits. ``only_reads``: it changes nothing, so that what a backward pass
-    computes again (gradient checkpointing) is no concern of it.
+    ``follow`` is shown as well, after their edits; ``streams`` names places of the residual stream
+    (``headscope.interp.attention.stream.PLACES``) that ``stream`` is shown. ``only_reads``: it changes nothing, so that
+    what a backward pass computes again (gradient checkpointing) is no concern of it.
     """
 
     follows: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()
     only_reads = False
 
     def check(self, layers: int, heads: int) -> None:
@@ -53,6 +56,10 @@ class Handler:
 
     def follow(self, call: AttentionCall) -> None:
         """See a call of another tower, one of ``follows``."""
+
+    def stream(self, call: StreamCall) -> Tensor:
+        """Read or change the residual stream ``call.x`` at one of ``streams``; return a new tensor or ``x`` itself."""
+        return call.x
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         """The model is about to run a forward pass on these keyword arguments."""

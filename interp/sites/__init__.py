@@ -13,6 +13,7 @@ from headscope.interp.sites.gradients import gradients
 from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.huggingface import verify as hf_verify
 from headscope.interp.sites.interrupts import block
+from headscope.interp.sites.stream import streaming
 from headscope.interp.sites.unwrap import origin, require_model
 
 __all__ = ["attached", "handlers_on", "is_attached", "verify", "verify_once"]
@@ -52,7 +53,12 @@ def attached(
     attachment = Attachment(model, handler, tower, layers)
     if verify:
         verify_once(model)
-    with gradients(model, on=grad), uncompiled(), _site(model).attached(plain(model), attachment) as route:
+    with (
+        gradients(model, on=grad),
+        uncompiled(),
+        _site(model).attached(plain(model), attachment) as route,
+        streaming(model, attachment),
+    ):
         yield route
     attachment.finish()
 

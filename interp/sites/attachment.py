@@ -33,8 +33,10 @@ class Attachment(Handler):
         self.size = tower_size(model, tower)
         named = None if layers is None else layers if isinstance(layers, Mapping) else dict.fromkeys(layers, "")
         if named is not None:
-            self.size.check_layers(named)
+            self.size.check_layers(named, attend=not inner.streams)
         self.layers = named
+        own = ("edit", "request", "edit_output", "observe")
+        self._attends = any(getattr(type(inner), name) is not getattr(Handler, name) for name in own)
         self._shown: dict[str, bool] = {}
         self._follows: dict[str, bool] = {}
         self._heads: dict[int, int] = {}
@@ -72,11 +74,17 @@ class Attachment(Handler):
             self._now.add(call.layer)
         return here
 
+    def saw(self, layer: int) -> None:
+        """Note that the stream of a layer was shown."""
+        self._now.add(layer)
+
     def concerns(self, module: str, layer: int) -> bool:
         mine = self._is_mine(module, layer)
         if mine and not self.inner.concerns(module, layer):  # a strength of 0, say: the layer's own attention runs
             self._idle.add(layer)
             mine = False
+        if self.inner.streams:  # which are hooks of their own, so that attention may be left alone
+            mine = mine and self._attends
         return mine or self._follows[module]
 
     def edit(self, call: AttentionCall) -> AttentionCall:

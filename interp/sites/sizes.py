@@ -35,8 +35,8 @@ class TowerSize:
     depth: int
     heads: Mapping[int, int | None]
 
-    def check_layers(self, layers: Collection[int]) -> None:
-        """Refuse layers that are not there or make no attention call.
+    def check_layers(self, layers: Collection[int], *, attend: bool = True) -> None:
+        """Refuse layers that are not there or, where they must ``attend``, make no attention call.
 
         Raises:
             HeadscopeError: names the first such layer, and the layers that there are.
@@ -46,7 +46,7 @@ class TowerSize:
                 raise HeadscopeError(
                     f"layer {layer} does not exist in {self.tower!r}, which has layers 0-{self.depth - 1}"
                 )
-            if layer not in self.heads:
+            if attend and layer not in self.heads:
                 raise HeadscopeError(
                     f"layer {layer} of {self.tower!r} makes no softmax attention call; these layers do: "
                     f"{runs(self.heads)}"
@@ -74,7 +74,8 @@ def tower_size(model: Any, tower: str | None = None) -> TowerSize:
             raise HeadscopeError(
                 f"a TransformerBridge shows its language layers only, not {tower!r}; use the bare model"
             )
-    check_name(tower, modules_of(inner))
+    if tower is not None:
+        check_name(tower, modules_of(inner))
     found = attending(inner)
     chosen = default_tower(set(found) or modules_of(inner), inner) if tower is None else tower
     mine = {where: layers for where, layers in found.items() if selects(chosen, where, inner)}

@@ -61,8 +61,11 @@ def modules_of(model: Any) -> set[str]:
 
 def tower_of(module: str, model: nn.Module) -> str:
     """The tower of a pattern of modules: one of ``TOWERS``."""
+    known = _KNOWN.get(model, {})
+    if module in known:
+        return known[module]
     where = parse_name(module, None)[0]
-    if where not in _KNOWN.get(model, {}):
+    if where not in known:
         _KNOWN[model] = _towers(model)
     return _KNOWN[model].get(where) or _by_name(where, model)
 

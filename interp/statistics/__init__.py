@@ -28,6 +28,7 @@ from headscope.interp.statistics.rows import (
     WindowedDistance,
     WindowMass,
 )
+from headscope.interp.statistics.stream import Resid
 
 # A statistic's name on the command line -> its class. To add one: its file and this line.
 STATISTICS: Registry[Statistic] = Registry(
@@ -72,6 +73,7 @@ __all__ = [
     "MaxLogit",
     "Plan",
     "Reader",
+    "Resid",
     "SinkMass",
     "SpanMass",
     "SpanOutput",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
+from headscope.interp.attention.stream import StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.provenance import signed
 from headscope.interp.sites import attached
@@ -26,6 +27,7 @@ from headscope.interp.statistics import (
     BlockStatistic,
     CallStatistic,
     KeyStatistic,
+    Resid,
     Statistic,
 )
 from headscope.interp.statistics.base import check_together
@@ -33,13 +35,14 @@ from headscope.interp.statistics.exactness import require_exact
 from headscope.interp.statistics.plan import Plans
 from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.caches import Caches, check_repeats
+from headscope.interp.tracing.decoder import DecoderPosition
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
 from headscope.interp.tracing.host_copies import HostCopies, owned
 from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache, datasets, join, refuse_several
 from headscope.interp.tracing.piece import Piece
 from headscope.interp.tracing.session import Session
-from headscope.kernels.masks import Mask
+from headscope.interp.tracing.stream import StreamRecord
 from headscope.kernels.request import Reduced, Request
 
 TEXT = ("language", "decoder")  # towers that read or write text
@@ -64,7 +67,10 @@ class Tracer(Handler):
         tower: str | None = None,
     ) -> None:
         check_together(statistics)
-        self.model, self.statistics = model, tuple(statistics)
+        self.model, self.declared = model, tuple(statistics)
+        self.statistics = tuple(each for each in statistics if not isinstance(each, Resid))
+        self._stream = StreamRecord(self.declared)
+        self.streams = tuple(self._stream.statistics)
         self.layers = None if layers is None else frozenset(layers)
         self.queries, self.tower = queries, tower
         self._sessions: list[Session] = []
@@ -75,8 +81,7 @@ class Tracer(Handler):
         self._times: dict[int, int] = {}
         self._heap, self._host_copies = Heap(), HostCopies()
         self._pass: list[tuple[Session, Piece]] = []
-        self._decoder: Mask | None = None
-        self._padded = False
+        self._decoder = DecoderPosition()
         self._running = False
         self._boundary: int | None = None
         self._cache: weakref.ref[Any] | None = None
@@ -93,9 +98,7 @@ class Tracer(Handler):
         self._running = True
         ids = inputs.get("input_ids")
         self._pending_ids = ids.detach() if isinstance(ids, Tensor) and ids.dim() == 2 else None
-        self._decoder = None
-        padding = inputs.get("attention_mask")
-        self._padded = isinstance(padding, Tensor) and padding.dim() == 2 and not bool(padding.all())
+        self._decoder.begin(inputs)
         cache = inputs.get("past_key_values")
         self._cache = None if cache is None else weakref.ref(cache)
         self._caches.watch(cache)
@@ -116,10 +119,12 @@ class Tracer(Handler):
         """What the pass recorded is part of the record from now on."""
         self._running = False
         self._passes += 1
+        self._stream.end_forward()
 
     def abort_forward(self) -> None:
         """Forget what a pass recorded that did not come to its end."""
         self._running = False
+        self._stream.abort_forward()
         self._pass.clear()
         self._keep_pass()
         self._sessions = [session for session in self._sessions if session.continues]
@@ -132,14 +137,18 @@ class Tracer(Handler):
         else:
             self._keep_pass()
 
+    def concerns(self, module: str, layer: int) -> bool:
+        """Every layer, unless only the stream is read."""
+        return bool(self.statistics)
+
+    def stream(self, call: StreamCall) -> Tensor:
+        """Record the stream."""
+        self._stream.see(call)
+        return call.x
+
     def follow(self, call: AttentionCall) -> None:
         """Remember where the decoder stands."""
-        self._decoder = call.mask
-        if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
-            raise HeadscopeError(
-                "this model makes a dense mask of its own from the padding, which hides where examples begin and "
-                "end; trace prompts of one length, or one at a time"
-            )
+        self._decoder.see(call)
 
     @torch.no_grad()
     def request(self, call: AttentionCall) -> Request | None:
@@ -148,6 +157,8 @@ class Tracer(Handler):
             self._reads[call.module] = tower_of(call.module, bare_model(self.model)) in TEXT
         if self._reads[call.module]:
             self.follow(call)
+        if not self.statistics:
+            return None
         session, offset = self._session_of(call)
         require_exact(self.statistics, call, continues=session.continues)
         prompt = session.is_prompt(call, offset, self._boundary)
@@ -188,7 +199,7 @@ class Tracer(Handler):
         self._times[call.layer] = times + 1
         if times:
             check_repeats(bare_model(self.model), call)
-        offset = call.mask.query_offset if not call.cross else self._cross_offset()
+        offset = call.mask.query_offset if not call.cross else self._decoder.offset()
         if not self._pass and self._sessions and self._sessions[0].is_over(call, offset, self._cache):
             self._finish()
         while len(self._sessions) <= times:
@@ -199,14 +210,6 @@ class Tracer(Handler):
         if ids is not None and not call.cross and ids.shape == (call.query.shape[0], call.query.shape[2]):
             session.add_tokens(offset, ids)
         return session, offset
-
-    def _cross_offset(self) -> int:
-        """Where the decoder stands: the query positions of cross-attention are the decoder's."""
-        if self._decoder is None:
-            return 0
-        if self._decoder.start is not None or self._decoder.end is not None:
-            raise HeadscopeError("cross-attention of a padded decoder is not recorded; trace one example at a time")
-        return self._decoder.query_offset
 
     def _keep_pass(self) -> None:
         """The pass came to its end: what it recorded becomes part of the record."""
@@ -253,17 +256,21 @@ class Tracer(Handler):
         """
         if not self._running:
             self._keep_pass()
+        named = {"statistics": [str(s) for s in self.declared], "queries": str(self.queries)}
+        stream = self._stream.dataset()
+        if stream is not None and not self.statistics:
+            return [signed(stream, self.model, **named)]
         entries = [*self._finished, *self._open()]
         elsewhere = ", ".join(sorted(attending(bare_model(self.model)))) if self._passes and not entries else ""
         if elsewhere:
             raise HeadscopeError(
                 f"nothing was recorded in {self.tower or 'the default tower'}; name a tower: {elsewhere}"
             )
-        named = {"statistics": [str(s) for s in self.statistics], "queries": str(self.queries)}
-        return [signed(record, self.model, **named) for record in join(entries)]
+        return [signed(self._stream.beside(record), self.model, **named) for record in join(entries)]
 
     def clear(self) -> None:
         """Forget everything recorded."""
+        self._stream.clear()
         self._pass.clear()
         self._sessions.clear()
         self._finished.clear()

@@ -28,11 +28,14 @@ from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.layout import stream_layers
+from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.statistics import HeadOutput
 from headscope.interp.tracing.tracer import trace
 
 Token = str | int
+Seen = dict[nn.Module, tuple[Tensor, Tensor]]  # what went in, what came out
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,29 +173,23 @@ def _find_path(lm: LanguageModel) -> _Path:
     with uncompiled(), _watching(model) as seen, torch.no_grad():
         ids = torch.arange(1, 5, device=lm.device)[None] % lm.info.vocab_size
         model(input_ids=ids)
-    modules = dict(model.named_modules())
-    whole = {attention: _whole(modules, attention, leaf, seen) for attention, leaf in names.items()}
     if head is None or head not in seen:
         raise HeadscopeError(f"{lm.name} has no output embedding, so it has no logits to attribute")
-    leaves = [
-        m for m in seen if not any(m.children()) and m is not head and not isinstance(m, nn.Dropout | nn.Identity)
-    ]
-    norms = [m for m in leaves if seen[m][1].shape == seen[head][0].shape and torch.equal(seen[m][1], seen[head][0])]
-    stream: Tensor | None = None
-    for attention, projection in whole.items():
-        layer = modules[attention.rpartition(".")[0]]
-        if layer not in seen or not _adds(seen, layer, seen[projection][1], stream):
+    layers = stream_layers(model, tower_size(lm).tower)
+    carriers = frozenset[nn.Module]().union(*(layer.carriers for layer in layers))
+    modules = dict(model.named_modules())
+    projections = [_whole(modules, attention, leaf, seen) for attention, leaf in names.items()]
+    for attention, projection in zip(names, projections, strict=True):
+        if projection not in carriers:
             raise HeadscopeError(
                 f"{lm.name}: {attention} does not add its heads' outputs to the residual stream as they are (a norm or "
                 "a factor comes between): direct logit attribution is not defined here; ablate heads instead"
             )
-        stream = seen[layer][1]
-    if len(norms) != 1 or stream is None or not _close(seen[norms[0]][0], stream, stream):
+    stream = seen[layers[-1].module][1]
+    norms = [m for m, (_, out) in seen.items() if _is_last(m, out, head, seen)]
+    if len(norms) != 1 or not _close(seen[norms[0]][0], stream, stream):
         raise HeadscopeError(f"{lm.name}: no single norm stands between the last layer and the logits")
-    return _Path(list(whole.values()), norms[0], head, lm.device, lm.model.dtype)
-
-
-Seen = dict[nn.Module, tuple[Tensor, Tensor]]  # what went in, what came out
+    return _Path(projections, norms[0], head, lm.device, lm.model.dtype)
 
 
 def _whole(modules: dict[str, nn.Module], attention: str, leaf: str, seen: Seen) -> nn.Module:
@@ -216,19 +213,14 @@ def _linear(module: nn.Module, seen: Seen) -> bool:
         return _close(module(2 * x) - shift, 2 * (out - shift), out)
 
 
-def _adds(seen: Seen, layer: nn.Module, written: Tensor, stream: Tensor | None) -> bool:
-    """Whether layer input + ``written`` is what follows (one after the other) or, with another part, comes out."""
-    into, out = seen[layer]
-    if stream is not None and not _close(into, stream, stream):
-        return False
-    inner = [seen[m] for m in layer.modules() if m in seen and m is not layer]
-    sequential = any(x.shape == into.shape and _close(x - into, written, written) for x, _ in inner)
-    rest = out - into - written
-    return sequential or any(y.shape == rest.shape and _close(y, rest, written) for _, y in inner)
+def _is_last(module: nn.Module, out: Tensor, head: nn.Module, seen: Seen) -> bool:
+    """Whether a leaf gives what the unembedding reads."""
+    leaf = not any(module.children()) and module is not head and not isinstance(module, nn.Dropout | nn.Identity)
+    return leaf and out.shape == seen[head][0].shape and torch.equal(out, seen[head][0])
 
 
 def _close(a: Tensor, b: Tensor, reference: Tensor) -> bool:
-    return bool((a.float() - b.float()).norm() <= 0.02 * reference.float().norm())
+    return a.shape == b.shape and bool((a.float() - b.float()).norm() <= 0.02 * reference.float().norm())
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ registered or patched at import. ``passes`` tells handlers where forward passes 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock, Thread
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -83,6 +84,7 @@ class Place:
 _CHECKS: WeakKeyDictionary[nn.Module, Check] = WeakKeyDictionary()
 _TRUSTED: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
 _ROUTES: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
+_PAUSED: WeakSet[nn.Module] = WeakSet()
 
 
 @block
@@ -172,6 +174,27 @@ def trust(model: nn.Module, names: frozenset[str]) -> None:
     _TRUSTED[model] = trusted(model) | names
     if model in _ROUTES:
         _ROUTES[model].trusted = _TRUSTED[model]
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Run passes of our own inside the block: no handler that is attached sees or changes them."""
+    route = _ROUTES.get(model)
+    _PAUSED.add(model)
+    try:
+        if route is not None:
+            route.handlers.clear()
+            route.busy.clear()
+        yield
+    finally:
+        _PAUSED.discard(model)
+        if route is not None:
+            route.put_in_force()
+
+
+def is_paused(model: nn.Module) -> bool:
+    """Whether a pass of our own runs, which is not shown to handlers."""
+    return model in _PAUSED
 
 
 def set_check(model: nn.Module, check: Check) -> None:

@@ -27,7 +27,7 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.records.record import append_record, concatenate, each_part, load_record, open_record
 from headscope.interp.runs.estimate import dry_run, estimate
 from headscope.interp.sites import is_attached
-from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, SpanMass, TargetMass, TopKeys
+from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, Resid, SinkMass, SpanMass, TargetMass, TopKeys
 from headscope.interp.statistics.queries import Every, Generated, Last
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.sweeps import run, sweep
@@ -114,6 +114,12 @@ def test_spans_and_targets_of_each_prompt_follow_it_into_its_batch(lm, tmp_path)
     assert_same(found.load(), alone(lm, given, statistics))
 
 
+def test_the_stream_of_every_prompt(lm, tmp_path):
+    given, statistics = prompts(6), [Resid("mlp_out", (0, -1)), Entropy()]
+    found = sweep(lm, given, statistics, out=tmp_path, **QUIET)
+    assert_same(found.load(), alone(lm, given, statistics))
+
+
 def test_a_target_function_that_knows_its_prompts_is_refused(lm, tmp_path):
     given, table = prompts(6), torch.zeros(6, 40, dtype=torch.long)
     knowing = TargetMass({"own": lambda q: table.gather(1, q.clamp(0, 39).expand(6, -1))})
@@ -129,6 +135,7 @@ def test_a_target_function_that_knows_its_prompts_is_refused(lm, tmp_path):
         ([HeadOutput((3,))], {}, "prompt 2 has 3 tokens and no position 3"),
         ([HeadOutput((-4,))], {}, "no position -4"),
         ([Entropy()], {"queries": Generated()}, "keeps no query of prompt 2"),
+        ([Entropy()], {"layers": [0, 5]}, "layer 5 does not exist"),
         ([Entropy()], {"memory": "lots"}, "is no size"),
         ([Entropy()], {"memory": "10KB"}, "prompt 1 has 30 tokens and takes about"),
         ([], {}, "at least one statistic"),
