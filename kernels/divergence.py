@@ -4,10 +4,10 @@ Per query, over its visible keys, with log p and log r from each side's lse (nat
 
 1. KL(p || r) = sum p (log p - log r); no logarithm is taken of a weight, so none underflows;
 2. log m = logaddexp(log p, log r) - log 2; JS = (sum p (log p - log m) + sum r (log r - log m)) / 2, at most log 2;
-3. TV = sum |p - r| / 2; cosine = sum p r / sqrt(sum p^2 sum r^2).
+3. TV = sum |p - r| / 2; cosine = sum p r / sqrt(sum p^2 sum r^2), of rows divided by their sums.
 
-Definition: ``dense``. With sink logits p and r sum to less than one and the sums run over the keys alone. An empty row
-has divergence 0 and cosine 0.
+Definition: ``dense``. With sink logits p and r sum to less than one and the sums run over the keys alone. KL is
+infinite where r has no key that p sees, however small p is there. An empty row has divergence 0 and cosine 0.
 """
 
 from __future__ import annotations
@@ -40,12 +40,20 @@ def dense(log_p: Tensor, log_r: Tensor) -> Divergence:
     log_m = torch.logaddexp(log_p, log_r) - math.log(2.0)
 
     def relative(x: Tensor, log_x: Tensor, log_y: Tensor) -> Tensor:
-        return torch.where(log_x == -torch.inf, 0.0, x * (log_x - log_y)).sum(-1)
+        apart = torch.where(log_y == -torch.inf, torch.inf, x * (log_x - log_y))  # x itself may be too small a number
+        return torch.where(log_x == -torch.inf, 0.0, apart).sum(-1)
 
     js = (relative(p, log_p, log_m) + relative(r, log_r, log_m)) / 2
-    norm = (p.square().sum(-1) * r.square().sum(-1)).sqrt()
-    cosine = (p * r).sum(-1) / torch.where(norm > 0, norm, 1.0)
+    u, v = (_whole(x).exp() for x in (log_p, log_r))
+    norm = (u.square().sum(-1) * v.square().sum(-1)).sqrt()
+    cosine = (u * v).sum(-1) / torch.where(norm > 0, norm, 1.0)
     return Divergence(js, relative(p, log_p, log_r), (p - r).abs().sum(-1) / 2, cosine)
+
+
+def _whole(log_p: Tensor) -> Tensor:
+    """A log pattern whose rows sum to one: squares of what a sink logit leaves may be too small to be numbers."""
+    norm = torch.logsumexp(log_p, -1)
+    return log_p - norm.masked_fill(norm == -torch.inf, 0.0)[..., None]
 
 
 class Side(NamedTuple):
@@ -61,13 +69,18 @@ class Side(NamedTuple):
     edit: ScoreEdit | None = None
 
     def lse(self, engine: attention.Engine) -> Tensor:
-        """The logsumexp of every query's scores (batch, head, query)."""
+        """The logsumexp of every query's scores over its keys alone (batch, head, query)."""
         request = Request(output=False, lse=True)
-        got = attention.attend(
-            self.q, self.k, self.k, sinks=self.sinks, request=request, engine=engine, **self.scores()
-        )
+        got = attention.attend(self.q, self.k, self.k, request=request, engine=engine, **self.scores())
         assert got.lse is not None
         return got.lse
+
+    def whole(self, lse: Tensor) -> Tensor:
+        """``lse`` with the sink logits."""
+        if self.sinks is None:
+            return lse
+        both = torch.logaddexp(lse, self.sinks.to(lse.dtype)[None, :, None])
+        return both.masked_fill(lse == -torch.inf, -torch.inf)
 
     def scores(self) -> dict[str, Any]:
         """What makes the scores of q and k."""
@@ -90,9 +103,11 @@ def divergence(first: Side, second: Side, *, engine: attention.Engine = "auto") 
         from headscope.kernels.triton.divergence import distances
 
         options: dict[str, Any] = {"mask": first.mask, "scale": first.scale, "softcap": first.softcap}
-        return Divergence(*distances((first.q, first.k), (second.q, second.k), *norms, **options))
+        wholes = [side.whole(norm) for side, norm in zip((first, second), norms, strict=True)]
+        lost = [torch.where(x == -torch.inf, 0.0, x - norm) for x, norm in zip(wholes, norms, strict=True)]
+        return Divergence(*distances((first.q, first.k), (second.q, second.k), norms, lost, **options))
     tiles = [
-        log_weights(x.q, x.k, norm, beside=other.mask, **x.scores())
+        log_weights(x.q, x.k, x.whole(norm), beside=other.mask, **x.scores())
         for x, other, norm in ((first, second, norms[0]), (second, first, norms[1]))
     ]
     parts = [dense(p.log_p, r.log_p) for p, r in zip(*tiles, strict=True)]

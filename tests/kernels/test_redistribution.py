@@ -14,6 +14,7 @@ from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_moves
 from headscope.kernels.checks.compare import ROUNDINGS, compare
 from headscope.kernels.divergence import divergence
+from headscope.kernels.masks import Mask
 from headscope.kernels.redistribute import pattern, redistribute
 from headscope.kernels.redistribution import Redistribution, dense
 from headscope.kernels.request import Columns, Reduced, Request
@@ -222,6 +223,17 @@ def test_columns_from_a_known_lse(kind: str, engine: str, options: dict[str, Any
         limit = ROUNDINGS * case.score_size() * 2
         assert found.sum is not None and (found.sum - p[:, :, 3:11].sum(2)).abs().max() < 8 * limit
         assert found.max is not None and (found.max - p[:, :, 3:11].amax(2)).abs().max() < limit
+
+
+@pytest.mark.parametrize("engine", ["streaming", "triton"])
+def test_columns_of_no_query_or_no_visible_key_are_zero(engine: str) -> None:
+    case = random_case("causal", batch=1, kv_heads=1, group=1, queries=4, keys=4, d_head=16)
+    far = (Mask(key_offset=100), Mask(right=-9))
+    for mask, queries in ((case.mask, (2, 2)), (far[0], None), (far[1], None)):
+        options = {"mask": mask, "scale": 1.0, "queries": queries, "highest": True, "engine": engine}
+        found = columns.columns(case.q, case.k, torch.zeros(1, 1, 4), **options)
+        assert found.sum is not None and found.sum.shape == (1, 1, 4) and (found.sum == 0).all()
+        assert found.max is not None and found.max.shape == (1, 1, 4) and (found.max == 0).all()
 
 
 def test_columns_of_another_lse_are_refused() -> None:

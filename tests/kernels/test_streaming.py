@@ -228,3 +228,28 @@ def test_a_range_outside_the_queries_is_refused(part: tuple[int, int]) -> None:
     """A kernel would read beyond its end."""
     with pytest.raises(ValueError, match="columns over the queries"):
         random_case("causal", queries=41, keys=41).run(attention.attend, Request(columns=(Columns(part, sum=True),)))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("engine", ["streaming", "triton", "flex", "auto"])
+def test_a_scale_may_be_negative(engine: str, scale: float) -> None:
+    """The library's causal attention gives NaN: it hides keys before it scales."""
+    for kind, options in (
+        ("causal", {}),
+        ("full", {}),
+        ("left padding", {"sinks": True}),
+        ("window", {"softcap": 4.0}),
+    ):
+        case = replace(random_case(kind, queries=20, keys=20, d_head=16, **options), scale=scale)
+        given = {x: getattr(case, x) for x in ("mask", "softcap", "sinks")}
+        want = case.pattern() @ case.v.double().repeat_interleave(2, 1)
+        entropy = torch.special.entr(case.pattern()).sum(-1)
+        near = 20 * ROUNDINGS * case.score_size()  # 20 weights exp(s - lse) and values of about 1
+        for request in (Request(), Request(lse=True, entropy=True)):
+            got = attention.attend(case.q, case.k, case.v, scale=scale, **given, request=request, engine=engine)
+            assert (got.output - want).abs().max() < near
+            assert got.entropy is None or (got.entropy - entropy).abs().max() < near
+        assert (attention.output(case.q, case.k, case.v, scale=scale, **given) - want).abs().max() < near
+        q = case.q.clone().requires_grad_()
+        attention.output(q, case.k, case.v, scale=scale, **given).sum().backward()
+        assert torch.isfinite(q.grad).all()
