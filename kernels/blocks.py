@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import attention
+from headscope.kernels.fallback import falls_back
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import ScoreEdit
@@ -87,12 +88,14 @@ def blocks(
     options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
     if lse is None:
         lse = _lse(q, k, sinks, engine, options)
+    out = None
     if size >= 16 and size & (size - 1) == 0 and edit is None and attention.uses_triton(engine, q, k, mask):
         from headscope.kernels.triton.blocks import pooled
 
-        options.pop("edit")
-        out = pooled(q, k, lse, size=size, highest=pool == "max", **options)
-    else:
+        unedited = {name: x for name, x in options.items() if name != "edit"}
+        with falls_back("the streaming engine"):
+            out = pooled(q, k, lse, size=size, highest=pool == "max", **unedited)
+    if out is None:
         out = _stream(q, k, lse, size, pool, options)
     if pool == "mean":
         out /= real_queries(mask, q.shape[2], size, q.device).clamp(min=1)[..., None]
@@ -145,15 +148,16 @@ def _stream(q: Tensor, k: Tensor, lse: Tensor, size: int, pool: Pool, options: d
     across, down = -(-k.shape[2] // size), -(-q.shape[2] // size)
     out = lse.new_zeros(q.shape[0], q.shape[1], down, across)
     for rows, keys, log_p in log_weights(q, k, lse, align=size, **options):
-        p, at = log_p.exp_(), torch.arange(rows.start, rows.stop, device=q.device)
-        real = options["mask"].query_is_real(at)
+        p = log_p.exp_()
+        real = options["mask"].query_is_real(torch.arange(rows.start, rows.stop, device=q.device))
         if real is not None:
             p *= real[:, None, :, None]
         p = torch.nn.functional.pad(p, (0, -p.shape[3] % size)).unflatten(3, (-1, size))
-        p, block = (p.amax(-1) if pool == "max" else p.sum(-1)), at // size
-        here = out[..., keys.start // size : keys.start // size + p.shape[3]]
-        if pool == "max":
-            here.scatter_reduce_(2, block[None, None, :, None].expand_as(p), p, "amax")
-        else:
-            here.index_add_(2, block, p)
+        p = p.amax(-1) if pool == "max" else p.sum(-1)
+        # rows are filled up to whole blocks and folded: adding them by index would be in another order on every run
+        p = torch.nn.functional.pad(p, (0, 0, rows.start % size, -rows.stop % size)).unflatten(2, (-1, size))
+        p = p.amax(3) if pool == "max" else p.sum(3)
+        i, j = rows.start // size, keys.start // size
+        here = out[:, :, i : i + p.shape[2], j : j + p.shape[3]]
+        here.copy_(torch.maximum(here, p) if pool == "max" else here + p)
     return out

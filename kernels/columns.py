@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import attention
+from headscope.kernels.fallback import falls_back
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import ReducedColumns
 from headscope.kernels.score_edits import ScoreEdit
@@ -55,7 +56,8 @@ def columns(
     if edit is None and attention.uses_triton(engine, q, k, mask):
         from headscope.kernels import gpu_passes as passes
 
-        return ReducedColumns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
+        with falls_back("the streaming engine"):
+            return ReducedColumns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
     here = replace(mask, query_offset=mask.query_offset + first)
     options["mask"], options["edit"] = here, edit
     zero = lse.new_zeros(q.shape[0], q.shape[1], k.shape[2])

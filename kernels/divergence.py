@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import attention
+from headscope.kernels.fallback import falls_back
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import ScoreEdit
@@ -105,7 +106,8 @@ def divergence(first: Side, second: Side, *, engine: attention.Engine = "auto") 
         options: dict[str, Any] = {"mask": first.mask, "scale": first.scale, "softcap": first.softcap}
         wholes = [side.whole(norm) for side, norm in zip((first, second), norms, strict=True)]
         lost = [torch.where(x == -torch.inf, 0.0, x - norm) for x, norm in zip(wholes, norms, strict=True)]
-        return Divergence(*distances((first.q, first.k), (second.q, second.k), norms, lost, **options))
+        with falls_back("the streaming engine"):
+            return Divergence(*distances((first.q, first.k), (second.q, second.k), norms, lost, **options))
     tiles = [
         log_weights(x.q, x.k, x.whole(norm), beside=other.mask, **x.scores())
         for x, other, norm in ((first, second, norms[0]), (second, first, norms[1]))

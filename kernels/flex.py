@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+from headscope.kernels.fallback import COMPILERS, EngineWarning, first_line
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
@@ -68,10 +69,10 @@ def attend(
     try:
         output, norm = attention(q, k, v, **options)
     except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if not type(error).__module__.startswith(COMPILERS):
             raise
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"FlexAttention does not compile this call, so streaming computes it: {cause}", stacklevel=3)
+        said = f"FlexAttention does not compile this call, so streaming computes it: {first_line(error)}"
+        warnings.warn(said, EngineWarning, stacklevel=3)
         if edit is not None:
             _NOT_COMPILED.add(edit)
         return streaming.attend(q, k, v, **options, request=request)

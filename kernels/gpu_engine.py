@@ -3,7 +3,7 @@
 Kernels: lse, max, entropy, distance, linear, output (rows), sums and maxima of columns, up to 32 top keys. Without a
 kernel of its own: a window is the row kernel under a narrower mask, and target masses need only lse. To streaming go:
 any mask with an index ``rule``, an ``edit`` of the scores, or inputs the kernels do not take (the whole call), and
-longer lists of top keys.
+longer lists of top keys. So does a call whose kernel does not compile (``fallback``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.kernels.fallback import falls_back
 from headscope.kernels.gpu_passes import columns, rows
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
@@ -49,11 +50,12 @@ def attend(
     request: Request,
 ) -> Reduced:
     """Compute ``request``; shapes and meaning as in ``headscope.kernels.attention.attend``."""
-    if not takes(q, v, mask) or edit is not None:
-        return streaming.attend(
-            q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, edit=edit, request=request
-        )
-    return _Call(q, k, v, mask, scale, softcap, sinks, bias, request).run()
+    if takes(q, v, mask) and edit is None:
+        with falls_back("the streaming engine"):
+            return _Call(q, k, v, mask, scale, softcap, sinks, bias, request).run()
+    return streaming.attend(
+        q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, edit=edit, request=request
+    )
 
 
 class _Call:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headscope.kernels.fallback import falls_back
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
@@ -40,6 +41,7 @@ def rows(
     columns = None if features is None else encode(features, q.dtype)
     kept = None if features is None else width(features, q.dtype)
     sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept or 0)
+    found = None
     if q.shape[0] * sizes.rows == 0:
         found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
     elif hopper.takes(
@@ -53,11 +55,13 @@ def rows(
         columns=columns,
         consecutive=positions is None,
     ):
-        found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
+        filled = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
         seen = rules(mask, q.shape[0], positions)
         sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
-        hopper.fill_rows(q, k, v, columns, sinks, found, sizes, seen, scale, sparse=sparse)
-    else:
+        with falls_back("Triton's own kernel"):
+            hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, scale, sparse=sparse)
+            found = filled
+    if found is None:
         found = triton_rows.rows(
             q,
             k,
@@ -105,7 +109,8 @@ def columns(
     sizes = triton_columns.Sizes(heads, heads // k.shape[1], n, first, stop, keys)
     seen = rules(mask, batch)
     if hopper.takes(q, k, None, mask=mask, scale=scale, softcap=softcap, bias=bias):
-        hopper.fill_columns(q, k, lse, sums, most, sizes, seen, scale)
-    else:
-        triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
+        with falls_back("Triton's own kernel"):
+            hopper.fill_columns(q, k, lse, sums, most, sizes, seen, scale)
+            return sums, most
+    triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
     return sums, most

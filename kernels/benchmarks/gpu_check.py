@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import time
 from dataclasses import replace
 from typing import Any
@@ -106,15 +105,6 @@ def _options(case: Case) -> dict[str, Any]:
     return {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias")}
 
 
-def _guarded(spec: dict[str, Any]) -> list[str]:
-    torch.set_num_threads(1)
-    poison()
-    try:
-        return check_one(spec) + check_pairs(spec)
-    except Exception as error:  # one broken case must not hide the others
-        return [f"{spec}: {type(error).__name__}: {str(error)[:600]}"]
-
-
 def poison() -> None:
     """Fill what ``torch.empty`` gives with NaN, in this process."""
     allocate = torch.empty
@@ -165,18 +155,3 @@ def check_long() -> bool:
         print(f"{n} tokens, {heads} heads, d {d}, head {h}: {apart}")
     print(f"rows of {n} tokens and columns over the last {last} queries, compilation included: {took:.1f} s")
     return right
-
-
-def check() -> bool:
-    """Run every case, several at a time (compilation dominates)."""
-    began, every = time.time(), cases()
-    with mp.get_context("spawn").Pool(WORKERS) as pool:
-        wrong = [line for lines in pool.imap_unordered(_guarded, every) for line in lines]
-    for line in wrong:
-        print("WRONG", line)
-    one = random_case(**for_hopper()[0], device="cuda")
-    print(
-        "kernels for Hopper:", "in use" if hopper.takes(one.q, one.k, one.v, mask=one.mask, scale=1.0) else "NOT in use"
-    )
-    print(f"checked {3 * len(every)} calls in {time.time() - began:.0f} s: {len(wrong)} results out of bounds")
-    return not wrong

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from headscope.kernels import gpu_passes as passes
-from headscope.kernels.benchmarks.h100 import tensors
+from headscope.kernels.benchmarks.timed import tensors
 from headscope.kernels.masks import Mask
 
 

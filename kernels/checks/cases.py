@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ MASKS = (
     "shifted keys",
     "empty rows",
 )
+# d_head, d_value: each class of tiles, filled and not, and two that differ
+WIDTHS = ((16, 16), (60, 60), (64, 64), (80, 80), (96, 128), (128, 128), (128, 64), (256, 256))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +133,19 @@ def random_mask(kind: str, batch: int, queries: int, keys: int, device: torch.de
     return masks[kind]()
 
 
+def padded(mask: Mask, padding: tuple[int, int], batch: int, keys: int, device: torch.device | str = "cpu") -> Mask:
+    """``mask`` with this many positions hidden at the left and at the right of the last of ``batch`` examples."""
+    start, end = (torch.full((batch,), x, device=device) for x in (0, keys))
+    start[-1], end[-1] = padding[0], keys - padding[1]
+    return replace(mask, start=start if padding[0] else mask.start, end=end if padding[1] else mask.end)
+
+
+def paddings(*tiles: int) -> list[tuple[int, int]]:
+    """Paddings (left, right) just below, at and just above one of ``tiles`` positions, on either side and on both."""
+    sizes = sorted({size + off for size in tiles for off in (-1, 0, 1)})
+    return [pair for n in sizes for pair in ((n, 0), (0, n), (n, n))]
+
+
 def random_case(
     kind: str,
     *,
@@ -145,12 +160,14 @@ def random_case(
     softcap: float | None = None,
     sinks: bool = False,
     bias: bool = False,
+    padding: tuple[int, int] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Case:
     """A random call with the mask ``kind`` of ``MASKS``; scores have a standard deviation of about 2.
 
-    A ``bias`` hides every eighth key or so of a head: it is -inf there.
+    A ``bias`` hides every eighth key or so of a head: it is -inf there. ``padding``: this many positions are hidden at
+    the left and at the right of the last example, beside what the mask hides.
     """
     gen = torch.Generator().manual_seed(seed)
     heads = kv_heads * group
@@ -162,11 +179,12 @@ def random_case(
         hidden = torch.rand(batch, heads, keys, generator=gen) < 0.125
         return normal(batch, heads, keys).masked_fill(hidden.to(device), -torch.inf)
 
+    mask = random_mask(kind, batch, queries, keys, device)
     return Case(
         q=(2.0 * normal(batch, heads, queries, d_head)).to(dtype),
         k=normal(batch, kv_heads, keys, d_head).to(dtype),
         v=normal(batch, kv_heads, keys, d_value or d_head).to(dtype),
-        mask=random_mask(kind, batch, queries, keys, device),
+        mask=mask if padding is None else padded(mask, padding, batch, keys, device),
         scale=d_head**-0.5,
         softcap=softcap,
         sinks=normal(heads) if sinks else None,

@@ -38,7 +38,7 @@ from headscope.kernels.hopper.device import (
     tiles,
     visible,
 )
-from headscope.kernels.triton.device import on_device
+from headscope.kernels.triton.device import launch
 
 GROUPS = gl.constexpr(3)
 STAGES = gl.constexpr(4)
@@ -205,5 +205,4 @@ def columns(
     together = taking_turns(pairs, q[0, 0].nbytes)
     grid = (triton.cdiv(sizes.keys, GROUPS.value * KEYS.value) * pairs,)
     at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS.value)
-    with on_device(q):
-        _kernel[grid](*at, lse, sums, highest, sizes, rules, scale, together, REGISTERS=160, num_warps=4)
+    launch(_kernel, grid, q, *at, lse, sums, highest, sizes, rules, scale, together, REGISTERS=160, num_warps=4)

@@ -51,7 +51,7 @@ def takes(
         and q.shape[3] in D_HEADS
         and all(x.shape[3] == q.shape[3] and _fetchable(x) for x in tensors)
         and q.shape[2] >= FEWEST
-        and (columns is None or columns.shape[-1] <= MOST_COLUMNS)
+        and (columns is None or (columns.dtype == q.dtype and columns.shape[-1] <= MOST_COLUMNS))
         and scale > SMALLEST
         and softcap is None
         and bias is None
@@ -119,7 +119,9 @@ def _hopper(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device)[0] != 9 or find_spec("triton.experimental.gluon") is None:
         return False
     try:
-        import headscope.kernels.hopper.device  # noqa: F401
-    except (ImportError, AttributeError):  # Gluon is experimental: another version may name things otherwise
+        import headscope.kernels.hopper.columns
+        import headscope.kernels.hopper.output
+        import headscope.kernels.hopper.rows  # noqa: F401
+    except Exception:  # Gluon is experimental: another version may name things otherwise
         return False
     return True

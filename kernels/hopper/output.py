@@ -56,7 +56,7 @@ from headscope.kernels.hopper.device import (
     tiles,
     weigh,
 )
-from headscope.kernels.triton.device import on_device
+from headscope.kernels.triton.device import launch
 
 ABSENT = gl.constexpr(0)  # features: there are none;
 BESIDE = gl.constexpr(1)  # their product is issued beside that of the values;
@@ -337,5 +337,4 @@ def output(
     at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), tiles(v, KEYS)
     f_at, features, batch = feature_tiles(columns, KEYS, asked=sparse)
     given = sinks, results, sizes, rules, scale, batch, together
-    with on_device(q):
-        _kernel[grid](*at, f_at, features, *given, GROUPS=groups, STAGES=stages, num_warps=4)
+    launch(_kernel, grid, q, *at, f_at, features, *given, GROUPS=groups, STAGES=stages, num_warps=4)

@@ -50,7 +50,7 @@ from headscope.kernels.hopper.device import (
     tiles,
     weigh,
 )
-from headscope.kernels.triton.device import on_device
+from headscope.kernels.triton.device import launch
 
 GROUPS = gl.constexpr(3)
 STAGES = gl.constexpr(4)
@@ -187,5 +187,5 @@ def rows(
     grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
     f_at, features, batch = feature_tiles(columns, KEYS, asked=True)
     at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), f_at
-    with on_device(q):
-        _kernel[grid](*at, features, sinks, results, sizes, rules, scale, batch, together, REGISTERS=160, num_warps=4)
+    given = sinks, results, sizes, rules, scale, batch, together
+    launch(_kernel, grid, q, *at, features, *given, REGISTERS=160, num_warps=4)

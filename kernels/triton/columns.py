@@ -75,7 +75,8 @@ def _kernel(
     lo, hi, full_lo, full_hi = query_range(begin, BN, b, sizes.first, sizes.stop, sizes.keys, rules, BM)
     total = tl.zeros([BN], tl.float32)
     highest = tl.zeros([BN], tl.float32)
-    for masked in tl.static_range(2):
+    part: tl.constexpr = 1 if rules.chunk is not None or rules.segments is not None else 0  # as in ``rows``
+    for masked in tl.static_range(part, 2):
         if masked:
             before = (full_lo - lo) // BM
             tiles = before + tl.cdiv(hi - full_hi, BM)

@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headscope.kernels.fallback import build
+
 LOG2E = tl.constexpr(1.0 / math.log(2.0))
 LN2 = tl.constexpr(math.log(2.0))
 HIDDEN = tl.constexpr(-2e30)
@@ -68,9 +70,14 @@ def on_device(x: Tensor) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
-    """Run ``kernel`` on ``grid`` on the device of ``x``."""
+    """Run ``kernel`` on ``grid`` on the device of ``x``. Raises NotCompiled where it cannot be built."""
     with on_device(x):
-        kernel[grid](*args, **options)
+        build(kernel[grid], kernel, x, args, options)
+
+
+def has_copy_engine(x: Tensor) -> bool:
+    """Whether ``x`` is on a card that has one: Hopper and later."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 
 def tma(x: Tensor, rows: int, width: int) -> Any | None:
@@ -78,7 +85,7 @@ def tma(x: Tensor, rows: int, width: int) -> Any | None:
 
     None where it cannot: every stride must be a multiple of 16 bytes. Beyond the tensor it delivers zeros.
     """
-    if not x.is_cuda or x.numel() == 0 or torch.cuda.get_device_capability(x.device)[0] < 9:
+    if x.numel() == 0 or not has_copy_engine(x):
         return None
     bytes_ = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
     if x.stride(-1) != 1 or any(b % 16 or b == 0 for b in bytes_):

@@ -1,4 +1,7 @@
-"""Feature columns as the GPU kernels read them: in half precision without loss, and which tiles of keys share a row.
+"""Feature columns as the GPU kernels read them, without loss, and which tiles of keys share a row.
+
+Half precision holds what fits it. Other columns become sums of two or three that fit, in float16 scaled to its range;
+where a column spans more than that (2^24 between its largest and smallest number), all are multiplied in float32.
 
 What is made of a features tensor is kept while that lives and stays as it is: all layers of a model ask for it again.
 """
@@ -36,27 +39,48 @@ def _kept(make: Callable[..., T]) -> Callable[..., T]:
     return recall
 
 
-def _parts(dtype: torch.dtype) -> int:
-    return {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}[dtype]
+PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # columns of a type for one that it cannot hold
+ROUGHEST = 2.0**-16  # relative: of a weight, half precision keeps 2^-12
 
 
 @_kept
-def _is_exact(features: Tensor, dtype: torch.dtype) -> bool:
+def _held(features: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, int]:
+    """The type of the columns of ``features`` for scores in ``dtype``, and how many of them make one of those."""
     if dtype == torch.float32 or features.dtype in (torch.bool, torch.uint8, torch.int8, dtype):
-        return True
-    return bool((features.to(dtype).to(features.dtype) == features).all())
+        return dtype, 1
+    if bool((features.to(dtype).to(features.dtype) == features).all()):
+        return dtype, 1
+    whole = torch.stack(_split(features, dtype)).double().sum(0) / _scales(features, dtype)
+    if bool(((whole - features).abs() <= ROUGHEST * features.abs()).all()):
+        return dtype, PARTS[dtype]
+    return torch.float32, 1
+
+
+def _scales(features: Tensor, dtype: torch.dtype) -> Tensor:
+    """Powers of two (n,) float64 by which the columns are multiplied to fill the range of ``dtype`` from its top.
+
+    float16 ends at 65,504, and a number below 6e-5 has fewer bits; the others have the range of float32.
+    """
+    n = features.shape[-1]
+    if dtype != torch.float16 or features.numel() == 0:
+        return features.new_ones(n, dtype=torch.float64)
+    largest = features.double().abs().reshape(-1, n).amax(0)
+    return torch.exp2(15.0 - torch.frexp(largest).exponent.clamp(-80, 100).double())
+
+
+def _split(features: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    rest, columns = (features.double() * _scales(features, dtype)).float(), []
+    for _ in range(PARTS[dtype]):
+        columns.append(rest.to(dtype))
+        rest = rest - columns[-1].float()
+    return columns
 
 
 @_kept
 def encode(features: Tensor, dtype: torch.dtype) -> Tensor:
-    """Columns in ``dtype``, padded to a tile's width. Values it cannot hold become a sum of columns that it can."""
-    if _is_exact(features, dtype):
-        columns = [features.to(dtype)]
-    else:
-        rest, columns = features.float(), []
-        for _ in range(_parts(dtype)):
-            columns.append(rest.to(dtype))
-            rest = rest - columns[-1].float()
+    """Columns in ``dtype``, or in float32 where sums of such are too rough, padded to a tile's width."""
+    held, parts = _held(features, dtype)
+    columns = [features.to(held)] if parts == 1 else _split(features, dtype)
     x = torch.cat(columns, -1)
     width = max(16, 1 << (x.shape[-1] - 1).bit_length())  # of a tile
     return torch.nn.functional.pad(x, (0, width - x.shape[-1])).contiguous()
@@ -64,14 +88,21 @@ def encode(features: Tensor, dtype: torch.dtype) -> Tensor:
 
 def width(features: Tensor, dtype: torch.dtype) -> int:
     """How many columns ``encode`` makes of ``features``, padding not counted."""
-    return features.shape[-1] * (1 if _is_exact(features, dtype) else _parts(dtype))
+    return features.shape[-1] * _held(features, dtype)[1]
+
+
+@_kept
+def _unscale(features: Tensor, dtype: torch.dtype) -> Tensor:
+    return (1.0 / _scales(features, dtype)).float()
 
 
 def decode(linear: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
     """The linear statistics of ``features`` from those of the columns that ``encode`` made of them."""
-    if _is_exact(features, dtype):
+    parts = _held(features, dtype)[1]
+    if parts == 1:
         return linear
-    return linear.view(*linear.shape[:-1], _parts(dtype), features.shape[-1]).sum(-2)
+    whole = linear.view(*linear.shape[:-1], parts, features.shape[-1]).sum(-2)
+    return whole if dtype != torch.float16 else whole * _unscale(features, dtype)
 
 
 @_kept

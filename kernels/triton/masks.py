@@ -173,6 +173,7 @@ def query_range(begin, size, b, first, stop, keys, rules, BM: tl.constexpr):
     if (rules.chunk is not None) or (rules.segments is not None):
         whole = whole & (size < 0)
     hi = tl.maximum(hi, first)
+    flo = tl.maximum(flo, lo)  # padding moves ``lo`` alone: whole tiles are counted from it
     lo = first + tl.maximum(tl.minimum(lo, hi) - first, 0) // BM * BM
     flo = first + tl.maximum(tl.minimum(flo, hi) - first + BM - 1, 0) // BM * BM
     fhi = first + tl.maximum(tl.minimum(fhi, hi) - first, 0) // BM * BM

@@ -140,7 +140,10 @@ def _kernel(
     plain: tl.constexpr = score.softcap is None and score.bias is None
     linear = tl.zeros([BM, NF], tl.float32)
     output = tl.zeros([BM, DV], tl.float32)
-    for masked in tl.static_range(2):
+    # under chunks and segments no tile is known to be whole, and that loop is left out: one that never runs, behind the
+    # copy engine's fetches, crashes the ptxas of Triton 3.6
+    part: tl.constexpr = 1 if rules.chunk is not None or rules.segments is not None else 0
+    for masked in tl.static_range(part, 2):
         if masked:
             before = (full_lo - lo) // BN
             tiles = before + tl.cdiv(hi - full_hi, BN)
@@ -204,18 +207,19 @@ def rows(
     bias: Tensor | None,
     wants: frozenset[str],
 ) -> Rows:
-    """The statistics ``wants``; see ``passes.rows``. ``columns`` are features in q's type, padded to a tile's width."""
+    """The statistics ``wants``; see ``passes.rows``. ``columns`` are as ``features.encode`` gives them."""
     batch, heads, n, d = q.shape
     d_value = 0 if v is None else v.shape[3]
     width, width_v = padded(d), 16 if v is None else padded(d_value)
     pack = n * sizes.group <= FEW_ROWS
+    dtype = q.dtype if columns is None else columns.dtype  # float32 columns are multiplied as float32 scores are
     if pack:
-        tiles = triton_tuning.decode_tiles(width, 1 << (n * sizes.group - 1).bit_length(), q.dtype)
+        tiles = triton_tuning.decode_tiles(width, 1 << (n * sizes.group - 1).bit_length(), dtype)
         programs = batch * k.shape[1]
         splits = triton_tuning.key_splits(programs, sizes.keys, tiles.keys)
         grid = (1, programs, splits)
     else:
-        tiles = triton_tuning.row_tiles(width, 0 if v is None else width_v, 0 if columns is None else 1, q.dtype)
+        tiles = triton_tuning.row_tiles(width, 0 if v is None else width_v, 0 if columns is None else 1, dtype)
         splits, grid = 1, (triton.cdiv(n, tiles.rows), batch * heads, 1)
     kept = None if columns is None else sizes.width
     results = allocate(q, v, wants | ({"lse"} if splits > 1 else set()), kept, splits)

@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels, by what a call computes, as ``benchmarks/h100.py --tune`` measured them."""
+"""Tile sizes of the Triton kernels, by what a call computes, as ``benchmarks/gpu.py --tune`` measured them."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -40,6 +41,17 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
     yield
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> Iterator[None]:
+    """No test passes because another engine answered; what did not compile is forgotten after each."""
+    from headscope.kernels import fallback
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fallback.EngineWarning)
+        yield
+    fallback._FAILED.clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

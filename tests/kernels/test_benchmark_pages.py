@@ -56,7 +56,7 @@ def test_the_tables_of_the_readme_are_written_between_their_marks(tmp_path: Path
     pages.rewrite(readme, folder)
     assert readme.read_text() == f"before\n{pages.BEGIN}\nNo result is committed yet.\n{pages.END}\nafter\n"
     pages.save(result(), folder, "lengths")
-    (folder / "others.json").write_text(json.dumps({"times": []}))  # of h100.py: no table here
+    (folder / "others.json").write_text(json.dumps({"times": []}))  # of gpu.py: no table here
     for _ in range(2):  # and again, from what was written
         pages.rewrite(readme, folder)
     text = readme.read_text()

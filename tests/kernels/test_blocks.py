@@ -54,11 +54,12 @@ def test_block_sizes_and_logit_options(size: int, engine: str) -> None:
         assert holds(case, blocks(case.q, case.k, size=size, pool=pool, engine=engine, **call(case)), size, pool)
 
 
-def test_streaming_folds_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [7, 16, 100])
+def test_streaming_folds_rows_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "log_weights", functools.partial(weights.log_weights, held=900))
     case = random_case("left padding", queries=40, keys=40)
     for pool in ("sum", "max"):
-        assert holds(case, blocks(case.q, case.k, size=16, pool=pool, engine="streaming", **call(case)), 16, pool)
+        assert holds(case, blocks(case.q, case.k, size=size, pool=pool, engine="streaming", **call(case)), size, pool)
 
 
 @pytest.mark.parametrize("kind", ["causal", "left padding", "window", "empty rows"])

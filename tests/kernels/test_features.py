@@ -22,6 +22,23 @@ def test_encoded_features_decode_to_themselves(dtype: torch.dtype) -> None:
     assert error.max() <= 2**-22  # three numbers of 8 bits, or two of 11, hold 22 bits or more
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [65_504.5, 65_520.0, 1e6, 3e30, 1e-6, 1e-30])
+def test_columns_of_any_size_decode_to_themselves(size: float, dtype: torch.dtype) -> None:
+    """float16 ends at 65,504: from 65,520 it rounds to infinity, of which the rest was NaN."""
+    features = torch.randn(300, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([size, 1.0])
+    columns = encode(features, dtype)
+    assert columns.isfinite().all()
+    back = decode(columns[:, : width(features, dtype)].float(), features, dtype)
+    assert ((back - features).abs() <= 2.0**-16 * features.abs()).all()  # the contract, number by number
+
+
+def test_a_column_wider_than_half_precision_is_held_in_float32() -> None:
+    features = torch.logspace(-20, 20, 50)[:, None]
+    columns = encode(features, torch.float16)
+    assert columns.dtype == torch.float32 and torch.equal(decode(columns[:, :1], features, torch.float16), features)
+
+
 def brute(columns: Tensor, keys: int) -> list[int]:
     """``runs`` of one example, tile by tile."""
     tiles = [columns[n : n + keys].unique(dim=0) for n in range(0, columns.shape[0], keys)]

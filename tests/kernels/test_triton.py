@@ -1,6 +1,6 @@
 """The Triton kernels against the float64 definition, in Triton's interpreter where there is no GPU.
 
-The interpreter has no bfloat16 arithmetic, so bfloat16 is checked on the GPU alone (``kernels/benchmarks/h100.py``).
+The interpreter has no bfloat16 arithmetic, so bfloat16 is checked on the GPU alone (``kernels/benchmarks/gpu.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import attention
 from headscope.kernels import gpu_engine as triton_engine
-from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
+from headscope.kernels.checks.cases import MASKS, Case, everything, paddings, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, Request
@@ -32,6 +32,11 @@ SHAPES = [  # queries, keys, d_head, d_value
     pytest.param(33, 70, 16, 24, id="cached keys", marks=pytest.mark.slow),
     pytest.param(63, 130, 80, 80, id="63 queries", marks=pytest.mark.slow),
 ]
+
+
+def _tiles(d: int, dtype: torch.dtype) -> list[int]:
+    by_rows, by_columns = triton_tuning.row_tiles(d, 0, 1, dtype), triton_tuning.column_tiles(d, dtype)
+    return [by_rows.rows, by_rows.keys, by_columns.rows, by_columns.keys]
 
 
 def fails(case: Case, request: Request, engine: Callable[..., Reduced] = triton_engine.attend) -> list:
@@ -49,6 +54,23 @@ def test_every_reduction_under_every_mask(kind: str, queries: int, keys: int, d:
 def test_subsets_of_rows_and_columns(kind: str) -> None:
     case = random_case(kind, kv_heads=1, queries=34, keys=50, device=DEVICE)
     assert not fails(case, everything(case, subset=True))
+
+
+@pytest.mark.parametrize("kind", ["full", "causal"])
+@pytest.mark.parametrize("padding", paddings(*_tiles(32, torch.float32)))
+def test_padding_around_a_tile(kind: str, padding: tuple[int, int]) -> None:
+    """Left padding of a tile of queries or more once dropped the last, partial tile of queries."""
+    case = random_case(kind, kv_heads=1, group=1, queries=110, keys=110, padding=padding, device=DEVICE)
+    assert not fails(case, Request(output=False, entropy=True, columns=(Columns(sum=True, max=True),)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [64, 128])
+def test_padding_around_the_tiles_of_half_precision(d: int) -> None:
+    for padding in paddings(*_tiles(d, torch.float16)):
+        case = random_case("full", batch=1, kv_heads=1, group=1, queries=300, keys=300, d_head=d, padding=padding)
+        case = replace(case, q=case.q.half(), k=case.k.half(), v=case.v.half())
+        assert not fails(case, Request(output=False, entropy=True, columns=(Columns(sum=True, max=True),))), padding
 
 
 @pytest.mark.parametrize("option, queries", [*((name, 1) for name in OPTIONS), ("all three", 1), ("all three", 34)])
@@ -144,6 +166,21 @@ def test_features_that_half_precision_cannot_hold_stay_exact() -> None:
     assert (
         got is not None and (got - 1234.567).abs().max() < 1.0
     )  # float16 alone is 0.4 off, times a mass of 1 +- 2^-11
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("size", [65_520.0, 1e7, 1e-7])
+def test_features_beyond_the_range_of_half_precision(size: float, queries: int) -> None:
+    case = random_case("causal", kv_heads=1, queries=queries, keys=40, dtype=torch.float16, device=DEVICE)
+    gen = torch.Generator().manual_seed(0)
+    spread = torch.logspace(-12, 12, 40)[torch.randperm(40, generator=gen)]
+    for column in (torch.full((40,), size), size * torch.randn(40, generator=gen), spread):
+        linear = torch.stack([column, torch.ones(40)], -1).to(DEVICE)
+        request = Request(output=False, linear=linear)
+        got, want = case.run(triton_engine.attend, request).linear, case.eager(request).linear
+        # half precision keeps 2^-12 of each weight, and drops those below 2^-25 of the row's largest
+        bound = case.pattern() @ linear.abs().double() * 2.0**-11 + linear.abs().double().sum(0) * 2.0**-24
+        assert got is not None and want is not None and ((got - want).abs() <= bound).all()
 
 
 def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,13 @@
-"""Check every Triton kernel on the GPU against the definition, then time it against SDPA on the same tensors.
+"""Check every kernel on the GPU against the definition, then time it against SDPA on the same tensors.
 
-    python kernels/benchmarks/h100.py --check --time --out kernels/benchmarks/results
+    python kernels/benchmarks/gpu.py --check --time --out kernels/benchmarks/results
+    python kernels/benchmarks/gpu.py --check --compare --limit 300 --out DIRECTORY
 
-``--check`` exits with 1 if any result is out of bounds; so does ``--long``, a million tokens, and ``--few``, for
-``compute-sanitizer``. ``--tune`` times every tile size of ``CANDIDATES``: so
-``triton_tuning`` was chosen. Times are medians of one run; a ratio is to torch's SDPA with its default backend.
+``--check`` exits with 1 if any result is out of bounds, and ends after ``--limit`` seconds (``gpu_groups``);
+``--compare`` times kernels at 65,536 tokens beside the ratios in ``results`` (``gpu_compare``); what both found is
+written to DEVICE-checks.json. With 1 exit, too, wrong results of ``--long``, a million tokens, and ``--few``, for
+``compute-sanitizer``. ``--tune`` times every tile size of ``CANDIDATES``: so ``triton_tuning`` was chosen. Times are
+medians of one run; a ratio is to torch's SDPA with its default backend.
 """
 
 from __future__ import annotations
@@ -15,91 +18,31 @@ import multiprocessing as mp
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 
-from headscope.kernels import attention, flex
+from headscope.kernels import attention
 from headscope.kernels import gpu_passes as passes
-from headscope.kernels.benchmarks import gpu_check_edits
+from headscope.kernels.benchmarks import gpu_groups
 from headscope.kernels.benchmarks.clock import AHEAD, median
-from headscope.kernels.benchmarks.gpu_check import WORKERS, check, check_few, check_long
-from headscope.kernels.blocks import blocks, top_blocks
-from headscope.kernels.divergence import Side, divergence
+from headscope.kernels.benchmarks.gpu_check import WORKERS, check_few, check_long
+from headscope.kernels.benchmarks.gpu_compare import compare
+from headscope.kernels.benchmarks.timed import HEADS, KV_HEADS, Tensors, kinds, tensors
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Request
-from headscope.kernels.score_edits import distance_slope
-from headscope.kernels.spans import span_outputs
 from headscope.kernels.triton import tuning as triton_tuning
-from headscope.kernels.triton.topk import top_keys
 from headscope.kernels.triton.tuning import Tiles
 
-HEADS, KV_HEADS = 32, 8
 TILES = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 128, 4)]
 SHAPES = [(n, n, d) for d in (128, 64) for n in (16384, 65536)] + [(1, 131072, 128)]  # queries, keys, d_head
 CANDIDATES = {
     kind: [Tiles(*tile, stages, registers) for tile in TILES for stages in (2, 3) for registers in (False, True)]
     for kind in ("rows: lse, entropy", "rows", "fused", "columns: sum")
 }
-
-
-def tensors(queries: int, keys: int, d: int, heads: int = HEADS, kv: int = KV_HEADS) -> tuple[torch.Tensor, ...]:
-    """Random bf16 q, k, v and 16 indicators of random keys."""
-    gen = torch.Generator("cuda").manual_seed(0)
-    shapes = ((1, heads, queries, d), (1, kv, keys, d), (1, kv, keys, d))
-    q, k, v = (torch.randn(s, generator=gen, device="cuda", dtype=torch.bfloat16) for s in shapes)
-    flags = (torch.rand(keys, 16, generator=gen, device="cuda") < 0.1).to(torch.bfloat16)
-    return q, k, v, flags
-
-
-def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, flags: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name; ``sdpa`` is the yardstick."""
-    keys, queries = k.shape[2], q.shape[2]
-    mask, scale = Mask.causal(keys - queries), q.shape[-1] ** -0.5
-    call: dict[str, Any] = {"mask": mask, "scale": scale}
-    spans = torch.arange(keys, device=q.device)[:, None] * 16 // keys == torch.arange(16, device=q.device)
-
-    def rows(wants: set[str], values: Any = None, features: torch.Tensor | None = None) -> Callable[[], Any]:
-        wants |= set() if features is None else {"linear"}
-        return lambda: passes.rows(q, k, values, features=features, wants=frozenset(wants), **call)
-
-    every: dict[str, Callable[[], Any]] = {
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True),
-        "rows: lse": rows({"lse"}),  # the least a statistic costs
-        "rows: lse, entropy": rows({"lse", "entropy"}),
-        "rows": rows({"lse", "entropy"}, None, flags),
-        "rows: 16 spans": rows({"lse", "entropy"}, None, spans),
-        "output": rows({"output"}, v),
-        "output, lse, entropy": rows({"lse", "entropy", "output"}, v),
-        "fused": rows({"lse", "entropy", "output"}, v, flags),
-        "fused: 16 spans": rows({"lse", "entropy", "output"}, v, spans),
-    }
-    lse = passes.rows(q, k, None, **call).lse
-    assert lse is not None
-    every |= {f"top {n} keys": partial(top_keys, q, k, lse, count=n, **call) for n in (1, 8, 32)}
-    if queries == keys:
-        every["columns: sum"] = lambda: passes.columns(q, k, lse, **call)
-        every["columns: sum, max"] = lambda: passes.columns(q, k, lse, highest=True, **call)
-        every["blocks of 128"] = lambda: blocks(q, k, size=128, lse=lse, **call)
-        every["top 16 blocks of 128"] = lambda: top_blocks(q, k, size=128, top=16, **call)
-        every["divergence"] = lambda: divergence(Side(q, k, **call), Side(q, v, **call))
-        quarters = [(n * keys // 4, (n + 1) * keys // 4) for n in range(4)]
-        every["4 spans"] = lambda: span_outputs(q, k, v, quarters, **call)
-        edit = distance_slope(torch.full((HEADS,), 1e-3, device="cuda"))
-        every["edited output"] = lambda: flex.attention(q, k, v, edit=edit, **call)
-        if find_spec("flash_colreduce"):
-            flash_colreduce = import_module("flash_colreduce").flash_colreduce
-            wide = k.repeat_interleave(HEADS // KV_HEADS, dim=1)  # it takes one key head a query head
-            every["flash-colreduce"] = lambda: flash_colreduce(q, wide, "sum", is_causal=True, scale=scale)
-        request = Request(output=False, columns=(Columns(sum=True),))
-        every["columns incl. lse"] = lambda: attention.attend(q, k, v, request=request, **call)
-    return every
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -176,14 +119,14 @@ def tune() -> None:
             timed = []
             for tiles in CANDIDATES[kind]:
                 try:
-                    timed.append((median(_with(kind, tiles, *data), 0.1) / base, tiles))
+                    timed.append((median(_with(kind, tiles, data), 0.1) / base, tiles))
                 except Exception as error:  # out of registers or shared memory: not a candidate
                     print(kind, d, tiles, type(error).__name__)
             for ratio, tiles in sorted(timed)[:5]:
                 print(f"{kind:<18} d {d:<4} {ratio:5.2f}x {tuple(tiles)}", flush=True)
 
 
-def _with(kind: str, tiles: Tiles, *data: torch.Tensor) -> Callable[[], Any]:
+def _with(kind: str, tiles: Tiles, data: Tensors) -> Callable[[], Any]:
     hopper.takes = lambda *_, **__: False  # it is Triton's tiles that are tuned
     triton_tuning.row_tiles = lambda *_: tiles
     triton_tuning.column_tiles = lambda *_: tiles
@@ -196,10 +139,10 @@ def _compile(job: tuple[str, int, Tiles]) -> None:
     try:
         if kind == "columns: sum":
             lse = torch.zeros(1, HEADS, 2048, device="cuda")
-            _with("rows", tiles, *tensors(16, 16, d))
+            _with("rows", tiles, tensors(16, 16, d))
             passes.columns(small[0], small[1], lse, mask=Mask.causal(), scale=d**-0.5)
         else:
-            _with(kind, tiles, *small)()
+            _with(kind, tiles, small)()
         torch.cuda.synchronize()
     except Exception:  # reported when it is timed
         pass
@@ -228,7 +171,7 @@ def report(table: list[dict[str, Any]]) -> str:
         f"bfloat16, causal, {HEADS} query heads, {KV_HEADS} key/value heads, random inputs; medians of one run of",
     ]
     lines += [
-        "`h100.py --time`; ratios to torch SDPA's default forward on the same tensors. `rows` is lse, entropy and 16"
+        "`gpu.py --time`; ratios to torch SDPA's default forward on the same tensors. `rows` is lse, entropy and 16"
     ]
     lines += [
         "linear statistics of random keys, `fused` the same with the output, `16 spans` of contiguous ones. Work is",
@@ -242,16 +185,29 @@ def report(table: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(folder: Path, ending: str, text: str) -> None:
+    """Write a file named after the card."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{torch.cuda.get_device_name().lower().replace(' ', '-')}{ending}").write_text(text)
+
+
 def main() -> int:
     """Parse the command line and run what it asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("check", "few", "long", "time", "tune"):
+    for name in ("check", "compare", "few", "long", "time", "tune"):
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds for --check")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     print(device())
-    right = check() if args.check else True
-    right &= gpu_check_edits.check() if args.check else True
+    right = True
+    if args.check or args.compare:
+        times = compare() if args.compare else []  # first: on an idle card
+        found = gpu_groups.check(args.limit) if args.check else {}
+        right = not any(group.failed for group in found.values())
+        if args.out:
+            listed = {name: vars(group) for name, group in found.items()}
+            write(args.out, "-checks.json", json.dumps({**device(), "groups": listed, "times": times}, indent=1) + "\n")
     right &= check_few() if args.few else True
     right &= check_long() if args.long else True
     if args.tune:
@@ -259,10 +215,8 @@ def main() -> int:
     if args.time:
         table = measure() + eager_maps()
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            name = torch.cuda.get_device_name().lower().replace(" ", "-")
-            (args.out / f"{name}.json").write_text(json.dumps({**device(), "times": table}, indent=1) + "\n")
-            (args.out / f"{name}.md").write_text(report(table))
+            write(args.out, ".json", json.dumps({**device(), "times": table}, indent=1) + "\n")
+            write(args.out, ".md", report(table))
     return 0 if right else 1
 
 

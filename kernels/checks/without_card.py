@@ -1,0 +1,135 @@
+"""Compile the Triton kernels for Hopper on a machine without a card: every mask rule x width x precision.
+
+    python -m headscope.kernels.checks.without_card --rules chunks,segments --widths 64,128 --dtypes bfloat16
+
+prints a line for each kernel that does not compile, and exits with 1 if there is one. Another Triton than the installed
+one: ``pip install --no-deps --target DIRECTORY triton==3.6.0``, and ``PYTHONPATH=DIRECTORY`` before the command. It
+replaces Triton's driver, so it needs a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from headscope.kernels.checks.cases import MASKS, WIDTHS, random_mask
+from headscope.kernels.masks import Mask
+from headscope.kernels.triton import blocks, columns, device, divergence, merge, rows, topk
+from headscope.kernels.triton.masks import rules
+
+QUERIES, KEYS, HEADS, KV_HEADS, BATCH = 256, 256, 8, 2, 2
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+class NoCard:
+    """A driver that knows what to compile for, and nothing else."""
+
+    utils = SimpleNamespace(get_device_properties=lambda _: {"max_shared_mem": 232448, "multiprocessor_count": 132})
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int | None = None) -> int:
+        return 0
+
+
+class Compiled:
+    """In a kernel's place: compiles what it would launch."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
+
+
+def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Every kernel under ``mask``, by name; heads are ``width`` wide."""
+    q = torch.zeros(BATCH, HEADS, QUERIES, width, dtype=dtype)
+    k = torch.zeros(BATCH, KV_HEADS, KEYS, width, dtype=dtype)
+    v = torch.zeros(BATCH, KV_HEADS, KEYS, d_value, dtype=dtype)
+    f, lse = torch.zeros(KEYS, 16, dtype=dtype), torch.zeros(BATCH, HEADS, QUERIES)
+    plain: dict[str, Any] = {"scale": 0.1, "softcap": None, "bias": None}
+    every = frozenset({"lse", "entropy", "distance", "linear"})
+
+    def by_rows(
+        wants: frozenset[str], values: Tensor | None, features: Tensor | None, few: bool = False
+    ) -> Callable[[], Any]:
+        some = q[:, :, :1] if few else q
+        sizes = rows.Sizes(HEADS, HEADS // KV_HEADS, some.shape[2], KEYS, 0 if features is None else 16)
+        shape: dict[str, Any] = {"sizes": sizes, "mask": mask, "positions": None, "wants": wants}
+        return lambda: rows.rows(some, k, values, features, None, **shape, **plain)
+
+    yield "rows: lse, entropy", by_rows(frozenset({"lse", "entropy"}), None, None)
+    yield "rows", by_rows(every, None, f)
+    yield "output", by_rows(frozenset({"output"}), v, None)
+    yield "output, lse, entropy", by_rows(frozenset({"output", "lse", "entropy"}), v, None)
+    yield "fused", by_rows(every | {"output"}, v, f)
+    yield "rows, float32 features", by_rows(every, None, f.float())
+    yield "one query", by_rows(every | {"output"}, v, f, few=True)
+    seen, sizes = rules(mask, BATCH), columns.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, 0, QUERIES, KEYS)
+    sums = torch.zeros(BATCH, HEADS, KEYS)
+    yield "columns", lambda: columns.fill(q, k, lse, sums, sums, sizes, seen, **plain)
+    yield "top keys", lambda: topk.top_keys(q, k, lse, count=8, mask=mask, **plain)
+    yield "blocks", lambda: blocks.pooled(q, k, lse, mask=mask, size=64, **plain)
+    options: dict[str, Any] = {"mask": mask, "scale": 0.1}
+    if width == d_value:
+        yield "divergence", lambda: divergence.distances((q, k), (q, k), (lse, lse), (lse, lse), **options)
+
+
+def failures(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> list[str]:
+    """What does not compile, as lines."""
+    found = []
+    for name, compile_ in calls(mask, width, d_value, dtype):
+        try:
+            with redirect_stdout(StringIO()):  # Triton prints what ptxas could not read
+                compile_()
+        except Exception as error:  # whatever a compiler raises
+            found.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+    return found
+
+
+def main() -> int:
+    """Compile what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rules", default=",".join(kind for kind in MASKS if kind != "rule"))
+    parser.add_argument("--widths", default=",".join(f"{d}x{dv}" for d, dv in WIDTHS), help="d_head x d_value")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    asked = parser.parse_args()
+    driver.set_active(NoCard())
+    bad = count = 0
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(device, "has_copy_engine", lambda _: True))
+        for module in (rows, columns, blocks, divergence, topk):
+            patches.enter_context(patch.object(module, "_kernel", Compiled(module._kernel)))
+        patches.enter_context(patch.object(rows, "merge_kernel", Compiled(merge.merge_kernel)))
+        for kind in asked.rules.split(","):
+            for size in asked.widths.split(","):
+                for dtype in asked.dtypes.split(","):
+                    d, _, dv = size.partition("x")
+                    mask = random_mask(kind, BATCH, QUERIES, KEYS)
+                    wrong = failures(mask, int(d), int(dv or d), getattr(torch, dtype))
+                    bad, count = bad + len(wrong), count + 1
+                    for line in wrong:
+                        print(f"FAILS {kind}, {size}, {dtype}: {line}", flush=True)
+    print(f"triton {triton.__version__}: {count} calls of every kernel, {bad} kernels do not compile")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
