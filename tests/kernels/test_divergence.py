@@ -10,15 +10,16 @@ import torch
 
 from headscope.kernels.checks.cases import MASKS, Case, random_case
 from headscope.kernels.checks.compare import ROUNDINGS, allowed, distance
-from headscope.kernels.divergence import Divergence, Side, dense, divergence, output_distance
+from headscope.kernels.divergence import Divergence, dense, divergence, output_distance
 from headscope.kernels.masks import Mask
+from headscope.kernels.scores import Scores
 
 ENGINES = ["streaming", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(a: Case, b: Case, engine: str) -> Divergence:
-    return divergence(a.side(), b.side(), engine=engine)
+    return divergence(a, b, engine=engine)
 
 
 def wrong(a: Case, b: Case, engine: str) -> list[str]:
@@ -86,10 +87,10 @@ def test_kl_is_infinite_where_a_key_is_lost_however_small_its_weight(engine: str
     """e^-121 is no float32, and still more than nothing."""
     q, k = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
     q[..., 0], k[0, 0, :, 0] = 1.0, torch.tensor([-120.0, 0.0, 1.0])
-    got = divergence(Side(q, k, Mask.causal(), 1.0), Side(q, k, Mask.causal(window=2), 1.0), engine=engine)
+    got = divergence(Scores(q, k, Mask.causal(), 1.0), Scores(q, k, Mask.causal(window=2), 1.0), engine=engine)
     assert got.kl[0, 0, 2] == math.inf and (got.kl[0, 0, :2] == 0).all()
     assert all(torch.isfinite(x).all() for x in (got.js, got.tv, got.cosine))
-    back = divergence(Side(q, k, Mask.causal(window=2), 1.0), Side(q, k, Mask.causal(), 1.0), engine=engine)
+    back = divergence(Scores(q, k, Mask.causal(window=2), 1.0), Scores(q, k, Mask.causal(), 1.0), engine=engine)
     assert back.kl[0, 0, 2].abs() < 1e-6
 
 
