@@ -10,8 +10,8 @@ Definition: ``dense``. A padded query belongs to no block (``Mask.query_is_real`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from headscope.kernels import attention
 from headscope.kernels.fallback import falls_back
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
-from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 from headscope.kernels.streaming.weights import HELD, log_weights
 
 Pool = Literal["sum", "mean", "max"]
@@ -63,93 +63,69 @@ def real_queries(mask: Mask, queries: int, size: int, device: torch.device) -> T
 
 
 def blocks(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     *,
-    mask: Mask,
-    scale: float,
     size: int,
     pool: Pool = "sum",
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     lse: Tensor | None = None,
     engine: attention.Engine = "auto",
 ) -> Tensor:
     """The pattern pooled to ``size`` x ``size`` blocks: (batch, head, query block, key block), float32.
 
-    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d). ``"sum"`` adds the weights up, ``"mean"`` divides by
+    ``"sum"`` adds the weights up, ``"mean"`` divides by
     the block's real queries (a row of blocks then sums to 1 without sinks), ``"max"`` is the largest single weight.
     ``lse`` (batch, head, query), if known from an earlier pass, saves one. Raises ValueError for a size below 1.
     """
     if size < 1:
         raise ValueError(f"a block holds at least one query and key; got size {size}")
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
-    if lse is None:
-        lse = _lse(q, k, sinks, engine, options)
+    lse = _lse(scores, engine) if lse is None else lse
     out = None
-    if size >= 16 and size & (size - 1) == 0 and edit is None and attention.uses_triton(engine, q, k, mask):
+    if size >= 16 and size & (size - 1) == 0 and scores.edit is None and attention.uses_triton(engine, scores):
         from headscope.kernels.triton.blocks import pooled
 
-        unedited = {name: x for name, x in options.items() if name != "edit"}
         with falls_back("the streaming engine"):
-            out = pooled(q, k, lse, size=size, highest=pool == "max", **unedited)
+            highest = pool == "max"
+            out = pooled(scores.q, scores.k, lse, size=size, highest=highest, **scores.device_arguments)
     if out is None:
-        out = _stream(q, k, lse, size, pool, options)
+        out = _stream(scores, lse, size, pool)
     if pool == "mean":
-        out /= real_queries(mask, q.shape[2], size, q.device).clamp(min=1)[..., None]
+        out /= real_queries(scores.mask, scores.q.shape[2], size, lse.device).clamp(min=1)[..., None]
     return out
 
 
 def top_blocks(
-    q: Tensor,
-    k: Tensor,
-    *,
-    mask: Mask,
-    scale: float,
-    size: int,
-    top: int,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
-    engine: attention.Engine = "auto",
-    held: int = HELD,
+    scores: Scores, *, size: int, top: int, engine: attention.Engine = "auto", held: int = HELD
 ) -> TopBlocks:
     """The ``top`` heaviest key blocks of every query block, with the exact mass of the rest; see ``TopBlocks``.
 
     Rows of blocks are pooled a few at a time, ``held`` numbers of the map at once.
     """
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
-    lse = _lse(q, k, sinks, engine, options)
-    across = -(-k.shape[2] // size)
-    rows = max(1, held // max(1, q.shape[0] * q.shape[1] * across)) * size
+    batch, heads, queries, keys = scores.shape
+    lse, across = _lse(scores, engine), -(-keys // size)
+    rows = max(1, held // max(1, batch * heads * across)) * size
     parts = []
-    for r0 in range(0, max(1, q.shape[2]), rows):
-        here = {**options, "mask": replace(mask, query_offset=mask.query_offset + r0)}
-        piece, norm = q[:, :, r0 : r0 + rows], lse[:, :, r0 : r0 + rows]
-        pooled = blocks(piece, k, size=size, pool="mean", lse=norm, engine=engine, **here)
+    for r0 in range(0, max(1, queries), rows):
+        part = slice(r0, min(r0 + rows, queries))
+        pooled = blocks(scores.rows(part), size=size, pool="mean", lse=lse[:, :, part], engine=engine)
         mass, index = pooled.topk(min(top, across), dim=-1)
         residual = pooled.scatter(-1, index, 0.0).sum(-1)
         parts.append((mass, index.masked_fill(mass <= 0, -1), residual))
     return TopBlocks(*(torch.cat(x, 2) for x in zip(*parts, strict=True)))
 
 
-def _lse(q: Tensor, k: Tensor, sinks: Tensor | None, engine: attention.Engine, options: dict[str, Any]) -> Tensor:
-    request = Request(output=False, lse=True)
-    lse = attention.attend(q, k, k, sinks=sinks, request=request, engine=engine, **options).lse
+def _lse(scores: Scores, engine: attention.Engine) -> Tensor:
+    lse = attention.attend(scores, scores.k, request=Request(output=False, lse=True), engine=engine).lse
     assert lse is not None
     return lse
 
 
 @torch.no_grad()
-def _stream(q: Tensor, k: Tensor, lse: Tensor, size: int, pool: Pool, options: dict[str, Any]) -> Tensor:
-    across, down = -(-k.shape[2] // size), -(-q.shape[2] // size)
-    out = lse.new_zeros(q.shape[0], q.shape[1], down, across)
-    for rows, keys, log_p in log_weights(q, k, lse, align=size, **options):
+def _stream(scores: Scores, lse: Tensor, size: int, pool: Pool) -> Tensor:
+    batch, heads, queries, count = scores.shape
+    out = lse.new_zeros(batch, heads, -(-queries // size), -(-count // size))
+    for rows, keys, log_p in log_weights(scores, lse, align=size):
         p = log_p.exp_()
-        real = options["mask"].query_is_real(torch.arange(rows.start, rows.stop, device=q.device))
+        real = scores.mask.query_is_real(torch.arange(rows.start, rows.stop, device=lse.device))
         if real is not None:
             p *= real[:, None, :, None]
         p = torch.nn.functional.pad(p, (0, -p.shape[3] % size)).unflatten(3, (-1, size))

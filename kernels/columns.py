@@ -9,7 +9,6 @@ Definition: the columns of ``reference.attend``, which ``attention.attend`` give
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,23 +16,16 @@ from torch import Tensor
 
 from headscope.kernels import attention
 from headscope.kernels.fallback import falls_back
-from headscope.kernels.masks import Mask
 from headscope.kernels.request import ReducedColumns
-from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 from headscope.kernels.streaming.weights import log_weights
 
 
 @torch.no_grad()
 def columns(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     lse: Tensor,
     *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     queries: tuple[int, int] | None = None,
     total: bool = True,
     highest: bool = False,
@@ -41,36 +33,36 @@ def columns(
 ) -> ReducedColumns:
     """Reduce the columns of the pattern over the query rows ``queries = (first, stop)``, all by default.
 
-    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, query) as ``attention.attend``
+    ``lse`` (batch, head, query) as ``attention.attend``
     gives it, a sink logit included, less the logarithm of the queries' weights where they have any (+inf: weight 0).
     Raises ValueError for inputs that do not belong together.
     """
-    first, stop = queries or (0, q.shape[2])
-    attention.check(q, k, k, None, bias)
-    if lse.shape != q.shape[:3] or not 0 <= first <= stop <= q.shape[2]:
+    batch, heads, rows, keys = scores.shape
+    first, stop = queries or (0, rows)
+    scores.check()
+    if lse.shape != (batch, heads, rows) or not 0 <= first <= stop <= rows:
         raise ValueError(
-            f"lse must be (batch, head, query) {tuple(q.shape[:3])} of all queries, and queries a part of them; got "
+            f"lse must be (batch, head, query) {(batch, heads, rows)} of all queries, and queries a part of them; got "
             f"{tuple(lse.shape)} and {(first, stop)}"
         )
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
-    if edit is None and attention.uses_triton(engine, q, k, mask):
+    if scores.edit is None and attention.uses_triton(engine, scores):
         from headscope.kernels import gpu_passes as passes
 
+        options: dict[str, Any] = {"queries": queries, "total": total, "highest": highest, **scores.device_arguments}
         with falls_back("the streaming engine"):
-            return ReducedColumns(*passes.columns(q, k, lse, queries=queries, total=total, highest=highest, **options))
-    here = replace(mask, query_offset=mask.query_offset + first)
-    options["mask"], options["edit"] = here, edit
-    zero = lse.new_zeros(q.shape[0], q.shape[1], k.shape[2])
+            return ReducedColumns(*passes.columns(scores.q, scores.k, lse, **options))
+    here = scores.rows(slice(first, stop))
+    zero = lse.new_zeros(batch, heads, keys)
     sums, most = zero, zero.clone()
-    for rows, keys, log_p in log_weights(q[:, :, first:stop], k, lse[:, :, first:stop], **options):
+    for tile_rows, tile_keys, log_p in log_weights(here, lse[:, :, first:stop]):
         if not log_p.numel():
             continue
         p = log_p.exp_()
-        real = here.query_is_real(torch.arange(rows.start, rows.stop, device=q.device))
+        real = here.mask.query_is_real(torch.arange(tile_rows.start, tile_rows.stop, device=lse.device))
         if real is not None:
             p *= real[:, None, :, None]
         if total:
-            sums[..., keys] += p.sum(2)
+            sums[..., tile_keys] += p.sum(2)
         if highest:
-            most[..., keys] = torch.maximum(most[..., keys], p.amax(2))
+            most[..., tile_keys] = torch.maximum(most[..., tile_keys], p.amax(2))
     return ReducedColumns(sums if total else None, most if highest else None)

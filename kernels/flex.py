@@ -28,6 +28,7 @@ from headscope.kernels.fallback import COMPILERS, EngineWarning, first_line
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 from headscope.kernels.streaming import engine as streaming
 
 BLOCK = 128
@@ -44,16 +45,9 @@ def takes(q: Tensor, v: Tensor) -> bool:
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     v: Tensor,
     *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     request: Request,
 ) -> Reduced:
     """Compute ``request``: the output and the lse of all rows by FlexAttention, everything else by streaming.
@@ -61,13 +55,11 @@ def attend(
     Shapes and meaning as in ``headscope.kernels.attention.attend``. An edit that FlexAttention cannot compile is
     computed by streaming, with a warning that says why.
     """
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks, "bias": bias}
-    options["edit"] = edit
-    lse = request.lse and request.query_rows is None
-    if not (request.output or lse) or not takes(q, v) or (edit is not None and edit in _NOT_COMPILED):
-        return streaming.attend(q, k, v, **options, request=request)
+    lse, edit = request.lse and request.query_rows is None, scores.edit
+    if not (request.output or lse) or not takes(scores.q, v) or (edit is not None and edit in _NOT_COMPILED):
+        return streaming.attend(scores, v, request=request)
     try:
-        output, norm = attention(q, k, v, **options)
+        output, norm = attention(scores, v)
     except Exception as error:
         if not type(error).__module__.startswith(COMPILERS):
             raise
@@ -75,34 +67,27 @@ def attend(
         warnings.warn(said, EngineWarning, stacklevel=3)
         if edit is not None:
             _NOT_COMPILED.add(edit)
-        return streaming.attend(q, k, v, **options, request=request)
+        return streaming.attend(scores, v, request=request)
     rest = replace(request, output=False, lse=request.lse and not lse)
-    result = streaming.attend(q, k, v, **options, request=rest) if rest.wants_statistics else Reduced()
+    result = streaming.attend(scores, v, request=rest) if rest.wants_statistics else Reduced()
     result.output = output if request.output else None
     result.lse = norm if lse else result.lse
     return result
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     v: Tensor,
-    *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output (batch, head, query, d_value) in the value's dtype and the lse (batch, head, query) in float32.
 
     On a GPU one compiled kernel; on a CPU FlexAttention's own dense form, for tests alone.
     """
+    q, k, sinks = scores.q, scores.k, scores.sinks
     options: dict[str, Any] = {
-        "score_mod": _score_mod(softcap, bias, edit, mask, q),
-        "block_mask": block_mask(mask, q.shape[0], q.shape[2], k.shape[2], q.device),
-        "scale": scale,
+        "score_mod": _score_mod(scores),
+        "block_mask": block_mask(scores.mask, q.shape[0], q.shape[2], k.shape[2], q.device),
+        "scale": scores.scale,
         "enable_gqa": q.shape[1] != k.shape[1],
         "return_aux": flex.AuxRequest(lse=True),
     }
@@ -133,15 +118,14 @@ def _compiled() -> Callable[..., Any]:
     return compiled
 
 
-def _score_mod(
-    softcap: float | None, bias: Tensor | None, edit: ScoreEdit | None, mask: Mask, q: Tensor
-) -> Callable[..., Tensor] | None:
+def _score_mod(scores: Scores) -> Callable[..., Tensor] | None:
     """Step 1. Numbers are tensors: one that changes with every call would be compiled anew as a constant."""
+    q, softcap, bias, edit = scores.q, scores.softcap, scores.bias, scores.edit
     if softcap is None and bias is None and edit is None:
         return None
     cap = None if softcap is None else torch.tensor(softcap, device=q.device)
     keyed = None if bias is None else bias.float().expand(q.shape[0], q.shape[1], -1).contiguous()
-    first_query, first_key = _numbers(q.device, mask.query_offset, mask.key_offset)
+    first_query, first_key = _numbers(q.device, scores.mask.query_offset, scores.mask.key_offset)
 
     def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if cap is not None:

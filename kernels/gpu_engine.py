@@ -18,7 +18,7 @@ from headscope.kernels.fallback import falls_back
 from headscope.kernels.gpu_passes import columns, rows
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
-from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.streaming import library
 from headscope.kernels.streaming.counts import count_columns
@@ -31,50 +31,31 @@ WIDEST = 256
 AT_ONCE = 20  # linear columns in a pass: three times as many, where half precision needs three to hold a value
 
 
-def takes(q: Tensor, v: Tensor, mask: Mask) -> bool:
+def takes(scores: Scores, v: Tensor) -> bool:
     """Whether the kernels compute this call."""
-    return q.dtype in DTYPES and q.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= WIDEST and mask.rule is None
+    q, rule = scores.q, scores.mask.rule
+    return q.dtype in DTYPES and q.dtype == v.dtype and max(q.shape[3], v.shape[3]) <= WIDEST and rule is None
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     v: Tensor,
     *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     request: Request,
 ) -> Reduced:
     """Compute ``request``; shapes and meaning as in ``headscope.kernels.attention.attend``."""
-    if takes(q, v, mask) and edit is None:
+    if takes(scores, v) and scores.edit is None:
         with falls_back("the streaming engine"):
-            return _Call(q, k, v, mask, scale, softcap, sinks, bias, request).run()
-    return streaming.attend(
-        q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, edit=edit, request=request
-    )
+            return _Call(scores, v, request).run()
+    return streaming.attend(scores, v, request=request)
 
 
 class _Call:
     """One call's inputs, so that its passes are short methods."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-        bias: Tensor | None,
-        request: Request,
-    ) -> None:
-        self.q, self.k, self.v, self.mask, self.scale = q, k, v, mask, scale
-        self.softcap, self.sinks, self.bias, self.want = softcap, sinks, bias, request
+    def __init__(self, scores: Scores, v: Tensor, request: Request) -> None:
+        self.scores, self.v, self.want = scores, v, request
+        self.q, self.k, self.mask, self.sinks = scores.q, scores.k, scores.mask, scores.sinks
         self.result = Reduced()
         self.all_lse: Tensor | None = None
 
@@ -85,19 +66,10 @@ class _Call:
         self.result.columns = tuple(self._columns(each) for each in self.want.columns)
         if self.want.top > MOST:
             only = Request(output=False, top=self.want.top, query_rows=self.want.query_rows)
-            part = streaming.attend(self.q, self.k, self.v, **self._options(), request=only)
+            part = streaming.attend(self.scores, self.v, request=only)
             self.result.top_mass, self.result.top_keys = part.top_mass, part.top_keys
-        count_columns(self.want, self.result, self.mask, self.q, self.k.shape[2])
+        count_columns(self.want, self.result, self.scores)
         return self.result
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "mask": self.mask,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-            "bias": self.bias,
-        }
 
     def _wide(self, got: Rows, where: Tensor | None) -> Rows:
         """More linear columns than one pass holds take further passes."""
@@ -126,11 +98,8 @@ class _Call:
             q,
             self.k,
             self.v if "output" in wants else None,
-            mask=mask or self.mask,
-            scale=self.scale,
-            softcap=self.softcap,
+            **{**self.scores.device_arguments, "mask": mask or self.mask},
             sinks=self.sinks if sinks else None,
-            bias=self.bias,
             features=features,
             wants=frozenset(wants),
             positions=None if where is None else (where + self.mask.query_offset).to(torch.int32),
@@ -166,7 +135,7 @@ class _Call:
         if want.targets is not None:
             assert got.lse is not None
             self.result.target_mass = target_mass(
-                self.q, self.k, got.lse, want.targets, rows=where, **self._options_without_sinks()
+                self.q, self.k, got.lse, want.targets, rows=where, **self.scores.device_arguments
             )
 
         if 0 < want.top <= MOST:
@@ -180,11 +149,8 @@ class _Call:
             lse,
             count=self.want.top,
             positions=None if where is None else (where + self.mask.query_offset).to(torch.int32),
-            **self._options_without_sinks(),
+            **self.scores.device_arguments,
         )
-
-    def _options_without_sinks(self) -> dict[str, Any]:
-        return {name: x for name, x in self._options().items() if name != "sinks"}
 
     def _windows(self, lse: Tensor, distance: Tensor) -> None:
         """Sums over ``gap < w`` are the row kernel's under ``left = w - 1``, weighted by exp(lse_w - lse).
@@ -213,43 +179,21 @@ class _Call:
     def _output(self) -> None:
         if not self.want.output or self.result.output is not None:
             return
-        plain = self.softcap is None and self.sinks is None and self.bias is None
-        if plain and library.covers(self.mask, self.q.shape[2], self.k.shape[2]):
-            self.result.output = library.attention(self.q, self.k, self.v, mask=self.mask, scale=self.scale)
+        if self.scores.is_plain and library.covers(self.mask, self.q.shape[2], self.k.shape[2]):
+            self.result.output = library.attention(self.scores, self.v)
         else:
             self.result.output = self._pass({"output"}).output
 
     def _columns(self, want: Columns) -> ReducedColumns:
         if not want.weighs:
             return ReducedColumns()
-        which = want.rows(self.q.shape[2])
-        q, mask, lse = self.q, self.mask, self.all_lse
+        which, part, lse = want.rows(self.q.shape[2]), self.scores, self.all_lse
         if lse is None:  # rows were asked of other queries, or not at all
-            q, mask = q[:, :, which[0] : which[1]], replace(mask, query_offset=mask.query_offset + which[0])
-            which = (0, q.shape[2])
-            lse = rows(
-                q,
-                self.k,
-                None,
-                mask=mask,
-                scale=self.scale,
-                softcap=self.softcap,
-                sinks=self.sinks,
-                bias=self.bias,
-            ).lse
+            part, which = part.rows(slice(*which)), (0, which[1] - which[0])
+            lse = rows(part.q, part.k, None, sinks=self.sinks, **part.device_arguments).lse
         assert lse is not None
-        sums, most = columns(
-            q,
-            self.k,
-            lse,
-            mask=mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            bias=self.bias,
-            queries=which,
-            total=want.sum,
-            highest=want.max,
-        )
+        options: dict[str, Any] = {"queries": which, "total": want.sum, "highest": want.max}
+        sums, most = columns(part.q, part.k, lse, **options, **part.device_arguments)
         return ReducedColumns(sums, most)
 
 

@@ -24,10 +24,9 @@ from torch import Tensor
 
 from headscope.kernels import attention, reference
 from headscope.kernels.columns import columns
-from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
-from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 from headscope.kernels.streaming.counts import count_columns
 from headscope.kernels.streaming.weights import log_tile
 
@@ -36,66 +35,48 @@ ROWS = ("lse", "max", *SUMS[1:], "top_mass", "top_keys")
 
 
 def redistribute(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     v: Tensor,
     move: Redistribution,
     *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     request: Request,
     engine: attention.Engine = "auto",
 ) -> Reduced:
     """``attention.attend`` with the mass moved: the output and every reduction of the edited pattern.
 
-    ``q`` (batch, head, query, d), ``k``, ``v`` (batch, kv_head, key, ·); ``lse`` and ``max`` are of the scores, which
-    do not change. The output keeps its gradient where q, k, v, sinks, bias or ``keep`` require one: it is then computed
-    densely. Raises ValueError where ``move`` does not fit.
+    ``v`` (batch, kv_head, key, d_value); ``lse`` and ``max`` are of the scores, which do not change. The
+    output keeps its gradient where q, k, v, sinks, bias or ``keep`` require one: it is then computed densely. Raises
+    ValueError where ``move`` does not fit.
     """
-    attention.check(q, k, v, sinks, bias)
-    attention.check_request(q, k, request)
-    move.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "edit": edit}
+    scores.check(v)
+    attention.check_request(scores, request)
+    move.check(*scores.shape)
     out = None
     keep = move.keep if isinstance(move.keep, Tensor) else None
-    if request.output and attention.wants_gradient(q, k, v, sinks, bias, keep):
-        out = _differentiable_output(q, k, v, move, mask, sinks, bias, scores)
+    if request.output and attention.wants_gradient(scores, v, keep):
+        out = _differentiable_output(scores, v, move)
         request = replace(request, output=False)
     result, by_key = Reduced(), any(each.weighs for each in request.columns)
     if request.output or request.wants_rows or by_key:
         rows = None if request.output or by_key else request.query_rows
-        parts, lse = _attended(q, k, v, move, mask, sinks, bias, replace(request, query_rows=rows), engine, scores)
+        parts, lse = _attended(scores, v, move, replace(request, query_rows=rows), engine)
         result = _summed(parts, lse, request if rows is None else replace(request, query_rows=None), v.dtype)
         if by_key:
-            columns = (_reduce_columns(q, k, parts, each, engine, scores) for each in request.columns)
-            result.columns = tuple(columns)
+            result.columns = tuple(_reduce_columns(scores.shape, parts, each, engine) for each in request.columns)
     result.columns = result.columns or tuple(ReducedColumns() for _ in request.columns)
-    count_columns(request, result, mask, q, k.shape[2])
+    count_columns(request, result, scores)
     result.output = result.output if out is None else out
     return result
 
 
-def _differentiable_output(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    move: Redistribution,
-    mask: Mask,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    scores: dict[str, Any],
-) -> Tensor:
+def _differentiable_output(scores: Scores, v: Tensor, move: Redistribution) -> Tensor:
     """The output by steps 1 to 3, every set a dense softmax of its own."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    s = reference.scores(q.to(wide), k.to(wide), mask=mask, bias=bias, **scores)
+    q, wide = scores.q, scores.dtype
+    s = reference.dense_scores(replace(scores, q=q.to(wide), k=scores.k.to(wide)))
     sets = [s.masked_fill(~chosen[:, :, None], -torch.inf) for chosen in move.sets(q.device)]
     norms = [torch.logsumexp(x, -1) for x in sets]
     values = v.to(wide).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    after = move.masses(_shares(norms, sinks), norms[1] > -torch.inf)
+    after = move.masses(_shares(norms, scores.sinks), norms[1] > -torch.inf)
     terms = (w[..., None] * (reference.normalise(x, None) @ values) for x, w in zip(sets, after, strict=True))
     return reduce(torch.add, terms).to(v.dtype)
 
@@ -113,47 +94,37 @@ def _shares(norms: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
 
 @torch.no_grad()
 def pattern(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     move: Redistribution,
     *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     rows: slice = slice(None),
     keys: slice = slice(None),
 ) -> Tensor:
     """One exact tile of the edited pattern: rows ``rows`` and keys ``keys``, as ``attention.pattern`` gives it."""
-    attention.check(q, k, k, sinks, bias)
-    move.check(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    rows, keys = attention.whole_slice(rows, q.shape[2]), attention.whole_slice(keys, k.shape[2])
-    q, move, mask = q[:, :, rows], move.of_rows(rows), replace(mask, query_offset=mask.query_offset + rows.start)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros(*q.shape[:3], keys.stop - keys.start, dtype=wide, device=q.device)
+    scores.check()
+    move.check(*scores.shape)
+    rows, keys = attention.whole_slice(rows, scores.shape[2]), attention.whole_slice(keys, scores.shape[3])
+    scores, move = scores.rows(rows), move.of_rows(rows)
+    batch, heads, queries, _ = scores.shape
+    out = torch.zeros(batch, heads, queries, keys.stop - keys.start, dtype=scores.dtype, device=scores.q.device)
     if not out.numel():
         return out
-    scores: dict[str, Any] = {"scale": scale, "softcap": softcap, "edit": edit}
-    parts, _ = _attended(q, k, k, move, mask, sinks, bias, Request(output=False), "auto", scores)
+    parts, _ = _attended(scores, scores.k, move, Request(output=False), "auto")
     for part in parts:
         a, b = max(keys.start, part.keys.start), min(keys.stop, part.keys.stop)
         if a < b:
             inside = slice(a - part.keys.start, b - part.keys.start)
-            own = {"mask": part.mask, "bias": part.bias, **scores}
-            tile = log_tile(q, k[:, :, part.keys], part.norm, slice(0, q.shape[2]), inside, **own)
+            tile = log_tile(part.scores, part.norm, slice(0, queries), inside)
             out[..., a - keys.start : b - keys.start] += tile.exp_()
     return out
 
 
 class _Part(NamedTuple):
-    """Attention over a set: the slice of the keys that holds it, that slice's mask, a bias that hides its other keys,
-    what was found, its lse and the set's mass W after the edit (batch, head, query)."""
+    """Attention over a set: the slice of the keys that holds it, that slice's scores, with a bias that hides its other
+    keys, what was found, its lse and the set's mass W after the edit (batch, head, query)."""
 
     keys: slice
-    mask: Mask
-    bias: Tensor | None
+    scores: Scores
     found: Reduced
     lse: Tensor
     mass: Tensor
@@ -166,42 +137,32 @@ class _Part(NamedTuple):
 
 @torch.no_grad()
 def _attended(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    move: Redistribution,
-    mask: Mask,
-    sinks: Tensor | None,
-    bias: Tensor | None,
-    request: Request,
-    engine: attention.Engine,
-    scores: dict[str, Any],
+    scores: Scores, v: Tensor, move: Redistribution, request: Request, engine: attention.Engine
 ) -> tuple[list[_Part], Tensor]:
     """Steps 1 and 2: every set of ``move``, of the rows asked for; and the lse of all sets (batch, head, row)."""
     asked = replace(request, lse=True, columns=())
     found = []
-    for chosen in move.sets(q.device):
-        keys, here, own = _slice(chosen, mask, bias)
+    for chosen in move.sets(scores.q.device):
+        keys, here = _slice(chosen, scores)
         linear = None if asked.linear is None else asked.linear[..., keys, :]
-        options: dict[str, Any] = {"mask": here, "bias": own, "engine": engine, **scores}
-        got = attention.attend(q, k[:, :, keys], v[:, :, keys], request=replace(asked, linear=linear), **options)
+        got = attention.attend(here, v[:, :, keys], request=replace(asked, linear=linear), engine=engine)
         assert got.lse is not None
-        found.append((keys, here, own, got, got.lse))
+        found.append((keys, here, got, got.lse))
     norms = [lse for *_, lse in found]
     move = move if request.query_rows is None else move.of_rows(request.query_rows)
-    after = move.masses(_shares(norms, sinks), norms[1] > -torch.inf)
+    after = move.masses(_shares(norms, scores.sinks), norms[1] > -torch.inf)
     parts = [_Part(*part, mass) for part, mass in zip(found, after, strict=True)]
-    return parts, reference.log_total(torch.stack(norms, -1), sinks)
+    return parts, reference.log_total(torch.stack(norms, -1), scores.sinks)
 
 
-def _slice(chosen: Tensor, mask: Mask, bias: Tensor | None) -> tuple[slice, Mask, Tensor | None]:
-    """The slice that holds the keys ``chosen`` (batch or 1, head or 1, key), its mask, and its bias."""
+def _slice(chosen: Tensor, scores: Scores) -> tuple[slice, Scores]:
+    """The slice that holds the keys ``chosen`` (batch or 1, head or 1, key), and its scores."""
     some = chosen.flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0]  # no key: one that is hidden
     keys = slice(some[0], some[-1] + 1)
-    own = None if bias is None else bias[..., keys]
-    if not chosen[..., keys].all():
-        own = torch.where(chosen[..., keys], 0.0 if own is None else own, -torch.inf)
-    return keys, replace(mask, key_offset=mask.key_offset + keys.start), own
+    here = replace(scores.keys(keys), sinks=None)
+    if chosen[..., keys].all():
+        return keys, here
+    return keys, replace(here, bias=torch.where(chosen[..., keys], 0.0 if here.bias is None else here.bias, -torch.inf))
 
 
 def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtype) -> Reduced:
@@ -235,22 +196,16 @@ def _terms(parts: list[_Part], name: str) -> Iterator[Tensor]:
 
 
 def _reduce_columns(
-    q: Tensor,
-    k: Tensor,
-    parts: list[_Part],
-    want: Columns,
-    engine: attention.Engine,
-    scores: dict[str, Any],
+    shape: tuple[int, int, int, int], parts: list[_Part], want: Columns, engine: attention.Engine
 ) -> ReducedColumns:
-    """Step 4 for the columns."""
-    zero = parts[0].mass.new_zeros(q.shape[0], q.shape[1], k.shape[2])
+    """Step 4 for the columns of a call of ``shape`` (batch, head, query, key)."""
+    zero = parts[0].mass.new_zeros(shape[0], shape[1], shape[3])
     result = ReducedColumns(zero if want.sum else None, zero.clone() if want.max else None)
     if not want.weighs:
         return result
     for part in parts:
         options: dict[str, Any] = {"total": want.sum, "highest": want.max, "queries": want.queries}
-        keys = k[:, :, part.keys]
-        found = columns(q, keys, part.norm, mask=part.mask, bias=part.bias, engine=engine, **options, **scores)
+        found = columns(part.scores, part.norm, engine=engine, **options)
         if result.sum is not None and found.sum is not None:
             result.sum[..., part.keys] += found.sum
         if result.max is not None and found.max is not None:

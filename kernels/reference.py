@@ -6,38 +6,28 @@ query x key pattern, so keep it to short sequences.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
-from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 
 
-def scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
-) -> Tensor:
-    """Masked attention scores (batch, head, query, key) with ``-inf`` at invisible keys.
-
-    ``q`` (batch, head, query, d_head), ``k`` (batch, kv_head, key, d_head). Softcap is Gemma 2's ``c tanh(s / c)``;
-    ``bias`` (batch or 1, head or 1, key) is added after it, and ``edit`` changes what then stands there.
-    """
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    s = scale * (q @ k.transpose(-1, -2))
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
+def dense_scores(scores: Scores) -> Tensor:
+    """Masked attention scores (batch, head, query, key) with ``-inf`` at invisible keys."""
+    q, mask, bias = scores.q, scores.mask, scores.bias
+    k = scores.k.repeat_interleave(scores.group, dim=1)
+    s = scores.scale * (q @ k.transpose(-1, -2))
+    if scores.softcap is not None:
+        s = scores.softcap * torch.tanh(s / scores.softcap)
     if bias is not None:
         s = s + bias[:, :, None].to(s.dtype)
-    if edit is not None and s.numel():
+    if scores.edit is not None and s.numel():
         examples, heads, rows, keys = (torch.arange(n, device=s.device) for n in s.shape)
-        s = edit.tile(s, examples, heads, rows + mask.query_offset, keys + mask.key_offset)
+        s = scores.edit.tile(s, examples, heads, rows + mask.query_offset, keys + mask.key_offset)
     visible = dense_mask(mask, q.shape, k.shape[2], q.device)
     if bias is not None:  # a row that a bias hides whole would otherwise have no gradient
         visible = visible & (bias > -torch.inf)[:, :, None]
@@ -55,23 +45,12 @@ def dense_mask(mask: Mask, query_shape: torch.Size, keys: int, device: torch.dev
     return torch.ones(shape, dtype=torch.bool, device=device) if seen is None else seen.expand(shape)
 
 
-def pattern(
-    q: Tensor,
-    k: Tensor,
-    *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
-) -> Tensor:
+def pattern(scores: Scores) -> Tensor:
     """The attention pattern (batch, head, query, key).
 
-    Rows sum to 1, to less than 1 with sink logits ``sinks`` (head,) (gpt-oss: one extra logit in the denominator), and
-    to 0 for a query that sees no key.
+    Rows sum to 1, to less than 1 with sink logits, and to 0 for a query that sees no key.
     """
-    return normalise(scores(q, k, mask=mask, scale=scale, softcap=softcap, bias=bias, edit=edit), sinks)
+    return normalise(dense_scores(scores), scores.sinks)
 
 
 def normalise(s: Tensor, sinks: Tensor | None) -> Tensor:
@@ -89,27 +68,14 @@ def log_total(s: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.logaddexp(lse, sinks.to(s.dtype)[None, :, None]).masked_fill(empty, float("-inf"))
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
-    request: Request,
-) -> Reduced:
-    """Every reduction of ``request`` from the dense pattern, in the inputs' precision (at least float32).
-
-    Shapes: ``q`` (batch, head, query, d_head), ``k`` (batch, kv_head, key, d_head), ``v`` (batch, kv_head, key, ·).
-    """
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    s = scores(q, k, mask=mask, scale=scale, softcap=softcap, bias=bias, edit=edit)
-    return reduce(s, normalise(s, sinks), v, mask=mask, sinks=sinks, request=request)
+def attend(scores: Scores, v: Tensor, *, request: Request) -> Reduced:
+    """Every reduction of ``request`` from the dense pattern of ``scores`` and values ``v`` (batch, kv_head, key, ·), in
+    the inputs' precision (at least float32)."""
+    dtype = scores.dtype
+    scores = replace(scores, q=scores.q.to(dtype), k=scores.k.to(dtype))
+    s = dense_scores(scores)
+    sinks = scores.sinks
+    return reduce(s, normalise(s, sinks), v.to(dtype), mask=scores.mask, sinks=sinks, request=request)
 
 
 def reduce(s: Tensor, p: Tensor, v: Tensor, *, mask: Mask, sinks: Tensor | None, request: Request) -> Reduced:

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headscope.kernels import attention, reference
-from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
-from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 
 Span = tuple[int, int]
 
@@ -42,44 +41,38 @@ class _Segment(NamedTuple):
 
 @torch.no_grad()
 def span_outputs(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     v: Tensor,
     spans: Sequence[Span] | Tensor,
     *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     lse: Tensor | None = None,
     engine: attention.Engine = "auto",
 ) -> SpanOutputs:
     """The output split by span; ``spans`` are key *indices* ``(start, stop)``, or a tensor (batch or 1, span, 2).
 
-    ``q`` (batch, head, query, d), ``k``, ``v`` (batch, kv_head, key, ·). Spans may overlap. ``lse`` (batch, head,
+    ``v`` (batch, kv_head, key, d_value). Spans may overlap. ``lse`` (batch, head,
     query), if known, saves reading the keys outside every span. Raises ValueError for a span outside the keys.
     """
-    named = _checked(spans, q.shape[0], k.shape[2])
-    ends = named.new_tensor([[0, k.shape[2]]]).expand(named.shape[0], -1)
+    batch, heads, queries, count = scores.shape
+    device = scores.q.device
+    named = _checked(spans, batch, count)
+    ends = named.new_tensor([[0, count]]).expand(named.shape[0], -1)
     cuts = torch.cat([named.flatten(1), ends], 1).sort().values
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "edit": edit, "engine": engine}
+    whole = replace(scores, sinks=None)
     segments = []
     for start, stop in zip(cuts[:, :-1].T, cuts[:, 1:].T, strict=True):
         inside = (named[..., 0] <= start[:, None]) & (stop[:, None] <= named[..., 1]) & (start < stop)[:, None]
         if not (start < stop).any() or (lse is not None and not inside.any()):
             continue
-        keys, here = _slice(mask, start, stop, q.device)
-        own = None if bias is None else bias[..., keys]
+        keys, here = _slice(whole, start, stop)
         request = Request(output=bool(inside.any()), lse=True)
-        got = attention.attend(q, k[:, :, keys], v[:, :, keys], mask=here, bias=own, request=request, **options)
+        got = attention.attend(here, v[:, :, keys], request=request, engine=engine)
         assert got.lse is not None
-        segments.append(_Segment(got.output, got.lse, inside.to(q.device)))
-    shape = (*q.shape[:3], named.shape[1])
+        segments.append(_Segment(got.output, got.lse, inside.to(device)))
+    shape = (batch, heads, queries, named.shape[1])
     if not segments:
         return SpanOutputs(v.new_zeros(*shape, v.shape[3]), v.new_zeros(shape).to(_wide(v)))
-    lse = reference.log_total(torch.stack([x.lse for x in segments], -1), sinks) if lse is None else lse
+    lse = reference.log_total(torch.stack([x.lse for x in segments], -1), scores.sinks) if lse is None else lse
     return _summed(segments, lse, v, shape)
 
 
@@ -95,17 +88,17 @@ def _checked(spans: Sequence[Span] | Tensor, batch: int, keys: int) -> Tensor:
     return named.long()
 
 
-def _slice(mask: Mask, start: Tensor, stop: Tensor, device: torch.device) -> tuple[slice, Mask]:
-    """The keys to slice, and the mask of that slice, for each example's segment ``start:stop`` (batch or 1,)."""
-    some = start < stop
-    first, last = int(start[some].min()), int(stop[some].max())
-    here = replace(mask, key_offset=mask.key_offset + first)
-    if bool((start == first).all() and (stop == last).all()):
-        return slice(first, last), here
-    begin, end = ((x + mask.key_offset).to(device) for x in (start, stop))
+def _slice(scores: Scores, start: Tensor, stop: Tensor) -> tuple[slice, Scores]:
+    """The keys to slice, and their scores, for each example's segment ``start:stop`` (batch or 1,)."""
+    some, mask = start < stop, scores.mask
+    keys = slice(int(start[some].min()), int(stop[some].max()))
+    here = scores.keys(keys)
+    if bool((start == keys.start).all() and (stop == keys.stop).all()):
+        return keys, here
+    begin, end = ((x + mask.key_offset).to(scores.q.device) for x in (start, stop))
     begin = begin if mask.start is None else torch.maximum(begin, mask.start)
     end = end if mask.end is None else torch.minimum(end, mask.end)
-    return slice(first, last), replace(here, start=begin, end=end)
+    return keys, replace(here, mask=replace(here.mask, start=begin, end=end))
 
 
 def _summed(segments: list[_Segment], lse: Tensor, v: Tensor, shape: tuple[int, ...]) -> SpanOutputs:

@@ -15,6 +15,7 @@ from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 
 LOWEST = -1e30  # stands for -inf where a bias says "never": finite, so that 0 times it is 0
 
@@ -56,10 +57,12 @@ class AttentionCall:
 
     def attend(self, request: Request) -> Reduced:
         """Compute ``request``, sharing one pass."""
+        scores = self.inputs()
+        v = self.value if self.position_bias is None else self.value.to(scores.dtype)
         if self.redistribution is None:
-            reduced = kernels.attend(**self.inputs(), request=request)
+            reduced = kernels.attend(scores, v, request=request)
         else:
-            reduced = redistributed.redistribute(**self.inputs(), move=self.redistribution, request=request)
+            reduced = redistributed.redistribute(scores, v, self.redistribution, request=request)
         if reduced.output is not None:
             reduced.output = reduced.output.to(self.value.dtype)
         return reduced
@@ -70,19 +73,19 @@ class AttentionCall:
             z = self.attend(Request()).output
             assert z is not None
             return z
-        return kernels.output(**self.inputs()).to(self.value.dtype)
+        scores = self.inputs()
+        v = self.value if self.position_bias is None else self.value.to(scores.dtype)
+        return kernels.output(scores, v).to(self.value.dtype)
 
     def pattern(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """One exact tile of the pattern (batch, head, row, key), float32."""
-        inputs = self.inputs()
-        del inputs["v"]
         if self.redistribution is not None:
-            return redistributed.pattern(**inputs, move=self.redistribution, rows=rows, keys=keys)
-        return kernels.pattern(**inputs, rows=rows, keys=keys)
+            return redistributed.pattern(self.inputs(), self.redistribution, rows=rows, keys=keys)
+        return kernels.pattern(self.inputs(), rows=rows, keys=keys)
 
-    def inputs(self) -> dict[str, Any]:
-        """The kernels' arguments. A position bias becomes ``key`` further dimensions: q.k + b = [q, b].[k, e]."""
-        q, k, v, scale = self.query, self.key, self.value, self.scale
+    def inputs(self) -> Scores:
+        """What the kernels take. A position bias becomes ``key`` further dimensions: q.k + b = [q, b].[k, e]."""
+        q, k, scale = self.query, self.key, self.scale
         if self.score_edit is not None and torch.is_grad_enabled() and not q.requires_grad:
             q = q.detach().requires_grad_()  # what the edit holds may require a gradient, which no kernel can see
         if self.position_bias is not None:
@@ -93,9 +96,7 @@ class AttentionCall:
             bias = self.position_bias.to(wide).clamp(min=LOWEST).expand(batch, q.shape[1], q.shape[2], keys)
             unit = torch.eye(keys, dtype=wide, device=k.device).expand(batch, kv_heads, -1, -1)
             q, k, scale = torch.cat([q.to(wide) * scale, bias], -1), torch.cat([k.to(wide), unit], -1), 1.0
-            v = v.to(wide)
-        scores = {"scale": scale, "softcap": self.softcap, "sinks": self.sinks}
-        return {"q": q, "k": k, "v": v, "mask": self.mask, **scores, "bias": self.key_bias, "edit": self.score_edit}
+        return Scores(q, k, self.mask, scale, self.softcap, self.sinks, self.key_bias, self.score_edit)
 
     def with_(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed."""

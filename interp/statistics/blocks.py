@@ -23,6 +23,7 @@ from headscope.interp.statistics.base import BLOCK, GAPS, CallStatistic, Kind, P
 from headscope.interp.statistics.spans import OPEN
 from headscope.kernels import blocks
 from headscope.kernels.request import Reduced, Request
+from headscope.kernels.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class BlockMap(BlockStatistic):
             norm = _lse(part) if lse is None else lse[text.examples, :, text.rows]
             before = text.query % self.size  # rows of the first block, in an earlier pass
             norm = pad(norm, (before, 0), value=torch.inf)
-            values = blocks.blocks(**_behind(part, before, text.key % self.size), size=self.size, pool=pool, lse=norm)
+            values = blocks.blocks(_behind(part, before, text.key % self.size), size=self.size, pool=pool, lse=norm)
             found.append((text.examples, (text.query // self.size - i, text.key // self.size - j), values))
         return {self.name: _together(call, found)}
 
@@ -179,7 +180,7 @@ class TopBlocks(BlockStatistic):
                     "padding on the left, and trace a finished text instead of a generation"
                 )
             part = cut(call, text.examples, text.rows, text.keys)
-            top = blocks.top_blocks(**_behind(part, 0, text.key % self.size), size=self.size, top=self.k)
+            top = blocks.top_blocks(_behind(part, 0, text.key % self.size), size=self.size, top=self.k)
             index = torch.where(top.index < 0, 0, top.index + text.key // self.size + 1)
             lost = (0, self.k - index.shape[-1])
             values = (pad(index, lost), pad(top.mass, lost), top.residual)
@@ -242,8 +243,8 @@ def _lse(call: AttentionCall) -> Tensor:
     return lse
 
 
-def _behind(call: AttentionCall, rows: int, keys: int) -> dict[str, Any]:
-    """The kernels' arguments of a call behind so many rows and keys of zeros, of which the keys are hidden."""
+def _behind(call: AttentionCall, rows: int, keys: int) -> Scores:
+    """The scores of a call behind so many rows and keys of zeros, of which the keys are hidden."""
     mask = replace(call.mask, query_offset=call.mask.query_offset - rows, key_offset=call.mask.key_offset - keys)
     bias = call.key_bias
     if keys:
@@ -257,9 +258,7 @@ def _behind(call: AttentionCall, rows: int, keys: int) -> dict[str, Any]:
         key_bias=bias,
         position_bias=None if call.position_bias is None else pad(call.position_bias, (keys, 0, rows, 0)),
     )
-    inputs = (shifted if rows or keys else call).inputs()
-    del inputs["v"]
-    return inputs
+    return (shifted if rows or keys else call).inputs()
 
 
 def _together(call: AttentionCall, found: Iterable[tuple[slice, tuple[int, ...], Tensor]], dims: int = 2) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.base import CallStatistic
-from headscope.kernels.divergence import Side, divergence
+from headscope.kernels.divergence import divergence
 from headscope.kernels.request import Reduced
 
 
@@ -47,10 +47,5 @@ class Divergence(CallStatistic):
                 f"mass was moved after softmax in layer {call.layer} of {call.module}, whose divergence is not "
                 "computed: leave Divergence out, or trace without that edit"
             )
-        apart = divergence(_side(before), _side(call))
+        apart = divergence(before.inputs(), call.inputs())
         return {name: x if rows is None else x[:, :, rows] for name, x in zip(self.variables, apart, strict=True)}
-
-
-def _side(call: AttentionCall) -> Side:
-    inputs = call.inputs()
-    return Side(*(inputs[name] for name in Side._fields))

@@ -34,6 +34,7 @@ from headscope.kernels.benchmarks.timed import HEADS, KV_HEADS, Tensors, kinds, 
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Request
+from headscope.kernels.scores import Scores
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.tuning import Tiles
 
@@ -69,7 +70,7 @@ def eager_maps() -> list[dict[str, Any]]:
 
     def ours(columns: torch.Tensor) -> None:
         request = Request(output=False, entropy=True, linear=columns, columns=(Columns(sum=True),))
-        attention.attend(q, k, v, mask=mask, scale=128**-0.5, request=request)
+        attention.attend(Scores(q, k, mask, 128**-0.5), v, request=request)
 
     table = []
     spans = torch.arange(16384, device="cuda")[:, None] // 4096 == torch.arange(3, device="cuda")

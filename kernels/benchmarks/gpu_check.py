@@ -10,8 +10,8 @@ import torch
 
 from headscope.kernels import gpu_engine as triton_engine
 from headscope.kernels.blocks import Pool, blocks, dense
-from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
-from headscope.kernels.checks.compare import allowed, compare, distance
+from headscope.kernels.checks.cases import MASKS, everything, random_case
+from headscope.kernels.checks.compare import allowed, compare, distance, tensors
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
 from headscope.kernels.gpu_passes import columns, rows
@@ -68,8 +68,8 @@ def check_one(spec: dict[str, Any]) -> list[str]:
         for verdict in compare(got, case, request):
             if not verdict.holds:
                 wrong.append(f"{spec} subset={subset}: {verdict}")
-        for name, x in vars(got).items():
-            if isinstance(x, torch.Tensor) and not torch.equal(x, getattr(again, name)):
+        for name, x in tensors(got).items():
+            if not torch.equal(x, tensors(again)[name]):
                 wrong.append(f"{spec} subset={subset}: {name} differs between two runs")
     return wrong
 
@@ -88,21 +88,17 @@ def check_pairs(spec: dict[str, Any]) -> list[str]:
 
     pools: tuple[tuple[Pool, int], ...] = (("sum", 16), ("max", 64), ("mean", 256))
     for pool, width in pools:
-        got = blocks(a.q, a.k, size=width, pool=pool, lse=None, **_options(a))
+        got = blocks(a, size=width, pool=pool)
         patterns = (a.pattern(), a.pattern(a.q.dtype).double())
         want, low = (dense(p, a.mask, width, pool) for p in patterns)
         hold(f"blocks {pool} {width}", got, want, low)
     if a.bias is None:
-        apart = divergence(a.side(), b.side())
+        apart = divergence(a, b)
         exact = dense_divergence(a.log_pattern(), b.log_pattern())
         eager = dense_divergence(a.log_pattern(a.q.dtype), b.log_pattern(b.q.dtype))
         for name, x, y, z in zip(apart._fields, apart, exact, eager, strict=True):
             hold(name, x, y, z)
     return wrong
-
-
-def _options(case: Case) -> dict[str, Any]:
-    return {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias")}
 
 
 def poison() -> None:

@@ -15,7 +15,7 @@ import torch
 from headscope.kernels import attention, flex
 from headscope.kernels import gpu_engine as triton_engine
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_edits, random_moves
-from headscope.kernels.checks.compare import allowed, compare, distance
+from headscope.kernels.checks.compare import allowed, compare, distance, tensors
 from headscope.kernels.redistribute import redistribute
 from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.spans import span_outputs
@@ -64,8 +64,8 @@ def _names(kinds: Callable[[Case], dict[str, Any]]) -> list[str]:
 def _twice(label: str, case: Case, run: Callable[..., Reduced], request: Request) -> list[str]:
     got, again = case.run(run, request), case.run(run, request)
     wrong = [f"{label}: {verdict}" for verdict in compare(got, case, request) if not verdict.holds]
-    for name, x in vars(got).items():
-        if isinstance(x, torch.Tensor) and not torch.equal(x, getattr(again, name)):
+    for name, x in tensors(got).items():
+        if not torch.equal(x, tensors(again)[name]):
             wrong.append(f"{label}: {name} differs between two runs")
     return wrong
 
@@ -89,8 +89,7 @@ def check_spans(spec: dict[str, Any]) -> list[str]:
     case = random_case(**spec, device=DEVICE)
     keys, wrong = case.k.shape[2], []
     spans = torch.tensor([[[0, keys], [7, 150], [100, 300]], [[0, 4], [200, 201], [180, keys]]], device=DEVICE)
-    options = {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias")}
-    got = span_outputs(case.q, case.k, case.v, spans, **options)
+    got = span_outputs(case, case.v, spans)
     exact, low = case.pattern(), case.pattern(case.q.dtype).double()
     v = case.v.double().repeat_interleave(exact.shape[1] // case.v.shape[1], 1)
     for b in range(2):

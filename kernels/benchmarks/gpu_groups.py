@@ -23,12 +23,12 @@ from headscope.kernels.benchmarks import gpu_check, gpu_check_edits
 from headscope.kernels.blocks import blocks
 from headscope.kernels.checks.broken import Broken
 from headscope.kernels.checks.cases import MASKS, WIDTHS, everything, paddings, random_case
-from headscope.kernels.checks.compare import compare
+from headscope.kernels.checks.compare import compare, tensors
 from headscope.kernels.fallback import EngineWarning
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
-from headscope.kernels.request import Columns, Reduced, Request
+from headscope.kernels.request import Columns, Request
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton import topk as triton_topk
@@ -101,16 +101,10 @@ def narrow(spec: dict[str, Any]) -> list[str]:
     request = Request(lse=True, entropy=True, columns=(Columns(sum=True, max=True),))
     got, again = (case.run(gpu_engine.attend, request) for _ in range(2))
     wrong = [f"{spec}: {verdict}" for verdict in compare(got, case, request) if not verdict.holds]
-    for (name, x), (_, y) in zip(_tensors(got), _tensors(again), strict=True):
-        if not torch.equal(x, y):
+    for name, x in tensors(got).items():
+        if not torch.equal(x, tensors(again)[name]):
             wrong.append(f"{spec}: {name} differs between two runs")
     return wrong
-
-
-def _tensors(reduced: Reduced) -> list[tuple[str, torch.Tensor]]:
-    """Everything that was computed, by name."""
-    found = [*vars(reduced).items(), *((name, x) for part in reduced.columns for name, x in vars(part).items())]
-    return [(name, x) for name, x in found if isinstance(x, torch.Tensor)]
 
 
 def features(spec: dict[str, Any]) -> list[str]:
@@ -135,8 +129,7 @@ def repeated(spec: dict[str, Any]) -> list[str]:
     """Maps of blocks, twice."""
     size = spec["size"]
     case = random_case(**{name: x for name, x in spec.items() if name != "size"}, device=DEVICE)
-    call = {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias")}
-    maps = [blocks(case.q, case.k, size=size, **call) for _ in range(3)]
+    maps = [blocks(case, size=size) for _ in range(3)]
     return [] if all(torch.equal(maps[0], other) for other in maps[1:]) else [f"{spec}: a map differs between runs"]
 
 

@@ -28,6 +28,7 @@ from headscope.kernels.benchmarks.clock import Run, median
 from headscope.kernels.benchmarks.pages import machine, save
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Request
+from headscope.kernels.scores import Scores
 
 HEADS, KV_HEADS, SPANS = 32, 8, 16
 LENGTHS = tuple(1 << n for n in range(11, 18))
@@ -44,11 +45,11 @@ def tensors(tokens: int, d: int, device: str) -> tuple[Tensor, Tensor, Tensor, T
 
 def kinds(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, longest_eager: int) -> Iterator[tuple[str, Run]]:
     """What is measured, by name; a case's own inputs are made when its turn comes."""
-    call: dict[str, Any] = {"mask": Mask.causal(), "scale": q.shape[-1] ** -0.5}
+    scores = Scores(q, k, Mask.causal(), q.shape[-1] ** -0.5)
 
     def ours(**wanted: Any) -> Run:
         request = Request(**wanted)
-        return lambda: attention.attend(q, k, v, request=request, **call)
+        return lambda: attention.attend(scores, v, request=request)
 
     yield "SDPA", lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     yield "rows", ours(output=False, lse=True, entropy=True, linear=spans)
@@ -56,7 +57,7 @@ def kinds(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, longest_eager: int) ->
     yield "columns and lse", ours(output=False, columns=(Columns(sum=True),))
     if find_spec("flash_colreduce"):
         wide, package = k.repeat_interleave(HEADS // KV_HEADS, dim=1), partial(import_module, "flash_colreduce")
-        yield "flash-colreduce", lambda: package().flash_colreduce(q, wide, "sum", is_causal=True, scale=call["scale"])
+        yield "flash-colreduce", lambda: package().flash_colreduce(q, wide, "sum", is_causal=True, scale=scores.scale)
         del wide
     if q.shape[2] <= longest_eager:
         yield "eager maps", lambda: eager_maps(q, k, spans.to(q.dtype))

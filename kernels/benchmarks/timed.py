@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from headscope.kernels import attention, flex
 from headscope.kernels import gpu_passes as passes
 from headscope.kernels.blocks import blocks, top_blocks
-from headscope.kernels.divergence import Side, divergence
+from headscope.kernels.divergence import divergence
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Request
 from headscope.kernels.score_edits import distance_slope
+from headscope.kernels.scores import Scores
 from headscope.kernels.spans import span_outputs
 from headscope.kernels.triton.topk import top_keys
 
@@ -41,6 +43,7 @@ def kinds(
     keys, queries = k.shape[2], q.shape[2]
     mask, scale = mask or Mask.causal(keys - queries), q.shape[-1] ** -0.5
     call: dict[str, Any] = {"mask": mask, "scale": scale}
+    scores = Scores(q, k, **call)
     spans = torch.arange(keys, device=q.device)[:, None] * 16 // keys == torch.arange(16, device=q.device)
 
     def rows(wants: set[str], values: Any = None, features: torch.Tensor | None = None) -> Callable[[], Any]:
@@ -64,17 +67,17 @@ def kinds(
     if queries == keys:
         every["columns: sum"] = lambda: passes.columns(q, k, lse, **call)
         every["columns: sum, max"] = lambda: passes.columns(q, k, lse, highest=True, **call)
-        every["blocks of 128"] = lambda: blocks(q, k, size=128, lse=lse, **call)
-        every["top 16 blocks of 128"] = lambda: top_blocks(q, k, size=128, top=16, **call)
-        every["divergence"] = lambda: divergence(Side(q, k, **call), Side(q, v, **call))
+        every["blocks of 128"] = lambda: blocks(scores, size=128, lse=lse)
+        every["top 16 blocks of 128"] = lambda: top_blocks(scores, size=128, top=16)
+        every["divergence"] = lambda: divergence(scores, replace(scores, k=v))
         quarters = [(n * keys // 4, (n + 1) * keys // 4) for n in range(4)]
-        every["4 spans"] = lambda: span_outputs(q, k, v, quarters, **call)
+        every["4 spans"] = lambda: span_outputs(scores, v, quarters)
         edit = distance_slope(torch.full((HEADS,), 1e-3, device="cuda"))
-        every["edited output"] = lambda: flex.attention(q, k, v, edit=edit, **call)
+        every["edited output"] = lambda: flex.attention(replace(scores, edit=edit), v)
         if find_spec("flash_colreduce"):
             flash_colreduce = import_module("flash_colreduce").flash_colreduce
             wide = k.repeat_interleave(HEADS // KV_HEADS, dim=1)  # it takes one key head a query head
             every["flash-colreduce"] = lambda: flash_colreduce(q, wide, "sum", is_causal=True, scale=scale)
         request = Request(output=False, columns=(Columns(sum=True),))
-        every["columns incl. lse"] = lambda: attention.attend(q, k, v, request=request, **call)
+        every["columns incl. lse"] = lambda: attention.attend(scores, v, request=request)
     return every

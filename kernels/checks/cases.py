@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from headscope.kernels import reference
-from headscope.kernels.divergence import Side
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution, dense
 from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
+from headscope.kernels.scores import Scores
 
 MASKS = (
     "causal",
@@ -36,44 +35,20 @@ MASKS = (
 WIDTHS = ((16, 16), (60, 60), (64, 64), (80, 80), (96, 128), (128, 128), (128, 64), (256, 256))
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One attention call; shapes as in ``headscope.kernels.attention.attend``.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Case(Scores):
+    """One attention call: scores and values; shapes as in ``headscope.kernels.attention.attend``.
 
     Where mass is moved, ``pattern`` and ``eager`` are of what ``redistribute`` gives, and that is the engine to run.
     """
 
-    q: Tensor
-    k: Tensor
     v: Tensor
-    mask: Mask
-    scale: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    bias: Tensor | None = None
-    edit: ScoreEdit | None = None
     move: Redistribution | None = None
 
     def run(self, engine: Callable[..., Reduced], request: Request) -> Reduced:
         """The call under ``engine``."""
         moved = {} if self.move is None else {"move": self.move}
-        return engine(
-            self.q,
-            self.k,
-            self.v,
-            mask=self.mask,
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            bias=self.bias,
-            edit=self.edit,
-            request=request,
-            **moved,
-        )
-
-    def side(self) -> Side:
-        """The call's pattern as ``divergence`` takes it."""
-        return Side(*(getattr(self, name) for name in Side._fields))
+        return engine(self, self.v, request=request, **moved)
 
     def pattern(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The dense pattern as eager attention computes it in ``dtype``: softmax in at least float32, then rounded."""
@@ -99,9 +74,7 @@ class Case:
         return float(torch.cat([s[torch.isfinite(s)].abs(), s.new_ones(1)]).max())
 
     def _scores(self, dtype: torch.dtype) -> Tensor:
-        q, k = self.q.to(dtype), self.k.to(dtype)
-        options: dict[str, Any] = {"softcap": self.softcap, "bias": self.bias, "edit": self.edit}
-        return reference.scores(q, k, mask=self.mask, scale=self.scale, **options)
+        return reference.dense_scores(replace(self, q=self.q.to(dtype), k=self.k.to(dtype)))
 
 
 def random_mask(kind: str, batch: int, queries: int, keys: int, device: torch.device | str = "cpu") -> Mask:

@@ -89,7 +89,7 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "blocks", lambda: blocks.pooled(q, k, lse, mask=mask, size=64, **plain)
     options: dict[str, Any] = {"mask": mask, "scale": 0.1}
     if width == d_value:
-        yield "divergence", lambda: divergence.distances((q, k), (q, k), lse, lse, **options)
+        yield "divergence", lambda: divergence.distances((q, k), (q, k), (lse, lse), (lse, lse), **options)
 
 
 def failures(mask: Mask, width: int, d_value: int, dtype: torch.dtype, names: Sequence[str] = ()) -> list[str]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, Request
+from headscope.kernels.scores import Scores
 
 
 def count_queries(mask: Mask, q: Tensor, keys: int, rows: tuple[int, int]) -> Tensor:
@@ -37,8 +38,9 @@ def count_queries(mask: Mask, q: Tensor, keys: int, rows: tuple[int, int]) -> Te
     return total
 
 
-def count_columns(request: Request, result: Reduced, mask: Mask, q: Tensor, keys: int) -> None:
+def count_columns(request: Request, result: Reduced, scores: Scores) -> None:
     """Write the counts that ``request`` asks for into the columns of ``result``."""
     for want, out in zip(request.columns, result.columns, strict=True):
         if want.count:
-            out.count = count_queries(mask, q, keys, want.rows(q.shape[2]))
+            _, _, queries, keys = scores.shape
+            out.count = count_queries(scores.mask, scores.q, keys, want.rows(queries))

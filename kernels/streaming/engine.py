@@ -22,47 +22,39 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, ReducedColumns, Request
-from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 from headscope.kernels.streaming import library
 from headscope.kernels.streaming.counts import count_columns
-from headscope.kernels.streaming.tiles import Block, Call
+from headscope.kernels.streaming.tiles import Block
 
 CPU_TILE = 400_000  # scores in a tile: 1.6 MB in float32, measured fastest on 1 MB L2 caches
 GPU_TILE = 1 << 26
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     v: Tensor,
     *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     request: Request,
     tile: int | None = None,
 ) -> Reduced:
-    """Compute ``request`` for ``q`` (batch, head, query, d_head), ``k`` and ``v`` (batch, kv_head, key, ·).
+    """Compute ``request`` for ``scores`` and values ``v`` (batch, kv_head, key, ·).
 
     ``tile`` is the number of scores held at a time. Statistics are float32 (float64 for float64 input), whatever the
     inputs' dtype; the output has the value's dtype.
     """
-    call = Call(q, k, v, mask, scale, softcap, sinks, bias, edit)
+    q = scores.q
     tile = tile or (CPU_TILE if q.device.type == "cpu" else GPU_TILE)
     result = Reduced(columns=tuple(ReducedColumns() for _ in request.columns))
     for rows, part in _passes(request, q.shape[2], q.device):
-        _Pass(call, rows, part, result).run(tile)
+        _Pass(scores, v, rows, part, result).run(tile)
     if request.output and result.output is None:
-        if softcap is None and sinks is None and bias is None and edit is None:
-            result.output = library.attention(q, k, v, mask=mask, scale=scale)
+        if scores.is_plain:
+            result.output = library.attention(scores, v)
         else:
-            _Pass(call, torch.arange(q.shape[2], device=q.device), Request(), result).run(tile)
-    count_columns(request, result, mask, q, k.shape[2])
+            _Pass(scores, v, torch.arange(q.shape[2], device=q.device), Request(), result).run(tile)
+    count_columns(request, result, scores)
     return result
 
 
@@ -84,8 +76,8 @@ def _passes(request: Request, queries: int, device: torch.device) -> Iterator[tu
 class _Pass:
     """One sweep of tiles over a set of query rows, writing into ``result``."""
 
-    def __init__(self, call: Call, rows: Tensor, request: Request, result: Reduced) -> None:
-        self.call, self.rows, self.request, self.result = call, rows, request, result
+    def __init__(self, call: Scores, v: Tensor, rows: Tensor, request: Request, result: Reduced) -> None:
+        self.call, self.v, self.rows, self.request, self.result = call, v, rows, request, result
         self._allocate()
 
     def _allocate(self) -> None:
@@ -97,7 +89,7 @@ class _Pass:
             return torch.full(size, fill, dtype=call.dtype, device=call.q.device)
 
         if want.output:
-            out.output = call.v.new_empty(*shape, call.v.shape[-1])  # every tile writes its rows
+            out.output = self.v.new_empty(*shape, self.v.shape[-1])  # every tile writes its rows
         if want.lse:
             out.lse = new(*shape, fill=-math.inf)
         if want.max:
@@ -136,6 +128,6 @@ class _Pass:
         for b0 in range(0, batch, batch_per):
             for h0 in range(0, kv_heads, heads_per):
                 examples, kv = slice(b0, min(b0 + batch_per, batch)), slice(h0, min(h0 + heads_per, kv_heads))
-                block = Block(call, self.rows, self.request, self.result, examples, kv)
+                block = Block(call, self.v, self.rows, self.request, self.result, examples, kv)
                 for r0 in range(0, rows, step):
                     block.tile(r0, min(r0 + step, rows))

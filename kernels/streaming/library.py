@@ -7,14 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
+from headscope.kernels.scores import Scores
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float) -> Tensor:
-    """The attention output (batch, head, query, d_value) of ``q`` (batch, head, query, d_head); differentiable.
+def attention(scores: Scores, v: Tensor) -> Tensor:
+    """The attention output (batch, head, query, d_value) of plain ``scores``; differentiable.
 
     Any mask beyond full and plain causal is given to the library one block of query rows at a time, so that no
     query x key mask exists. The library takes no softcap, sink logits or key bias.
     """
+    q, k, mask, scale = scores.q, scores.k, scores.mask, scores.scale
+    if scale <= 0:  # the library hides keys, and takes a row's maximum, before it scales
+        q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
     gqa = q.shape[1] != k.shape[1]
     queries, keys = q.shape[2], k.shape[2]
     if covers(mask, queries, keys) and keys:

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from headscope.kernels.masks import Mask
 from headscope.kernels.reference import pad_top
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 
 LOG2E = 1.0 / math.log(2.0)
 HIDDEN = -1e30  # a hidden key's score: exp gives exactly 0, and 0 * HIDDEN is 0 where 0 * -inf would be NaN
 FEW_ROWS = 32
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """One attention call's inputs; shapes as in ``headscope.kernels.attention.attend``."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Mask
-    scale: float
-    softcap: float | None
-    sinks: Tensor | None
-    bias: Tensor | None
-    edit: ScoreEdit | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.promote_types(self.q.dtype, torch.float32)
-
-    @property
-    def group(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
-
-
 class Block:
     """The tiles of a few examples and key/value heads; keys and values are converted to the compute dtype once."""
 
     def __init__(
-        self, call: Call, rows: Tensor, request: Request, result: Reduced, examples: slice, kv_heads: slice
+        self,
+        call: Scores,
+        v: Tensor,
+        rows: Tensor,
+        request: Request,
+        result: Reduced,
+        examples: slice,
+        kv_heads: slice,
     ) -> None:
-        self.call, self.want, self.out, self.all_rows = call, request, result, rows
+        self.call, self.v = call, v
+        self.want, self.out, self.all_rows = request, result, rows
         self.examples, self.kv_heads = examples, kv_heads
         self.heads = slice(kv_heads.start * call.group, kv_heads.stop * call.group)
         self.nb, self.nh = examples.stop - examples.start, kv_heads.stop - kv_heads.start
@@ -71,7 +56,7 @@ class Block:
         features = torch.cat(extra, dim=-1).repeat_interleave(self.nh, dim=0)
         if not want.output:
             return [features]
-        v = self.call.v[self.examples, self.kv_heads].to(self.k.dtype).flatten(0, 1)
+        v = self.v[self.examples, self.kv_heads].to(self.k.dtype).flatten(0, 1)
         return [v, features] if self.all_rows.numel() < FEW_ROWS else [torch.cat([v, features], dim=-1)]
 
     def _per_example(self, x: Tensor) -> Tensor:
@@ -100,7 +85,7 @@ class Block:
             base = self.mask.key_offset - self.mask.query_offset - first
             self.values[-1][:, lo:hi, -1] = torch.arange(lo + base, hi + base, device=s.device)
         sums = torch.cat([torch.bmm(p, x[:, lo:hi]) for x in self.values], dim=-1)
-        d_value = self.call.v.shape[-1] if self.want.output else 0
+        d_value = self.v.shape[-1] if self.want.output else 0
         linear = sums[..., d_value:]
         mass = linear[..., :1]
         total = mass if sink is None else mass + sink

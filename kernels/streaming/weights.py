@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
-from headscope.kernels.score_edits import ScoreEdit
+from headscope.kernels.scores import Scores
 
 HELD = 1 << 24  # weights held at a time on a GPU
 CPU_HELD = 400_000  # on a CPU: a tile stays in a core's cache
@@ -23,29 +24,16 @@ class Tile(NamedTuple):
     log_p: Tensor
 
 
-def log_tile(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    rows: slice,
-    keys: slice,
-    *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
-) -> Tensor:
-    """log p (batch, head, row, key) of rows ``rows`` and keys ``keys`` (slices with both ends) in the dtype of ``lse``.
-
-    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, row) of those rows.
-    """
+def log_tile(scores: Scores, lse: Tensor, rows: slice, keys: slice) -> Tensor:
+    """log p (batch, head, row, key) of rows ``rows`` and keys ``keys`` (slices with both ends) in the dtype of ``lse``
+    (batch, head, row), which is of those rows."""
+    q, k, mask, bias, edit = scores.q, scores.k, scores.mask, scores.bias, scores.edit
     batch, heads, _, d = q.shape
     n, m, kv_heads = rows.stop - rows.start, keys.stop - keys.start, k.shape[1]
-    queries = (q[:, :, rows].to(lse.dtype) * scale).reshape(batch, kv_heads, heads // kv_heads * n, d)
+    queries = (q[:, :, rows].to(lse.dtype) * scores.scale).reshape(batch, kv_heads, heads // kv_heads * n, d)
     s = torch.matmul(queries, k[:, :, keys].to(lse.dtype).transpose(-1, -2)).view(batch, heads, n, m)
-    if softcap is not None:
-        s.div_(softcap).tanh_().mul_(softcap)
+    if scores.softcap is not None:
+        s.div_(scores.softcap).tanh_().mul_(scores.softcap)
     if bias is not None:
         s.add_(bias[:, :, None, keys])
     at, columns = (torch.arange(x.start, x.stop, device=q.device) for x in (rows, keys))
@@ -62,32 +50,26 @@ def log_tile(
 
 
 def log_weights(
-    q: Tensor,
-    k: Tensor,
+    scores: Scores,
     lse: Tensor,
     *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    edit: ScoreEdit | None = None,
     align: int = 1,
     beside: Mask | None = None,
     held: int | None = None,
 ) -> Iterator[Tile]:
-    """Yield a pattern in tiles: a few query rows at a time, with the keys that they may see, in the dtype of ``lse``.
+    """Yield a pattern in tiles: a few query rows at a time, with the keys that they may see, in the dtype of ``lse``
+    (batch, head, query).
 
-    ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d); ``lse`` (batch, head, query). The first key of a tile
-    is a multiple of ``align``. Tiles depend on the shapes and on what the mask, and one ``beside`` it, show: so two
-    calls go in step.
+    The first key of a tile is a multiple of ``align``. Tiles depend on the shapes and on what the mask, and one
+    ``beside`` it, show: so two calls go in step.
     """
-    held = held or (CPU_HELD if q.device.type == "cpu" else HELD)
-    step = max(1, held // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
-    wide = k.to(lse.dtype)
-    for first in range(0, max(1, q.shape[2]), step):
-        rows = slice(first, min(first + step, q.shape[2]))
-        seen = [x.key_bounds(rows.start, rows.stop, k.shape[2]) for x in (mask, beside or mask)]
+    batch, heads, queries, count = scores.shape
+    held = held or (CPU_HELD if scores.q.device.type == "cpu" else HELD)
+    step = max(1, held // max(1, batch * heads * count))
+    wide = replace(scores, k=scores.k.to(lse.dtype))
+    for first in range(0, max(1, queries), step):
+        rows = slice(first, min(first + step, queries))
+        seen = [x.key_bounds(rows.start, rows.stop, count) for x in (scores.mask, beside or scores.mask)]
         some = [(lo, hi) for lo, hi in seen if lo < hi] or [(0, 0)]
         keys = slice(min(lo for lo, _ in some) // align * align, max(hi for _, hi in some))
-        options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
-        yield Tile(rows, keys, log_tile(q, wide, lse[:, :, rows], rows, keys, **options))
+        yield Tile(rows, keys, log_tile(wide, lse[:, :, rows], rows, keys))

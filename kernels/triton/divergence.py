@@ -2,13 +2,15 @@
 
 1. Two products per tile give log p = s - lse and log r = u - lse', in units of ln 2.
 2. log m = max + log2(1 + exp2(-|log p - log r|)) - 1, so JS needs one more exponential and one logarithm.
-3. Six sums per query: JS, KL, |p - r|, p r, p^2, r^2. Nothing is rescaled, as both lses are known.
+3. Six sums per query: JS, KL, |p - r|, x y, x^2, y^2 with x and y the weights among the keys alone, for the squares of
+   what sink logits leave may be too small. Nothing is rescaled, as both lses are known.
 """
 
 # A kernel's types are its arguments' at compile time.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +51,8 @@ def _kernel(
     w,
     lse,
     lse_other,
+    lost,
+    lost_other,
     out,
     strides,
     sizes,
@@ -73,6 +77,9 @@ def _kernel(
     base = (b64 * sizes.heads + h64) * sizes.queries
     norm = tl.load(lse + base + row, mask=exists, other=0.0) * LOG2E
     other = tl.load(lse_other + base + row, mask=exists, other=0.0) * LOG2E
+    less = tl.load(lost + base + row, mask=exists, other=0.0) * LOG2E
+    less_other = tl.load(lost_other + base + row, mask=exists, other=0.0) * LOG2E
+    share, share_other = tl.exp2(-less), tl.exp2(-less_other)
     position = row + rules.query_offset
     last = tl.minimum(begin + BM, sizes.queries) - 1 + rules.query_offset
     lo, hi, _, _ = key_range(begin + rules.query_offset, last, b, sizes.keys, rules, BN)
@@ -94,14 +101,16 @@ def _kernel(
         seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
         log_p = tl.where(seen, log_p, -1e30)
         log_r = tl.where(seen, log_r, -1e30)
-        p, r = tl.exp2(log_p), tl.exp2(log_r)
+        x, y = tl.exp2(log_p), tl.exp2(log_r)
+        log_p, log_r = log_p - less[:, None], log_r - less_other[:, None]
+        p, r = x * share[:, None], y * share_other[:, None]
         log_m = tl.maximum(log_p, log_r) + tl.log2(1.0 + tl.exp2(-tl.abs(log_p - log_r))) - 1.0
         js += tl.sum(p * (log_p - log_m) + r * (log_r - log_m), 1)
         kl += tl.sum(p * (log_p - log_r), 1)
         apart += tl.sum(tl.abs(p - r), 1)
-        pr += tl.sum(p * r, 1)
-        pp += tl.sum(p * p, 1)
-        rr += tl.sum(r * r, 1)
+        pr += tl.sum(x * y, 1)
+        pp += tl.sum(x * x, 1)
+        rr += tl.sum(y * y, 1)
     count = (tl.num_programs(1)).to(tl.int64) * sizes.queries
     size = tl.sqrt(pp * rr)
     at = out + base + row
@@ -114,14 +123,17 @@ def _kernel(
 def distances(
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
-    lse: Tensor,
-    lse_other: Tensor,
+    lses: Sequence[Tensor],
+    lost: Sequence[Tensor],
     *,
     mask: Mask,
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Jensen-Shannon, KL, total variation and cosine of two (q, k) pairs of equal shapes: (4, batch, head, query)."""
+    """Jensen-Shannon, KL, total variation and cosine of two (q, k) pairs of equal shapes: (4, batch, head, query).
+
+    ``lses`` are of the keys alone, and ``lost`` is by how much a sink logit raises them; (batch, head, query) each.
+    """
     q, k, u, w = (last_dim_contiguous(x) for x in (*first, *second))
     batch, heads, queries, d = q.shape
     out = torch.empty(4, batch, heads, queries, dtype=torch.float32, device=q.device)
@@ -137,8 +149,7 @@ def distances(
         k,
         u,
         w,
-        lse.contiguous(),
-        lse_other.contiguous(),
+        *(x.contiguous() for x in (*lses, *lost)),
         out,
         tuple(strides(x) for x in (q, k, u, w)),
         Sizes(heads, heads // k.shape[1], queries, k.shape[2]),

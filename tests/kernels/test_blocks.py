@@ -17,10 +17,6 @@ ENGINES = ["streaming", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def call(case: Case) -> dict:
-    return {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias")}
-
-
 def holds(case: Case, got: torch.Tensor, size: int, pool: Pool) -> bool:
     want = dense(case.pattern(), case.mask, size, pool)
     lossy = dense(case.pattern(case.q.dtype).double(), case.mask, size, pool)
@@ -32,7 +28,7 @@ def holds(case: Case, got: torch.Tensor, size: int, pool: Pool) -> bool:
 def test_maps_under_every_mask(kind: str, engine: str) -> None:
     case = random_case(kind, kv_heads=1, group=1, queries=40, keys=70, device=DEVICE)
     for pool in ("sum", "mean", "max"):
-        assert holds(case, blocks(case.q, case.k, size=16, pool=pool, engine=engine, **call(case)), 16, pool)
+        assert holds(case, blocks(case, size=16, pool=pool, engine=engine), 16, pool)
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 32, 64, 128])
@@ -51,7 +47,7 @@ def test_block_sizes_and_logit_options(size: int, engine: str) -> None:
         device=DEVICE,
     )
     for pool in ("sum", "max"):
-        assert holds(case, blocks(case.q, case.k, size=size, pool=pool, engine=engine, **call(case)), size, pool)
+        assert holds(case, blocks(case, size=size, pool=pool, engine=engine), size, pool)
 
 
 @pytest.mark.parametrize("size", [7, 16, 100])
@@ -59,14 +55,14 @@ def test_streaming_folds_rows_in_pieces(size: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "log_weights", functools.partial(weights.log_weights, held=900))
     case = random_case("left padding", queries=40, keys=40)
     for pool in ("sum", "max"):
-        assert holds(case, blocks(case.q, case.k, size=size, pool=pool, engine="streaming", **call(case)), size, pool)
+        assert holds(case, blocks(case, size=size, pool=pool, engine="streaming"), size, pool)
 
 
 @pytest.mark.parametrize("kind", ["causal", "left padding", "window", "empty rows"])
 @pytest.mark.parametrize("held", [1, 1 << 20])
 def test_heaviest_blocks_and_what_they_leave_out(kind: str, held: int) -> None:
     case = random_case(kind, queries=60, keys=60)
-    got = top_blocks(case.q, case.k, size=8, top=3, held=held, engine="streaming", **call(case))
+    got = top_blocks(case, size=8, top=3, held=held, engine="streaming")
     want = dense(case.pattern(), case.mask, 8, "mean")
     mass = want.topk(3).values
     assert torch.allclose(got.mass.double(), mass, atol=1e-5)
@@ -78,4 +74,4 @@ def test_heaviest_blocks_and_what_they_leave_out(kind: str, held: int) -> None:
 def test_a_block_holds_something() -> None:
     case = random_case("causal", queries=4, keys=4)
     with pytest.raises(ValueError, match="block"):
-        blocks(case.q, case.k, size=0, **call(case))
+        blocks(case, size=0)

@@ -9,15 +9,17 @@ import pytest
 import torch
 
 from headscope.kernels.checks.cases import MASKS, Case, random_case
-from headscope.kernels.checks.compare import allowed, distance
+from headscope.kernels.checks.compare import ROUNDINGS, allowed, distance
 from headscope.kernels.divergence import Divergence, dense, divergence, output_distance
+from headscope.kernels.masks import Mask
+from headscope.kernels.scores import Scores
 
 ENGINES = ["streaming", "triton"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(a: Case, b: Case, engine: str) -> Divergence:
-    return divergence(a.side(), b.side(), engine=engine)
+    return divergence(a, b, engine=engine)
 
 
 def wrong(a: Case, b: Case, engine: str) -> list[str]:
@@ -65,6 +67,31 @@ def test_a_pattern_is_no_distance_from_itself(engine: str) -> None:
     got = run(case, case, engine)
     assert got.js.abs().max() < 1e-6 and got.kl.abs().max() < 1e-6 and got.tv.abs().max() == 0
     assert (got.cosine - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_sinks_that_hold_nearly_all_of_the_mass(engine: str) -> None:
+    """The cosine is that of the float64 formula though weights of e^-25 to e^-60 have squares that float32 has not."""
+    first, second = (random_case("causal", kv_heads=1, d_head=16, queries=20, keys=20, seed=s) for s in (0, 1))
+    first = replace(first, sinks=torch.tensor([25.0, 60.0]))
+    for other in (first, replace(second, sinks=first.sinks), second):
+        p, r = first.log_pattern().exp(), other.log_pattern().exp()
+        want = torch.nn.functional.cosine_similarity(p, r, dim=-1, eps=0.0)
+        got = run(first, other, engine)
+        assert (got.cosine - want).abs().max() < 20 * ROUNDINGS * first.score_size()  # 20 weights exp(s - lse)
+        assert not wrong(first, other, engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_kl_is_infinite_where_a_key_is_lost_however_small_its_weight(engine: str) -> None:
+    """e^-121 is no float32, and still more than nothing."""
+    q, k = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
+    q[..., 0], k[0, 0, :, 0] = 1.0, torch.tensor([-120.0, 0.0, 1.0])
+    got = divergence(Scores(q, k, Mask.causal(), 1.0), Scores(q, k, Mask.causal(window=2), 1.0), engine=engine)
+    assert got.kl[0, 0, 2] == math.inf and (got.kl[0, 0, :2] == 0).all()
+    assert all(torch.isfinite(x).all() for x in (got.js, got.tv, got.cosine))
+    back = divergence(Scores(q, k, Mask.causal(window=2), 1.0), Scores(q, k, Mask.causal(), 1.0), engine=engine)
+    assert back.kl[0, 0, 2].abs() < 1e-6
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -56,17 +56,15 @@ def test_streaming_computes_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_columns, "_kernel", broken)
     lse = case.eager(everything(case)).lse
     assert lse is not None
-    call = {"mask": case.mask, "scale": case.scale, "engine": "triton"}
-    got = once(lambda: columns.columns(case.q, case.k, lse.float(), **call), broken, "streaming")
+    got = once(lambda: columns.columns(case, lse.float(), engine="triton"), broken, "streaming")
     want, low = case.pattern().sum(2), case.pattern(torch.float32).double().sum(2)
-    assert distance(got[0], want) <= allowed(low, want, size=case.score_size())
+    assert distance(got.sum, want) <= allowed(low, want, size=case.score_size())
 
 
 def test_streaming_pools_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     broken, case = Broken(), small()
     monkeypatch.setattr(triton_blocks, "_kernel", broken)
-    call = {"mask": case.mask, "scale": case.scale, "engine": "triton", "size": 16}
-    got = once(lambda: blocks.blocks(case.q, case.k, **call), broken, "streaming")
+    got = once(lambda: blocks.blocks(case, engine="triton", size=16), broken, "streaming")
     want, low = (blocks.dense(case.pattern(x).double(), case.mask, 16) for x in (torch.float64, torch.float32))
     assert distance(got, want) <= allowed(low, want, size=case.score_size())
 
@@ -74,7 +72,7 @@ def test_streaming_pools_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_streaming_computes_divergences(monkeypatch: pytest.MonkeyPatch) -> None:
     broken, one, other = Broken(), small(), small(seed=1)
     monkeypatch.setattr(triton_divergence, "_kernel", broken)
-    got = once(lambda: divergence.divergence(one.side(), other.side(), engine="triton"), broken, "streaming")
+    got = once(lambda: divergence.divergence(one, other, engine="triton"), broken, "streaming")
     want = divergence.dense(one.log_pattern(), other.log_pattern()).js
     low = divergence.dense(one.log_pattern(torch.float32), other.log_pattern(torch.float32)).js
     assert distance(got.js, want) <= allowed(low, want, size=max(one.score_size(), other.score_size()))

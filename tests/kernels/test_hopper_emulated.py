@@ -28,6 +28,7 @@ from headscope.kernels.hopper.device import GROUP_ROWS, _beside
 from headscope.kernels.hopper.emulator import Deadlock, Emulated, emulated
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, ReducedColumns, Request
+from headscope.kernels.scores import Scores
 from headscope.kernels.triton.features import encode
 
 BASE: dict[str, Any] = {"kv_heads": 1, "dtype": torch.bfloat16}
@@ -42,10 +43,12 @@ def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, request: Request, together: bool, **call: Any) -> Reduced:
+def attend(scores: Scores, v: Tensor, *, request: Request, together: bool) -> Reduced:
     """What the Hopper kernels compute of a request, as an engine; ``together``: the output in the statistics' pass."""
-    for name in ("softcap", "bias", "edit"):
-        assert call.pop(name) is None
+    assert scores.softcap is None and scores.bias is None and scores.edit is None
+    q, k = scores.q, scores.k
+    plain = scores.device_arguments
+    call = {**plain, "sinks": scores.sinks}
     assert request.linear is not None
     assert hopper.takes(q, k, v, mask=call["mask"], scale=call["scale"], columns=encode(request.linear, q.dtype))
     where, wants = request.query_rows, frozenset({"lse", "max", "entropy", "distance", "linear"})
@@ -56,8 +59,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, request: Request, together: bool,
     asked = wants if values is None else wants | {"output"}
     rows = passes.rows(some, k, values, features=request.linear, wants=asked, positions=positions, **call)
     every = rows if values is not None else passes.rows(q, k, v, wants=frozenset({"lse", "output"}), **call)
-    call.pop("sinks")  # they are in lse
-    found = (passes.columns(q, k, every.lse, queries=x.queries, highest=True, **call) for x in request.columns)
+    found = (passes.columns(q, k, every.lse, queries=x.queries, highest=True, **plain) for x in request.columns)
     columns = tuple(ReducedColumns(sums, most) for sums, most in found)
     statistics = {name: getattr(rows, name) for name in wants}
     return Reduced(output=every.output, columns=columns, **statistics)

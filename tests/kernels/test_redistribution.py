@@ -14,9 +14,11 @@ from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_moves
 from headscope.kernels.checks.compare import ROUNDINGS, compare
 from headscope.kernels.divergence import divergence
+from headscope.kernels.masks import Mask
 from headscope.kernels.redistribute import pattern, redistribute
 from headscope.kernels.redistribution import Redistribution, dense
 from headscope.kernels.request import Columns, Reduced, Request
+from headscope.kernels.scores import Scores
 
 SIZES: dict[str, Any] = {"batch": 2, "kv_heads": 1, "queries": 12, "keys": 40}
 OPTIONS = pytest.mark.parametrize(
@@ -76,8 +78,7 @@ def test_what_a_heavy_sink_hides_is_not_lost() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tile_of_the_edited_pattern(name: str) -> None:
     case = moved(random_case("left padding", **SIZES), name)
-    options = {x: getattr(case, x) for x in ("mask", "scale", "softcap", "sinks", "bias", "edit")}
-    found = pattern(case.q, case.k, case.move, **options, rows=slice(3, 9), keys=slice(5, 31))
+    found = pattern(case, case.move, rows=slice(3, 9), keys=slice(5, 31))
     assert (found - case.pattern()[:, :, 3:9, 5:31]).abs().max() < ROUNDINGS * case.score_size()
 
 
@@ -127,9 +128,9 @@ def test_rows_are_computed_alone_where_they_are_asked_for_alone(monkeypatch: pyt
     seen: list[tuple[int, Request]] = []
     attend = attention.attend
 
-    def noting(q: torch.Tensor, *args: Any, **options: Any) -> Reduced:
-        seen.append((q.shape[2], options["request"]))
-        return attend(q, *args, **options)
+    def noting(scores: Scores, v: torch.Tensor, **options: Any) -> Reduced:
+        seen.append((scores.shape[2], options["request"]))
+        return attend(scores, v, **options)
 
     monkeypatch.setattr(attention, "attend", noting)
     case = moved(random_case("window", **SIZES), "onto a set")
@@ -137,7 +138,7 @@ def test_rows_are_computed_alone_where_they_are_asked_for_alone(monkeypatch: pyt
     assert not wrong(case, Request(output=False, entropy=True, top=3, query_rows=rows))
     assert all(torch.equal(request.query_rows, rows) for _, request in seen)
     seen.clear()
-    pattern(case.q, case.k, case.move, mask=case.mask, scale=case.scale, rows=slice(4, 6))
+    pattern(case, case.move, rows=slice(4, 6))
     assert [n for n, _ in seen] == [2, 2, 2]
     seen.clear()
     assert not wrong(case, Request(output=False, columns=(Columns(count=True),))) and not seen
@@ -201,7 +202,7 @@ def test_visual_attention_redistribution_as_its_authors_do_it() -> None:
 def test_what_does_not_fit_is_refused(move: Redistribution, said: str) -> None:
     case = random_case("causal", **SIZES)
     with pytest.raises(ValueError, match=said):
-        redistribute(case.q, case.k, case.v, move, mask=case.mask, scale=1.0, request=Request())
+        redistribute(case, case.v, move, request=Request())
 
 
 @pytest.mark.parametrize("engine", ["streaming", pytest.param("triton", marks=pytest.mark.slow)])
@@ -210,18 +211,28 @@ def test_what_does_not_fit_is_refused(move: Redistribution, said: str) -> None:
 def test_columns_from_a_known_lse(kind: str, engine: str, options: dict[str, Any]) -> None:
     """Weighted columns, from less than the lse, and plain ones are those of the dense pattern."""
     case = random_case(kind, **SIZES, **options)
-    given = {x: getattr(case, x) for x in ("mask", "scale", "softcap", "bias", "edit")}
     weights = torch.rand(2, 2, 12, generator=torch.Generator().manual_seed(2)).mul(2).round()  # 0 among them
     for weight in (torch.ones_like(weights), weights):
         lse = case.run(reference.attend, Request(output=False, lse=True)).lse
         assert lse is not None
         norm = torch.where(weight > 0, lse - weight.log(), torch.inf)
-        found = columns.columns(case.q, case.k, norm, **given, queries=(3, 11), highest=True, engine=engine)
+        found = columns.columns(case, norm, queries=(3, 11), highest=True, engine=engine)
         real = case.mask.query_is_real(torch.arange(12))
         p = case.pattern() * weight[..., None] * (1 if real is None else real[:, None, :, None])
         limit = ROUNDINGS * case.score_size() * 2
         assert found.sum is not None and (found.sum - p[:, :, 3:11].sum(2)).abs().max() < 8 * limit
         assert found.max is not None and (found.max - p[:, :, 3:11].amax(2)).abs().max() < limit
+
+
+@pytest.mark.parametrize("engine", ["streaming", "triton"])
+def test_columns_of_no_query_or_no_visible_key_are_zero(engine: str) -> None:
+    case = random_case("causal", batch=1, kv_heads=1, group=1, queries=4, keys=4, d_head=16)
+    far = (Mask(key_offset=100), Mask(right=-9))
+    for mask, queries in ((case.mask, (2, 2)), (far[0], None), (far[1], None)):
+        options = {"queries": queries, "highest": True, "engine": engine}
+        found = columns.columns(replace(case, mask=mask), torch.zeros(1, 1, 4), **options)
+        assert found.sum is not None and found.sum.shape == (1, 1, 4) and (found.sum == 0).all()
+        assert found.max is not None and found.max.shape == (1, 1, 4) and (found.max == 0).all()
 
 
 def test_columns_of_another_lse_are_refused() -> None:
@@ -230,18 +241,18 @@ def test_columns_of_another_lse_are_refused() -> None:
     lse = torch.zeros(2, 2, 12)
     for wrong_lse, queries in ((lse[..., :1], None), (lse[..., :3], None), (lse, (4, 13)), (lse, (5, 4))):
         with pytest.raises(ValueError, match="lse must be"):
-            columns.columns(case.q, case.k, wrong_lse, mask=case.mask, scale=1.0, queries=queries)
+            columns.columns(case, wrong_lse, queries=queries)
     with pytest.raises(ValueError, match="bias must be"):
-        columns.columns(case.q, case.k, lse, mask=case.mask, scale=1.0, bias=torch.zeros(1, 1, 1))
+        columns.columns(replace(case, bias=torch.zeros(1, 1, 1)), lse)
 
 
 def test_a_tile_is_a_run_of_rows_and_keys() -> None:
     case = moved(random_case("causal", **SIZES), "onto a set")
     for part in ({"rows": slice(0, 8, 2)}, {"keys": slice(None, None, -1)}):
         with pytest.raises(ValueError, match="a tile is a run"):
-            attention.pattern(case.q, case.k, mask=case.mask, scale=1.0, **part)
+            attention.pattern(case, **part)
         with pytest.raises(ValueError, match="a tile is a run"):
-            pattern(case.q, case.k, case.move, mask=case.mask, scale=1.0, **part)
+            pattern(case, case.move, **part)
 
 
 @pytest.mark.parametrize("kind", ["causal", "left padding", "rule"])
@@ -250,16 +261,13 @@ def test_nothing_comes_of_nothing(kind: str, sizes: dict[str, int]) -> None:
     case = random_case(kind, **{**SIZES, **sizes}) if "batch" not in sizes else random_case(kind, **SIZES)
     if "batch" in sizes:
         case = replace(case, q=case.q[:0], k=case.k[:0], v=case.v[:0], mask=case.mask.select_batch(0, 0))
-    options = {"mask": case.mask, "scale": case.scale}
     lse = torch.zeros(case.q.shape[:3])
-    assert columns.columns(case.q, case.k, lse, **options).sum.shape == case.q.shape[:2] + (40,)
-    assert blocks(case.q, case.k, size=4, **options).numel() == 0
-    assert top_blocks(case.q, case.k, size=4, top=2, **options).mass.numel() == 0
-    assert divergence(case.side(), case.side()).js.numel() == 0
+    assert columns.columns(case, lse).sum.shape == case.q.shape[:2] + (40,)
+    assert blocks(case, size=4).numel() == 0
+    assert top_blocks(case, size=4, top=2).mass.numel() == 0
+    assert divergence(case, case).js.numel() == 0
     move = Redistribution(torch.arange(40) < 1)
-    got = redistribute(
-        case.q, case.k, case.v, move, **options, request=Request(columns=(Columns(sum=True, count=True),))
-    )
+    got = redistribute(case, case.v, move, request=Request(columns=(Columns(sum=True, count=True),)))
     assert got.output.shape == case.q.shape and not got.columns[0].sum.any()
 
 

@@ -29,10 +29,6 @@ def edited(kind: str, name: str, **options: object) -> Case:
     return replace(case, edit=random_edits(case)[name])
 
 
-def options(case: Case) -> dict:
-    return {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias", "edit")}
-
-
 def fails(case: Case, got: Reduced, request: Request) -> list:
     return [v for v in compare(got, case, request, precision=torch.float32) if not v.holds]
 
@@ -42,7 +38,7 @@ def test_the_definition_is_the_formula_on_every_single_pair() -> None:
     case = random_case("shifted keys", batch=2, kv_heads=1, queries=5, keys=6, d_head=8, **ALL_THREE)
     slopes, factors = torch.rand(2), torch.rand(2, 20)
     edit = key_scale(factors).then(distance_slope(slopes))
-    got = reference.scores(case.q, case.k, mask=case.mask, scale=0.4, softcap=5.0, bias=case.bias, edit=edit)
+    got = reference.dense_scores(replace(case, scale=0.4, softcap=5.0, edit=edit))
     assert case.bias is not None and case.mask.query_offset == 10 and case.mask.key_offset == 11
     for b, h, i, j in torch.cartesian_prod(*(torch.arange(n) for n in (2, 2, 5, 6))).tolist():
         s = 5.0 * torch.tanh(0.4 * (case.q[b, h, i] @ case.k[b, 0, j]) / 5.0) + case.bias[b, h, j]
@@ -60,7 +56,7 @@ def test_streaming_is_the_definition(kind: str, name: str) -> None:
         case = edited(kind, name, queries=queries, keys=50, **extra)
         for subset, tile in ((False, None), (True, 2_000)):
             request = everything(case, subset=subset)
-            got = streaming.attend(case.q, case.k, case.v, **options(case), request=request, tile=tile)
+            got = streaming.attend(case, case.v, request=request, tile=tile)
             assert not fails(case, got, request)
 
 
@@ -76,8 +72,8 @@ def test_output_and_pattern_follow_the_edit(kind: str, name: str) -> None:
     case = edited(kind, name, queries=21, keys=30, **ALL_THREE)
     want = case.eager(Request()).output
     assert want is not None
-    assert (attention.output(case.q, case.k, case.v, **options(case)) - want).abs().max() < 1e-5
-    tile = attention.pattern(case.q, case.k, rows=slice(2, 19), keys=slice(3, 27), **options(case))
+    assert (attention.output(case, case.v) - want).abs().max() < 1e-5
+    tile = attention.pattern(case, rows=slice(2, 19), keys=slice(3, 27))
     assert (tile - case.pattern()[:, :, 2:19, 3:27]).abs().max() < 1e-5
 
 
@@ -114,8 +110,8 @@ def test_minus_infinity_hides_as_a_rule_does() -> None:
 def test_a_table_of_distances_holds_at_its_ends() -> None:
     table = torch.tensor([[1.0, 2.0, 4.0]])
     case = random_case("full", queries=6, keys=6, batch=1, kv_heads=1, group=1)
-    got = reference.scores(case.q, case.k, mask=case.mask, scale=1.0, edit=by_distance(bias=table))
-    change = got - reference.scores(case.q, case.k, mask=case.mask, scale=1.0)
+    got = reference.dense_scores(replace(case, scale=1.0, edit=by_distance(bias=table)))
+    change = got - reference.dense_scores(replace(case, scale=1.0))
     want = table[0][(torch.arange(6)[:, None] - torch.arange(6)).clamp(0, 2)]
     assert torch.allclose(change[0, 0], want, atol=1e-5)
 
@@ -150,20 +146,20 @@ def test_what_follows_from_the_lse_follows_the_edit(kind: str, name: str) -> Non
     """Block maps, masses on single keys, redistribution, and the distance from the pattern as it was."""
     case = edited(kind, name, queries=33, keys=50, **ALL_THREE)
     request = Request(entropy=True, columns=(Columns(sum=True),))
-    call, p = options(case), case.pattern()
-    got = blocks(case.q, case.k, size=16, pool="sum", **call)
+    p = case.pattern()
+    got = blocks(case, size=16, pool="sum")
     assert (got - dense_blocks(p, case.mask, 16, "sum")).abs().max() < 1e-4  # sums of up to 256 float32 weights
     lse = case.run(attention.attend, Request(output=False, lse=True)).lse
     assert lse is not None
     keys = torch.tensor([2, 7, 40])
     targets = (keys + case.mask.key_offset).expand(1, 33, -1)
-    del call["sinks"]
+    call = {**case.device_arguments, "edit": case.edit}
     assert (target_mass(case.q, case.k, lse, targets, **call) - p[..., keys]).abs().max() < 1e-5
     for move in random_moves(case).values():
         moved = replace(case, move=move)
         assert all(v.holds for v in compare(moved.run(redistribute, request), moved, request))
     plain = replace(case, edit=None, bias=None, softcap=None, sinks=None)
-    apart = divergence(plain.side(), case.side())
+    apart = divergence(plain, case)
     exact = dense_divergence(plain.log_pattern(), case.log_pattern())
     for field, x, y in zip(apart._fields, apart, exact, strict=True):
         assert ((x == y) | ((x - y).abs() < 1e-4)).all(), field
@@ -181,10 +177,8 @@ def test_engines_without_a_kernel_for_it_compute_it_by_streaming(engine: str) ->
         pytest.importorskip("triton")
     case = edited("causal", "distance slope")
     got = attention.attend(
-        case.q,
-        case.k,
+        case,
         case.v,
-        **options(case),
         request=everything(case),
         engine=engine,  # type: ignore[arg-type]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 from headscope.kernels import attention, reference
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
 from headscope.kernels.checks.compare import ROUNDINGS, compare, tensors
-from headscope.kernels.masks import Mask
 from headscope.kernels.redistribute import redistribute
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.request import Columns, Reduced, Request
+from headscope.kernels.scores import Scores
 from headscope.kernels.streaming import engine as streaming
 
 SINGLE = torch.float32
@@ -92,18 +93,16 @@ def test_float64_inputs_give_float64_statistics() -> None:
     assert not fails(case, everything(case), streaming.attend, torch.float64)
 
 
-def _drops_the_last_key(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Reduced:
-    mask = options["mask"]
-    assert isinstance(mask, Mask)
-    return streaming.attend(q, k, v, **{**options, "mask": replace(mask, right=-1)})  # type: ignore[arg-type]
+def _drops_the_last_key(scores: Scores, v: torch.Tensor, **options: Any) -> Reduced:
+    return streaming.attend(replace(scores, mask=replace(scores.mask, right=-1)), v, **options)
 
 
-def _forgets_the_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Reduced:
-    return streaming.attend(q * 1.01, k, v, **options)  # type: ignore[arg-type]
+def _forgets_the_scale(scores: Scores, v: torch.Tensor, **options: Any) -> Reduced:
+    return streaming.attend(replace(scores, q=scores.q * 1.01), v, **options)
 
 
-def _leaves_a_row_unwritten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> Reduced:
-    got = streaming.attend(q, k, v, **options)  # type: ignore[arg-type]
+def _leaves_a_row_unwritten(scores: Scores, v: torch.Tensor, **options: Any) -> Reduced:
+    got = streaming.attend(scores, v, **options)
     for x in (got.lse, got.output, got.entropy):
         assert x is not None
         x[0, 0, 3] = torch.empty_like(x[0, 0, 3])
@@ -139,11 +138,10 @@ def test_empty_rows_are_as_documented() -> None:
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "sinks": True, "bias": True}], ids=["plain", "all three"])
 def test_output_and_pattern_tile(kind: str, options: dict) -> None:
     case = random_case(kind, queries=21, keys=30, **options)
-    call = {"mask": case.mask, "scale": case.scale, "softcap": case.softcap, "sinks": case.sinks, "bias": case.bias}
     want = case.eager(Request()).output
     assert want is not None
-    assert (attention.output(case.q, case.k, case.v, **call) - want).abs().max() < 1e-5
-    tile = attention.pattern(case.q, case.k, rows=slice(2, 19), keys=slice(3, 27), **call)
+    assert (attention.output(case, case.v) - want).abs().max() < 1e-5
+    tile = attention.pattern(case, rows=slice(2, 19), keys=slice(3, 27))
     assert (tile - case.pattern()[:, :, 2:19, 3:27]).abs().max() < 1e-5
 
 
@@ -200,12 +198,11 @@ def test_every_range_of_queries_has_its_own_columns(kind: str, engine: str, rows
     case = random_case(kind, queries=41, keys=41, d_head=16, sinks=True)
     asked = tuple(Columns(part, sum=True, max=n != 1, count=n < 4) for n, part in enumerate(RANGES))
     request = Request(output=rows is None, entropy=True, query_rows=rows, columns=asked)
-    options = {"mask": case.mask, "scale": case.scale, "sinks": case.sinks}
     if engine == "moved":  # no key gives
         nobody = Redistribution(torch.zeros(41, dtype=torch.bool))
-        got = redistribute(case.q, case.k, case.v, nobody, **options, request=request)
+        got = redistribute(case, case.v, nobody, request=request)
     else:
-        got = attention.attend(case.q, case.k, case.v, **options, request=request, engine=engine)
+        got = attention.attend(case, case.v, request=request, engine=engine)
     at = torch.arange(41)
     seen = reference.dense_mask(case.mask, case.q.shape, 41, case.q.device)
     real = case.mask.query_is_real(at)
@@ -228,3 +225,27 @@ def test_a_range_outside_the_queries_is_refused(part: tuple[int, int]) -> None:
     """A kernel would read beyond its end."""
     with pytest.raises(ValueError, match="columns over the queries"):
         random_case("causal", queries=41, keys=41).run(attention.attend, Request(columns=(Columns(part, sum=True),)))
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("engine", ["streaming", "triton", "flex", "auto"])
+def test_a_scale_may_be_negative(engine: str, scale: float) -> None:
+    """The library's causal attention gives NaN: it hides keys before it scales."""
+    for kind, options in (
+        ("causal", {}),
+        ("full", {}),
+        ("left padding", {"sinks": True}),
+        ("window", {"softcap": 4.0}),
+    ):
+        case = replace(random_case(kind, queries=20, keys=20, d_head=16, **options), scale=scale)
+        want = case.pattern() @ case.v.double().repeat_interleave(2, 1)
+        entropy = torch.special.entr(case.pattern()).sum(-1)
+        near = 20 * ROUNDINGS * case.score_size()  # 20 weights exp(s - lse) and values of about 1
+        for request in (Request(), Request(lse=True, entropy=True)):
+            got = attention.attend(case, case.v, request=request, engine=engine)
+            assert (got.output - want).abs().max() < near
+            assert got.entropy is None or (got.entropy - entropy).abs().max() < near
+        assert (attention.output(case, case.v) - want).abs().max() < near
+        q = case.q.clone().requires_grad_()
+        attention.output(replace(case, q=q), case.v).sum().backward()
+        assert torch.isfinite(q.grad).all()

@@ -21,6 +21,7 @@ from headscope.kernels.checks.cases import MASKS, Case, everything, paddings, ra
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, Request
+from headscope.kernels.scores import Scores
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.tuning import Tiles
 
@@ -61,7 +62,7 @@ def test_subsets_of_rows_and_columns(kind: str) -> None:
 def test_padding_around_a_tile(kind: str, padding: tuple[int, int]) -> None:
     """Left padding of a tile of queries or more once dropped the last, partial tile of queries."""
     case = random_case(kind, kv_heads=1, group=1, queries=110, keys=110, padding=padding, device=DEVICE)
-    assert not fails(case, Request(output=False, entropy=True, key_sum=True, key_max=True))
+    assert not fails(case, Request(output=False, entropy=True, columns=(Columns(sum=True, max=True),)))
 
 
 @pytest.mark.slow
@@ -70,7 +71,7 @@ def test_padding_around_the_tiles_of_half_precision(d: int) -> None:
     for padding in paddings(*_tiles(d, torch.float16)):
         case = random_case("full", batch=1, kv_heads=1, group=1, queries=300, keys=300, d_head=d, padding=padding)
         case = replace(case, q=case.q.half(), k=case.k.half(), v=case.v.half())
-        assert not fails(case, Request(output=False, entropy=True, key_sum=True, key_max=True)), padding
+        assert not fails(case, Request(output=False, entropy=True, columns=(Columns(sum=True, max=True),))), padding
 
 
 @pytest.mark.parametrize("option, queries", [*((name, 1) for name in OPTIONS), ("all three", 1), ("all three", 34)])
@@ -85,7 +86,7 @@ def test_a_softcap_leaves_small_scores_as_exact_as_they_were() -> None:
     q, k = torch.zeros(1, 1, 300, 16, device=DEVICE), torch.zeros(1, 1, 1, 16, device=DEVICE)
     q[0, 0, :, 0], k[0, 0, 0, 0] = x, 1.0
     request = Request(output=False, lse=True)  # of one key: its score
-    lse = triton_engine.attend(q, k, k, mask=Mask.full(), scale=1.0, softcap=50.0, request=request).lse
+    lse = triton_engine.attend(Scores(q, k, Mask.full(), 1.0, softcap=50.0), k, request=request).lse
     want = 50 * torch.tanh(x.double() / 50)
     assert ((lse[0, 0].cpu() - want) / want).abs().max() <= 16 * torch.finfo(torch.float32).eps
 
@@ -188,9 +189,9 @@ def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> N
     case = random_case("window", kv_heads=1, device=DEVICE)
     request = everything(case, top=0)
 
-    def narrower(*args: object, **options: object) -> Reduced:
-        mask = replace(case.mask, left=case.mask.left - 1)  # type: ignore[operator]
-        return triton_engine.attend(*args, **{**options, "mask": mask})  # type: ignore[arg-type]
+    def narrower(scores: Scores, v: torch.Tensor, request: Request) -> Reduced:
+        mask = replace(scores.mask, left=scores.mask.left - 1)  # type: ignore[operator]
+        return triton_engine.attend(replace(scores, mask=mask), v, request=request)
 
     assert not fails(case, request)
     assert {"lse", "entropy", "output", "columns[0].sum", "distance"} <= {

@@ -1,0 +1,94 @@
+"""What the scores of one attention call are made of: one value that every reduction takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headscope.kernels.masks import Mask
+from headscope.kernels.score_edits import ScoreEdit
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores (batch, head, query, key) that are never built.
+
+    1. s = ``scale`` q.k of the queries ``q`` (batch, head, query, d_head) and keys ``k`` (batch, kv_head, key, d_head),
+       after position embedding and any normalisation; query head ``h`` reads ``kv_head = h // (head / kv_head)``.
+    2. ``softcap * tanh(s / softcap)`` (Gemma 2).
+    3. ``bias`` (batch or 1, head or 1, key) is added. ``log c`` multiplies the key's weight by ``c`` before
+       renormalisation, and -inf takes the key away.
+    4. ``edit`` changes what then stands there, of the pairs that ``mask`` shows.
+
+    ``sinks`` (head,) is one extra logit a head in the softmax denominator (gpt-oss).
+    """
+
+    q: Tensor
+    k: Tensor
+    mask: Mask
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    edit: ScoreEdit | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, head, query, key)."""
+        batch, heads, queries, _ = self.q.shape
+        return batch, heads, queries, self.k.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What statistics are computed in: at least float32."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but a mask and a scale stands between q.k and softmax."""
+        return all(x is None for x in (self.softcap, self.sinks, self.bias, self.edit))
+
+    @property
+    def device_arguments(self) -> dict[str, Any]:
+        """What a device kernel takes beside q, k and sink logits."""
+        return {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "bias": self.bias}
+
+    def rows(self, part: slice) -> Scores:
+        """Those of the query rows ``part``, a slice with both ends."""
+        mask = replace(self.mask, query_offset=self.mask.query_offset + part.start)
+        return replace(self, q=self.q[:, :, part], mask=mask)
+
+    def keys(self, part: slice) -> Scores:
+        """Those of the keys ``part``, a slice with both ends."""
+        mask = replace(self.mask, key_offset=self.mask.key_offset + part.start)
+        bias = None if self.bias is None else self.bias[..., part]
+        return replace(self, k=self.k[:, :, part], mask=mask, bias=bias)
+
+    def check(self, v: Tensor | None = None) -> None:
+        """Raise ValueError where these inputs, and values ``v``, do not belong together."""
+        q, k, v, sinks, bias = self.q, self.k, self.k if v is None else v, self.sinks, self.bias
+        if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+            raise ValueError(
+                f"q, k and v must be (batch, head, position, d); got {[tuple(x.shape) for x in (q, k, v)]}"
+            )
+        if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+            raise ValueError(f"q, k and v do not belong together: {[tuple(x.shape) for x in (q, k, v)]}")
+        if q.shape[1] % k.shape[1]:
+            raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly")
+        if sinks is not None and sinks.shape != (q.shape[1],):
+            raise ValueError(f"sinks must have one logit a head, shape ({q.shape[1]},); got {tuple(sinks.shape)}")
+        sizes = ((1, q.shape[0]), (1, q.shape[1]), (k.shape[2],))
+        if bias is not None and (
+            bias.dim() != 3 or any(n not in fit for n, fit in zip(bias.shape, sizes, strict=True))
+        ):
+            raise ValueError(
+                f"bias must be ({q.shape[0]} or 1, {q.shape[1]} or 1, {k.shape[2]}); got {tuple(bias.shape)}"
+            )
