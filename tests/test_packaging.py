@@ -57,11 +57,15 @@ def pyproject(root: Path = ROOT) -> dict:
     return tomllib.loads((root / "pyproject.toml").read_text())
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every imported module of a file as a dotted name, and whether it is imported when the file is."""
+def imports(path: Path, *, types: bool = True) -> Iterator[tuple[str, bool]]:
+    """Every imported module of a file as a dotted name, and whether it is imported when the file is; with or without
+    those that only type checkers import."""
 
     def visit(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                yield from visit(child, False) if types else ()
+                continue
             if isinstance(child, ast.Import):
                 yield from ((alias.name, top) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
@@ -137,7 +141,7 @@ def modules(root: Path) -> dict[str, set[str]]:
         place["headscope." + ".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     found = {}
     for path in place.values():
-        names = {name for name, _ in imports(path)}
+        names = {name for name, _ in imports(path, types=False)}
         known = {name if name in place else name.rpartition(".")[0] for name in names}
         found[str(path.relative_to(root))] = {
             str(place[name].relative_to(root)) for name in known if name in place and place[name] != path
