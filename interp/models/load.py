@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -210,7 +212,22 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
+def _saved_encoder(config: Any) -> Any:
+    """The class that an encoder was saved as (BERT without a head, or with another than a language model's), or None.
+
+    The causal class that transformers has for encoders too would find its head missing.
+    """
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    if decodes or type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
+        return None
+    kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+    return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
+
+
 def _auto_class(config: Any, place: str, options: Options) -> Any:
+    saved = _saved_encoder(config)
+    if saved is not None:
+        return saved
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM

@@ -39,9 +39,9 @@ class _Held:
             self.blocks.append(entry)
 
     def leave(self, entry: object) -> None:
+        if entry not in self.blocks:
+            return
         with self.lock:
-            if entry not in self.blocks:
-                return
             self.blocks.remove(entry)
             if not self.blocks:
                 self.stance.__exit__(None, None, None)

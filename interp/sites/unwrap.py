@@ -36,8 +36,40 @@ def bare_model(model: Any) -> nn.Module:
     inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         raise HeadscopeError(f"expected load_model's result or a Hugging Face model, got {type(model).__name__}")
-    bare: nn.Module = plain(inner)
-    return bare
+    return _inside(plain(inner))
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The transformers model in a module that holds one: DataParallel and DDP on one device, PEFT, a wrapper class.
+
+    Raises:
+        HeadscopeError: it holds several, or runs copies of it on several devices.
+    """
+    if hasattr(model, "get_base_model"):  # PEFT: its own forward does not go through the model's
+        model = model.get_base_model()  # type: ignore[operator]
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise HeadscopeError(
+            f"DataParallel runs copies of the model on {len(model.device_ids)} devices, which are not traced: give its "
+            "model.module, and call that"
+        )
+    if hasattr(model, "config") or not isinstance(model, nn.Module):
+        return model
+    held: list[nn.Module] = []
+    _outermost(model, held)
+    if len(held) > 1:
+        names = " and ".join(type(one).__name__ for one in held[:3])
+        raise HeadscopeError(f"{type(model).__name__} holds several models ({names}): give the one that is meant")
+    return held[0] if held else model
+
+
+def _outermost(module: nn.Module, held: list[nn.Module]) -> None:
+    """Collect the transformers models inside ``module`` that are inside no other."""
+    for child in module.children():
+        if hasattr(child, "config") and hasattr(child, "set_attn_implementation"):
+            if all(child is not other for other in held):
+                held.append(child)
+        else:
+            _outermost(child, held)
 
 
 def require_model(model: Any) -> None:

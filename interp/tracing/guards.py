@@ -57,7 +57,7 @@ def guard(thing: Any, name: str, around: Around) -> Guard | None:
 
 def release(made: Guard | None) -> None:
     """End a guard; the class gets its own method back with the last one. Doing so twice is doing so once."""
-    if made is None:
+    if made is None or made not in _GUARDS.get((made.owner, made.name), ()):
         return
     key = made.owner, made.name
     with _LOCK:

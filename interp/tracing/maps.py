@@ -97,4 +97,10 @@ def _run(lm: Any, prompt: str, layers: dict[int, list[int] | None]) -> dict[int,
     handler = _Maps(layers)
     with attached(lm, handler, layers=list(layers)):
         lm([prompt])
+    silent = sorted(set(layers) - set(handler.found))
+    if silent:
+        raise HeadscopeError(
+            f"layers {', '.join(map(str, silent))} make no softmax attention, so they have no map: ask for a layer "
+            "that does with layer=..."
+        )
     return {layer: pattern.numpy() for layer, pattern in handler.found.items()}

@@ -122,17 +122,34 @@ def _leave(model: nn.Module, entry: object) -> None:
         _close(route)
 
 
-def _open(model: nn.Module) -> Route:
+def require_routable(model: nn.Module) -> None:
+    """Refuse what no attention implementation can be put on, or whose heads are not all here.
+
+    Raises:
+        HeadscopeError: names it.
+    """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "set_attn_implementation"):
         raise HeadscopeError(
             f"{type(model).__name__} is not a Hugging Face model; load it with load_model or transformers"
         )
-    if (getattr(model, "_tp_size", None) or 1) > 1:
+    if _is_split(model):
         raise HeadscopeError(
-            f"{type(model).__name__} is split over {model._tp_size} devices by tensor parallelism, so that each holds "
-            "other heads under the same numbers: load it with device_map='auto' instead of tp_plan"
+            f"{type(model).__name__} is split over devices by tensor parallelism (tp_plan), so that each holds other "
+            "heads under the same numbers: load it with device_map='auto' instead"
         )
+
+
+def _is_split(model: nn.Module) -> bool:
+    """Whether single layers are split over devices; FSDP puts their weights together before they run."""
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return True
+    sharded = any(type(weights).__name__ == "DTensor" for weights in model.parameters())
+    return sharded and not any(type(part).__name__.startswith("FSDP") for part in model.modules())
+
+
+def _open(model: nn.Module) -> Route:
+    require_routable(model)
     route = Route(model, implementations(model), check=_CHECKS.get(model), trusted=trusted(model))
     made = places(route)
     for module in made:

@@ -74,6 +74,7 @@ def verify(model: Any, inputs: dict[str, Tensor] | None = None, trust: Sequence[
         HeadscopeError: the architecture is not routed, or does not run on inputs of ours (give ``inputs`` then).
     """
     inner = bare_model(model)
+    hf_route.require_routable(inner)
     if hf_route.is_attached(inner):
         if trust:
             raise HeadscopeError("verify(trust=...) compares the model with itself; call it outside the `with` block")

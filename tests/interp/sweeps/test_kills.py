@@ -1,0 +1,14 @@
+"""A sweep that is killed with -9 again and again ends with the record of one that nobody killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from headscope.interp.benchmarks.interrupts import kills
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
+    assert kills(50, tmp_path) == []
