@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from headscope.interp.survey.tiny import tiny_model as tiny_model
     from headscope.interp.sweeps import sweep as sweep
     from headscope.interp.tracing.generation import response_steps as response_steps
+    from headscope.interp.tracing.recording import trace as trace
     from headscope.interp.tracing.reference_run import keep_attention as keep_attention
     from headscope.interp.tracing.tracer import Tracer as Tracer
-    from headscope.interp.tracing.tracer import trace as trace
 
 _HOME = {
     "HeadScores": "results.scores",
@@ -43,7 +43,7 @@ _HOME = {
     "save_record": "records.record",
     "sweep": "sweeps",
     "tiny_model": "survey.tiny",
-    "trace": "tracing.tracer",
+    "trace": "tracing.recording",
     "vision_prompt": "prompts.vision",
 }
 _MODULES = ("heads", "models", "plots", "prompts", "statistics")

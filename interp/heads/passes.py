@@ -16,7 +16,7 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.sequences import Sample
 from headscope.interp.records.labels import own
 from headscope.interp.statistics import Statistic
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from headscope.interp.plots.pattern import CELLS, pattern
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.statistics import BlockMap
 from headscope.interp.tracing.maps import head_pattern, tokens_of
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 SIDE = math.isqrt(CELLS)  # cells a side of what can still be read
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.huggingface.prompt import prompt
 from headscope.interp.sites.huggingface.route import paused
-from headscope.interp.sites.huggingface.verify import prompt
 from headscope.interp.sites.inputs import example_inputs
 from headscope.interp.sites.sizes import attending
 from headscope.interp.sites.towers import numbered, parse_name, selects, tower_of

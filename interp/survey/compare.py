@@ -17,7 +17,7 @@ from headscope.interp.sites.huggingface.switch import implementations
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
 from headscope.interp.survey.eager import Weights, eager_weights
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 STATISTICS = (LogSumExp(), Entropy(), SinkMass(2), TopKeys(1), KeyMass())
 

@@ -38,7 +38,8 @@ from headscope.interp.statistics.queries import Queries
 from headscope.interp.sweeps.batches import Batch, Budget, Cost, Prompts, bytes_of
 from headscope.interp.sweeps.examples import check_statistics, for_examples, own_rows
 from headscope.interp.sweeps.ranks import Ranks, ranks
-from headscope.interp.tracing.tracer import Tracer, trace
+from headscope.interp.tracing.recording import trace
+from headscope.interp.tracing.tracer import Tracer
 
 
 def sweep(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.stream import StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.provenance import signed
-from headscope.interp.sites import attached
 from headscope.interp.sites.sizes import attending
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.sites.unwrap import bare_model
@@ -36,7 +34,6 @@ from headscope.interp.statistics.plan import Plans
 from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.caches import Caches, check_repeats
 from headscope.interp.tracing.decoder import DecoderPosition
-from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.heap import Heap
 from headscope.interp.tracing.host_copies import HostCopies, owned
 from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache, datasets, join, refuse_several
@@ -274,46 +271,3 @@ class Tracer(Handler):
         self._pass.clear()
         self._sessions.clear()
         self._finished.clear()
-
-
-@contextmanager
-def trace(
-    model: Any,
-    statistics: Sequence[Statistic],
-    *,
-    layers: Sequence[int] | None = None,
-    queries: Queries | None = None,
-    tower: str | None = None,
-    verify: bool = True,
-    grad: bool = False,
-) -> Iterator[Tracer]:
-    """Record ``statistics`` of every forward pass of ``model`` inside the block; nothing stays on the model after it.
-
-    Row statistics of a megabyte or more leave a GPU for (pinned) host memory as they are made, so that a long text
-    needs no more of the card than untraced; the host needs room for the record twice.
-
-    Args:
-        model: load_model's result or a Hugging Face model.
-        statistics: declarations from ``headscope.interp.statistics``.
-        layers: record only these layers (all by default); the others run the model's own attention, untouched.
-        queries: ``Last(n)``, ``Every(n)`` or ``Generated()`` limit the row statistics; None records every query.
-        tower: which one to record where a model has several: ``"language"`` (the default where there is one),
-            ``"vision"``, ``"audio"``, ``"encoder"``, ``"decoder"``, ``"cross"``, ``"connector"``, or a pattern of
-            module names such as ``"model.layers.*.self_attn"``. One record holds one tower.
-        verify: check once per model that our attention equals the model's own (see ``headscope.interp.sites``).
-        grad: gradients are off inside the block; True keeps what a backward pass through the model needs. Statistics
-            carry none either way.
-
-    Raises:
-        HeadscopeError: an architecture that cannot be traced exactly or a layer that does not attend, named, before
-            anything runs; or a layer of ``layers`` that attended in no finished pass, when the block ends.
-    """
-    tracer = Tracer(model, statistics, layers=layers, queries=queries, tower=tower)
-    try:
-        with (
-            attached(model, tracer, tower=tower, layers=layers, verify=verify, grad=grad),
-            watching_generate(model, tracer),
-        ):
-            yield tracer
-    finally:
-        tracer.end()

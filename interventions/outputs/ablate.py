@@ -13,7 +13,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.statistics import HeadOutput
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 from headscope.interventions.applying import size
 from headscope.interventions.head_edit import HeadEdit
 

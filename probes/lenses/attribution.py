@@ -32,7 +32,7 @@ from headscope.interp.sites.layout import stream_layers
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.statistics import HeadOutput
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 Token = str | int
 Seen = dict[nn.Module, tuple[Tensor, Tensor]]  # what went in, what came out

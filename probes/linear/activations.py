@@ -20,7 +20,7 @@ from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import hash_texts, provenance
 from headscope.interp.runs.sealed import sha256
 from headscope.interp.statistics import HeadOutput
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 
 def head_outputs(

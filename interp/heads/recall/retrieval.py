@@ -17,7 +17,7 @@ from headscope.interp.prompts.haystack import Needles, rouge1_recall
 from headscope.interp.prompts.needle import NeedlePrompts
 from headscope.interp.runs.journal import Trial
 from headscope.interp.statistics import TopKeys
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 
 @dataclass(frozen=True, kw_only=True)

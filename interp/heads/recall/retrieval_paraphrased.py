@@ -19,7 +19,7 @@ from headscope.interp.prompts.spans import encode
 from headscope.interp.runs.journal import Trial
 from headscope.interp.statistics import TopKeys
 from headscope.interp.statistics.queries import Last
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 LEAD = "Answer:"  # begins a chat model's turn, as the base prompt ends
 

@@ -19,7 +19,6 @@ else.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,12 +36,11 @@ from headscope.interp.sites.huggingface import own
 from headscope.interp.sites.huggingface import route as hf_route
 from headscope.interp.sites.huggingface import switch as hf_switch
 from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
+from headscope.interp.sites.huggingface.prompt import SHORT, prompt
 from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.unwrap import bare_model, model_device
 
 NAME = "headscope-verify"
-LONGEST_WINDOW = 1024  # a sliding window up to this size is exceeded by the verification prompt
-SHORT = 24  # tokens of a prompt where no window asks for more
 LARGEST = 1 << 24  # query-key pairs of the largest call that is checked whole when it comes
 _VERIFIED: WeakKeyDictionary[nn.Module, Verification] = WeakKeyDictionary()
 
@@ -148,37 +146,6 @@ def _run_unmasked(model: nn.Module, found: Verification, inputs: dict[str, Any])
     except Exception:  # whatever it is, nobody can run the model so
         return
     found.add(again)
-
-
-def prompt(model: nn.Module) -> dict[str, Any]:
-    """Two rows of random tokens, one padded on the left and one on the right."""
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    windows = [w for w in (getattr(config, "sliding_window", None),) if isinstance(w, int) and 0 < w <= LONGEST_WINDOW]
-    length = max([SHORT, *(w + 8 for w in windows)])
-    limit = getattr(config, "max_position_embeddings", None)
-    length = min(length, limit) if isinstance(limit, int) and limit > 0 else length
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (2, length), generator=generator)
-    special = _special_tokens(model.config)
-    ids = torch.where(torch.isin(ids, special), int(_first_plain(special)), ids)
-    real = torch.ones_like(ids)
-    real[0, :3] = 0
-    real[1, -2:] = 0
-    device = model_device(model)
-    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": real.to(device)}
-    if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids[:, :12].flip(0).to(device)
-    return {**inputs, "use_cache": False}
-
-
-def _special_tokens(config: Any) -> Tensor:
-    """Tokens that stand for images or sound, which a prompt of text must not hold."""
-    found = [v for k, v in config.to_dict().items() if re.search(r"(token_id|token_index)$", k) and isinstance(v, int)]
-    return torch.tensor(found or [-1])
-
-
-def _first_plain(special: Tensor) -> int:
-    return next(i for i in range(3, 4096) if i not in special.tolist())
 
 
 @block

@@ -259,6 +259,7 @@ def verify_once(bridge: Any) -> Any:
 def verify(bridge: Any, inputs: dict[str, Tensor] | None = None) -> Any:
     """Compare pattern and z with ``hook_pattern`` and ``hook_z`` (default: a small padded batch of random tokens)."""
     from headscope.interp.sites.huggingface import verify as hf_verify
+    from headscope.interp.sites.huggingface.prompt import prompt
     from headscope.interp.sites.transformer_lens.verify import Check, judge_layers
 
     require_bridge(bridge)
@@ -273,7 +274,7 @@ def verify(bridge: Any, inputs: dict[str, Tensor] | None = None) -> Any:
         route.open()
         with torch.no_grad():
             model.eval()
-            model(**(hf_verify.prompt(model) if inputs is None else inputs))
+            model(**(prompt(model) if inputs is None else inputs))
     finally:
         route.close()
         for module, was in training:

@@ -19,7 +19,7 @@ from headscope.interp.models import LanguageModel
 from headscope.interp.prompts import NeedlePrompts, decode, load_haystack, load_needles, prefill
 from headscope.interp.sites import attached
 from headscope.interp.statistics import TopKeys
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 SETTINGS = {"lengths": [260], "depths": [50], "needles": 1, "progress": False}
 

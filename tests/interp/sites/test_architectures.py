@@ -13,7 +13,7 @@ from headscope.interp.sites.towers import parse_name
 from headscope.interp.statistics import Distance, Entropy, KeyMass, SinkMass, TopKeys, WindowMass
 from headscope.interp.survey.eager import eager_weights
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 EPS = torch.finfo(torch.float32).eps
 FAST = ["llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "gpt_neox", "gpt_oss", "deepseek_v3", "llama4_text"]

@@ -11,7 +11,7 @@ from headscope.interp.benchmarks import interrupts
 from headscope.interp.sites import is_attached
 from headscope.interp.statistics import Entropy
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 
 def test_interrupts_at_random_leave_nothing() -> None:

@@ -15,7 +15,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.huggingface.mask_structure import structure_of
 from headscope.interp.statistics import Distance, Entropy, KeyMass, SinkMass, TopKeys
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 STATISTICS = [SinkMass(), KeyMass(), Entropy(), TopKeys(1)]
 

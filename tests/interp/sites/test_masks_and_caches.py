@@ -23,7 +23,7 @@ from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
 from headscope.interp.statistics import Entropy, KeyMass
 from headscope.interp.survey.compare import compare_model
 from headscope.interp.survey.eager import eager_weights
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 
 def llama(**sizes) -> LlamaForCausalLM:

@@ -11,7 +11,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.huggingface import maps
 from headscope.interp.statistics import Entropy
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 from headscope.interventions import AblateHeads, apply
 
 IDS = torch.arange(5, 15)[None]

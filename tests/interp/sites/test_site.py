@@ -24,7 +24,7 @@ from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.inputs import example_inputs
 from headscope.interp.statistics import Entropy
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 
 def llama(**sizes) -> LlamaForCausalLM:

@@ -19,7 +19,7 @@ from headscope.interp.sites import attached
 from headscope.interp.statistics import Entropy
 from headscope.interp.survey.eager import eager_weights
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 
 def in_threads(*works: Callable[[], None]) -> None:

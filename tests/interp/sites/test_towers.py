@@ -19,7 +19,7 @@ from headscope.interp.statistics import (
 )
 from headscope.interp.survey.eager import eager_weights
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 from headscope.interventions import AblateHeads, apply
 
 TOWERS = {

@@ -19,7 +19,7 @@ from headscope.interp.sites import verify
 from headscope.interp.statistics import Entropy, KeyMass, SinkMass
 from headscope.interp.survey.tiny import tiny_config, tiny_model
 from headscope.interp.tracing.maps import patterns
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 from headscope.interventions import AblateHeads, apply
 
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(1))

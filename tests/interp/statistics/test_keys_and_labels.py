@@ -30,7 +30,7 @@ from headscope.interp.statistics import (
     TopKeys,
 )
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 NEAR = 1e-4  # of sums over some 20 weights of a float32 model against a float64 one: scores there differ by 1e-6
 

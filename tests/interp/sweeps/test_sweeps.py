@@ -32,7 +32,7 @@ from headscope.interp.statistics.queries import Every, Generated, Last
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.sweeps import run, sweep
 from headscope.interp.sweeps.batches import Budget, Cost, Prompts, bytes_of, rows_alone
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 from headscope.interventions import AblateHeads, apply
 
 BOUND = 4e-5

@@ -13,7 +13,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached
 from headscope.interp.statistics import Entropy, KeyMass, SinkMass
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.redistribution import dense as redistributed
 from headscope.kernels.score_edits import ScoreEdit, distance_slope

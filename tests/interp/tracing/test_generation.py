@@ -18,7 +18,7 @@ from headscope.interp.statistics.queries import Generated, Last
 from headscope.interp.survey.eager import eager_weights
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.tracing.generation import response_steps
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 FREE = {"eos_token_id": None, "pad_token_id": 0}
 NEAR = 64 * torch.finfo(torch.float32).eps  # times the number of keys: see test_architectures

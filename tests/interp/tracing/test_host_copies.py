@@ -15,7 +15,7 @@ from headscope.interp.statistics.queries import Every
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.tracing import host_copies as landing
 from headscope.interp.tracing.host_copies import HostCopies
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 STATISTICS = [LogSumExp(), Entropy(), SpanMass({"start": (0, 2), "rest": (2, 9)}), KeyMass()]
 

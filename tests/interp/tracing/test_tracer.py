@@ -24,7 +24,7 @@ from headscope.interp.statistics import (
 from headscope.interp.statistics.exactness import CONDITIONS, exceptions, is_exact, table
 from headscope.interp.statistics.queries import Every, Generated, Last
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from headscope.interp.sites.towers import parse_name, tower_of
 from headscope.interp.statistics import SpanMass
 from headscope.interp.statistics.spans import OPEN
 from headscope.interp.survey.eager import eager_weights
-from headscope.interp.tracing.tracer import trace
+from headscope.interp.tracing.recording import trace
 
 EPS = torch.finfo(torch.float32).eps
 
