@@ -102,13 +102,12 @@ def read_prompts(given: list[str], file: Path | None) -> list[Any]:
 def named_statistics(names: str) -> list[Any]:
     """Statistics with their default settings, by name."""
     from headscope.interp.errors import HeadscopeError
-    from headscope.interp.registry import make
-    from headscope.interp.statistics import STATISTICS
+    from headscope.interp.statistics.declared import declared
 
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise HeadscopeError("--statistics names none; `headscope list statistics` shows them")
-    return [make(STATISTICS[name], name, {}) for name in wanted]
+    return list(declared(wanted))
 
 
 def summary(parts: Iterable[xr.Dataset]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from headscope.interp.heads.base import HeadMethod, Measured, Scored
 from headscope.interp.heads.passes import batches
 from headscope.interp.heads.passes import run as run_batch
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import summary
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.journal import Journal, Trial
@@ -101,7 +102,7 @@ def _started(method: HeadMethod, trials: Sequence[Trial], lm: LanguageModel, fol
     made = provenance(lm, seed=method.seed, **method.parameters(lm))
     config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
     config |= {"method": method.name, "trials": list(trials)}
-    made |= {"unit": method.unit, "range": method.range, "source": method.source}
+    made |= {"unit": method.unit, "range": method.range, "source": method.source, "meaning": summary(type(method))}
     path = None if folder is None else folder / f"{method.name}.trials.jsonl"
     with opened(path, config) as journal:
         yield _Run(method, trials, journal, made)

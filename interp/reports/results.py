@@ -17,26 +17,6 @@ from headscope.interp.reports.page import Report
 from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.scores import HeadScores
 
-MEANING = {
-    "sinks": "Mean attention received by the first token from the rows that see it (Gu et al. 2024).",
-    "induction": "On repeated random tokens: attention to the token after the last occurrence (Olsson et al. 2022).",
-    "previous_token": "Attention to the token just before.",
-    "duplicate_token": "Attention to an earlier occurrence of the same token.",
-    "retrieval": "While answering: how much of the needle the head's heaviest key copies (Wu et al. 2024).",
-    "retrieval_paraphrased": "The same with a question that shares no word with the needle, teacher-forced.",
-}
-
-
-UNITS = {  # of each method's scores
-    "sinks": "share of attention",
-    "induction": "share of attention",
-    "previous_token": "share of attention",
-    "duplicate_token": "share of attention",
-    "retrieval": "share of the needle copied",
-    "retrieval_paraphrased": "share of the needle copied",
-    "logit_attribution": "logits",
-}
-
 
 @dataclass(frozen=True)
 class Results:
@@ -158,10 +138,11 @@ def _named_model(folder: Path) -> str:
 def _add_scores(page: Report, found: HeadScores) -> None:
     low, high = found.interval
     title = found.method.replace("_", " ").capitalize()
-    label = f"score ({UNITS[found.method]})" if found.method in UNITS else "score"
+    told = {name: str(found.provenance.get(name) or "") for name in ("unit", "meaning", "source")}
+    label = f"score ({told['unit']})" if told["unit"] else "score"
     page.heading(title)
-    if found.method in MEANING:
-        page.text(MEANING[found.method])
+    if told["meaning"]:
+        page.text(f"{told['meaning']} ({told['source']})." if told["source"] else f"{told['meaning']}.")
     page.figure(
         plots.head_map(found.mean, title=title, label=label, low=low, high=high, n=found.n),
         f"Every head; intervals are {found.level:.0%} bootstrap over {len(found.trials)} trials.",

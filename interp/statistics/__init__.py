@@ -37,6 +37,7 @@ STATISTICS: Registry[Statistic] = Registry(
     "headscope.interp.statistics",
     {
         "logsumexp": "rows:LogSumExp",
+        "max_logit": "rows:MaxLogit",
         "entropy": "rows:Entropy",
         "sink_mass": "rows:SinkMass",
         "span_mass": "rows:SpanMass",
@@ -51,6 +52,7 @@ STATISTICS: Registry[Statistic] = Registry(
         "z": "outputs:HeadOutput",
         "z_span": "outputs:SpanOutput",
         "js_divergence": "divergence:Divergence",
+        "resid": "stream:Resid",
     },
 )
 

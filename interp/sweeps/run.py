@@ -33,6 +33,7 @@ from headscope.interp.sites import handlers_on
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.unwrap import origin, takes
 from headscope.interp.statistics import Statistic
+from headscope.interp.statistics.declared import Named, declared
 from headscope.interp.statistics.exactness import is_exact
 from headscope.interp.statistics.queries import Queries
 from headscope.interp.sweeps.batches import Batch, Budget, Cost, Prompts, bytes_of
@@ -45,7 +46,7 @@ from headscope.interp.tracing.tracer import Tracer
 def sweep(
     model: Any,
     prompts: Iterable[Any],
-    statistics: Sequence[Statistic],
+    statistics: Named | Iterable[Named],
     *,
     out: str | Path,
     memory: str | int = "1GiB",
@@ -84,7 +85,7 @@ def sweep(
             and ``trace`` refuse, before anything runs; ``out`` holds another sweep, or another process writes there.
     """
     lm, out = _load(model), Path(out)
-    given, statistics = Prompts(lm, prompts), tuple(statistics)
+    given, statistics = Prompts(lm, prompts), declared(statistics)
     options: dict[str, Any] = {"layers": layers, "queries": queries, "tower": tower}
     Tracer(lm, statistics, **options)
     tower_size(lm, tower).check_layers(layers or ())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from headscope.interp.sites import attached
-from headscope.interp.statistics import Statistic
+from headscope.interp.statistics.declared import Named
 from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.generation import watching_generate
 from headscope.interp.tracing.tracer import Tracer
@@ -16,7 +16,7 @@ from headscope.interp.tracing.tracer import Tracer
 @contextmanager
 def trace(
     model: Any,
-    statistics: Sequence[Statistic],
+    statistics: Named | Iterable[Named],
     *,
     layers: Sequence[int] | None = None,
     queries: Queries | None = None,
@@ -31,7 +31,8 @@ def trace(
 
     Args:
         model: load_model's result or a Hugging Face model.
-        statistics: declarations from ``headscope.interp.statistics``.
+        statistics: declarations from ``headscope.interp.statistics``: one or several, also by class (``Entropy``) or
+            by name (``"entropy"``) where the default settings will do.
         layers: record only these layers (all by default); the others run the model's own attention, untouched.
         queries: ``Last(n)``, ``Every(n)`` or ``Generated()`` limit the row statistics; None records every query.
         tower: which one to record where a model has several: ``"language"`` (the default where there is one),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from headscope.interp.statistics import (
     CallStatistic,
     KeyStatistic,
     Resid,
-    Statistic,
 )
 from headscope.interp.statistics.base import check_together
+from headscope.interp.statistics.declared import Named, declared
 from headscope.interp.statistics.exactness import require_exact
 from headscope.interp.statistics.plan import Plans
 from headscope.interp.statistics.queries import Queries
@@ -57,15 +57,15 @@ class Tracer(Handler):
     def __init__(
         self,
         model: Any,
-        statistics: Sequence[Statistic],
+        statistics: Named | Iterable[Named],
         *,
         layers: Sequence[int] | None = None,
         queries: Queries | None = None,
         tower: str | None = None,
     ) -> None:
-        check_together(statistics)
-        self.model, self.declared = model, tuple(statistics)
-        self.statistics = tuple(each for each in statistics if not isinstance(each, Resid))
+        self.model, self.declared = model, declared(statistics)
+        check_together(self.declared)
+        self.statistics = tuple(each for each in self.declared if not isinstance(each, Resid))
         self._stream = StreamRecord(self.declared)
         self.streams = tuple(self._stream.statistics)
         self.layers = None if layers is None else frozenset(layers)

@@ -89,7 +89,7 @@ def logit_attribution(
     parts = [slice(first, first + batch_size) for first in range(0, len(texts), batch_size)]
     found = [_attribute(lm, path, texts[part], rows[part]) for part in track(parts, "logits", enabled=progress)]
     details = tuple({"example": i, "target": ids} for i, ids in enumerate(zip(*wanted, strict=True)))
-    made = provenance(lm, prompts=texts, against=against is not None)
+    made = provenance(lm, prompts=texts, against=against is not None) | {"unit": "logits"}
     return HeadScores("logit_attribution", np.concatenate(found), made, None, details)
 
 
