@@ -86,7 +86,9 @@ def _check(intervention: Intervention, found: TowerSize) -> None:
 
 
 def _named(intervention: Intervention) -> dict[int, str] | None:
-    """The layers of its heads, and what an error calls them."""
+    """The layers of its heads, and what an error calls them; none with strength 0: nothing goes on the model."""
+    if intervention.strength == 0:
+        return {}
     if intervention.heads is None:
         return None
     layers = intervention.heads.by_layer().items()

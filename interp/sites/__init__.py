@@ -40,7 +40,8 @@ def attached(
         handler: a tracer, an edit, or a ``Handler`` of your own.
         tower: a name of ``headscope.interp.sites.towers.TOWERS``, a pattern of module names, or ``"all"``. None: the
             tower that reads or writes text.
-        layers: show these alone (all by default), perhaps with what an error calls each of them.
+        layers: show these alone (all by default), perhaps with what an error calls each of them. None of them and no
+            stream: the model runs what it ran before.
         verify: check once per model that our attention equals the model's own.
         grad: keep what a backward pass needs. Outputs carry gradients, also through edits; statistics do not. A
             handler may keep the ``z`` of ``edit_output`` for dL/dz.
@@ -51,6 +52,10 @@ def attached(
     """
     require_model(model)
     attachment = Attachment(model, handler, tower, layers)
+    if attachment.rests:
+        with gradients(model, on=grad):
+            yield None
+        return
     if verify:
         verify_once(model)
     with (

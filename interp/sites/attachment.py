@@ -22,7 +22,8 @@ class Attachment(Handler):
     """Shows ``inner`` the calls of one tower, of ``layers`` alone where they are given, and to ``inner.follow`` those
     of the towers that it follows.
 
-    ``layers`` may map each layer to what an error calls it, such as the heads that are edited there.
+    ``layers`` may map each layer to what an error calls it, such as the heads that are edited there. With none of them
+    and no stream it ``rests``: nothing goes on the model, which runs what it ran before, compiled graphs too.
 
     Raises:
         HeadscopeError: no such tower, or a layer that does not attend in it.
@@ -35,6 +36,7 @@ class Attachment(Handler):
         if named is not None:
             self.size.check_layers(named, attend=not inner.streams)
         self.layers = named
+        self.rests = named is not None and not named and not inner.streams
         own = ("edit", "request", "edit_output", "observe")
         self._attends = any(getattr(type(inner), name) is not getattr(Handler, name) for name in own)
         self._shown: dict[str, bool] = {}

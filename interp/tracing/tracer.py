@@ -257,6 +257,8 @@ class Tracer(Handler):
         stream = self._stream.dataset()
         if stream is not None and not self.statistics:
             return [signed(stream, self.model, **named)]
+        if self.layers is not None and not self.layers:
+            raise HeadscopeError("nothing was recorded: layers=[] reads none; name a layer, or leave layers= out")
         entries = [*self._finished, *self._open()]
         elsewhere = ", ".join(sorted(attending(bare_model(self.model)))) if self._passes and not entries else ""
         if elsewhere:

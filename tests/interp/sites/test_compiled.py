@@ -254,3 +254,40 @@ def test_generation_that_compiles_itself(architecture):
     assert largest_difference(tracer.record, plain.record) < 1e-5
     generate(model, ids, mask, **options)
     assert graphs.made == made and graphs.ran == 2 * ran
+
+
+@pytest.mark.parametrize("block", ["trace", "apply"])
+def test_what_nobody_reads_or_changes_stays_compiled(block: str) -> None:
+    """``generate`` compiles for a static cache on a GPU: run as plain Python, its tokens would differ by rounding."""
+    model, runs = tiny_model("llama"), []
+
+    def backend(graph, inputs):
+        def run(*args):
+            runs.append(len(args))
+            return graph(*args)
+
+        return run
+
+    forward = torch.compile(model, backend=backend)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        forward(input_ids=ids, use_cache=False)
+    compiled = len(runs)
+    assert compiled > 0
+    nothing = (
+        trace(model, STATISTICS, layers=[]) if block == "trace" else apply(model, AblateHeads([(0, 1)], strength=0))
+    )
+    with nothing:
+        forward(input_ids=ids, use_cache=False)
+    assert len(runs) == 2 * compiled
+    with trace(model, STATISTICS):
+        forward(input_ids=ids, use_cache=False)
+    assert len(runs) == 2 * compiled
+
+
+def test_no_layers_record_nothing_and_say_so() -> None:
+    model = tiny_model("llama")
+    with trace(model, STATISTICS, layers=[]) as tracer, torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7, 8]]))
+    with pytest.raises(HeadscopeError, match="layers=\\[\\] reads none"):
+        _ = tracer.record
