@@ -72,8 +72,10 @@ def test_a_pattern_is_no_distance_from_itself(engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_sinks_that_hold_nearly_all_of_the_mass(engine: str) -> None:
     """The cosine is that of the float64 formula though weights of e^-25 to e^-60 have squares that float32 has not."""
-    first, second = (random_case("causal", kv_heads=1, d_head=16, queries=20, keys=20, seed=s) for s in (0, 1))
-    first = replace(first, sinks=torch.tensor([25.0, 60.0]))
+    first, second = (
+        random_case("causal", kv_heads=1, d_head=16, queries=20, keys=20, seed=s, device=DEVICE) for s in (0, 1)
+    )
+    first = replace(first, sinks=torch.tensor([25.0, 60.0], device=DEVICE))
     for other in (first, replace(second, sinks=first.sinks), second):
         p, r = first.log_pattern().exp(), other.log_pattern().exp()
         want = torch.nn.functional.cosine_similarity(p, r, dim=-1, eps=0.0)
@@ -85,7 +87,7 @@ def test_sinks_that_hold_nearly_all_of_the_mass(engine: str) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_kl_is_infinite_where_a_key_is_lost_however_small_its_weight(engine: str) -> None:
     """e^-121 is no float32, and still more than nothing."""
-    q, k = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4)
+    q, k = torch.zeros(1, 1, 3, 4, device=DEVICE), torch.zeros(1, 1, 3, 4, device=DEVICE)
     q[..., 0], k[0, 0, :, 0] = 1.0, torch.tensor([-120.0, 0.0, 1.0])
     got = divergence(Scores(q, k, Mask.causal(), 1.0), Scores(q, k, Mask.causal(window=2), 1.0), engine=engine)
     assert got.kl[0, 0, 2] == math.inf and (got.kl[0, 0, :2] == 0).all()

@@ -25,9 +25,11 @@ from headscope.kernels.triton import divergence as triton_divergence
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton import topk as triton_topk
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels read no CPU memory where there is a card
+
 
 def small(**options: Any) -> Case:
-    return random_case("causal", kv_heads=1, group=1, queries=70, keys=70, d_head=16, **options)
+    return random_case("causal", kv_heads=1, group=1, queries=70, keys=70, d_head=16, device=DEVICE, **options)
 
 
 def once(run: Callable[[], Any], broken: Broken, engine: str) -> Any:
@@ -86,7 +88,8 @@ def test_triton_answers_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hopper, "_on_hopper", lambda _: True)
     monkeypatch.setattr(hopper, "FEWEST", 1)
-    case = random_case("causal", batch=1, kv_heads=1, group=1, queries=40, keys=40, d_head=64, dtype=torch.float16)
+    sizes = {"batch": 1, "kv_heads": 1, "group": 1, "queries": 40, "keys": 40, "d_head": 64}
+    case = random_case("causal", **sizes, dtype=torch.float16, device=DEVICE)
     call = {"mask": case.mask, "scale": case.scale}
     for module, v in ((hopper_rows, None), (hopper_output, case.v)):
         broken = Broken()

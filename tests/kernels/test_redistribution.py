@@ -20,6 +20,7 @@ from headscope.kernels.redistribution import Redistribution, dense
 from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.scores import Scores
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels read no CPU memory where there is a card
 SIZES: dict[str, Any] = {"batch": 2, "kv_heads": 1, "queries": 12, "keys": 40}
 OPTIONS = pytest.mark.parametrize(
     "options", [{}, {"softcap": 5.0, "sinks": True, "bias": True}], ids=["plain", "all three"]
@@ -55,7 +56,7 @@ def test_every_reduction_is_of_the_edited_pattern(kind: str, name: str, options:
 @OPTIONS
 def test_by_triton(name: str, options: dict[str, Any]) -> None:
     pytest.importorskip("triton")
-    case = moved(random_case("causal", **SIZES, **options), name)
+    case = moved(random_case("causal", **SIZES, **options, device=DEVICE), name)
     assert not wrong(case, everything(case), "triton")
 
 
@@ -210,14 +211,14 @@ def test_what_does_not_fit_is_refused(move: Redistribution, said: str) -> None:
 @OPTIONS
 def test_columns_from_a_known_lse(kind: str, engine: str, options: dict[str, Any]) -> None:
     """Weighted columns, from less than the lse, and plain ones are those of the dense pattern."""
-    case = random_case(kind, **SIZES, **options)
-    weights = torch.rand(2, 2, 12, generator=torch.Generator().manual_seed(2)).mul(2).round()  # 0 among them
+    case = random_case(kind, **SIZES, **options, device=DEVICE)
+    weights = torch.rand(2, 2, 12, generator=torch.Generator().manual_seed(2)).mul(2).round().to(DEVICE)  # 0 among them
     for weight in (torch.ones_like(weights), weights):
         lse = case.run(reference.attend, Request(output=False, lse=True)).lse
         assert lse is not None
         norm = torch.where(weight > 0, lse - weight.log(), torch.inf)
         found = columns.columns(case, norm, queries=(3, 11), highest=True, engine=engine)
-        real = case.mask.query_is_real(torch.arange(12))
+        real = case.mask.query_is_real(torch.arange(12, device=DEVICE))
         p = case.pattern() * weight[..., None] * (1 if real is None else real[:, None, :, None])
         limit = ROUNDINGS * case.score_size() * 2
         assert found.sum is not None and (found.sum - p[:, :, 3:11].sum(2)).abs().max() < 8 * limit
@@ -226,11 +227,11 @@ def test_columns_from_a_known_lse(kind: str, engine: str, options: dict[str, Any
 
 @pytest.mark.parametrize("engine", ["streaming", "triton"])
 def test_columns_of_no_query_or_no_visible_key_are_zero(engine: str) -> None:
-    case = random_case("causal", batch=1, kv_heads=1, group=1, queries=4, keys=4, d_head=16)
+    case = random_case("causal", batch=1, kv_heads=1, group=1, queries=4, keys=4, d_head=16, device=DEVICE)
     far = (Mask(key_offset=100), Mask(right=-9))
     for mask, queries in ((case.mask, (2, 2)), (far[0], None), (far[1], None)):
         options = {"queries": queries, "highest": True, "engine": engine}
-        found = columns.columns(replace(case, mask=mask), torch.zeros(1, 1, 4), **options)
+        found = columns.columns(replace(case, mask=mask), torch.zeros(1, 1, 4, device=DEVICE), **options)
         assert found.sum is not None and found.sum.shape == (1, 1, 4) and (found.sum == 0).all()
         assert found.max is not None and found.max.shape == (1, 1, 4) and (found.max == 0).all()
 

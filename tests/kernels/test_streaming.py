@@ -187,6 +187,7 @@ def test_requests_that_do_not_fit_are_refused() -> None:
         case.run(functools.partial(attention.attend, engine="fast"), Request())
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels read no CPU memory where there is a card
 RANGES = (None, (5, 17), (30, 31), (9, 40), (12, 12), (5, 17))
 
 
@@ -195,15 +196,16 @@ RANGES = (None, (5, 17), (30, 31), (9, 40), (12, 12), (5, 17))
 @pytest.mark.parametrize("kind", ["causal", "window", "left padding", "right padding", "segments", "rule"])
 def test_every_range_of_queries_has_its_own_columns(kind: str, engine: str, rows: Tensor | None) -> None:
     """Sums, maxima and counts of a dense float64 pattern, with grouped heads and sink logits."""
-    case = random_case(kind, queries=41, keys=41, d_head=16, sinks=True)
+    case = random_case(kind, queries=41, keys=41, d_head=16, sinks=True, device=DEVICE)
+    rows = None if rows is None else rows.to(DEVICE)
     asked = tuple(Columns(part, sum=True, max=n != 1, count=n < 4) for n, part in enumerate(RANGES))
     request = Request(output=rows is None, entropy=True, query_rows=rows, columns=asked)
     if engine == "moved":  # no key gives
-        nobody = Redistribution(torch.zeros(41, dtype=torch.bool))
+        nobody = Redistribution(torch.zeros(41, dtype=torch.bool, device=DEVICE))
         got = redistribute(case, case.v, nobody, request=request)
     else:
         got = attention.attend(case, case.v, request=request, engine=engine)
-    at = torch.arange(41)
+    at = torch.arange(41, device=DEVICE)
     seen = reference.dense_mask(case.mask, case.q.shape, 41, case.q.device)
     real = case.mask.query_is_real(at)
     seen = seen if real is None else seen & real[:, None, :, None]
@@ -237,7 +239,7 @@ def test_a_scale_may_be_negative(engine: str, scale: float) -> None:
         ("left padding", {"sinks": True}),
         ("window", {"softcap": 4.0}),
     ):
-        case = replace(random_case(kind, queries=20, keys=20, d_head=16, **options), scale=scale)
+        case = replace(random_case(kind, queries=20, keys=20, d_head=16, device=DEVICE, **options), scale=scale)
         want = case.pattern() @ case.v.double().repeat_interleave(2, 1)
         entropy = torch.special.entr(case.pattern()).sum(-1)
         near = 20 * ROUNDINGS * case.score_size()  # 20 weights exp(s - lse) and values of about 1

@@ -69,7 +69,8 @@ def test_padding_around_a_tile(kind: str, padding: tuple[int, int]) -> None:
 @pytest.mark.parametrize("d", [64, 128])
 def test_padding_around_the_tiles_of_half_precision(d: int) -> None:
     for padding in paddings(*_tiles(d, torch.float16)):
-        case = random_case("full", batch=1, kv_heads=1, group=1, queries=300, keys=300, d_head=d, padding=padding)
+        sizes = {"batch": 1, "kv_heads": 1, "group": 1, "queries": 300, "keys": 300, "d_head": d}
+        case = random_case("full", **sizes, padding=padding, device=DEVICE)
         case = replace(case, q=case.q.half(), k=case.k.half(), v=case.v.half())
         assert not fails(case, Request(output=False, entropy=True, columns=(Columns(sum=True, max=True),))), padding
 

@@ -368,7 +368,7 @@ def test_an_encoder(tmp_path):
 
 WORKER = """
 import random, sys
-from headscope.interp.models.tiny import tiny_model
+from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, SinkMass, TopKeys
 from headscope.interp.sweeps import sweep
 
