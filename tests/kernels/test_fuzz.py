@@ -75,14 +75,13 @@ def wrong(number: int) -> list[str]:
         verdicts = compare(case.run(engine, request), case, request)
         found += [f"{name} {v}" for v in verdicts if not v.holds]
     size, pool = random.Random(number).choice([(7, "sum"), (16, "max"), (32, "mean"), (100, "sum")])
-    call = {name: getattr(case, name) for name in ("mask", "scale", "softcap", "sinks", "bias")}
-    got = blocks(case.q, case.k, size=size, pool=pool, engine="triton", **call)
+    got = blocks(case, size=size, pool=pool, engine="triton")
     want, low = (dense(case.pattern(x).double(), case.mask, size, pool) for x in (torch.float64, case.q.dtype))
     if not distance(got, want) <= allowed(low, want, size=case.score_size()):
         found.append(f"blocks {size} {pool}: {distance(got, want)}")
     if case.bias is None:
         other = replace(case, q=case.q.flip(1), k=case.k.flip(1))
-        apart = divergence(case.side(), other.side(), engine="triton")
+        apart = divergence(case, other, engine="triton")
         exact = dense_divergence(case.log_pattern(), other.log_pattern())
         eager = dense_divergence(case.log_pattern(case.q.dtype), other.log_pattern(case.q.dtype))
         for field, x, y, z in zip(apart._fields, apart, exact, eager, strict=True):
