@@ -167,9 +167,7 @@ class NeedlePrompts:
             HeadscopeError: no tokenizer, an unknown needle, a needle that does not survive tokenization or the chat
                 template, or a length too short to hold it.
         """
-        tokenizer = getattr(lm, "tokenizer", None)
-        if tokenizer is None:
-            raise HeadscopeError(f"{lm.name} was given without a tokenizer: pass tokenizer= to load_model")
+        tokenizer = lm.required_tokenizer()
         if trial["needle"] not in self.loaded:
             raise HeadscopeError(f"unknown needle {trial['needle']!r}; this task has {', '.join(self.loaded)}")
         needle, length = self.loaded[trial["needle"]], int(trial["length"])
