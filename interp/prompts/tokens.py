@@ -51,11 +51,10 @@ def start_tokens(lm: LanguageModel) -> list[int]:
 
 def body_tokens(lm: LanguageModel, text: str) -> list[int]:
     """A text's token ids, without the tokenizer's special tokens."""
-    if lm.tokenizer is None:
-        raise HeadscopeError(f"{lm.name} was given without a tokenizer, so it cannot read text: pass tokenizer=")
+    tokenizer = lm.required_tokenizer()
     if not isinstance(text, str):
         raise HeadscopeError(f"a text is expected, not {type(text).__name__}: pass a string or a list of strings")
-    return list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def check_length(lm: LanguageModel, length: int) -> None:

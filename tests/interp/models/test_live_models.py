@@ -60,10 +60,21 @@ class Holds(nn.Module):
         return self.body(ids).logits
 
 
+def tokenizer_of_bytes(**options: Any) -> Any:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<eos>"])}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", **options)
+
+
 def bridge(model: Any, tokenizer: Any) -> Any:
-    """A TransformerBridge; it changes its model in place."""
+    """A TransformerBridge; it changes its model in place, and lets the end of a text also begin one."""
     name = type(model).__name__
-    return build_bridge_from_module(model, name, hf_config=model.config, tokenizer=tokenizer)
+    own = tokenizer_of_bytes()  # without a beginning: it reads one that has one anew from the hub
+    made = build_bridge_from_module(model, name, hf_config=model.config, tokenizer=own)
+    assert made.tokenizer.bos_token_id == tokenizer.bos_token_id
+    return made
 
 
 WITH_TOKENIZER = {
@@ -145,11 +156,7 @@ NAMES = list(everything(None, Path()))
 
 @pytest.fixture(scope="module")
 def words() -> Any:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([*alphabet, "<eos>"])}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<eos>", eos_token="<eos>", pad_token="<eos>")
+    return tokenizer_of_bytes(bos_token="<eos>")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +164,7 @@ def plain() -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     grouped = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
     torch.manual_seed(0)
-    ids = {"eos_token_id": 256, "bos_token_id": None, "pad_token_id": None}
+    ids = {"eos_token_id": 256, "bos_token_id": 256, "pad_token_id": None}
     return LlamaForCausalLM(LlamaConfig(vocab_size=257, initializer_range=0.3, **sizes, **grouped, **ids)).eval()
 
 
@@ -197,7 +204,7 @@ def test_without_a_tokenizer_it_runs_or_says_what_to_give(
     try:
         found = everything(model, tmp_path)[entry]()
     except HeadscopeError as error:
-        assert "pass tokenizer= to load_model" in str(error) and "\n" not in str(error)
+        assert "tokenizer= to load_model" in str(error) and "\n" not in str(error)
     else:
         assert entry in ("heads", "discover")
         np.testing.assert_allclose(found, wanted[entry], rtol=BOUND, atol=BOUND)
