@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,8 +111,7 @@ class LanguageModel:
     def encode(self, prompts: Prompts, *, padding_side: str = "right", max_new_tokens: int = 0) -> Any:
         """Token ids and attention mask (a BatchEncoding on the model's device), with the tokenizer's special tokens."""
         tokenizer = self.required_tokenizer()
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        _check_texts(texts)
+        texts = _texts(prompts)
         batch = tokenizer(
             texts, padding=True, padding_side=padding_side, return_attention_mask=True, return_tensors="pt"
         )
@@ -198,12 +197,39 @@ class LanguageModel:
             raise HeadscopeError(f"{self.name} gives logits that are not numbers in {dtype} on {logits.device}: {way}")
 
 
+def _texts(prompts: Any) -> list[str]:
+    """Prompts as a list of strings.
+
+    Raises:
+        HeadscopeError: something else, or nothing; it says what to call instead.
+    """
+    kind, ways = type(prompts).__name__, "give a string or a list of strings"
+    if isinstance(prompts, str):
+        texts = [prompts]
+    elif isinstance(prompts, Mapping):
+        raise HeadscopeError(f"{kind} holds a model's inputs, not text: {ways}, or call lm.model(**inputs)")
+    elif hasattr(prompts, "dtype") and getattr(prompts.dtype, "kind", "i") not in "UOT":
+        raise HeadscopeError(
+            f"a {kind} is no text: {ways}; for token ids (batch, length) call lm.forward(ids) or "
+            "lm.model(input_ids=ids)"
+        )
+    elif isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+        raise HeadscopeError(f"{kind} is no prompt: {ways}")
+    else:
+        texts = list(prompts)
+    _check_texts(texts)
+    return texts
+
+
 def _check_texts(texts: Sequence[Any]) -> None:
     if not texts:
         raise HeadscopeError("no prompt was given: pass a string or a list of strings")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise HeadscopeError(f"prompt {index} is {type(text).__name__}, not text: for token ids use lm.model(...)")
+            raise HeadscopeError(
+                f"prompt {index} is {type(text).__name__}, not text: give strings; for token ids (batch, length) call "
+                "lm.forward(torch.tensor(ids)) or lm.model(input_ids=...)"
+            )
         if not text:
             raise HeadscopeError(f"prompt {index} is empty: give a prompt with text in it")
 
