@@ -36,7 +36,8 @@ def chosen_rows(call: AttentionCall, during: str, positions: Any = None) -> Rows
     """The rows of ``call`` in a phase and, with ``positions`` (a span, or the name of a published one), at these.
 
     Raises:
-        HeadscopeError: cross-attention, whose calls do not say where decoding stands, or a boundary that is not known.
+        HeadscopeError: cross-attention, whose calls do not say where decoding stands, a boundary that is not known, or
+            rows whose positions cannot be told.
     """
     if call.cross and (during != "always" or positions is not None):
         raise HeadscopeError(
@@ -45,6 +46,7 @@ def chosen_rows(call: AttentionCall, during: str, positions: Any = None) -> Rows
     rows = _phase(call, during)
     if positions is None or is_none(rows):
         return rows
+    _require_told(call, "positions")
     held = members(positions, Plan(call).query_positions, call.query.shape[0])
     return held & as_mask(rows, call)
 
@@ -63,17 +65,39 @@ def _phase(call: AttentionCall, during: str) -> Rows:
             )
         return slice(0, count if generated == (during != "prefill") else 0)
     lengths = [length - (during == "answer") for length in known.lengths]
-    if len(lengths) == 1 and (known.padded or call.mask.start is None):
+    counted = call.mask.start is None and call.mask.segments is None and not call.gaps
+    if len(lengths) == 1 and (known.padded or counted):
         cut = min(max(lengths[0] - offset, 0), count)
         return slice(0, cut) if during == "prefill" else slice(cut, count)
     if len(lengths) not in (1, call.query.shape[0]):
         raise HeadscopeError(
             f"the boundaries of {len(lengths)} prompts are given, but the batch has {call.query.shape[0]} examples"
         )
+    if not known.padded:
+        _require_told(call, f"during={during!r}")
+        if call.mask.segments is not None:
+            raise HeadscopeError(
+                f"during={during!r} has one boundary an example, but this one holds several sequences (packed): give "
+                "each sequence an example of its own, or use during='always' with positions"
+            )
     device = call.query.device
     at = torch.arange(count, device=device)[None] + offset if known.padded else Plan(call).query_positions
     before = at < torch.tensor(lengths, device=device)[:, None]
     return before if during == "prefill" else ~before
+
+
+def _require_told(call: AttentionCall, what: str) -> None:
+    """Positions count from an example's first token, which a mask with padding between tokens does not show.
+
+    Raises:
+        HeadscopeError: such a mask; a ready-made one that hides earlier keys from a pass that continues a cache is one.
+    """
+    if call.gaps:
+        raise HeadscopeError(
+            f"{what} count from an example's first token, but this mask hides keys between tokens, or earlier ones "
+            "from a pass that continues a cache: give a mask (batch, length) of ones and zeros, or put the padding at "
+            "the ends"
+        )
 
 
 def is_none(rows: Rows) -> bool:

@@ -72,9 +72,8 @@ def _function(name: str) -> Callable[..., HeadScores]:
 
     def function(lm: Any, /, *, out: str | Path | None = None, progress: bool = True, **settings: Any) -> HeadScores:
         from headscope.interp.heads.discovery import discover
-        from headscope.interp.models import load_model
 
-        return discover([make(cls, name, settings)], load_model(lm), out=out, progress=progress)[0]
+        return discover([make(cls, name, settings)], lm, out=out, progress=progress)[0]
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = page(cls, **_RUN) + _RAISES

@@ -14,6 +14,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import HeadMethod, Measured, Scored
 from headscope.interp.heads.passes import batches
 from headscope.interp.heads.passes import run as run_batch
+from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.registry import summary
 from headscope.interp.results.scores import HeadScores
@@ -25,13 +26,13 @@ from headscope.interp.runs.provenance import provenance
 
 
 def discover(
-    methods: Sequence[HeadMethod], lm: LanguageModel, *, out: str | Path | None = None, progress: bool = True
+    methods: Sequence[HeadMethod], lm: Any, *, out: str | Path | None = None, progress: bool = True
 ) -> list[HeadScores]:
     """Score the heads of a model by several methods, which share forward passes where they read the same samples.
 
     Args:
         methods: declarations with their settings.
-        lm: load_model's result.
+        lm: load_model's result, or what load_model takes.
         out: folder for the results (``NAME.json``, ``NAME.parquet``) and the journals that make the run resumable; None
             keeps everything in memory.
 
@@ -42,7 +43,7 @@ def discover(
     names = [method.name for method in methods]
     if not names or len(set(names)) < len(names):
         raise HeadscopeError(f"name at least one head method, and each once; got {', '.join(names) or 'none'}")
-    folder = None if out is None else Path(out)
+    lm, folder = load_model(lm), None if out is None else Path(out)
     trials = [_trials(method, lm) for method in methods]
     announce(
         _passes(methods, lm, trials),

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ class LanguageModel:
     """A Hugging Face model and its tokenizer (None for a bare model, which is then called as ``lm.model(**inputs)``).
 
     ``revision`` names the weights: the hub's commit, or the SHA-256 of the source; None where nobody knows.
+    ``bridge`` is the TransformerBridge whose inside ``model`` is: it computes the attention, and its hooks show it.
     """
 
     model: Any
@@ -31,17 +31,25 @@ class LanguageModel:
     name: str
     revision: str | None
     info: ModelInfo
+    bridge: Any = None
 
     @classmethod
     def wrap(
-        cls, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        bridge: Any = None,
     ) -> LanguageModel:
         """Describe a model and give its tokenizer a padding token (an existing token) where it has none."""
         if tokenizer is not None:
             _ensure_padding(tokenizer)
-        info = ModelInfo.from_model(model)
-        name = name or getattr(model.config, "name_or_path", None) or info.architecture
-        return cls(model, tokenizer, name, revision or getattr(model.config, "_commit_hash", None), info)
+        inner = bare_model(model)
+        info, config = ModelInfo.from_model(inner), inner.config
+        name = name or getattr(config, "name_or_path", None) or info.architecture
+        return cls(model, tokenizer, name, revision or getattr(config, "_commit_hash", None), info, bridge)
 
     def __repr__(self) -> str:
         i = self.info
@@ -53,9 +61,14 @@ class LanguageModel:
         )
 
     @property
+    def inner(self) -> Any:
+        """The transformers model inside ``model`` (another one only where an adapter's own forward is around it)."""
+        return bare_model(self.model)
+
+    @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return model_device(bare_model(self.model))
+        return model_device(self.inner)
 
     def __call__(self, prompts: Prompts, **kwargs: Any) -> Any:
         """Run the model on prompts, padded to the right, without gradients; returns transformers' own output.
@@ -88,7 +101,7 @@ class LanguageModel:
             options["logits_to_keep"] = logits
         if not isinstance(cache, bool):
             options["past_key_values"] = cache
-        model = bare_model(self.model)
+        model = self.inner
         if "past_key_values" in options and not takes(model, "past_key_values"):
             raise HeadscopeError(f"{self.name} keeps no cache, so it cannot go on from one; give it the whole text")
         taken = {name: value for name, value in options.items() if takes(model, name)}
@@ -97,9 +110,8 @@ class LanguageModel:
 
     def encode(self, prompts: Prompts, *, padding_side: str = "right", max_new_tokens: int = 0) -> Any:
         """Token ids and attention mask (a BatchEncoding on the model's device), with the tokenizer's special tokens."""
-        tokenizer = self._tokenizer()
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        _check_texts(texts)
+        tokenizer = self.required_tokenizer()
+        texts = _texts(prompts)
         batch = tokenizer(
             texts, padding=True, padding_side=padding_side, return_attention_mask=True, return_tensors="pt"
         )
@@ -114,7 +126,7 @@ class LanguageModel:
                     f"prompt {index} has {length} tokens{new}, more than the context of {self.name} ({limit}): "
                     "shorten it or take a model with a longer context"
                 )
-        if "token_type_ids" not in inspect.signature(self.model.forward).parameters:
+        if not takes(self.inner, "token_type_ids"):
             batch.pop("token_type_ids", None)  # a generic tokenizer makes them for every model
         return batch.to(self.device)
 
@@ -129,7 +141,7 @@ class LanguageModel:
         with torch.no_grad():
             output = self.model.generate(**inputs, **options, logits_processor=checks)
         ids = output if isinstance(output, Tensor) else output.sequences
-        new = ids if self.model.config.is_encoder_decoder else ids[:, inputs["input_ids"].shape[1] :]
+        new = ids if self.inner.config.is_encoder_decoder else ids[:, inputs["input_ids"].shape[1] :]
         return list(self.tokenizer.batch_decode(new, skip_special_tokens=True))
 
     def chat(self, question: str, *, system: str | None = None) -> str:
@@ -137,7 +149,7 @@ class LanguageModel:
 
         A beginning-of-sequence token that the tokenizer adds by itself is left out, so that it does not come twice.
         """
-        tokenizer = self._tokenizer()
+        tokenizer = self.required_tokenizer()
         if not getattr(tokenizer, "chat_template", None):
             raise HeadscopeError(f"{self.name} has no chat template: use a plain prompt, or an instruction-tuned model")
         _check_texts([question])
@@ -149,7 +161,8 @@ class LanguageModel:
             text = text.removeprefix(bos)
         return text
 
-    def _tokenizer(self) -> Any:
+    def required_tokenizer(self) -> Any:
+        """The tokenizer; a HeadscopeError where the model came without one."""
         if self.tokenizer is None:
             raise HeadscopeError(f"{self.name} was given without a tokenizer: pass tokenizer= to load_model")
         return self.tokenizer
@@ -160,7 +173,7 @@ class LanguageModel:
         needed = batch * length * self.info.vocab_size * getattr(torch, self.info.dtype).itemsize
         if needed <= LOGITS or {"logits_to_keep", "labels"} & set(kwargs):
             return
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+        if not takes(self.inner, "logits_to_keep"):
             return
         kwargs["logits_to_keep"] = keep = 1 + length - int(attention_mask.sum(1).min())
         warnings.warn(
@@ -184,12 +197,39 @@ class LanguageModel:
             raise HeadscopeError(f"{self.name} gives logits that are not numbers in {dtype} on {logits.device}: {way}")
 
 
+def _texts(prompts: Any) -> list[str]:
+    """Prompts as a list of strings.
+
+    Raises:
+        HeadscopeError: something else, or nothing; it says what to call instead.
+    """
+    kind, ways = type(prompts).__name__, "give a string or a list of strings"
+    if isinstance(prompts, str):
+        texts = [prompts]
+    elif isinstance(prompts, Mapping):
+        raise HeadscopeError(f"{kind} holds a model's inputs, not text: {ways}, or call lm.model(**inputs)")
+    elif hasattr(prompts, "dtype") and getattr(prompts.dtype, "kind", "i") not in "UOT":
+        raise HeadscopeError(
+            f"a {kind} is no text: {ways}; for token ids (batch, length) call lm.forward(ids) or "
+            "lm.model(input_ids=ids)"
+        )
+    elif isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+        raise HeadscopeError(f"{kind} is no prompt: {ways}")
+    else:
+        texts = list(prompts)
+    _check_texts(texts)
+    return texts
+
+
 def _check_texts(texts: Sequence[Any]) -> None:
     if not texts:
         raise HeadscopeError("no prompt was given: pass a string or a list of strings")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise HeadscopeError(f"prompt {index} is {type(text).__name__}, not text: for token ids use lm.model(...)")
+            raise HeadscopeError(
+                f"prompt {index} is {type(text).__name__}, not text: give strings; for token ids (batch, length) call "
+                "lm.forward(torch.tensor(ids)) or lm.model(input_ids=...)"
+            )
         if not text:
             raise HeadscopeError(f"prompt {index} is empty: give a prompt with text in it")
 

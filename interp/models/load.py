@@ -25,6 +25,7 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.options import DeviceMap, Options
 from headscope.interp.models.packages import PACKAGED, ensure_packaged
 from headscope.interp.sites.compiled import plain
+from headscope.interp.sites.unwrap import bare_model, origin
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -52,24 +53,38 @@ def load_model(
     ``device_map`` (``"auto"`` or a dict, as transformers takes it) spreads the layers over several devices, CPU memory
     and disk. ``quantize`` is ``"4bit"`` (NF4) or ``"8bit"`` through bitsandbytes (the extra ``quantized``), or
     a quantization config of transformers. A live model may be quantized, dispatched or compiled already; of what
-    ``torch.compile(model)`` gives, the model inside is taken (``model.compile()`` keeps what runs outside blocks fast).
+    ``torch.compile(model)`` gives, the model inside is taken (``model.compile()`` keeps what runs outside blocks
+    fast), as it is of an nnsight wrapper, DataParallel or another module around it; of a TransformerBridge,
+    ``lm.model`` is the model inside, which computes and shows its attention through it. Their tokenizers are kept.
     ``tokenizer`` (an object, a path or a hub id) replaces the model's own; a live model without one is called as
     ``lm.model(**inputs)``. Every failure is a HeadscopeError of one line.
     """
     if isinstance(name_or_path_or_model, LanguageModel):
         return name_or_path_or_model
     own = _tokenizer(tokenizer, trust_remote_code, bool(offline))
-    if isinstance(name_or_path_or_model, nn.Module):
+    if isinstance(name_or_path_or_model, nn.Module) or origin(name_or_path_or_model):
         if any(option is not None for option in (dtype, device, device_map, quantize)):
             raise HeadscopeError(
                 "dtype, device, device_map and quantize are for models that are loaded: move a live model with "
                 "model.to(...), or give its name"
             )
-        return LanguageModel.wrap(plain(name_or_path_or_model), own, revision=revision)
+        return _from_live(name_or_path_or_model, own, revision)
     if not isinstance(name_or_path_or_model, str | Path):
         raise HeadscopeError(f"cannot load a {type(name_or_path_or_model).__name__}: give a name, a path or a model")
     options = Options.decide(dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own)
     return _from_name(str(name_or_path_or_model), options, revision, offline)
+
+
+def _from_live(given: Any, tokenizer: Any, revision: str | None) -> LanguageModel:
+    """The model inside what a user holds, with the tokenizer that came with it unless another is given.
+
+    A PEFT model stays what is called: prompts and prefixes are its own forward's work.
+    """
+    package, held = origin(given), plain(given)
+    model = held if hasattr(held, "get_base_model") and not package else bare_model(given)
+    tokenizer = getattr(held, "tokenizer", None) if tokenizer is None and package else tokenizer
+    bridge = held if package == "transformer_lens" else None
+    return LanguageModel.wrap(model, tokenizer, revision=revision, bridge=bridge)
 
 
 def _from_name(name: str, options: Options, revision: str | None, offline: bool | None) -> LanguageModel:

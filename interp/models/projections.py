@@ -14,7 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
 from headscope.interp.sites.compiled import uncompiled
-from headscope.interp.sites.unwrap import bare_model, model_device
+from headscope.interp.sites.unwrap import bare_model, model_device, origin
 
 _NAME = "headscope_projection_probe"
 
@@ -31,6 +31,11 @@ def output_projections(model: Any, inputs: Mapping[str, Any] | None = None) -> d
     something (a gate) changes the heads' outputs before the projection.
     """
     module = bare_model(model)
+    if origin(model) == "transformer_lens":
+        raise HeadscopeError(
+            f"a TransformerBridge computes {type(module).__name__}'s attention itself, so its output projections are "
+            "not found: load the model with load_model or transformers, and give that"
+        )
     watch = _Watch(module)
     with uncompiled(), _probing(module, watch), torch.no_grad():
         try:

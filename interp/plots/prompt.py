@@ -7,6 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from headscope.interp.models import load_model
 from headscope.interp.plots.blocks import block_map
 from headscope.interp.plots.pattern import CELLS, pattern
 from headscope.interp.results.headset import HeadSet
@@ -21,11 +22,12 @@ def head_on_prompt(lm: Any, prompt: str, layer: int, head: int, *, title: str = 
     """What head (``layer``, ``head``) attends to on ``prompt``: every token's weights up to 256 tokens, beyond that
     the mean weights of square blocks, as few as 256 a side hold, without the whole pattern in memory.
 
-    ``log``: see ``pattern``.
+    ``lm``: load_model's result, or what load_model takes; ``log``: see ``pattern``.
 
     Raises:
         HeadscopeError: a head that does not exist, or a model that cannot be traced.
     """
+    lm = load_model(lm)
     HeadSet(((layer, head),)).check(lm.info.layers, lm.info.heads)
     title, count = title or f"Pattern of head L{layer}H{head}", len(tokens_of(lm, prompt))
     if count <= SIDE:

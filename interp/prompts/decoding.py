@@ -61,7 +61,7 @@ def stop_tokens(lm: Any) -> frozenset[int]:
     """Ids that end a text or a chat turn: those of the generation settings, of the configuration and of the tokenizer,
     and the special token that its chat template puts after an assistant's message."""
     tokenizer, found = lm.tokenizer, set[int]()
-    for holder in (getattr(lm.model, "generation_config", None), lm.model.config, tokenizer):
+    for holder in (getattr(lm.inner, "generation_config", None), lm.inner.config, tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         found.update([] if ids is None else [ids] if isinstance(ids, int) else ids)
     if getattr(tokenizer, "chat_template", None):

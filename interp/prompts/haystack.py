@@ -65,8 +65,12 @@ Needles = int | str | Path | Sequence[Needle | dict[str, Any] | str] | None
 
 
 def load_needles(needles: Needles = None) -> tuple[Needle, ...]:
-    """The bundled needles (None: the first three, the paper's number; an int: the first so many), those of a JSON
-    lines file, or the given ones, a bundled one by its name. Names must differ.
+    """The bundled needles (None: the first three; an int: the first so many), those of a JSON lines file, or the given
+    ones, a bundled one by its name. Names must differ.
+
+    Three is the paper's number, but the texts are headscope's own. The authors find heads with three others (a report
+    of the WMO, what to do in Beijing, why Mr Green is disliked) and keep the San Francisco sandwich, our first, for
+    their masking experiment. Their file, haystack_for_detect/needles.jsonl of their repository, is read as it is.
 
     Raises:
         HeadscopeError: a file that cannot be read, a broken needle, or no needle at all.

@@ -77,8 +77,15 @@ class NeedlePrompts:
     The needle is set as a line of its own at the sentence end at or before the depth (a clause's end within a very
     long sentence); depth 100 appends it. Each needle starts reading the haystack at another place, as the authors give
     each needle its own book; text that is shorter than the prompt is repeated, as theirs is. What differs from their
-    code: sentence ends and the needle's span are found in the text (their period ids belong to one vocabulary, and
-    their span may begin a token early); the full prompt has exactly ``length`` tokens, not ``length`` - 200 and a bit.
+    code:
+
+    - The bundled needles are not their three (see ``load_needles``).
+    - Line breaks stand around the needle and before "Based on the content"; theirs have none at either place.
+    - An answer also ends at a token that ends a text or a turn; theirs ends at a newline or after 50 tokens only, so
+      that tokens after an end of text could still score. It ends at a newline only with ``newline_stop``.
+    - Sentence ends and the needle's span are found in the text: their period ids belong to one vocabulary, and their
+      span may begin a token early.
+    - The full prompt has exactly ``length`` tokens, not ``length`` - 200 and a bit.
     """
 
     lengths: Sequence[int] | None = None
@@ -167,9 +174,7 @@ class NeedlePrompts:
             HeadscopeError: no tokenizer, an unknown needle, a needle that does not survive tokenization or the chat
                 template, or a length too short to hold it.
         """
-        tokenizer = getattr(lm, "tokenizer", None)
-        if tokenizer is None:
-            raise HeadscopeError(f"{lm.name} was given without a tokenizer: pass tokenizer= to load_model")
+        tokenizer = lm.required_tokenizer()
         if trial["needle"] not in self.loaded:
             raise HeadscopeError(f"unknown needle {trial['needle']!r}; this task has {', '.join(self.loaded)}")
         needle, length = self.loaded[trial["needle"]], int(trial["length"])

@@ -29,7 +29,7 @@ def random_tokens(lm: LanguageModel, count: int, seed: Sequence[int]) -> Tensor:
 
 def config_tokens(lm: LanguageModel) -> list[int]:
     """The BOS, EOS and padding ids that the model's configuration names."""
-    config = lm.model.config.get_text_config()
+    config = lm.inner.config.get_text_config()
     named = [getattr(config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad")]
     flat = [i for one in named for i in (one if isinstance(one, list | tuple) else [one])]
     return [i for i in flat if isinstance(i, int) and 0 <= i < lm.info.vocab_size]
@@ -37,7 +37,7 @@ def config_tokens(lm: LanguageModel) -> list[int]:
 
 def bos_tokens(lm: LanguageModel) -> list[int]:
     """The tokenizer's BOS token (the configuration's for a model without tokenizer); empty where there is none."""
-    config = lm.model.config.get_text_config()
+    config = lm.inner.config.get_text_config()
     bos = getattr(config, "bos_token_id", None) if lm.tokenizer is None else lm.tokenizer.bos_token_id
     return [bos] if isinstance(bos, int) and 0 <= bos < lm.info.vocab_size else []
 
@@ -51,11 +51,10 @@ def start_tokens(lm: LanguageModel) -> list[int]:
 
 def body_tokens(lm: LanguageModel, text: str) -> list[int]:
     """A text's token ids, without the tokenizer's special tokens."""
-    if lm.tokenizer is None:
-        raise HeadscopeError(f"{lm.name} was given without a tokenizer, so it cannot read text: pass tokenizer=")
+    tokenizer = lm.required_tokenizer()
     if not isinstance(text, str):
         raise HeadscopeError(f"a text is expected, not {type(text).__name__}: pass a string or a list of strings")
-    return list(lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def check_length(lm: LanguageModel, length: int) -> None:

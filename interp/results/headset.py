@@ -54,13 +54,20 @@ class HeadSet:
         if isinstance(heads, HeadSet):
             return heads
         try:
-            given: list[Any] = heads.split(",") if isinstance(heads, str) else list(heads)
-            if len(given) == 2 and all(isinstance(number, int | np.integer) for number in given):
+            if isinstance(heads, bytes | bytearray):
+                raise TypeError("bytes are no text")
+            held: Any = heads
+            held = held.tolist() if hasattr(held, "tolist") else held  # an array or a tensor
+            given: list[Any] = held.split(",") if isinstance(held, str) else list(held)
+            if len(given) == 2 and all(
+                isinstance(number, int | np.integer) and not isinstance(number, bool) for number in given
+            ):
                 given = [tuple(given)]
             return cls(tuple(_pair(one) for one in given), name=name)
         except (TypeError, ValueError) as error:
+            shown = " ".join(repr(heads).split())
             raise HeadscopeError(
-                f"{heads!r:.60} names no heads ({error}); give 'L18H6,L17H3', (18, 6) or a list of either"
+                f"{shown:.60} names no heads ({error}); give 'L18H6,L17H3', (18, 6) or a list of either"
             ) from error
 
     @classmethod
@@ -184,6 +191,8 @@ def _pair(one: str | Iterable[int]) -> Pair:
             raise ValueError(f"{one.strip()!r} is no head")
         return int(found[1]), int(found[2])
     layer, head = one
+    if isinstance(layer, bool) or isinstance(head, bool):
+        raise ValueError(f"({layer}, {head}) are no numbers")
     if layer != int(layer) or head != int(head):
         raise ValueError(f"({layer}, {head}) are no whole numbers")
     return int(layer), int(head)

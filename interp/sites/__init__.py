@@ -8,13 +8,13 @@ from typing import Any
 from headscope.interp.attention.handler import Handler
 from headscope.interp.sites.agreement import Verification
 from headscope.interp.sites.attachment import Attachment, Layers
-from headscope.interp.sites.compiled import plain, uncompiled
+from headscope.interp.sites.compiled import uncompiled
 from headscope.interp.sites.gradients import gradients
 from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.huggingface import verify as hf_verify
 from headscope.interp.sites.interrupts import block
 from headscope.interp.sites.stream import streaming
-from headscope.interp.sites.unwrap import origin, require_model
+from headscope.interp.sites.unwrap import origin, require_model, shown
 
 __all__ = ["attached", "handlers_on", "is_attached", "verify", "verify_once"]
 
@@ -61,7 +61,7 @@ def attached(
     with (
         gradients(model, on=grad),
         uncompiled(),
-        _site(model).attached(plain(model), attachment) as route,
+        _site(model).attached(shown(model), attachment) as route,
         streaming(model, attachment),
     ):
         yield route
@@ -82,7 +82,7 @@ def verify_once(model: Any) -> Verification:
     """
     if origin(model) == "transformer_lens":
         with uncompiled():
-            found: Verification = _site(model).verify_once(plain(model))
+            found: Verification = _site(model).verify_once(shown(model))
         return found
     return hf_verify.verify_once(model)
 
@@ -99,14 +99,14 @@ def verify(model: Any, inputs: dict[str, Any] | None = None, trust: Sequence[str
     """
     if origin(model) == "transformer_lens":
         with uncompiled():
-            found: Verification = _site(model).verify(plain(model), inputs)
+            found: Verification = _site(model).verify(shown(model), inputs)
         return found
     return hf_verify.verify(model, inputs, trust)
 
 
 def is_attached(model: Any) -> bool:
     """Whether anything of ours is on the model now."""
-    found: bool = _site(model).is_attached(plain(model))
+    found: bool = _site(model).is_attached(shown(model))
     return found
 
 

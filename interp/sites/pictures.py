@@ -36,7 +36,8 @@ def vision_config(config: Any) -> Any:
     for name in ("vision_config", "vision_model_config", "image_config", "vq_config"):
         if getattr(config, name, None) is not None:
             return getattr(config, name)
-    return config
+    encoder = getattr(config, "encoder", None)  # of a model put together from two, whose first one sees
+    return config if getattr(encoder, "image_size", None) is None else encoder
 
 
 def _size(vision: Any) -> tuple[int, int]:

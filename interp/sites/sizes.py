@@ -16,7 +16,7 @@ from torch import nn
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.towers import TOWERS, check_name, default_tower, modules_of, numbered, selects
-from headscope.interp.sites.unwrap import bare_model, origin
+from headscope.interp.sites.unwrap import bare_model, origin, shown
 
 _INTERFACE = {"attention_interface", "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"}
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
@@ -69,7 +69,7 @@ def tower_size(model: Any, tower: str | None = None) -> TowerSize:
     if origin(model) == "transformer_lens":
         from headscope.interp.sites.transformer_lens.bridge import require_bridge  # it needs the package
 
-        require_bridge(model)
+        require_bridge(shown(model))
         if tower in TOWERS and tower != "language":
             raise HeadscopeError(
                 f"a TransformerBridge shows its language layers only, not {tower!r}; use the bare model"

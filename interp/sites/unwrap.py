@@ -20,15 +20,22 @@ def stopped() -> bool:
     return type(sys.exc_info()[1]).__name__ in STOPS
 
 
+def shown(model: Any) -> Any:
+    """What a site is given: the bridge of what ``load_model`` made of one; else ``model``, without torch.compile's."""
+    bridge = getattr(model, "bridge", None) if type(model).__module__.startswith("headscope.") else None
+    return plain(model if bridge is None else bridge)
+
+
 def origin(model: Any) -> str:
-    """``"transformer_lens"`` for a bridge, ``"nnsight"`` for its wrappers, else ``""``; imports neither package."""
-    roots = {cls.__module__.partition(".")[0] for cls in type(plain(model)).__mro__}
+    """``"transformer_lens"`` for a bridge and what load_model makes of one, ``"nnsight"`` for its wrappers, else
+    ``""``; imports neither package."""
+    roots = {cls.__module__.partition(".")[0] for cls in type(shown(model)).__mro__}
     return next((name for name in ("transformer_lens", "nnsight") if name in roots), "")
 
 
 def bare_model(model: Any) -> nn.Module:
     """The Hugging Face module inside load_model's result, a compiled model, a bridge or an nnsight wrapper."""
-    wrapped, model = origin(model), plain(model)
+    wrapped, model = origin(model), shown(model)
     if wrapped == "nnsight" and getattr(model, "dispatched", True) is False:
         raise HeadscopeError("this nnsight model has no weights here yet; call its dispatch() first")
     if wrapped:
@@ -75,6 +82,11 @@ def _outermost(module: nn.Module, held: list[nn.Module]) -> None:
 def require_model(model: Any) -> None:
     """Raise HeadscopeError unless this is, or holds, a model whose attention transformers can switch."""
     inner = bare_model(model)
+    if not origin(model) and any(type(part).__module__.startswith("transformer_lens.") for part in inner.modules()):
+        raise HeadscopeError(
+            f"this {type(inner).__name__} is the inside of a TransformerBridge, which computes its attention: give the "
+            "bridge itself, here or to load_model"
+        )
     if getattr(inner, "config", None) is None or not hasattr(inner, "set_attn_implementation"):
         raise HeadscopeError(
             f"{type(inner).__name__} is not a Hugging Face model; load it with load_model or transformers"

@@ -2,11 +2,13 @@
 
     python -m headscope.interp.survey.run            # everything; rewrites SUPPORT.* and the README's table
     python -m headscope.interp.survey.run llava bert # these types, printed only
+    python -m headscope.interp.survey.run --update llava bert  # these types anew, the other rows as they stand
     python -m headscope.interp.survey.run --tables   # the tables again, from SUPPORT.json
 
 "Right" means that at every attention call the model's own attention function, fed one-hot values, gave the pattern that
 we compute (``sites.huggingface.verify``); that the logits under tracing equal those without; and that every recorded
-statistic equals the one computed from the weights of the model's eager code, wherever that runs.
+statistic equals the one computed from the weights of the model's eager code, wherever that runs. What was compared
+beside that one padded pass (``survey.further``) stands in each row; a type that fails one of them is wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
@@ -59,7 +62,7 @@ def check_type(kind: str, model_type: str) -> Finding:
         inputs = example_inputs(model)
     except HeadscopeError as error:
         return Finding(kind, model_type, "not buildable", str(error))
-    found = check_model(kind, model_type, model, inputs)
+    found = check_model(kind, model_type, model, inputs, partial(tiny_model, model_type, kind))  # type: ignore[arg-type]
     if kind != "image-text" or found.outcome == "wrong":
         return found
     if "images" not in given(inputs):
@@ -73,12 +76,15 @@ def check_type(kind: str, model_type: str) -> Finding:
     return found
 
 
-def check_model(kind: str, model_type: str, model: Any, inputs: dict[str, Any]) -> Finding:
-    """Verify and compare one model on ``inputs``."""
+def check_model(
+    kind: str, model_type: str, model: Any, inputs: dict[str, Any], rebuilt: Callable[..., Any] | None = None
+) -> Finding:
+    """Verify and compare one model on ``inputs``; ``rebuilt(**sizes)`` makes it with other sizes."""
     from headscope.interp.sites import verify
     from headscope.interp.sites.inputs import given
     from headscope.interp.sites.towers import default_tower, tower_of
     from headscope.interp.survey.compare import compare_model
+    from headscope.interp.survey.further import further
 
     words = given(inputs)
     try:
@@ -95,10 +101,13 @@ def check_model(kind: str, model_type: str, model: Any, inputs: dict[str, Any]) 
     outcome: Outcome = "wrong" if wrong else "right"
     if not wrong and any(one.refused for module, one in seen.items() if tower_of(module, model) == main):
         outcome = "refused"
+    more = further(model, inputs, rebuilt) if outcome == "right" else []
+    wrong += [str(one) for one in more if one.wrong]
+    outcome = "wrong" if wrong else outcome
     notes = [f"{module}: layers {_and(one.kinds)} are a record each" for module, one in seen.items() if one.kinds]
     towers = {module: sorted(set(found.layers[module])) for module, one in seen.items() if not one.refused}
     why, eager = "; ".join(wrong or [*refused, *notes]), any(one.eager for one in seen.values())
-    return Finding(kind, model_type, outcome, why, towers, words, eager)
+    return Finding(kind, model_type, outcome, why, towers, words, eager, tuple(str(one) for one in more))
 
 
 def _and(kinds: Sequence[list[int]]) -> str:
@@ -124,7 +133,7 @@ def _child(kind: str, model_type: str, pipe: Any) -> None:
     pipe.send(found)
 
 
-def check_apart(kind: str, model_type: str, timeout: float = 60.0) -> Finding:
+def check_apart(kind: str, model_type: str, timeout: float = 120.0) -> Finding:
     """``check_type`` in a process of its own that may crash or take too long."""
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
@@ -147,7 +156,7 @@ def sweep(
     kinds: Sequence[str] = tuple(_MAPPINGS),
     types: Sequence[str] | None = None,
     *,
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     report: Callable[[Finding], None] = lambda _: None,
 ) -> list[Finding]:
     """Check every model type of ``kinds`` (only ``types``, if given), one at a time, each in a process of its own."""
@@ -167,16 +176,20 @@ def _todo(kinds: Sequence[str], types: Sequence[str] | None) -> Iterator[tuple[s
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Sweep everything, or the types named; only a whole sweep is written. ``--tables`` sweeps nothing."""
+    """Sweep everything, or the types named, which are written only with ``--update``. ``--tables`` sweeps nothing."""
     if list(arguments) == ["--tables"]:
         Support.read().write_tables()
         return 0
+    types = [name for name in arguments if name != "--update"]
     findings = sweep(
-        types=arguments or None, report=lambda f: print(f.kind, f.model_type, f.outcome, f.why, flush=True)
+        types=types or None,
+        report=lambda f: print(f.kind, f.model_type, f.outcome, f.why, *f.compared, sep=" | ", flush=True),
     )
     print(dict(Counter((f.kind, f.outcome) for f in findings)))
-    if not arguments:
+    if not types:
         Support.of(findings).write()
+    elif len(types) < len(arguments):
+        Support.read().updated(findings).write()
     return 1 if any(f.outcome == "wrong" for f in findings) else 0
 
 

@@ -94,6 +94,8 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"pos_emb_(height|width)|posemb_grid_size", IMAGE // PATCH),
     (r"num_kv_shared_layers", lambda old: 2),
     (r"max_window_layers|first_k_dense_replace|num_nextn_predict_layers", lambda old: min(old, 1)),
+    (r"\w*sparse_step", lambda old: min(old, 2)),
+    (r"num_sparse_(en|de)coder_layers", 1),
     (r"\w*layer_period", lambda old: min(old, 2)),
     (r"\w*layer_offset", lambda old: min(old, 1)),
     (r"moe_layer_end_index", 1),

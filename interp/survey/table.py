@@ -43,7 +43,8 @@ NAMED: tuple[tuple[str, str, str], ...] = (
 class Finding:
     """What the sweep found of one model type.
 
-    ``towers`` holds the layers that attended and were compared, by pattern; ``inputs`` what the model was given;
+    ``compared``: what was compared beside a padded pass, in words. ``towers``
+    holds the layers that attended and were compared, by pattern; ``inputs`` what the model was given;
     ``eager``: its own eager weights were there to compare with.
     """
 
@@ -54,6 +55,7 @@ class Finding:
     towers: dict[str, list[int]] | None = None
     inputs: str = ""
     eager: bool = False
+    compared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,22 @@ class Support:
     def read(cls, path: Path = FOLDER / "SUPPORT.json") -> Support:
         """What the last whole sweep left."""
         held: dict[str, Any] = json.loads(path.read_text())
-        return cls(held["versions"], [Finding(**entry) for entry in held["findings"]])
+        return cls(
+            held["versions"],
+            [Finding(**{**entry, "compared": tuple(entry.get("compared", ()))}) for entry in held["findings"]],
+        )
+
+    def updated(self, findings: Sequence[Finding]) -> Support:
+        """With these findings in the place of older ones, and the other rows as they are.
+
+        Raises:
+            HeadscopeError: other libraries are installed than those that the other rows are of.
+        """
+        new = Support.of(findings)
+        if new.versions != self.versions:
+            raise HeadscopeError(f"the other rows are of {self.versions}, not {new.versions}: sweep everything")
+        found = {(f.kind, f.model_type): f for f in findings}
+        return Support(self.versions, [found.get((f.kind, f.model_type), f) for f in self.findings])
 
     def write(self, folder: Path = FOLDER, readme: Path = README) -> None:
         """SUPPORT.json and SUPPORT.md in ``folder``, and the block between the marks of ``readme``, if there is one."""
@@ -138,8 +155,9 @@ def to_markdown(support: Support) -> str:
         "# Which architectures are traced",
         "",
         f"Written by `python -m headscope.interp.survey.run` with transformers {versions['transformers']} and torch "
-        f"{versions['torch']}; do not edit. Every model is built tiny with random weights; the last column says what "
-        "it was given.",
+        f"{versions['torch']}; do not edit. Every model is built tiny with random weights; the last columns say what "
+        "it was given, and what was compared beside a pass over a batch padded at both ends (logits with those of the "
+        "untraced model, statistics with the weights of its own eager code).",
         "",
         "| | " + " | ".join(OUTCOMES) + " |",
         "|---|---|---|---|---|",
@@ -150,7 +168,12 @@ def to_markdown(support: Support) -> str:
         lines.append(f"| {kind} | " + " | ".join(str(count[outcome]) for outcome in OUTCOMES) + " |")
     lines += ["", "## Statistics", "", table(), ""]
     for kind in kinds:
-        lines += [f"## {kind}", "", "| model type | outcome | towers or reason | inputs |", "|---|---|---|---|"]
+        lines += [
+            f"## {kind}",
+            "",
+            "| model type | outcome | towers or reason | inputs | also compared |",
+            "|---|---|---|---|---|",
+        ]
         lines += [_row(f) for f in findings if f.kind == kind]
         lines.append("")
     return "\n".join(lines)
@@ -163,4 +186,4 @@ def _row(finding: Finding) -> str:
         text += "" if finding.eager else " (no eager weights to compare with: checked by pattern tiles)"
     else:
         text = finding.why.replace("|", "/").replace("<", "&lt;")
-    return f"| {finding.model_type} | {finding.outcome} | {text} | {finding.inputs} |"
+    return f"| {finding.model_type} | {finding.outcome} | {text} | {finding.inputs} | {'; '.join(finding.compared)} |"

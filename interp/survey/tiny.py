@@ -26,8 +26,8 @@ _AUTO: dict[str, tuple[str, ...]] = {
 }
 
 
-def tiny_config(model_type: str) -> Any:
-    """The shrunk default configuration of a model type of transformers, such as ``"llama"``.
+def tiny_config(model_type: str, **sizes: Any) -> Any:
+    """The shrunk default configuration of a model type of transformers, such as ``"llama"``; ``sizes`` replace its own.
 
     Raises:
         HeadscopeError: transformers knows no such type, or its configuration cannot be made tiny.
@@ -39,12 +39,14 @@ def tiny_config(model_type: str) -> Any:
     kind = transformers.CONFIG_MAPPING[model_type]
     try:
         with _quiet():
-            return kind.from_dict(shrink(_seeing(kind).to_dict()))
+            return kind.from_dict({**shrink(_seeing(kind).to_dict()), **sizes})
     except Exception as error:
         raise HeadscopeError(_failure(f"the configuration of {model_type}", error)) from error
 
 
-def tiny_model(model_type: str, kind: Kind = "causal-lm", seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Any:
+def tiny_model(
+    model_type: str, kind: Kind = "causal-lm", seed: int = 0, *, dtype: torch.dtype = torch.float32, **sizes: Any
+) -> Any:
     """A random model of ``model_type`` with two layers (one of each kind it has) on the CPU, in evaluation mode.
 
     Args:
@@ -53,6 +55,7 @@ def tiny_model(model_type: str, kind: Kind = "causal-lm", seed: int = 0, *, dtyp
             ``"image-text"``, ``"encoder-decoder"``.
         seed: of the weights; torch's own random state is left as it was.
         dtype: of the weights.
+        sizes: fields of the configuration, in place of the tiny ones.
 
     Raises:
         HeadscopeError: no such type or kind, or the model cannot be built so small.
@@ -61,7 +64,7 @@ def tiny_model(model_type: str, kind: Kind = "causal-lm", seed: int = 0, *, dtyp
 
     if kind not in _AUTO:
         raise HeadscopeError(f"kind is one of {sorted(_AUTO)}, not {kind!r}")
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **sizes)
     autos = [getattr(transformers, name) for name in _AUTO[kind]]
     auto = next((a for a in autos if type(config) in a._model_mapping), None)
     if auto is None:

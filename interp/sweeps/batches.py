@@ -16,7 +16,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall, Mask
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
-from headscope.interp.sites.unwrap import bare_model, takes
+from headscope.interp.sites.unwrap import takes
 from headscope.interp.statistics import KEY, OUTPUT, ROW, BlockStatistic, Statistic
 from headscope.interp.statistics.queries import Queries
 from headscope.kernels.streaming.engine import CPU_TILE, GPU_TILE
@@ -94,12 +94,12 @@ class Prompts:
                 f"prompt {number} has {len(ids)} tokens, more than the context of {self._lm.name} ({limit}): "
                 "shorten it or take a model with a longer context"
             )
-        if min(ids) < 0 or max(ids) >= max(vocabulary, self._lm.model.get_input_embeddings().weight.shape[0]):
+        if min(ids) < 0 or max(ids) >= max(vocabulary, self._lm.inner.get_input_embeddings().weight.shape[0]):
             raise HeadscopeError(f"prompt {number} has token ids outside the vocabulary of {vocabulary} tokens")
 
     def _padding(self) -> int:
         """The model's own padding token first: some position embeddings (RoBERTa's) are counted from it."""
-        own = [text_config(self._lm.model.config), self._lm.tokenizer]
+        own = [text_config(self._lm.inner.config), self._lm.tokenizer]
         return next((i for i in (getattr(o, "pad_token_id", None) for o in own) if isinstance(i, int) and i >= 0), 0)
 
 
@@ -141,7 +141,7 @@ class Cost:
     def __init__(
         self, lm: Any, statistics: Sequence[Statistic], layers: Sequence[int] | None, queries: Queries | None
     ) -> None:
-        info, config, model = lm.info, text_config(lm.model.config), bare_model(lm)
+        info, config, model = lm.info, text_config(lm.inner.config), lm.inner
         size = next(model.parameters()).element_size()
         mlp = next((getattr(config, n, None) for n in ("intermediate_size", "n_inner", "ffn_dim")), None)
         wide = mlp if isinstance(mlp, int) else 4 * info.d_model

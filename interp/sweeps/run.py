@@ -31,7 +31,7 @@ from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.interp.runs.sealed import sealed, unsealed
 from headscope.interp.sites import handlers_on
 from headscope.interp.sites.sizes import tower_size
-from headscope.interp.sites.unwrap import origin, takes
+from headscope.interp.sites.unwrap import takes
 from headscope.interp.statistics import Statistic
 from headscope.interp.statistics.declared import Named, declared
 from headscope.interp.statistics.exactness import is_exact
@@ -117,10 +117,8 @@ def sweep(
 
 
 def _load(model: Any) -> Any:
-    if origin(model):
-        raise HeadscopeError("a sweep runs Hugging Face models; give it the one inside this wrapper")
     lm = load_model(model)
-    if getattr(lm.model.config, "is_encoder_decoder", False):
+    if getattr(lm.inner.config, "is_encoder_decoder", False):
         raise HeadscopeError(f"{lm.name} has an encoder and a decoder, and a sweep gives one text; use `trace`")
     return lm
 
@@ -198,7 +196,7 @@ def _trace(
 ) -> xr.Dataset:
     """The record of one batch, its examples numbered as the prompts are."""
     inputs = given.batch(batch.examples)
-    few = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if takes(lm.model, name)}
+    few = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if takes(lm.inner, name)}
     mine = [for_examples(statistic, batch.examples) for statistic in statistics]
     try:
         with trace(lm, mine, queries=queries, **options) as tracer:

@@ -18,7 +18,7 @@ from torch import Tensor
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.boundary import known_boundary, prompt_boundary
 from headscope.interp.sites.interrupts import block, uninterrupted
-from headscope.interp.sites.unwrap import bare_model, origin
+from headscope.interp.sites.unwrap import bare_model, origin, shown
 from headscope.interp.tracing.guards import Guard, guard, release
 
 
@@ -59,7 +59,7 @@ def watching_generate(model: Any, listener: Listener, *, recorded: bool = True) 
     """Inside the block ``model.generate`` tells ``listener`` where the prompt ends, and, where it is ``recorded``,
     refuses what a record cannot hold."""
     inner = bare_model(model)
-    own = getattr(inner, "generate", None) is None or origin(model) == "transformer_lens"  # a bridge has its own loop
+    own = getattr(inner, "generate", None) is None or shown(model) is model and origin(model) == "transformer_lens"
 
     @contextmanager
     def around(args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:

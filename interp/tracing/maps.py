@@ -12,6 +12,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.parts import one_head
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites import attached
 from headscope.interp.sites.sizes import tower_size
@@ -42,12 +43,14 @@ def patterns(
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Attention maps of one layer (head, query, key), or of all layers (layer, head, query, key), and the tokens.
 
-    Layers without softmax attention are NaN among all layers, and refused by themselves.
+    ``lm``: load_model's result, or what load_model takes. Layers without softmax attention are NaN among all layers,
+    and refused by themselves.
 
     Raises:
         HeadscopeError: the maps would take more than ``limit_mib`` MiB (said before anything is allocated), a layer
             that does not exist or does not attend, or layers that differ in their number of heads.
     """
+    lm = load_model(lm)
     tokens, size = tokens_of(lm, prompt), tower_size(lm)
     size.check_layers([] if layer is None else [layer])
     layers = list(size.heads) if layer is None else [layer]
@@ -71,12 +74,13 @@ def patterns(
 
 
 def head_pattern(lm: Any, prompt: str, layer: int, head: int) -> tuple[NDArray[np.float32], list[str]]:
-    """One head's pattern (query, key) on a prompt, and the prompt's tokens as text.
+    """One head's pattern (query, key) on a prompt, and the prompt's tokens as text; ``lm`` as for ``patterns``.
 
     Raises:
         HeadscopeError: a head that does not exist, a layer that does not attend, or a prompt whose map would pass the
             limit of ``patterns``.
     """
+    lm = load_model(lm)
     size = tower_size(lm)
     HeadSet(((layer, head),)).check(size.depth, size.heads.get(layer) or size.most_heads or lm.info.heads)
     size.check_layers([layer])

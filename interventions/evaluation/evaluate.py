@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
 from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.estimate import announce
@@ -51,7 +52,7 @@ def evaluate(
     """Run ``tasks`` without edit, with each intervention, and with its layer-matched random-head controls.
 
     Args:
-        model: load_model's result.
+        model: load_model's result, or what load_model takes.
         tasks: names from ``interventions.tasks.TASKS`` or task objects.
         interventions: each item is one condition; a composed one (``a + b``), or a sequence, is applied as one.
         controls: random head sets (seeds ``seed`` .. ``seed + controls - 1``) for every head-driven condition.
@@ -61,7 +62,7 @@ def evaluate(
         HeadscopeError: unknown task, two tasks of one name, a head that does not exist, layers with too few heads for a
             control, or ``out`` holds a run with other settings or that goes on now.
     """
-    chosen = resolve(tasks)
+    model, chosen = load_model(model), resolve(tasks)
     items = [interventions] if isinstance(interventions, Intervention) else interventions
     conditions = plan(model, items, controls, seed)
     trials = {task.name: task.trials(model) for task in chosen}

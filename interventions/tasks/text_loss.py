@@ -47,7 +47,7 @@ class TextLoss(Task):
         """One trial a passage: its token ids."""
         if self.passages < 1 or self.length < 2:
             raise HeadscopeError("text_loss needs at least 1 passage of at least 2 tokens")
-        ids = lm.tokenizer(self._text(), verbose=False)["input_ids"]
+        ids = lm.required_tokenizer()(self._text(), verbose=False)["input_ids"]
         if len(ids) < self.length:
             raise HeadscopeError(f"text_loss needs {self.length} tokens of text and was given {len(ids)}")
         count = min(self.passages, len(ids) // self.length)

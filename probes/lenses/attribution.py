@@ -10,7 +10,6 @@ gain and centring, without its shift. What a head does through later layers is n
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.placement import fetched
 from headscope.interp.models.projections import output_projections
@@ -30,7 +30,7 @@ from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites.compiled import uncompiled
 from headscope.interp.sites.layout import stream_layers
 from headscope.interp.sites.sizes import tower_size
-from headscope.interp.sites.unwrap import bare_model
+from headscope.interp.sites.unwrap import takes
 from headscope.interp.statistics import HeadOutput
 from headscope.interp.tracing.recording import trace
 
@@ -68,7 +68,7 @@ def logit_attribution(
     """Each head's direct contribution to the logit of ``targets`` (minus that of ``against``) after each text.
 
     Args:
-        lm: load_model's result.
+        lm: load_model's result, or what load_model takes.
         texts: prompts, read at their last token.
         targets: one token a text, an id or a string that is exactly one token (mind its leading space).
         against: tokens to compare with, as many; the difference cancels what raises all logits alike.
@@ -80,6 +80,7 @@ def logit_attribution(
         HeadscopeError: a target is not one token; or the model does not add W_O z to its residual stream (a norm or a
             factor in between, as in Gemma 2 and 3), so that heads have no direct share of the logits in this sense.
     """
+    lm = load_model(lm)
     wanted = [_ids(lm, tokens) for tokens in (targets, against) if tokens is not None]
     if not texts or any(len(ids) != len(texts) for ids in wanted):
         raise HeadscopeError(f"give one target token a text: {len(texts)} texts, {len(targets)} targets")
@@ -96,7 +97,8 @@ def logit_attribution(
 def _ids(lm: LanguageModel, tokens: Sequence[Token]) -> list[int]:
     found = []
     for token in tokens:
-        ids = [token] if isinstance(token, int) else lm.tokenizer(token, add_special_tokens=False)["input_ids"]
+        tokenizer = None if isinstance(token, int) else lm.required_tokenizer()
+        ids = [token] if tokenizer is None else tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise HeadscopeError(f"{token!r} is {len(ids)} tokens of {lm.name}: name one token, or give its id")
         found.append(int(ids[0]))
@@ -111,7 +113,7 @@ def _attribute(lm: LanguageModel, path: _Path, texts: Sequence[str], rows: Tenso
     def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
         last.append(args[0][torch.arange(len(texts), device=args[0].device), ends.to(args[0].device)])
 
-    options = {"use_cache": False} if "use_cache" in inspect.signature(lm.model.forward).parameters else {}
+    options = {"use_cache": False} if takes(lm.inner, "use_cache") else {}
     with trace(lm, [HeadOutput((-1,))]) as tracer:
         hook = path.norm.register_forward_pre_hook(keep)  # after trace has verified the model on inputs of its own
         try:
@@ -167,9 +169,9 @@ def _normed(norm: nn.Module, written: Tensor, residual: Tensor) -> Tensor:
 
 def _find_path(lm: LanguageModel) -> _Path:
     """Find the modules by watching one forward of four tokens, and check that heads add to the residual stream."""
-    model = bare_model(lm)
+    model = lm.inner
     names = output_projections(lm)
-    head = lm.model.get_output_embeddings()
+    head = lm.inner.get_output_embeddings()
     with uncompiled(), _watching(model) as seen, torch.no_grad():
         ids = torch.arange(1, 5, device=lm.device)[None] % lm.info.vocab_size
         model(input_ids=ids)
@@ -189,7 +191,7 @@ def _find_path(lm: LanguageModel) -> _Path:
     norms = [m for m, (_, out) in seen.items() if _is_last(m, out, head, seen)]
     if len(norms) != 1 or not _close(seen[norms[0]][0], stream, stream):
         raise HeadscopeError(f"{lm.name}: no single norm stands between the last layer and the logits")
-    return _Path(projections, norms[0], head, lm.device, lm.model.dtype)
+    return _Path(projections, norms[0], head, lm.device, lm.inner.dtype)
 
 
 def _whole(modules: dict[str, nn.Module], attention: str, leaf: str, seen: Seen) -> nn.Module:

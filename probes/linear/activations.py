@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.runs.files import locked, write_atomically
 from headscope.interp.runs.journal import Journal
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import hash_texts, provenance
 from headscope.interp.runs.sealed import sha256
+from headscope.interp.sites.unwrap import takes
 from headscope.interp.statistics import HeadOutput
 from headscope.interp.tracing.recording import trace
 
@@ -35,7 +36,7 @@ def head_outputs(
     """z (example, layer, head, position, d_head), float32: each head's output before the output projection.
 
     Args:
-        lm: load_model's result.
+        lm: load_model's result, or what load_model takes.
         texts: the prompts, with the tokenizer's special tokens added and padded to the right.
         positions: token positions from the start of a text, or from its end where negative (-1: the last token).
         batch_size: texts a forward pass.
@@ -46,8 +47,7 @@ def head_outputs(
             that cannot be traced, outputs that are not numbers, or ``out`` holds a run with other settings or that goes
             on now.
     """
-    if not isinstance(lm, LanguageModel):
-        raise HeadscopeError(f"probing needs load_model's result with its tokenizer, got {type(lm).__name__}")
+    lm = load_model(lm)
     if batch_size < 1 or not positions or not texts:
         raise HeadscopeError("probing needs texts, at least one position, and a batch size of 1 or more")
     order = np.argsort([len(text) for text in texts], kind="stable")  # texts of a length together: little padding
@@ -65,10 +65,9 @@ def head_outputs(
 
 
 def _trace_batch(lm: LanguageModel, texts: list[str], positions: Sequence[int]) -> NDArray[np.float32]:
-    accepted = inspect.signature(lm.model.forward).parameters
     options: dict[str, Any] = {"logits_to_keep": 1, "use_cache": False}  # the vocabulary costs more than a layer
     with trace(lm, [HeadOutput(tuple(positions))]) as tracer:
-        lm(texts, **{name: value for name, value in options.items() if name in accepted})
+        lm(texts, **{name: value for name, value in options.items() if takes(lm.inner, name)})
     z = tracer.record["z"].to_numpy()
     if not np.isfinite(z).all():
         raise HeadscopeError(f"{lm.name}: a head's output is not a number; load it with dtype='float32'")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.progress import track
@@ -47,7 +48,7 @@ def probe_heads(
     """Probe every head of a model for a label.
 
     Args:
-        lm: load_model's result.
+        lm: load_model's result, or what load_model takes.
         dataset: a ``Labelled`` set, the name of a generated one, or a file (see ``load_labelled``).
         positions: where z is read, from a text's start or, negative, from its end; -1 is ITI's last token. The outputs
             at several positions are one probe's features, side by side.
@@ -63,7 +64,7 @@ def probe_heads(
         HeadscopeError: see ``head_outputs``, ``Labelled`` and ``Settings``.
     """
     settings = Settings(tuple(int(seed) for seed in seeds), validation, max_iter, C, scale)
-    labelled = load_labelled(dataset)
+    lm, labelled = load_model(lm), load_labelled(dataset)
     z = head_outputs(lm, labelled.texts, positions=positions, batch_size=batch_size, out=out, progress=progress)
     made = provenance(lm, prompts=labelled.texts, positions=list(positions), batch_size=batch_size)
     result = probe_activations(z, labelled, settings=settings, made=made, jobs=jobs, progress=progress)

@@ -35,8 +35,10 @@ class Retrieval(HeadMethod):
     token is out: compare ``retrieval_paraphrased``.
 
     Args:
-        lengths, depths, needles, haystack, chat, max_new_tokens, newline_stop, stem: as of ``NeedlePrompts``; by
-            default three bundled needles, ten depths and those of the authors' 20 lengths that fit the model's context.
+        lengths, depths, needles, haystack, chat, max_new_tokens, newline_stop, stem: as of ``NeedlePrompts``, which
+            lists what differs from the authors' prompts; by default the first three bundled needles (headscope's own:
+            the authors' three are other texts), ten depths and those of the authors' 20 lengths that fit the model's
+            context.
         count: "counter" is the authors' code: each copied token adds 1 / (tokens of the answer), so that a token
             copied twice counts twice and a trial can exceed 1. "set" is the paper's formula |g & k| / |k| on sets of
             distinct tokens, at most 1.

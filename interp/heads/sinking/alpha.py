@@ -25,9 +25,12 @@ class Sinks(Measured):
     """Score heads by alpha of one key: the attention it receives, averaged over the queries that see it, in [0, 1].
 
     Gu et al. 2024, "When Attention Sink Emerges in Language Models" (arXiv 2410.10781), section 3: for a sample of T
-    tokens alpha_k = 1/(T - k) sum_{i >= k} A[i, k] (0-based; under a sliding window only rows whose window holds k),
-    and Sink_k^eps is the percentage of (sample, layer, head) with alpha_k > eps, strictly. The paper's T = 64,
-    eps = 0.3, k = first token and 100 samples are the defaults.
+    tokens alpha_k = 1/(T - k) sum_{i >= k} A[i, k] (0-based), and Sink_k^eps is the percentage of
+    (sample, layer, head) with alpha_k > eps, strictly. The paper's T = 64, eps = 0.3, k = first token
+    and 100 samples are the defaults.
+
+    Under a sliding window the sum is divided by the rows whose window holds k. That is ours: the authors divide by
+    T - k there too, which gives less as soon as T exceeds the window (the default T = 64 is below most).
 
     Sink_k^eps of the model is in ``provenance["sink_rate_percent"]``, one number for each k = 0..T-1, and of each
     sample in its details. The last keys are seen by few queries, so their alpha is noisy (a single weight at T-1).

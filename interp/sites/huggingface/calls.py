@@ -92,15 +92,30 @@ def _mask_of(
             return Dense(_of_keys_only(mask.rule), None, mask.gaps)
         if queries > 1 and mask.is_left_out(place.implementation):
             return Dense(mask.by_causality(_is_causal(module, kwargs, eager)), None, mask.gaps)
-        return Dense(mask.rule, None, mask.gaps)
+        return Dense(_continuing(mask.rule, place, queries, keys), None, mask.gaps)
     if mask is not None:
         made: Dense = place.route.dense.of(mask, query, keys, eager=eager, cross=cross)
         return made
     if cross or not _is_causal(module, kwargs, eager):
-        return Dense(Mask.full())
+        return Dense(Mask.full() if cross else _continuing(Mask.full(), place, queries, keys))
     if queries == 1:
         return Dense(Mask(query_offset=keys - 1, right=None))
     return Dense(Mask.causal(keys - queries))
+
+
+def _continuing(rule: Mask, place: Any, queries: int, keys: int) -> Mask:
+    """The rule of a pass that continues a cache in a model that sees both ways: transformers counts its queries from 0,
+    where nothing depends on it, but they stand at the end of the keys."""
+    free = all(getattr(rule, name) is None for name in ("left", "right", "chunk", "segments", "rule"))
+    if (
+        not free
+        or rule.query_offset
+        or rule.key_offset
+        or queries >= keys
+        or place.tower not in ("language", "decoder")
+    ):
+        return rule
+    return replace(rule, query_offset=keys - queries)
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any], eager: bool) -> bool:

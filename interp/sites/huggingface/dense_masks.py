@@ -75,7 +75,8 @@ def from_dense(mask: Tensor, query: Tensor, *, eager: bool, cross: bool) -> Dens
         padded = with_padding(Mask.full(), real, batch)
         return Dense(padded, bias, padded.rule is not None)
     if queries != keys:
-        return Dense(_continued(visible, base), bias, bool((~visible[..., 0]).any()))
+        unseen = ~visible.any(1).any(1)  # (batch, key): by no query
+        return Dense(_continued(visible, base), bias, bool((~visible[..., 0]).any() | unseen.any()))
     found = structure_of(visible.any(1).expand(batch, -1, -1))
     return Dense(_structured(visible, found), bias, found.gaps)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -41,6 +42,36 @@ def test_empty_prompts(lm, prompts, part, says):
         with pytest.raises(HeadscopeError) as error:
             call(prompts)
         says(error, part)
+
+
+NO_PROMPTS = [
+    (None, "NoneType is no prompt: give a string"),
+    (5, "int is no prompt: give a string"),
+    (b"a b", "bytes is no prompt: give a string"),
+    ([1, 2], r"for token ids \(batch, length\) call lm.forward"),
+    ([b"a"], "prompt 0 is bytes, not text"),
+    (["a", None], "prompt 1 is NoneType, not text"),
+    ([["a"]], "prompt 0 is list, not text"),
+    ((), "no prompt was given"),
+    (torch.ones(1, 2, dtype=torch.long), r"call lm.forward\(ids\) or lm.model\(input_ids=ids\)"),
+    (np.array([[1, 2]]), r"call lm.forward\(ids\) or lm.model\(input_ids=ids\)"),
+    ({"input_ids": [1]}, r"call lm.model\(\*\*inputs\)"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "why"), NO_PROMPTS, ids=lambda x: repr(x)[:20])
+@pytest.mark.parametrize("call", ["__call__", "generate", "encode"])
+def test_what_is_no_prompt_gets_one_line(lm, call, prompts, why):
+    with pytest.raises(HeadscopeError, match=why) as error:
+        getattr(lm, call)(prompts)
+    assert "\n" not in str(error.value)
+
+
+def test_token_ids_run_as_the_line_says(lm):
+    ids = lm.encode("a b c")["input_ids"]
+    wanted = lm("a b c").logits
+    assert torch.equal(lm.forward(ids).logits, wanted) and torch.equal(lm.model(input_ids=ids).logits, wanted)
+    assert torch.equal(lm(np.array(["a b c"])).logits, wanted) and torch.equal(lm(x for x in ["a b c"]).logits, wanted)
 
 
 def test_prompt_without_tokens(tiny, words, says):

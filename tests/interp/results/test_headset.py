@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -94,9 +95,27 @@ def test_heads_by_name_or_number(given: Any) -> None:
 
 def test_one_head() -> None:
     assert list(HeadSet.of("L18H6")) == list(HeadSet.of((18, 6))) == list(HeadSet.of(np.array([18, 6]))) == [(18, 6)]
+    assert list(HeadSet.of(torch.tensor([18, 6]))) == list(HeadSet.of(torch.tensor([[18, 6]]))) == [(18, 6)]
 
 
-@pytest.mark.parametrize("given", ["", "18", "L18", "L18H6 L17H3", [18], [(1, 2, 3)], (1, 2, 3), 7, None, [(0.5, 1)]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "18",
+        "L18",
+        "L18H6 L17H3",
+        [18],
+        [(1, 2, 3)],
+        (1, 2, 3),
+        7,
+        None,
+        [(0.5, 1)],
+        [(True, 1)],
+        b"ab",
+        np.array([[0.5, 1], [2, 3]]),
+    ],
+)
 def test_what_names_no_heads_is_refused_in_one_line(given: Any) -> None:
     with pytest.raises(HeadscopeError, match="names no heads") as error:
         HeadSet.of(given)

@@ -119,7 +119,7 @@ def composed(sees: bool):
     """A BERT decoder, whose modules are called ``decoder.bert.encoder...``, after a BERT or a ViT."""
     small = tf.BertConfig(**BERT, max_position_embeddings=64)
     if sees:
-        eye = {key: size for key, size in BERT.items() if key != "vocab_size"} | {"image_size": 32, "patch_size": 8}
+        eye = {key: size for key, size in BERT.items() if key != "vocab_size"} | {"image_size": 16, "patch_size": 4}
         config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(tf.ViTConfig(**eye), small)
     else:
         config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(small, copy.deepcopy(small))
@@ -129,7 +129,7 @@ def composed(sees: bool):
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     ids = torch.randint(3, 99, (2, 11))
-    given = {"pixel_values": torch.randn(2, 3, 32, 32)} if sees else {"input_ids": ids}
+    given = {"pixel_values": torch.randn(2, 3, 16, 16)} if sees else {"input_ids": ids}
     return model, {**given, "decoder_input_ids": ids[:, :7]}
 
 

@@ -52,9 +52,63 @@ def test_sweep_reports_each_type_and_writes_a_row():
     found = sweep(["causal-lm"], ["gpt2", "bloom"], report=seen.append)
     assert found == seen and [f.model_type for f in found] == ["bloom", "gpt2"]
     written = to_markdown(Support.of(found))
-    assert "| gpt2 | right | `transformer.h.*.attn` | text |" in written
+    row = "| gpt2 | right | `transformer.h.*.attn` | text | optional inputs left out; large logits; "
+    assert row + "generation padded left; generation padded right (refused); edit |" in written
     assert "| bloom | refused | BloomForCausalLM (bloom) is refused" in written
     assert "| causal-lm | 1 | 1 | 0 | 0 |" in written
+
+
+def test_rows_are_replaced_by_newer_ones_of_the_same_libraries():
+    old = Support.of([Finding("causal-lm", "gpt2", "right"), Finding("encoder", "gpt2", "right")])
+    new = Finding("causal-lm", "gpt2", "refused", "why")
+    assert old.updated([new]).findings == [new, old.findings[1]]
+    with pytest.raises(HeadscopeError, match="sweep everything"):
+        Support({"transformers": "0", "torch": "0"}, old.findings).updated([new])
+
+
+# what a fault would be, and the comparison that must see it
+FAULTS = {
+    "optional inputs left out": lambda call: call.mask.start is None and call.mask.query_offset == 0,
+    "large logits": lambda call: float((call.query[:, :, -1] * call.scale).norm(dim=-1).max()) > 3,
+    "generation padded left": lambda call: call.mask.query_offset > 0 and call.mask.start is not None,
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_further_comparison_finds_its_fault(name, monkeypatch):
+    """A sound record, spoiled only where this comparison looks."""
+    from headscope.interp.attention import call as attention
+    from headscope.interp.sites.inputs import example_inputs
+    from headscope.interp.survey.further import COMPARISONS
+
+    model = tiny_model("llama")
+    inputs = example_inputs(model)
+    assert COMPARISONS[name](model, inputs, None) is None
+    right = attention.AttentionCall.attend
+
+    def wrong(self, request):
+        seen = right(self, request)
+        if seen.entropy is not None and FAULTS[name](self):
+            seen.entropy = seen.entropy + 0.5
+        return seen
+
+    monkeypatch.setattr(attention.AttentionCall, "attend", wrong)
+    assert "entropy differs" in COMPARISONS[name](model, inputs, None)
+
+
+def test_an_edit_of_another_head_and_one_in_too_few_layers_are_found(monkeypatch):
+    from headscope.interp.sites.inputs import example_inputs
+    from headscope.interp.survey import further
+    from headscope.interp.survey.tiny import tiny_model as rebuilt
+
+    model = tiny_model("bart", "encoder-decoder")
+    inputs = example_inputs(model)
+    deeper = lambda **sizes: rebuilt("bart", "encoder-decoder", **sizes)  # noqa: E731
+    assert further.edited(model, inputs, None) is None and further.unequal_depths(model, inputs, deeper) is None
+    assert deeper(decoder_layers=3).config.decoder_layers == 3
+    monkeypatch.setattr(further._Zeroes, "edit_output", lambda self, call, z: z * 1.0)
+    assert "zeroed: the output differs" in further.edited(model, inputs, None)
+    assert "zeroed: the output differs" in further.unequal_depths(model, inputs, deeper)
 
 
 def test_the_committed_table_holds_nothing_wrong_and_every_named_architecture():

@@ -9,6 +9,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from headscope.interp import trace
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
+from headscope.interp.survey.eager import eager_weights
 from headscope.interp.survey.tiny import tiny_model
 
 STATISTICS = [LogSumExp(), Entropy(), SinkMass(first=2), KeyMass(), TopKeys(2), Distance()]
@@ -98,3 +99,25 @@ def test_an_offloaded_cache(kind):
         generate(model, ids, mask)
     assert torch.equal(traced, untraced)
     assert largest_difference(tracer.record, plain.record) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_model_that_sees_both_ways_continues_its_cache(name: str) -> None:
+    """Its masks count queries from 0 in every pass: the steps of a generation are nevertheless rows of one text."""
+    model, start = tiny_model(name), 4
+    ids = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :start] = 0
+    options = {"attention_mask": mask, "min_new_tokens": 3, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with trace(model, [Entropy()]) as tracer:
+        model.generate(input_ids=ids, **options)
+    with eager_weights(model) as weights:
+        model.generate(input_ids=ids, **options)
+    assert tracer.record["length"].to_numpy().tolist() == [12 - start + 2, 14]
+    calls = [p.double() for name, p in weights if ".layer.0." in name]
+    assert [p.shape[2] for p in calls] == [12, 1, 1]
+    for example, first in enumerate((start, 0)):
+        rows = [calls[0][example, :, first:], *(p[example] for p in calls[1:])]
+        wanted = torch.cat([-(p * p.clamp(min=1e-300).log()).sum(-1) for p in rows], 1)
+        found = torch.from_numpy(tracer.record["entropy"].to_numpy()[example, 0, :, : wanted.shape[1]]).double()
+        assert (found - wanted).abs().max() < 1e-5
