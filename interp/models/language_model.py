@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import ModelInfo
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.unwrap import bare_model, model_device, takes
 
 Prompts = str | Sequence[str]
@@ -26,7 +27,7 @@ class LanguageModel:
     ``revision`` names the weights: the hub's commit, or the SHA-256 of the source; None where nobody knows.
     """
 
-    model: Any
+    model: PreTrained
     tokenizer: Any
     name: str
     revision: str | None
@@ -34,7 +35,7 @@ class LanguageModel:
 
     @classmethod
     def wrap(
-        cls, model: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
+        cls, model: PreTrained, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
     ) -> LanguageModel:
         """Describe a model and give its tokenizer a padding token (an existing token) where it has none."""
         if tokenizer is not None:

@@ -25,12 +25,13 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.options import DeviceMap, Options
 from headscope.interp.models.packages import PACKAGED, ensure_packaged
 from headscope.interp.sites.compiled import plain
+from headscope.interp.sites.given import Loadable
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def load_model(
-    name_or_path_or_model: Any,
+    name_or_path_or_model: Loadable,
     *,
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import plotly.graph_objects as go
 
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.plots.blocks import block_map
 from headscope.interp.plots.pattern import CELLS, pattern
 from headscope.interp.results.headset import HeadSet
@@ -17,7 +17,9 @@ from headscope.interp.tracing.recording import trace
 SIDE = math.isqrt(CELLS)  # cells a side of what can still be read
 
 
-def head_on_prompt(lm: Any, prompt: str, layer: int, head: int, *, title: str = "", log: bool = True) -> go.Figure:
+def head_on_prompt(
+    lm: LanguageModel, prompt: str, layer: int, head: int, *, title: str = "", log: bool = True
+) -> go.Figure:
     """What head (``layer``, ``head``) attends to on ``prompt``: every token's weights up to 256 tokens, beyond that
     the mean weights of square blocks, as few as 256 a side hold, without the whole pattern in memory.
 

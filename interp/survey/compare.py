@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.huggingface.switch import implementations
 from headscope.interp.sites.towers import tower_of
@@ -33,7 +34,7 @@ class Compared:
     eager: bool = False
 
 
-def compare_model(model: nn.Module, inputs: dict[str, Tensor], modules: dict[str, list[int]]) -> dict[str, Compared]:
+def compare_model(model: PreTrained, inputs: dict[str, Tensor], modules: dict[str, list[int]]) -> dict[str, Compared]:
     """Trace all modules (with its layers), and compare."""
     plain = _run(model, inputs)
     weights = _eager(model, inputs)
@@ -41,7 +42,7 @@ def compare_model(model: nn.Module, inputs: dict[str, Tensor], modules: dict[str
 
 
 def _compare(
-    model: nn.Module, inputs: dict[str, Tensor], module: str, layers: list[int], plain: Tensor | None, weights: Weights
+    model: PreTrained, inputs: dict[str, Tensor], module: str, layers: list[int], plain: Tensor | None, weights: Weights
 ) -> Compared:
     try:
         with trace(model, STATISTICS, tower=module) as tracer:
@@ -75,7 +76,7 @@ def _eager(model: nn.Module, inputs: dict[str, Tensor]) -> Weights:
 
 
 def _compare_modules(
-    model: Any,
+    model: PreTrained,
     record: xr.Dataset,
     weights: Weights,
     module: str,

@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.survey.table import Finding, Outcome, Support
 
 _MAPPINGS = {
@@ -73,7 +74,7 @@ def check_type(kind: str, model_type: str) -> Finding:
     return found
 
 
-def check_model(kind: str, model_type: str, model: Any, inputs: dict[str, Any]) -> Finding:
+def check_model(kind: str, model_type: str, model: PreTrained, inputs: dict[str, Any]) -> Finding:
     """Verify and compare one model on ``inputs``."""
     from headscope.interp.sites import verify
     from headscope.interp.sites.inputs import given

@@ -18,6 +18,7 @@ from torch import nn
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.huggingface.attention import PLACES, attention_function
 from headscope.interp.sites.huggingface.dense_masks import DenseMasks
 from headscope.interp.sites.huggingface.masks import lazy_mask
@@ -88,7 +89,7 @@ _PAUSED: WeakSet[nn.Module] = WeakSet()
 
 
 @block
-def attached(model: Any, handler: Handler) -> Iterator[Route]:
+def attached(model: ModelLike, handler: Handler) -> Iterator[Route]:
     """Have ``handler`` see every attention call of ``model`` (load_model's result or a Hugging Face module).
 
     Contexts nest: each adds a handler to the same route, and the last one to leave restores the model.
@@ -243,6 +244,6 @@ def release_all() -> None:
         unregister(NAME)
 
 
-def is_attached(model: Any) -> bool:
+def is_attached(model: ModelLike) -> bool:
     """Whether anything of ours is on the model now."""
     return bare_model(model) in _ROUTES

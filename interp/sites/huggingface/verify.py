@@ -31,6 +31,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.agreement import Verification, compare_call
 from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.given import ModelLike, PreTrained
 from headscope.interp.sites.huggingface import calls as hf_calls
 from headscope.interp.sites.huggingface import own
 from headscope.interp.sites.huggingface import route as hf_route
@@ -45,7 +46,7 @@ LARGEST = 1 << 24  # query-key pairs of the largest call that is checked whole w
 _VERIFIED: WeakKeyDictionary[nn.Module, Verification] = WeakKeyDictionary()
 
 
-def verify_once(model: Any) -> Verification:
+def verify_once(model: ModelLike) -> Verification:
     """Verify a model the first time it is seen; afterwards return what was found.
 
     Raises:
@@ -61,7 +62,7 @@ def verify_once(model: Any) -> Verification:
     return found
 
 
-def verify(model: Any, inputs: dict[str, Tensor] | None = None, trust: Sequence[str] = ()) -> Verification:
+def verify(model: ModelLike, inputs: dict[str, Tensor] | None = None, trust: Sequence[str] = ()) -> Verification:
     """Run the check on ``inputs`` (default: a small padded batch of random tokens, longer than the sliding window).
 
     A model that passes is known from then on to ``trace`` and to interventions. ``trust`` names attention
@@ -90,7 +91,7 @@ def verify(model: Any, inputs: dict[str, Tensor] | None = None, trust: Sequence[
     return found
 
 
-def _try(model: nn.Module, found: Verification) -> None:
+def _try(model: PreTrained, found: Verification) -> None:
     """Verify on text; a model that does not run on text alone gets whatever else it takes."""
     from headscope.interp.sites.inputs import example_inputs
 
