@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.huggingface.switch import implementations
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
@@ -83,7 +84,7 @@ def _compare_modules(
     inputs: dict[str, Tensor],
 ) -> str | None:
     layers = record["layer"].to_numpy().tolist()
-    route = huggingface.Route(model, implementations(model))
+    route = Route(model, implementations(model))
     places = {place.name: place for place in huggingface.places(route).values()}
     calls: dict[int, list[Tensor]] = {}
     for name, p in weights:

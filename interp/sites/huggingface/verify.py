@@ -38,6 +38,7 @@ from headscope.interp.sites.huggingface import route as hf_route
 from headscope.interp.sites.huggingface import switch as hf_switch
 from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
 from headscope.interp.sites.huggingface.prompt import SHORT, prompt
+from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.unwrap import bare_model, model_device
 
@@ -152,7 +153,7 @@ def _run_unmasked(model: nn.Module, found: Verification, inputs: dict[str, Any])
 @block
 def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
     before, thread = hf_switch.implementations(model), threading.get_ident()
-    route = hf_route.Route(model, before, trusted=hf_route.trusted(model))
+    route = Route(model, before, trusted=hf_route.trusted(model))
     places = hf_route.places(route)
 
     def function(
