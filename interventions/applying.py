@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites import attached
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.sizes import TowerSize, tower_size
 from headscope.interp.sites.towers import TOWERS, tower_of
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.tracing.generation import GenerationBoundary, watching_generate
-from headscope.interventions.base import Intervention
+from headscope.interventions.base import Edit, Intervention
 from headscope.interventions.files import require_model
 
 
-def size(model: Any, tower: str | None = None) -> tuple[int, int]:
+def size(model: ModelLike, tower: str | None = None) -> tuple[int, int]:
     """Layers of a tower (None: the one that reads or writes text), and query heads of the layer that has most."""
     found = tower_size(model, tower)
     heads = found.most_heads
     if heads is None:
-        config: Any = bare_model(model).config
-        heads = int(config.get_text_config().num_attention_heads)
+        heads = int(bare_model(model).config.get_text_config().num_attention_heads)
     return found.depth, heads
 
 
 @contextmanager
-def apply(model: Any, *interventions: Intervention, tower: str | None = None, grad: bool = False) -> Iterator[None]:
+def apply(
+    model: ModelLike, *interventions: Intervention, tower: str | None = None, grad: bool = False
+) -> Iterator[None]:
     """Put ``interventions`` in force, in order, for every forward pass and ``generate`` inside the block.
 
     Composes with ``trace`` (a tracer entered later sees the edited model) and with itself, so that each tower can have
@@ -58,8 +59,7 @@ def apply(model: Any, *interventions: Intervention, tower: str | None = None, gr
         if any(intervention.phased for intervention in interventions):
             stack.enter_context(watching_generate(model, GenerationBoundary(), recorded=False))
         for intervention in interventions:
-            options: dict[str, Any] = {"tower": tower, "layers": _named(intervention), "grad": grad}
-            stack.enter_context(attached(model, intervention, **options))
+            stack.enter_context(attached(model, intervention, tower=tower, layers=_named(intervention), grad=grad))
         yield
 
 
@@ -87,7 +87,7 @@ def _check(intervention: Intervention, found: TowerSize) -> None:
 
 def _named(intervention: Intervention) -> dict[int, str] | None:
     """The layers of its heads, and what an error calls them; none with strength 0: nothing goes on the model."""
-    if intervention.strength == 0:
+    if isinstance(intervention, Edit) and intervention.strength == 0:
         return {}
     if intervention.heads is None:
         return None

@@ -21,6 +21,7 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.registry import make, settings
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.sites.given import ModelLike
 from headscope.interventions import files
 from headscope.interventions.edits import EDITS
 from headscope.interventions.phases import PHASES, During, Rows, chosen_rows
@@ -43,7 +44,7 @@ class Intervention(Handler):
     refused: ClassVar[Mapping[str, str]] = {}  # where it cannot be used, and why
 
     @classmethod
-    def measured(cls, model: Any, given: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    def measured(cls, model: ModelLike, given: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
         """Settings beside ``given`` that are measured on a model, over reference ``texts``, for whoever builds one by
         name (``headscope intervene``)."""
         return {}
@@ -70,7 +71,7 @@ class Intervention(Handler):
         if self.heads is not None:
             self.heads.check(layers, heads)
 
-    def save(self, path: str | Path, model: Any = None) -> Path:
+    def save(self, path: str | Path, model: ModelLike | None = None) -> Path:
         """Write it as one safetensors file (see ``load_intervention``). With ``model`` the file is for that model:
         its name, revision, shapes and a hash of a few weights are checked where it is loaded and applied.
 

@@ -22,6 +22,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.files import write_atomically
 from headscope.interp.runs.provenance import fingerprint, provenance
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.unwrap import bare_model
 
 FORMAT = 1
@@ -128,9 +129,9 @@ def _hash(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(json.dumps([document, held], sort_keys=True).encode()).hexdigest()
 
 
-def signature(model: Any) -> dict[str, Any]:
+def signature(model: ModelLike) -> dict[str, Any]:
     """What tells a model from others: its name and revision, its shapes, a hash of a few weights."""
-    inner: Any = bare_model(model)
+    inner = bare_model(model)
     config = inner.config.get_text_config()
     made = provenance(model)["model"]
     sizes = {"layers": "num_hidden_layers", "heads": "num_attention_heads", "d_model": "hidden_size"}
@@ -141,7 +142,7 @@ def signature(model: Any) -> dict[str, Any]:
     }
 
 
-def require_model(made_for: Mapping[str, Any] | None, model: Any, what: str) -> None:
+def require_model(made_for: Mapping[str, Any] | None, model: ModelLike, what: str) -> None:
     """Refuse an intervention that was saved for another model.
 
     Equal revisions are the same weights in any precision; where one of them is unknown, the weights are compared.

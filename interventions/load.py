@@ -10,12 +10,13 @@ from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.registry import make
+from headscope.interp.sites.given import ModelLike
 from headscope.interventions import files
 from headscope.interventions.base import Composed, Intervention
 from headscope.interventions.edits import EDITS
 
 
-def load_intervention(path: str | Path, model: Any = None, *, any_model: bool = False) -> Intervention:
+def load_intervention(path: str | Path, model: ModelLike | None = None, *, any_model: bool = False) -> Intervention:
     """An intervention from the file that its ``save`` wrote.
 
     Args:

@@ -62,7 +62,6 @@ def evaluate(
     for warning in () if scores is None else overlap(tasks, lm, scores):
         console.note(f"warning: {warning}")
     texts = passages(reference) if heads is not None and how == "mean" else []
-    arguments: dict[str, Any] = {"controls": controls, "seed": seed, "out": out}
 
     def edits(how: str, texts: Sequence[str]) -> list[Any]:
         found: list[Any] = [load_intervention(file, lm) for file in edit or ()]
@@ -73,10 +72,11 @@ def evaluate(
 
     if dry_run:
         with estimate.dry_run() as work:
-            run_evaluate(lm, tasks, edits("zero" if texts else how, ()), **arguments)  # as many passes, without means
+            as_many = edits("zero" if texts else how, ())  # passes, without means
+            run_evaluate(lm, tasks, as_many, controls=controls, seed=seed, out=out)
         work.passes += [(int(lm.encode(text)["input_ids"].shape[1]), 0) for text in texts]
         return run.show_estimate(lm, work)
-    result = run_evaluate(lm, tasks, edits(how, texts), **arguments)
+    result = run_evaluate(lm, tasks, edits(how, texts), controls=controls, seed=seed, out=out)
     kept = {"with": edit, "sweep": sweep, "ablate": ablate, "top": top, "how": how, "during": during}
     run.save_config(f"evaluate {task}", {**kept, "reference": reference, **given, "controls": controls, "seed": seed})
     show_evaluation(result, as_json)

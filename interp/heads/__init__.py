@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from headscope.interp.heads.base import HeadMethod
     from headscope.interp.heads.discovery import discover as discover
     from headscope.interp.results.scores import HeadScores
+    from headscope.interp.sites.given import Loadable
 
 METHODS: Registry[HeadMethod] = Registry(
     "head method",
@@ -70,7 +71,9 @@ def method(name: str) -> Callable[..., HeadScores]:
 def _function(name: str) -> Callable[..., HeadScores]:
     cls = METHODS[name]
 
-    def function(lm: Any, /, *, out: str | Path | None = None, progress: bool = True, **settings: Any) -> HeadScores:
+    def function(
+        lm: Loadable, /, *, out: str | Path | None = None, progress: bool = True, **settings: Any
+    ) -> HeadScores:
         from headscope.interp.heads.discovery import discover
 
         return discover([make(cls, name, settings)], lm, out=out, progress=progress)[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.placement import devices, parameter_count, quantization
+from headscope.interp.sites.given import PreTrained
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ModelInfo:
     quantization: str | None = None
 
     @classmethod
-    def from_model(cls, model: Any) -> ModelInfo:
+    def from_model(cls, model: PreTrained) -> ModelInfo:
         """Describe a Hugging Face model (the text tower of a model with several)."""
         name = type(model).__name__
         if not hasattr(model, "config") or not hasattr(model, "parameters"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import ModelInfo
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.unwrap import bare_model, model_device, takes
 
 Prompts = str | Sequence[str]
@@ -26,7 +27,7 @@ class LanguageModel:
     ``bridge`` is the TransformerBridge whose inside ``model`` is: it computes the attention, and its hooks show it.
     """
 
-    model: Any
+    model: PreTrained
     tokenizer: Any
     name: str
     revision: str | None
@@ -36,7 +37,7 @@ class LanguageModel:
     @classmethod
     def wrap(
         cls,
-        model: Any,
+        model: PreTrained,
         tokenizer: Any = None,
         *,
         name: str | None = None,

@@ -25,13 +25,14 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.options import DeviceMap, Options
 from headscope.interp.models.packages import PACKAGED, ensure_packaged
 from headscope.interp.sites.compiled import plain
+from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.unwrap import bare_model, origin
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def load_model(
-    name_or_path_or_model: Any,
+    name_or_path_or_model: Loadable,
     *,
     tokenizer: Any = None,
     dtype: torch.dtype | str | None = None,
@@ -62,7 +63,7 @@ def load_model(
     if isinstance(name_or_path_or_model, LanguageModel):
         return name_or_path_or_model
     own = _tokenizer(tokenizer, trust_remote_code, bool(offline))
-    if isinstance(name_or_path_or_model, nn.Module) or origin(name_or_path_or_model):
+    if isinstance(name_or_path_or_model, nn.Module) or _wraps(name_or_path_or_model):
         if any(option is not None for option in (dtype, device, device_map, quantize)):
             raise HeadscopeError(
                 "dtype, device, device_map and quantize are for models that are loaded: move a live model with "
@@ -73,6 +74,11 @@ def load_model(
         raise HeadscopeError(f"cannot load a {type(name_or_path_or_model).__name__}: give a name, a path or a model")
     options = Options.decide(dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own)
     return _from_name(str(name_or_path_or_model), options, revision, offline)
+
+
+def _wraps(given: Any) -> bool:
+    """Whether this is a TransformerBridge or an nnsight wrapper, which need not be a module of torch."""
+    return bool(origin(given))
 
 
 def _from_live(given: Any, tokenizer: Any, revision: str | None) -> LanguageModel:

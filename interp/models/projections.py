@@ -14,12 +14,13 @@ from transformers.masking_utils import AttentionMaskInterface
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
 from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.unwrap import bare_model, model_device, origin
 
 _NAME = "headscope_projection_probe"
 
 
-def output_projections(model: Any, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
+def output_projections(model: ModelLike, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The output projection of every attention module: {attention module's name: leaf module's name}.
 
     The leaf's input holds the heads' outputs side by side, in head order: (batch, query, heads * d_value). No name is

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import plotly.graph_objects as go
 
@@ -11,6 +10,7 @@ from headscope.interp.models import load_model
 from headscope.interp.plots.blocks import block_map
 from headscope.interp.plots.pattern import CELLS, pattern
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.sites.given import Loadable
 from headscope.interp.statistics import BlockMap
 from headscope.interp.tracing.maps import head_pattern, tokens_of
 from headscope.interp.tracing.recording import trace
@@ -18,7 +18,7 @@ from headscope.interp.tracing.recording import trace
 SIDE = math.isqrt(CELLS)  # cells a side of what can still be read
 
 
-def head_on_prompt(lm: Any, prompt: str, layer: int, head: int, *, title: str = "", log: bool = True) -> go.Figure:
+def head_on_prompt(lm: Loadable, prompt: str, layer: int, head: int, *, title: str = "", log: bool = True) -> go.Figure:
     """What head (``layer``, ``head``) attends to on ``prompt``: every token's weights up to 256 tokens, beyond that
     the mean weights of square blocks, as few as 256 a side hold, without the whole pattern in memory.
 

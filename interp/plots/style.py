@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.statistics.declared import unit_of
 
 INK = "#1f2933"
 SOFT = "#52606d"
@@ -24,21 +25,6 @@ CONTRAST = "#c8553d"
 
 SEQUENTIAL = "Viridis"
 DIVERGING = "RdBu_r"  # blue below 0, white at 0, red above
-
-# unit of each statistic, as the axes say it
-UNITS = {
-    "entropy": "nats",
-    "lse": "log of the sum of exponentials",
-    "distance": "tokens",
-    "windowed_distance": "tokens",
-    "sink_mass": "share of attention",
-    "span_mass": "share of attention",
-    "window_mass": "share of attention",
-    "target_mass": "share of attention",
-    "key_mass": "attention received",
-    "key_mass_mean": "share of attention",
-    "key_mass_max": "share of attention",
-}
 
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 _HOVER_FONT = {"family": _FONT, "color": INK, "size": 12}
@@ -155,8 +141,8 @@ def signed(values: NDArray[np.float64]) -> bool:
 
 def with_unit(name: str) -> str:
     """A statistic's name in words, with its unit where it has one."""
-    words = name.replace("_", " ")
-    return f"{words} ({UNITS[name]})" if name in UNITS else words
+    words, unit = name.replace("_", " "), unit_of(name)
+    return f"{words} ({'share of attention' if unit == 'mass' else unit})" if unit else words
 
 
 def thin(count: int, most: int) -> int:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.boundary import known_boundary, prompt_boundary
 
 
-def prefill(lm: Any, ids: Any) -> Any:
+def prefill(lm: LanguageModel, ids: Any) -> Any:
     """Run the model on a prompt's token ids, all but the last, without statistics; returns its key/value cache.
 
     The last token is left for ``decode``, whose first pass chooses the answer's first token. Edits that act while
@@ -30,7 +31,7 @@ def prefill(lm: Any, ids: Any) -> Any:
     return cache
 
 
-def decode(lm: Any, cache: Any, last: int, max_new_tokens: int, *, newline_stop: bool = False) -> list[int]:
+def decode(lm: LanguageModel, cache: Any, last: int, max_new_tokens: int, *, newline_stop: bool = False) -> list[int]:
     """Continue a cache greedily from the prompt's ``last`` token: the emitted ids, with the one that ended the answer.
 
     Stops at a token that ends a text or a turn (``stop_tokens``), with ``newline_stop`` at a token with a newline, or
@@ -57,7 +58,7 @@ def _boundary(length: int) -> AbstractContextManager[None]:
     return prompt_boundary(length) if known_boundary() is None else nullcontext()
 
 
-def stop_tokens(lm: Any) -> frozenset[int]:
+def stop_tokens(lm: LanguageModel) -> frozenset[int]:
     """Ids that end a text or a chat turn: those of the generation settings, of the configuration and of the tokenizer,
     and the special token that its chat template puts after an assistant's message."""
     tokenizer, found = lm.tokenizer, set[int]()
@@ -73,7 +74,7 @@ def stop_tokens(lm: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def check_finite(lm: Any, logits: torch.Tensor) -> None:
+def check_finite(lm: LanguageModel, logits: torch.Tensor) -> None:
     """Raise HeadscopeError where logits (..., vocabulary) name no next token."""
     if bool(logits.isnan().any()) or not bool(logits.isfinite().any(dim=-1).all()):
         dtype = str(logits.dtype).removeprefix("torch.")
@@ -83,6 +84,6 @@ def check_finite(lm: Any, logits: torch.Tensor) -> None:
         )
 
 
-def answer_text(lm: Any, ids: list[int]) -> str:
+def answer_text(lm: LanguageModel, ids: list[int]) -> str:
     """The text of emitted tokens, without special tokens and surrounding white space."""
     return str(lm.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.boundary import prompt_boundary
 from headscope.interp.prompts.haystack import (
     Needle,
@@ -100,7 +101,7 @@ class NeedlePrompts:
 
     usual_lengths: ClassVar[tuple[int, ...]] = PAPER_LENGTHS
 
-    def trials(self, lm: Any) -> list[Trial]:
+    def trials(self, lm: LanguageModel) -> list[Trial]:
         """Every needle at every length and depth: needle (its name), length, depth.
 
         Raises:
@@ -141,7 +142,7 @@ class NeedlePrompts:
             raise HeadscopeError(f"depths are different percents from 0 to 100, or their number; got {self.depths}")
         return values
 
-    def lengths_for(self, lm: Any) -> list[int]:
+    def lengths_for(self, lm: LanguageModel) -> list[int]:
         """Prompt lengths that ``lm`` can take together with the new tokens.
 
         Raises:
@@ -167,7 +168,7 @@ class NeedlePrompts:
             )
         return lengths
 
-    def build(self, lm: Any, trial: Trial) -> NeedlePrompt:
+    def build(self, lm: LanguageModel, trial: Trial) -> NeedlePrompt:
         """The prompt of a trial: exactly ``trial["length"]`` tokens, or as few less as its tokenizer can hit.
 
         Raises:
@@ -194,11 +195,11 @@ class NeedlePrompts:
         text = _fit(make, stops, float(trial["depth"]), length, length - overhead)
         return _located(tokenizer, needle, self._question(needle), text)
 
-    def uses_chat(self, lm: Any) -> bool:
+    def uses_chat(self, lm: LanguageModel) -> bool:
         """Whether prompts go through the chat template."""
         return bool(getattr(lm.tokenizer, "chat_template", None)) if self.chat is None else self.chat
 
-    def parameters(self, lm: Any) -> dict[str, Any]:
+    def parameters(self, lm: LanguageModel) -> dict[str, Any]:
         """The settings as JSON-able values; texts by their SHA-256, so that a resumed run is known to be the same."""
         needles = [needle.to_dict() for needle in self.loaded.values()]
         return {
@@ -233,7 +234,7 @@ class NeedlePrompts:
     def _question(self, needle: Needle) -> str:
         return str(needle.paraphrase) if self.paraphrased else needle.question
 
-    def _prompt(self, lm: Any, needle: Needle, context: str) -> str:
+    def _prompt(self, lm: LanguageModel, needle: Needle, context: str) -> str:
         question = self._question(needle)
         if self.uses_chat(lm):
             return str(lm.chat(CHAT.format(context=context, question=question)))

@@ -22,6 +22,7 @@ from typing import Any
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.boundary import prompt_boundary
 from headscope.interp.prompts.spans import by_offsets
+from headscope.interp.sites.given import ModelLike, PreTrained
 from headscope.interp.sites.inputs import media_tokens
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.statistics.spans import OPEN, Span, intervals, published_spans
@@ -62,7 +63,7 @@ class VisionPrompt:
 
 
 def vision_prompt(
-    model: Any,
+    model: ModelLike,
     processor: Any,
     messages: Sequence[Message] | Sequence[Sequence[Message]],
     *,
@@ -246,7 +247,7 @@ def _media_spans(config: Any, read: _Reading, example: int) -> dict[str, list[Sp
     return found
 
 
-def _inputs(model: Any, output: Any) -> dict[str, Any]:
+def _inputs(model: PreTrained, output: Any) -> dict[str, Any]:
     """What the model's forward names, where its parameters are."""
     named = set(inspect.signature(model.forward).parameters) - {"labels"}
     moved = output.to(model.device, dtype=model.dtype)

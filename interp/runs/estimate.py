@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.sites.unwrap import bare_model, model_device
 
 _DRY: ContextVar[bool] = ContextVar("headscope_dry_run", default=False)
@@ -62,7 +63,7 @@ def announce(passes: Iterable[tuple[int, int]], files: list[str], **batched: int
         raise Planned(Work(list(passes), files, **batched))
 
 
-def estimate(lm: Any, work: Work) -> dict[str, Any]:
+def estimate(lm: LanguageModel, work: Work) -> dict[str, Any]:
     """Forward passes, tokens, about how many seconds (timed on this machine: one short prompt, two decoding steps) and
     about how many MiB of memory at the longest prompt."""
     prefill, step = _calibrate(lm)
@@ -88,7 +89,7 @@ def estimate(lm: Any, work: Work) -> dict[str, Any]:
     }
 
 
-def _calibrate(lm: Any) -> tuple[float, float]:
+def _calibrate(lm: LanguageModel) -> tuple[float, float]:
     """Seconds a prompt token and seconds a decoding step."""
     model, info = bare_model(lm), lm.info
     length = min(CALIBRATION, (info.context_length or CALIBRATION) - 4)

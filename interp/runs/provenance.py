@@ -10,11 +10,17 @@ from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from types import CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from torch import nn
+
+    from headscope.interp.sites.given import ModelLike
 
 
 def provenance(
-    model: Any = None, *, seed: int | None = None, prompts: Iterable[str] | None = None, **parameters: Any
+    model: ModelLike | None = None, *, seed: int | None = None, prompts: Iterable[str] | None = None, **parameters: Any
 ) -> dict[str, Any]:
     """A JSON-able description of a run. ``model`` is a LanguageModel or a bare Hugging Face module."""
     record: dict[str, Any] = {
@@ -28,6 +34,7 @@ def provenance(
         from headscope.interp.models.placement import devices, quantization
         from headscope.interp.sites.unwrap import bare_model
 
+        inner: Any
         try:
             inner = bare_model(model)
         except HeadscopeError:
@@ -51,7 +58,7 @@ def provenance(
     return record
 
 
-def signed(record: Any, model: Any, **parameters: Any) -> Any:
+def signed(record: xr.Dataset, model: ModelLike, **parameters: Any) -> xr.Dataset:
     """A traced record (an xarray Dataset) with its provenance as the attribute ``headscope``, as JSON."""
     made = provenance(model, **parameters)
     made["tokens_sha256"] = _sha256(record["token"].to_numpy().tobytes() if "token" in record else b"")
@@ -113,7 +120,7 @@ def _code(code: CodeType) -> str:
     return _sha256(repr((code.co_code.hex(), code.co_names, constants)).encode())
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: nn.Module) -> str:
     """SHA-256 of a few hundred weights of every parameter: tells models of one name apart, not one changed weight."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

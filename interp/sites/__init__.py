@@ -9,6 +9,7 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.sites.agreement import Verification
 from headscope.interp.sites.attachment import Attachment, Layers
 from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.gradients import gradients
 from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.huggingface import verify as hf_verify
@@ -21,7 +22,7 @@ __all__ = ["attached", "handlers_on", "is_attached", "verify", "verify_once"]
 
 @block
 def attached(
-    model: Any,
+    model: ModelLike,
     handler: Handler,
     *,
     tower: str | None = None,
@@ -68,13 +69,13 @@ def attached(
     attachment.finish()
 
 
-def handlers_on(model: Any) -> list[tuple[Handler, str]]:
+def handlers_on(model: ModelLike) -> list[tuple[Handler, str]]:
     """The handlers that are attached to a model now, in order of entry, and the tower of each."""
     with attached(model, Handler(), verify=False) as route:
         return [(each.inner, each.size.tower) for each in route.handlers[:-1] if isinstance(each, Attachment)]
 
 
-def verify_once(model: Any) -> Verification:
+def verify_once(model: ModelLike) -> Verification:
     """Verify a model the first time it is seen; afterwards return what was found.
 
     Raises:
@@ -87,7 +88,7 @@ def verify_once(model: Any) -> Verification:
     return hf_verify.verify_once(model)
 
 
-def verify(model: Any, inputs: dict[str, Any] | None = None, trust: Sequence[str] = ()) -> Verification:
+def verify(model: ModelLike, inputs: dict[str, Any] | None = None, trust: Sequence[str] = ()) -> Verification:
     """Check that our attention is the model's own, on ``inputs`` (default: a small padded batch of random tokens).
 
     ``trust`` names attention implementations whose functions are your own (registered, or put in the place of
@@ -104,13 +105,13 @@ def verify(model: Any, inputs: dict[str, Any] | None = None, trust: Sequence[str
     return hf_verify.verify(model, inputs, trust)
 
 
-def is_attached(model: Any) -> bool:
+def is_attached(model: ModelLike) -> bool:
     """Whether anything of ours is on the model now."""
     found: bool = _site(model).is_attached(shown(model))
     return found
 
 
-def _site(model: Any) -> Any:
+def _site(model: ModelLike) -> Any:
     if origin(model) == "transformer_lens":
         from headscope.interp.sites.transformer_lens import route as transformer_lens
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.towers import selects, tower_of
 from headscope.interp.sites.unwrap import bare_model
@@ -29,7 +30,9 @@ class Attachment(Handler):
         HeadscopeError: no such tower, or a layer that does not attend in it.
     """
 
-    def __init__(self, model: Any, inner: Handler, tower: str | None = None, layers: Layers | None = None) -> None:
+    def __init__(
+        self, model: ModelLike, inner: Handler, tower: str | None = None, layers: Layers | None = None
+    ) -> None:
         self.inner, self._model = inner, bare_model(model)
         self.size = tower_size(model, tower)
         named = None if layers is None else layers if isinstance(layers, Mapping) else dict.fromkeys(layers, "")
@@ -53,7 +56,7 @@ class Attachment(Handler):
         return self.inner.only_reads
 
     @classmethod
-    def of(cls, model: Any, handler: Handler) -> Attachment:
+    def of(cls, model: ModelLike, handler: Handler) -> Attachment:
         """Of a handler that a site is given as it is: its own ``tower`` and ``layers``, or those of its ``heads``."""
         heads = getattr(handler, "heads", None)
         layers = getattr(handler, "layers", None) if heads is None else heads.by_layer()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.unwrap import bare_model
 
 _OFF = "gradients are off inside this block: pass grad=True to every trace and apply around the backward pass"
@@ -19,7 +19,7 @@ _NONE = (
 
 
 @contextmanager
-def gradients(model: Any, *, on: bool) -> Iterator[None]:
+def gradients(model: ModelLike, *, on: bool) -> Iterator[None]:
     """Forward passes inside the block keep what a backward pass needs (``on``), or nothing.
 
     Raises:
@@ -38,7 +38,7 @@ def gradients(model: Any, *, on: bool) -> Iterator[None]:
             raise HeadscopeError(_NONE if on else _OFF) from error
 
 
-def _refuse(model: Any) -> None:
+def _refuse(model: ModelLike) -> None:
     if torch.is_inference_mode_enabled():
         raise HeadscopeError("grad=True does nothing under torch.inference_mode(); leave that block first")
     if any(part.training and getattr(part, "gradient_checkpointing", False) for part in bare_model(model).modules()):

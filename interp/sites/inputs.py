@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.pictures import GRIDS
 from headscope.interp.sites.pictures import pictures as forms
 from headscope.interp.sites.unwrap import model_device
@@ -45,7 +46,7 @@ def special_tokens(config: Any) -> set[int]:
 
 
 def example_inputs(
-    model: Any, *, padding: bool = True, length: int = LENGTH, seed: int = 0, images: bool = True
+    model: PreTrained, *, padding: bool = True, length: int = LENGTH, seed: int = 0, images: bool = True
 ) -> dict[str, Tensor]:
     """Inputs for two examples in the model's precision and on its device, checked by running the model on them once.
 
@@ -76,7 +77,7 @@ def example_inputs(
     raise HeadscopeError(f"{type(model).__name__} runs on none of our inputs: {type(failure).__name__}: {reason}")
 
 
-def _placed(inputs: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _placed(inputs: dict[str, Tensor], model: PreTrained) -> dict[str, Tensor]:
     device, dtype = model_device(model), model.dtype
     return {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in inputs.items()}
 
@@ -89,7 +90,7 @@ def given(inputs: dict[str, Tensor]) -> str:
 
 
 def _candidates(
-    model: Any, padding: bool, length: int, generator: torch.Generator, images: bool
+    model: PreTrained, padding: bool, length: int, generator: torch.Generator, images: bool
 ) -> Iterator[dict[str, Tensor]]:
     names = inspect.signature(model.forward).parameters
     text = _text(model, padding, length, generator, names)
@@ -106,7 +107,7 @@ def _candidates(
     yield {k: v for k, v in text.items() if k != "attention_mask"}
 
 
-def _text(model: Any, padding: bool, length: int, generator: torch.Generator, names: Any) -> dict[str, Tensor]:
+def _text(model: PreTrained, padding: bool, length: int, generator: torch.Generator, names: Any) -> dict[str, Tensor]:
     if "input_ids" not in names:
         return {}
     config = model.config
@@ -126,7 +127,7 @@ def _text(model: Any, padding: bool, length: int, generator: torch.Generator, na
     return {**text, **_decoder(model, text, names)}
 
 
-def _decoder(model: Any, text: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
+def _decoder(model: PreTrained, text: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
     if "decoder_input_ids" not in names or not getattr(model.config, "is_encoder_decoder", True):
         return {}
     if "input_ids" in text:
@@ -134,7 +135,7 @@ def _decoder(model: Any, text: dict[str, Tensor], names: Any) -> dict[str, Tenso
     return {"decoder_input_ids": torch.arange(5, 17).repeat(2, 1) + torch.arange(2)[:, None]}
 
 
-def _sound(model: Any, generator: torch.Generator, names: Any) -> dict[str, Tensor]:
+def _sound(model: PreTrained, generator: torch.Generator, names: Any) -> dict[str, Tensor]:
     config = model.config
     reads = getattr(model, "main_input_name", "")
     if reads == "input_values" and reads in names:
@@ -145,7 +146,7 @@ def _sound(model: Any, generator: torch.Generator, names: Any) -> dict[str, Tens
     return {"input_features": torch.randn(2, bins, frames, generator=generator)}
 
 
-def _wanted_image_tokens(model: Any, error: Exception) -> int | None:
+def _wanted_image_tokens(model: PreTrained, error: Exception) -> int | None:
     """How many image features a model says it has for the image tokens it found; some count single numbers."""
     found = re.search(r"tokens.*?(?:tokens)?: \d+,? (?:and )?(?:image )?features:? (\d+)", str(error))
     found = found or re.search(r"Got (\d+) feature vectors for \d+ placeholder tokens", str(error))
@@ -155,7 +156,7 @@ def _wanted_image_tokens(model: Any, error: Exception) -> int | None:
     return features // width if features >= 8 * width else features
 
 
-def _put_images(model: Any, inputs: dict[str, Tensor], features: int) -> bool:
+def _put_images(model: PreTrained, inputs: dict[str, Tensor], features: int) -> bool:
     """Prefix each example with its share of ``features`` image tokens."""
     token = media_tokens(model.config).get("image")
     ids = inputs["input_ids"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.huggingface.prompt import prompt
 from headscope.interp.sites.huggingface.route import paused
 from headscope.interp.sites.inputs import example_inputs
@@ -47,7 +48,7 @@ class StreamLayer:
 _KNOWN: WeakKeyDictionary[nn.Module, dict[str, tuple[int, list[StreamLayer]]]] = WeakKeyDictionary()
 
 
-def stream_layers(model: nn.Module, tower: str) -> list[StreamLayer]:
+def stream_layers(model: PreTrained, tower: str) -> list[StreamLayer]:
     """A tower's layers in order, attending or not, each with its writers.
 
     Raises:
@@ -209,7 +210,7 @@ def output_of(output: Any) -> Tensor | None:
     return out if isinstance(out, Tensor) and out.dim() == 3 and out.is_floating_point() else None
 
 
-def _watched(model: nn.Module, modules: Mapping[int, tuple[nn.Module, str]]) -> list[StreamLayer]:
+def _watched(model: PreTrained, modules: Mapping[int, tuple[nn.Module, str]]) -> list[StreamLayer]:
     failure: Exception | None = None
     for give in (_text, example_inputs) if modules else ():
         watch = _Watch(model, modules)

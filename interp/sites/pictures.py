@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headscope.interp.sites.given import PreTrained
+
 GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw", "image_grid_hws")
 SIDE = 4  # patches in the height of an image given as patches
 
 
 def pictures(
-    model: Any, names: Any, text: dict[str, Tensor], generator: torch.Generator
+    model: PreTrained, names: Any, text: dict[str, Tensor], generator: torch.Generator
 ) -> Iterator[dict[str, Tensor]]:
     """One image an example, in every form, with the arguments among ``names`` that say more about it."""
     if "pixel_values" not in names and "flattened_patches" not in names:

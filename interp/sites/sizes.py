@@ -9,12 +9,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.towers import TOWERS, check_name, default_tower, modules_of, numbered, selects
 from headscope.interp.sites.unwrap import bare_model, origin, shown
 
@@ -59,7 +59,7 @@ class TowerSize:
         return max(known) if known and len(known) == len(self.heads) else None
 
 
-def tower_size(model: Any, tower: str | None = None) -> TowerSize:
+def tower_size(model: ModelLike, tower: str | None = None) -> TowerSize:
     """The size of a tower, named as in ``trace(tower=...)``; None: the one that reads or writes text.
 
     Raises:

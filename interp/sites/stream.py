@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headscope.interp.attention.stream import PLACES, StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.attachment import Attachment
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.huggingface.route import is_paused
 from headscope.interp.sites.layout import StreamLayer, output_of, stream_layers, stream_of
 from headscope.interp.sites.towers import TOWERS, tower_of
@@ -26,7 +27,7 @@ _WRITES = ("attn_out", "cross_attn_out", "mlp_out")
 
 
 @contextmanager
-def streaming(model: Any, attachment: Attachment) -> Iterator[None]:
+def streaming(model: ModelLike, attachment: Attachment) -> Iterator[None]:
     """Show the attachment's handler the places in its ``streams`` inside the block.
 
     Raises:

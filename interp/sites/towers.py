@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.unwrap import bare_model
 
 TOWERS = ("language", "vision", "audio", "encoder", "decoder", "cross", "connector")
@@ -53,7 +54,7 @@ def numbered(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, int]]:
         yield name, module, where, layer
 
 
-def modules_of(model: Any) -> set[str]:
+def modules_of(model: ModelLike) -> set[str]:
     """The patterns of the model's modules that stand in layers, attention or not, and attention that stands alone."""
     names = (parse_name(name, module)[0] for name, module in bare_model(model).named_modules())
     return {name for name in names if "*" in name or "att" in name}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.compiled import plain
+from headscope.interp.sites.given import ModelLike, PreTrained
 
 STOPS = ("StopAtLayerException", "EarlyStopException")  # TransformerLens' stop_at_layer, nnsight's tracer.stop()
 
@@ -20,30 +21,30 @@ def stopped() -> bool:
     return type(sys.exc_info()[1]).__name__ in STOPS
 
 
-def shown(model: Any) -> Any:
+def shown(model: ModelLike) -> Any:
     """What a site is given: the bridge of what ``load_model`` made of one; else ``model``, without torch.compile's."""
     bridge = getattr(model, "bridge", None) if type(model).__module__.startswith("headscope.") else None
     return plain(model if bridge is None else bridge)
 
 
-def origin(model: Any) -> str:
+def origin(model: ModelLike) -> str:
     """``"transformer_lens"`` for a bridge and what load_model makes of one, ``"nnsight"`` for its wrappers, else
     ``""``; imports neither package."""
     roots = {cls.__module__.partition(".")[0] for cls in type(shown(model)).__mro__}
     return next((name for name in ("transformer_lens", "nnsight") if name in roots), "")
 
 
-def bare_model(model: Any) -> nn.Module:
+def bare_model(model: ModelLike) -> PreTrained:
     """The Hugging Face module inside load_model's result, a compiled model, a bridge or an nnsight wrapper."""
-    wrapped, model = origin(model), shown(model)
-    if wrapped == "nnsight" and getattr(model, "dispatched", True) is False:
+    wrapped, held = origin(model), shown(model)
+    if wrapped == "nnsight" and getattr(held, "dispatched", True) is False:
         raise HeadscopeError("this nnsight model has no weights here yet; call its dispatch() first")
     if wrapped:
-        model = model.original_model if wrapped == "transformer_lens" else model._module
-    inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
+        held = held.original_model if wrapped == "transformer_lens" else held._module
+    inner = held if isinstance(held, nn.Module) else getattr(held, "model", None)
     if not isinstance(inner, nn.Module):
-        raise HeadscopeError(f"expected load_model's result or a Hugging Face model, got {type(model).__name__}")
-    return _inside(plain(inner))
+        raise HeadscopeError(f"expected load_model's result or a Hugging Face model, got {type(held).__name__}")
+    return cast("PreTrained", _inside(plain(inner)))  # the one place that says so
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -79,7 +80,7 @@ def _outermost(module: nn.Module, held: list[nn.Module]) -> None:
             _outermost(child, held)
 
 
-def require_model(model: Any) -> None:
+def require_model(model: ModelLike) -> None:
     """Raise HeadscopeError unless this is, or holds, a model whose attention transformers can switch."""
     inner = bare_model(model)
     if not origin(model) and any(type(part).__module__.startswith("transformer_lens.") for part in inner.modules()):
@@ -112,6 +113,6 @@ def model_device(model: nn.Module) -> torch.device:
     raise HeadscopeError(f"{type(model).__name__} has no weights (they are on the meta device): load them first")
 
 
-def takes(model: Any, name: str) -> bool:
+def takes(model: nn.Module, name: str) -> bool:
     """Whether the model's forward names this argument."""
     return name in inspect.signature(model.forward).parameters

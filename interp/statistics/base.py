@@ -48,7 +48,8 @@ class Statistic:
     label: str | None = field(default=None, kw_only=True)
     name: ClassVar[str] = ""
     kind: ClassVar[Kind] = ROW
-    unit: ClassVar[str] = ""  # of the variable ``name``
+    unit: ClassVar[str] = ""  # of the variable ``name``; "mass" is a share of a query's attention
+    units: ClassVar[Mapping[str, str]] = {}  # of its other variables
     source: ClassVar[str] = ""  # who defined it (arXiv number or DOI), where somebody did
     refused: ClassVar[Mapping[str, str]] = GAPS  # condition (``exactness.CONDITIONS``) -> why it is not exact there
     refused_with: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # the same for a field, where it is not None

@@ -84,7 +84,7 @@ class BlockMap(BlockStatistic):
 
     pool: blocks.Pool = "mean"
     name: ClassVar[str] = "block_map"
-    unit: ClassVar[str] = "attention mass"
+    unit: ClassVar[str] = "mass"
     dims: ClassVar[dict[str, tuple[str, ...]]] = {"block_map": ("query_block", "key_block")}
 
     def __post_init__(self) -> None:
@@ -149,6 +149,7 @@ class TopBlocks(BlockStatistic):
     k: int = 16
     name: ClassVar[str] = "top_blocks"
     unit: ClassVar[str] = "block of keys"
+    units: ClassVar[Mapping[str, str]] = {"top_block_mass": "mass", "residual_mass": "mass"}
     dims: ClassVar[dict[str, tuple[str, ...]]] = {
         "top_blocks": ("query_block", "block_rank"),
         "top_block_mass": ("query_block", "block_rank"),

@@ -1,8 +1,10 @@
-"""Statistics as a user may write them: one or several, each an object, a class or a registered name."""
+"""Statistics as a user may write them: one or several, each an object, a class or a registered name; and the units of
+what they record."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
@@ -34,3 +36,16 @@ def _one(given: Any) -> Statistic:
         f"{given!r} is no statistic: give objects of headscope.interp.statistics, such as trace(lm, [Entropy(), "
         "KeyMass()]), or names that `headscope list statistics` prints"
     )
+
+
+def unit_of(variable: str) -> str:
+    """The unit of a record's variable, with or without a label; "" where no registered statistic writes it."""
+    return _units().get(variable.rpartition(".")[2], "")
+
+
+@cache
+def _units() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for cls in STATISTICS.values():
+        found |= {cls.name: cls.unit, **cls.units}
+    return found

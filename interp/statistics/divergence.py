@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -26,13 +27,19 @@ class Divergence(CallStatistic):
     """Per query, of the pattern p of the run that ``keep_attention`` kept and the pattern r of this one, on the same
     number of tokens: what an intervention or another prompt changes about where a head looks.
 
-    ``js_divergence`` (nats, at most log 2), ``kl_divergence`` KL(p || r) (nats; infinite where an edit took a key away
-    that p looks at), ``total_variation`` in [0, 1] and ``cosine_similarity``.
+    ``js_divergence`` (Lin 1991; nats, at most log 2), ``kl_divergence`` KL(p || r) (nats; infinite where an edit took a
+    key away that p looks at), ``total_variation`` in [0, 1] and ``cosine_similarity``.
     """
 
     kept: Reference
     name: ClassVar[str] = "js_divergence"
     unit: ClassVar[str] = "nats"
+    units: ClassVar[Mapping[str, str]] = {
+        "kl_divergence": "nats",
+        "total_variation": "mass",
+        "cosine_similarity": "cosine",
+    }
+    source: ClassVar[str] = "doi 10.1109/18.61115"
 
     @property
     def variables(self) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ class KeyMass(KeyStatistic):
     reduce: Literal["sum", "mean", "max"] = "sum"
     queries: tuple[int, int] | None = None
     name: ClassVar[str] = "key_mass"
-    unit: ClassVar[str] = "attention mass"
+    unit: ClassVar[str] = "mass, summed over queries"
+    units: ClassVar[Mapping[str, str]] = {"key_mass_mean": "mass", "key_mass_max": "mass"}
     source: ClassVar[str] = "arXiv 2410.10781"
     refused_with: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "queries": {

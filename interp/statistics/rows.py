@@ -55,6 +55,7 @@ class Entropy(_Simple):
 
     name: ClassVar[str] = "entropy"
     unit: ClassVar[str] = "nats"
+    source: ClassVar[str] = "arXiv 1906.04341"
     fieldname: ClassVar[str] = "entropy"
 
 
@@ -64,7 +65,7 @@ class SinkMass(Statistic):
 
     first: int = 4
     name: ClassVar[str] = "sink_mass"
-    unit: ClassVar[str] = "attention mass"
+    unit: ClassVar[str] = "mass"
     source: ClassVar[str] = "arXiv 2309.17453"
     refused: ClassVar[Mapping[str, str]] = {**GAPS, **PACKED}
 
@@ -84,7 +85,7 @@ class SpanMass(Statistic):
 
     spans: Mapping[str, Any] = field(default_factory=dict)
     name: ClassVar[str] = "span_mass"
-    unit: ClassVar[str] = "attention mass"
+    unit: ClassVar[str] = "mass"
 
     def __post_init__(self) -> None:
         if not self.spans:
@@ -133,7 +134,7 @@ class WindowMass(Statistic):
 
     window: int = 64
     name: ClassVar[str] = "window_mass"
-    unit: ClassVar[str] = "attention mass"
+    unit: ClassVar[str] = "mass"
     refused: ClassVar[Mapping[str, str]] = _ONE_SEQUENCE
 
     def ask(self, plan: Plan) -> Reader:
@@ -149,6 +150,7 @@ class TopKeys(Statistic):
     k: int = 1
     name: ClassVar[str] = "top_keys"
     unit: ClassVar[str] = "token position"
+    units: ClassVar[Mapping[str, str]] = {"top_mass": "mass"}
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -182,7 +184,7 @@ class TargetMass(Statistic):
 
     targets: Mapping[str, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
     name: ClassVar[str] = "target_mass"
-    unit: ClassVar[str] = "attention mass"
+    unit: ClassVar[str] = "mass"
     refused: ClassVar[Mapping[str, str]] = {**GAPS, **PACKED}
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,8 @@ class Resid(Statistic):
     place: str = "resid_post"
     positions: tuple[int, ...] = (-1,)
     name: ClassVar[str] = "resid"
+    unit: ClassVar[str] = "activation"
+    units: ClassVar[Mapping[str, str]] = dict.fromkeys(PLACES, "activation")
     kind: ClassVar[Kind] = OUTPUT
 
     def __post_init__(self) -> None:

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.huggingface.switch import implementations
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.statistics import Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
@@ -35,7 +37,7 @@ class Compared:
     eager: bool = False
 
 
-def compare_model(model: nn.Module, inputs: dict[str, Tensor], modules: dict[str, list[int]]) -> dict[str, Compared]:
+def compare_model(model: PreTrained, inputs: dict[str, Tensor], modules: dict[str, list[int]]) -> dict[str, Compared]:
     """Trace all modules (with its layers), and compare."""
     plain = run(model, inputs)
     weights, other = _eager(model, inputs)
@@ -48,7 +50,7 @@ def compare_model(model: nn.Module, inputs: dict[str, Tensor], modules: dict[str
 
 
 def _compare(
-    model: nn.Module,
+    model: PreTrained,
     inputs: dict[str, Tensor],
     module: str,
     layers: list[int],
@@ -91,14 +93,14 @@ def _eager(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Weights, Tensor
 
 
 def _compare_modules(
-    model: Any,
+    model: PreTrained,
     record: xr.Dataset,
     weights: Weights,
     module: str,
     inputs: dict[str, Tensor],
 ) -> str | None:
     layers = record["layer"].to_numpy().tolist()
-    route = huggingface.Route(model, implementations(model))
+    route = Route(model, implementations(model))
     places = {place.name: place for place in huggingface.places(route).values()}
     calls: dict[int, list[Tensor]] = {}
     for name, p in weights:

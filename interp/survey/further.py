@@ -22,7 +22,9 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.projections import output_projections
 from headscope.interp.sites import attached, verify
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.huggingface import route as huggingface
+from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.huggingface.switch import implementations
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.towers import default_tower
@@ -68,7 +70,7 @@ class Inapplicable(Exception):
     """The model has nothing to compare here."""
 
 
-def further(model: nn.Module, inputs: dict[str, Tensor], rebuilt: Callable[..., Any] | None = None) -> list[Outcome]:
+def further(model: PreTrained, inputs: dict[str, Tensor], rebuilt: Callable[..., Any] | None = None) -> list[Outcome]:
     """Every comparison that is one for this model; ``rebuilt(**sizes)`` makes it with other sizes."""
     found = []
     for name, comparison in COMPARISONS.items():
@@ -82,7 +84,7 @@ def further(model: nn.Module, inputs: dict[str, Tensor], rebuilt: Callable[..., 
     return found
 
 
-def without_optional(model: nn.Module, inputs: dict[str, Tensor], _: Any) -> str | None:
+def without_optional(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> str | None:
     """The same pass with the mask and the types of tokens left out."""
     rest = {name: value for name, value in inputs.items() if name not in OPTIONAL}
     if len(rest) == len(inputs):
@@ -94,7 +96,7 @@ def without_optional(model: nn.Module, inputs: dict[str, Tensor], _: Any) -> str
     return _forward(model, rest)
 
 
-def large_logits(model: nn.Module, inputs: dict[str, Tensor], _: Any) -> str | None:
+def large_logits(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> str | None:
     """Weights that make queries and keys ``GAIN`` times as large."""
     sharp = copy.deepcopy(model)
     scaled = [p for name, p in sharp.named_parameters() if p.dim() > 1 and _READS.search(name)]
@@ -106,23 +108,23 @@ def large_logits(model: nn.Module, inputs: dict[str, Tensor], _: Any) -> str | N
     return _forward(sharp, inputs)
 
 
-def left_padded(model: nn.Module, inputs: dict[str, Tensor], _: Any) -> str | None:
+def left_padded(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> str | None:
     """Generation from prompts padded to the left: tokens, logits, and entropies against eager weights."""
     return _generation(model, inputs, slice(0, 4))
 
 
-def right_padded(model: nn.Module, inputs: dict[str, Tensor], _: Any) -> str | None:
+def right_padded(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> str | None:
     """The same padded to the right, where padding comes to stand between tokens."""
     return _generation(model, inputs, slice(-4, None))
 
 
-def edited(model: nn.Module, inputs: dict[str, Tensor], _: Any) -> str | None:
+def edited(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> str | None:
     """A head of the last layer that attends, zeroed by an edit and by a plain hook before its output projection."""
     tower = default_tower(set(verify(model, inputs).layers), model)
     return _edit(model, inputs, tower)
 
 
-def unequal_depths(model: nn.Module, inputs: dict[str, Tensor], rebuilt: Callable[..., Any] | None) -> str | None:
+def unequal_depths(model: PreTrained, inputs: dict[str, Tensor], rebuilt: Callable[..., Any] | None) -> str | None:
     """A decoder one layer deeper than its encoder: every tower's record, and an edit of the decoder's last layer."""
     config: Any = model.config
     name = next((name for name in _SIZES if isinstance(getattr(config, name, None), int)), None)
@@ -142,7 +144,7 @@ COMPARISONS: dict[str, Callable[[nn.Module, dict[str, Tensor], Any], str | None]
 }
 
 
-def _forward(model: nn.Module, inputs: dict[str, Tensor]) -> str | None:
+def _forward(model: PreTrained, inputs: dict[str, Tensor]) -> str | None:
     found = verify(model, inputs)
     if not found.passed:
         raise HeadscopeError(found.problems[0] if found.problems else "its attention is not called")
@@ -193,7 +195,7 @@ def _rows_differ(model: Any, prompts: dict[str, Tensor], record: Any) -> str | N
             _generate(model, prompts)
     except (HeadscopeError, Inapplicable):
         return None
-    route = huggingface.Route(model, implementations(model))
+    route = Route(model, implementations(model))
     places = {place.name: place for place in huggingface.places(route).values()}
     for layer in record["layer"].to_numpy().tolist():
         calls = [p for n, p in weights if n in places and (places[n].layer, places[n].module) == (layer, record.module)]
@@ -235,7 +237,7 @@ def _edit(model: Any, inputs: dict[str, Tensor], tower: str) -> str | None:
 
 
 def _projection(model: Any, inputs: dict[str, Tensor], tower: str, layer: int) -> str:
-    route = huggingface.Route(model, implementations(model))
+    route = Route(model, implementations(model))
     try:
         found = output_projections(model, inputs)
     except HeadscopeError:

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.given import PreTrained
 from headscope.interp.survey.table import Finding, Outcome, Support
 
 _MAPPINGS = {
@@ -77,7 +78,11 @@ def check_type(kind: str, model_type: str) -> Finding:
 
 
 def check_model(
-    kind: str, model_type: str, model: Any, inputs: dict[str, Any], rebuilt: Callable[..., Any] | None = None
+    kind: str,
+    model_type: str,
+    model: PreTrained,
+    inputs: dict[str, Any],
+    rebuilt: Callable[..., Any] | None = None,
 ) -> Finding:
     """Verify and compare one model on ``inputs``; ``rebuilt(**sizes)`` makes it with other sizes."""
     from headscope.interp.sites import verify

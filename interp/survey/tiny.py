@@ -6,15 +6,13 @@ weights, scaled so that attention patterns are neither uniform nor one-hot: a mi
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.quiet import errors_only
 from headscope.interp.survey.shrink import shrink
 
 Kind = Literal["causal-lm", "encoder", "image-text", "encoder-decoder"]
@@ -38,7 +36,7 @@ def tiny_config(model_type: str, **sizes: Any) -> Any:
         raise HeadscopeError(f"transformers {transformers.__version__} has no model type {model_type!r}")
     kind = transformers.CONFIG_MAPPING[model_type]
     try:
-        with _quiet():
+        with errors_only():
             return kind.from_dict({**shrink(_seeing(kind).to_dict()), **sizes})
     except Exception as error:
         raise HeadscopeError(_failure(f"the configuration of {model_type}", error)) from error
@@ -69,7 +67,7 @@ def tiny_model(
     auto = next((a for a in autos if type(config) in a._model_mapping), None)
     if auto is None:
         raise HeadscopeError(f"{model_type} has no {kind} model in transformers {transformers.__version__}")
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), errors_only():
         torch.manual_seed(seed)
         try:
             model = auto.from_config(config, dtype=torch.float32).eval()
@@ -110,18 +108,6 @@ def _spread(model: nn.Module) -> None:
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name.rpartition(".")[0])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' remarks on unusual sizes say nothing here."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _failure(what: str, error: Exception) -> str:

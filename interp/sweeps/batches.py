@@ -16,6 +16,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall, Mask
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.sites.unwrap import takes
 from headscope.interp.statistics import KEY, OUTPUT, ROW, BlockStatistic, Statistic
 from headscope.interp.statistics.queries import Queries
@@ -39,7 +40,7 @@ class Prompts:
         HeadscopeError: no prompts, or one that is empty, of another kind, too long, or not of the vocabulary; numbered.
     """
 
-    def __init__(self, lm: Any, prompts: Any) -> None:
+    def __init__(self, lm: LanguageModel, prompts: Any) -> None:
         if isinstance(prompts, str):
             prompts = [prompts]
         if hasattr(prompts, "tolist"):
@@ -139,7 +140,7 @@ class Cost:
     """
 
     def __init__(
-        self, lm: Any, statistics: Sequence[Statistic], layers: Sequence[int] | None, queries: Queries | None
+        self, lm: LanguageModel, statistics: Sequence[Statistic], layers: Sequence[int] | None, queries: Queries | None
     ) -> None:
         info, config, model = lm.info, text_config(lm.inner.config), lm.inner
         size = next(model.parameters()).element_size()

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.load import load_model
 from headscope.interp.records.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest, write_part
 from headscope.interp.runs.estimate import announce
@@ -30,6 +32,7 @@ from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.interp.runs.sealed import sealed, unsealed
 from headscope.interp.sites import handlers_on
+from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.unwrap import takes
 from headscope.interp.statistics import Statistic
@@ -43,8 +46,18 @@ from headscope.interp.tracing.recording import trace
 from headscope.interp.tracing.tracer import Tracer
 
 
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What a sweep hands on to ``trace`` for every batch."""
+
+    layers: Sequence[int] | None
+    queries: Queries | None
+    tower: str | None
+    verify: bool
+
+
 def sweep(
-    model: Any,
+    model: Loadable,
     prompts: Iterable[Any],
     statistics: Named | Iterable[Named],
     *,
@@ -86,8 +99,8 @@ def sweep(
     """
     lm, out = _load(model), Path(out)
     given, statistics = Prompts(lm, prompts), declared(statistics)
-    options: dict[str, Any] = {"layers": layers, "queries": queries, "tower": tower}
-    Tracer(lm, statistics, **options)
+    chosen = Chosen(layers, queries, tower, verify)
+    Tracer(lm, statistics, layers=layers, queries=queries, tower=tower)
     tower_size(lm, tower).check_layers(layers or ())
     check_statistics(statistics, given.lengths, queries)
     together = padding and all(is_exact(statistic, "padding") for statistic in statistics)
@@ -102,12 +115,12 @@ def sweep(
     made = provenance(lm, statistics=[str(statistic) for statistic in statistics], queries=str(queries))
     made |= {"tokens_sha256": given.sha256, "prompts": len(given)}
     with ranks() as us, ExitStack() as stack:
-        done = _begin(us, stack, out, _settings(lm, given, statistics, options, made))
+        done = _begin(us, stack, out, _settings(lm, given, statistics, chosen, made))
         waiting = budget.batches({i: length for i, length in enumerate(given.lengths) if i not in done})
         mine = waiting[us.rank :: us.size]
         before = f", {len(done)} of {len(given)} prompts done before" if done else ""
         for batch in track(mine, f"trace{before}", enabled=progress and us.rank == 0):
-            part = _trace(lm, given, batch, statistics, verify=verify, **options)
+            part = _trace(lm, given, batch, statistics, chosen)
             write_part(part, out, f"part-{min(batch.examples):08d}.zarr")
         us.share(None)
         if us.rank == 0 and (waiting or not (out / MANIFEST).exists()):
@@ -116,7 +129,7 @@ def sweep(
     return open_record(out)
 
 
-def _load(model: Any) -> Any:
+def _load(model: Loadable) -> LanguageModel:
     lm = load_model(model)
     if getattr(lm.inner.config, "is_encoder_decoder", False):
         raise HeadscopeError(f"{lm.name} has an encoder and a decoder, and a sweep gives one text; use `trace`")
@@ -124,10 +137,9 @@ def _load(model: Any) -> Any:
 
 
 def _settings(
-    lm: Any, given: Prompts, statistics: Sequence[Statistic], options: dict[str, Any], made: dict[str, Any]
+    lm: LanguageModel, given: Prompts, statistics: Sequence[Statistic], chosen: Chosen, made: dict[str, Any]
 ) -> dict[str, Any]:
     """What decides the numbers, and must therefore be the same when a sweep is continued."""
-    layers = options["layers"]
     edits = [(handler, tower) for handler, tower in handlers_on(lm) if _changes(handler)]
     return plain(
         {
@@ -135,9 +147,9 @@ def _settings(
             "weights": fingerprint(lm.model),
             "prompts": {"count": len(given), "tokens_sha256": given.sha256},
             "statistics": [describe(statistic) for statistic in statistics],
-            "queries": describe(options["queries"]),
-            "layers": None if layers is None else sorted(set(layers)),
-            "tower": options["tower"],
+            "queries": describe(chosen.queries),
+            "layers": None if chosen.layers is None else sorted(set(chosen.layers)),
+            "tower": chosen.tower,
             "interventions": [
                 {"tower": tower, "edit": edit.describe() if hasattr(edit, "describe") else describe(edit)}
                 for edit, tower in edits
@@ -192,14 +204,16 @@ def _resume(out: Path, settings: dict[str, Any]) -> set[int]:
 
 
 def _trace(
-    lm: Any, given: Prompts, batch: Batch, statistics: Sequence[Statistic], *, queries: Queries | None, **options: Any
+    lm: LanguageModel, given: Prompts, batch: Batch, statistics: Sequence[Statistic], chosen: Chosen
 ) -> xr.Dataset:
     """The record of one batch, its examples numbered as the prompts are."""
     inputs = given.batch(batch.examples)
     few = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if takes(lm.inner, name)}
     mine = [for_examples(statistic, batch.examples) for statistic in statistics]
     try:
-        with trace(lm, mine, queries=queries, **options) as tracer:
+        with trace(
+            lm, mine, layers=chosen.layers, queries=chosen.queries, tower=chosen.tower, verify=chosen.verify
+        ) as tracer:
             logits = getattr(lm.model(**inputs, **few), "logits", None)
     except torch.OutOfMemoryError as error:
         raise HeadscopeError(
@@ -209,7 +223,7 @@ def _trace(
     if isinstance(logits, Tensor) and logits.ndim == 3:
         longest = inputs["attention_mask"].all(1).to(logits.device)  # where the last logits are the prompt's own
         lm.check_finite(logits[longest, -1])
-    return own_rows(tracer.record, queries).assign_coords(example=np.asarray(batch.examples))
+    return own_rows(tracer.record, chosen.queries).assign_coords(example=np.asarray(batch.examples))
 
 
 def _finish(out: Path, prompts: int, made: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.boundary import known_boundary, prompt_boundary
+from headscope.interp.sites.given import ModelLike, PreTrained
 from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.unwrap import bare_model, origin, shown
 from headscope.interp.tracing.guards import Guard, guard, release
@@ -55,7 +56,7 @@ _REFUSED: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
 
 
 @block
-def watching_generate(model: Any, listener: Listener, *, recorded: bool = True) -> Iterator[None]:
+def watching_generate(model: ModelLike, listener: Listener, *, recorded: bool = True) -> Iterator[None]:
     """Inside the block ``model.generate`` tells ``listener`` where the prompt ends, and, where it is ``recorded``,
     refuses what a record cannot hold."""
     inner = bare_model(model)
@@ -102,7 +103,7 @@ class GenerationBoundary:
         self._blocks.pop().close()
 
 
-def check_generation(model: Any, options: dict[str, Any]) -> None:
+def check_generation(model: PreTrained, options: dict[str, Any]) -> None:
     """Refuse what ``model.generate(**options)`` would do if its passes are not one sequence.
 
     Raises:
@@ -119,7 +120,7 @@ def _short(value: Any) -> str:
     return repr(value) if isinstance(value, bool | int | float | str) else type(value).__name__
 
 
-def _prompt_length(model: Any, args: tuple[Any, ...], options: dict[str, Any]) -> int | None:
+def _prompt_length(model: PreTrained, args: tuple[Any, ...], options: dict[str, Any]) -> int | None:
     """The prompt's tokens with padding, those that a given cache already holds included."""
     if getattr(model.config, "is_encoder_decoder", False):
         return None

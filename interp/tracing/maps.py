@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,8 +11,10 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.parts import one_head
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites import attached
+from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.sizes import tower_size
 from headscope.kernels.request import Reduced, Request
 
@@ -39,7 +39,7 @@ class _Maps(Handler):
 
 
 def patterns(
-    lm: Any, prompt: str, *, layer: int | None = None, limit_mib: float = LIMIT_MIB
+    lm: Loadable, prompt: str, *, layer: int | None = None, limit_mib: float = LIMIT_MIB
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Attention maps of one layer (head, query, key), or of all layers (layer, head, query, key), and the tokens.
 
@@ -73,7 +73,7 @@ def patterns(
     return stacked, tokens
 
 
-def head_pattern(lm: Any, prompt: str, layer: int, head: int) -> tuple[NDArray[np.float32], list[str]]:
+def head_pattern(lm: Loadable, prompt: str, layer: int, head: int) -> tuple[NDArray[np.float32], list[str]]:
     """One head's pattern (query, key) on a prompt, and the prompt's tokens as text; ``lm`` as for ``patterns``.
 
     Raises:
@@ -91,13 +91,13 @@ def head_pattern(lm: Any, prompt: str, layer: int, head: int) -> tuple[NDArray[n
     return _run(lm, prompt, {layer: [head]})[layer][0], tokens
 
 
-def tokens_of(lm: Any, prompt: str) -> list[str]:
+def tokens_of(lm: LanguageModel, prompt: str) -> list[str]:
     """A prompt's tokens as the tokenizer spells them."""
     ids = lm.encode([prompt])["input_ids"][0].tolist()
     return [str(token) for token in lm.tokenizer.convert_ids_to_tokens(ids)]
 
 
-def _run(lm: Any, prompt: str, layers: dict[int, list[int] | None]) -> dict[int, NDArray[np.float32]]:
+def _run(lm: LanguageModel, prompt: str, layers: dict[int, list[int] | None]) -> dict[int, NDArray[np.float32]]:
     handler = _Maps(layers)
     with attached(lm, handler, layers=list(layers)):
         lm([prompt])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from headscope.interp.sites import attached
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.statistics.declared import Named
 from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.generation import watching_generate
@@ -15,7 +15,7 @@ from headscope.interp.tracing.tracer import Tracer
 
 @contextmanager
 def trace(
-    model: Any,
+    model: ModelLike,
     statistics: Named | Iterable[Named],
     *,
     layers: Sequence[int] | None = None,

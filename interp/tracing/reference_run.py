@@ -13,6 +13,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached
+from headscope.interp.sites.given import ModelLike
 from headscope.kernels.request import Reduced, Request
 
 _Place = tuple[str, int, int]  # module, layer, position of the first query
@@ -106,7 +107,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 @contextmanager
 def keep_attention(
-    model: Any,
+    model: ModelLike,
     *,
     layers: Sequence[int] | None = None,
     tower: str | None = None,

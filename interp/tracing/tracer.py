@@ -15,6 +15,7 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.stream import StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.provenance import signed
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.sizes import attending
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.sites.unwrap import bare_model
@@ -56,7 +57,7 @@ class Tracer(Handler):
 
     def __init__(
         self,
-        model: Any,
+        model: ModelLike,
         statistics: Named | Iterable[Named],
         *,
         layers: Sequence[int] | None = None,

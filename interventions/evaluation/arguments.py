@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.registry import make, shared_out
 from headscope.interp.results.scores import HeadScores
 from headscope.interventions.base import Intervention
@@ -32,7 +33,7 @@ def swept(edits: Sequence[Intervention], name: str, values: Sequence[Any]) -> li
     return [edit.with_settings(**{name: value}) for edit in edits for value in values]
 
 
-def overlap(tasks: Sequence[Task], model: Any, scores: HeadScores) -> list[str]:
+def overlap(tasks: Sequence[Task], model: LanguageModel, scores: HeadScores) -> list[str]:
     """A sentence for every task that judges heads on the needles that they were found with."""
     used = set((scores.provenance.get("parameters") or {}).get("needles") or ())
     found = []

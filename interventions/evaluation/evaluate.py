@@ -9,6 +9,7 @@ from typing import Any
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.estimate import announce
@@ -40,7 +41,7 @@ class Condition:
 
 
 def evaluate(
-    model: Any,
+    model: LanguageModel,
     tasks: str | Task | Sequence[str | Task] = ("needle",),
     interventions: Intervention | Sequence[Intervention | Sequence[Intervention]] = (),
     *,
@@ -99,7 +100,7 @@ def evaluate(
 
 
 def plan(
-    model: Any, interventions: Sequence[Intervention | Sequence[Intervention]], controls: int, seed: int
+    model: LanguageModel, interventions: Sequence[Intervention | Sequence[Intervention]], controls: int, seed: int
 ) -> list[Condition]:
     """The conditions: no edit first, then each intervention followed by its controls."""
     conditions = [Condition("no edit", BASELINE)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.statistics import HeadOutput
 from headscope.interp.tracing.recording import trace
 from headscope.interventions.applying import size
@@ -55,7 +56,7 @@ class AblateHeads(HeadEdit):
             raise HeadscopeError(f"AblateHeads(how={self.how!r}) takes no means; mean ablation is how='mean'")
 
     @classmethod
-    def measured(cls, model: Any, given: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    def measured(cls, model: ModelLike, given: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
         """For ``how="mean"`` without means: those over ``texts``."""
         if given.get("how") == "mean" and "means" not in given:
             return {"means": head_means(model, texts)}
@@ -96,7 +97,7 @@ class AblateHeads(HeadEdit):
         return self.of_layer(self.means, call, heads)[None, :, None].expand_as(z)
 
 
-def head_means(model: Any, texts: Sequence[str | Sequence[int]], *, tokenizer: Any = None) -> Tensor:
+def head_means(model: ModelLike, texts: Sequence[str | Sequence[int]], *, tokenizer: Any = None) -> Tensor:
     """Each head's mean output over every token of ``texts``: float32 (layer, head, d_head), for mean ablation.
 
     Layers without attention have zeros.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.provenance import describe, hash_texts
 
@@ -30,19 +31,19 @@ class Task:
     higher_is_better: ClassVar[bool | None] = None
     source: ClassVar[str] = ""
 
-    def trials(self, lm: Any) -> list[Trial]:
+    def trials(self, lm: LanguageModel) -> list[Trial]:
         """The trials for this model, JSON-able, the same at every call."""
         raise NotImplementedError
 
-    def tokens(self, lm: Any, trial: Trial) -> tuple[int, int]:
+    def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
         """A trial's prompt tokens and generated tokens, for estimates."""
         raise NotImplementedError
 
-    def run(self, lm: Any, trial: Trial) -> dict[str, Any]:
+    def run(self, lm: LanguageModel, trial: Trial) -> dict[str, Any]:
         """Run one trial on the model as it is now (interventions included); at least ``{"score": float}``."""
         raise NotImplementedError
 
-    def parameters(self, lm: Any) -> dict[str, Any]:
+    def parameters(self, lm: LanguageModel) -> dict[str, Any]:
         """The settings, JSON-able: two runs with equal settings have equal trials. Texts are hashed."""
         return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.decoding import answer_text, decode, prefill
 from headscope.interp.prompts.haystack import Needles, rouge1_recall
 from headscope.interp.prompts.needle import NeedlePrompts
@@ -33,11 +34,11 @@ class NeedleTask(NeedlePrompts, Task):
     source: ClassVar[str] = "Wu et al. 2024, arXiv 2404.15574"
     usual_lengths: ClassVar[tuple[int, ...]] = (600,)
 
-    def tokens(self, lm: Any, trial: Trial) -> tuple[int, int]:
+    def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
         """A trial's prompt tokens and the most that are generated."""
         return int(trial["length"]), self.max_new_tokens
 
-    def run(self, lm: Any, trial: Trial) -> dict[str, Any]:
+    def run(self, lm: LanguageModel, trial: Trial) -> dict[str, Any]:
         """Answer one prompt greedily and measure the answer's recall, with whatever is attached to the model.
 
         Returns:

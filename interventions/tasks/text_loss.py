@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts import load_haystack, prompt_boundary, published_spans
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.provenance import hash_texts
@@ -36,14 +37,14 @@ class TextLoss(Task):
     higher_is_better: ClassVar[bool | None] = False
     source: ClassVar[str] = "mean cross-entropy of the next token"
 
-    def parameters(self, lm: Any) -> dict[str, Any]:
+    def parameters(self, lm: LanguageModel) -> dict[str, Any]:
         """Number and length of the passages, and the text's SHA-256."""
         return {"passages": self.passages, "length": self.length, "text_sha256": hash_texts([self._text()])}
 
     def _text(self) -> str:
         return self.text if self.text is not None else load_haystack(None)
 
-    def trials(self, lm: Any) -> list[Trial]:
+    def trials(self, lm: LanguageModel) -> list[Trial]:
         """One trial a passage: its token ids."""
         if self.passages < 1 or self.length < 2:
             raise HeadscopeError("text_loss needs at least 1 passage of at least 2 tokens")
@@ -54,11 +55,11 @@ class TextLoss(Task):
         step = len(ids) // count
         return [{"passage": i, "ids": ids[i * step : i * step + self.length]} for i in range(count)]
 
-    def tokens(self, lm: Any, trial: Trial) -> tuple[int, int]:
+    def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
         """The passage's tokens; nothing is generated."""
         return len(trial["ids"]), 0
 
-    def run(self, lm: Any, trial: Trial) -> dict[str, Any]:
+    def run(self, lm: LanguageModel, trial: Trial) -> dict[str, Any]:
         """Mean cross-entropy of every token after the first; publishes the span ``passage``."""
         ids = torch.tensor([trial["ids"]], device=lm.device)
         with torch.no_grad(), published_spans({"passage": (0, ids.shape[1])}), prompt_boundary(ids.shape[1]):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +13,10 @@ from headscope.interp.sites.huggingface import own
 from headscope.interp.sites.huggingface.calls import from_first_key, make_call
 from headscope.interp.sites.huggingface.maps import map_of
 from headscope.interp.sites.huggingface.passes import check_thread
+from headscope.interp.sites.huggingface.state import PLACES, Place, Route
 from headscope.interp.sites.huggingface.switch import Switched
 
-if TYPE_CHECKING:
-    from headscope.interp.sites.huggingface.route import Place, Route
-
 Output = tuple[Tensor, Tensor | None]  # (batch, query, head, d_value), and the weights where they were asked for
-PLACES: WeakKeyDictionary[nn.Module, Place] = WeakKeyDictionary()
 
 
 def attention_function(

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.unwrap import stopped
-
-if TYPE_CHECKING:
-    from headscope.interp.sites.huggingface.route import Route
 
 _THREADS = threading.Lock()
 

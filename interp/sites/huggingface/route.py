@@ -7,78 +7,27 @@ registered or patched at import. ``passes`` tells handlers where forward passes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from threading import RLock, Thread
-from typing import Any
+from threading import RLock
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites.huggingface.attention import PLACES, attention_function
-from headscope.interp.sites.huggingface.dense_masks import DenseMasks
+from headscope.interp.sites.given import ModelLike
+from headscope.interp.sites.huggingface.attention import attention_function
 from headscope.interp.sites.huggingface.masks import lazy_mask
 from headscope.interp.sites.huggingface.passes import watch_passes
-from headscope.interp.sites.huggingface.switch import Implementations, implementations, release, switch, unregister
+from headscope.interp.sites.huggingface.state import PLACES, Check, Place, Route
+from headscope.interp.sites.huggingface.switch import implementations, release, switch, unregister
 from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.towers import numbered, tower_of
 from headscope.interp.sites.unwrap import bare_model
 
 NAME = "headscope"
 LOCK = RLock()  # held while a model is attached, detached or verified: the registries are the process's
-Check = Callable[..., None]
-
-
-@dataclass(eq=False)
-class Route:
-    """One routed model: its handlers in order of entry and how to put it back.
-
-    ``check`` is called with every attention call before it is answered (see ``verify``). ``inside`` is the module whose
-    forward pass runs now, ``thread`` the thread that runs it, ``called`` whether attention was called in it, ``maps``
-    whether it was asked for its attention weights, ``dense`` the dense masks that it has used. ``trusted``: names of
-    implementations that the user vouches for.
-    """
-
-    model: nn.Module
-    restore: Implementations
-    handlers: list[Handler] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)
-    check: Check | None = None
-    trusted: frozenset[str] = frozenset()
-    inside: nn.Module | None = None
-    thread: Thread | None = None
-    called: bool = False
-    maps: bool = False
-    dense: DenseMasks = field(default_factory=DenseMasks)
-    entries: dict[object, Handler] = field(default_factory=dict)
-    busy: dict[tuple[str, int], bool] = field(default_factory=dict)
-
-    def put_in_force(self) -> None:
-        """The handlers are those of the blocks that are open."""
-        self.handlers[:] = self.entries.values()
-        self.busy.clear()
-
-    def is_busy(self, module: str, layer: int) -> bool:
-        """Whether any handler in force reads or changes a layer; ``busy`` remembers while they are the same."""
-        found = self.busy.get((module, layer))
-        if found is None:
-            found = self.busy[module, layer] = any(handler.concerns(module, layer) for handler in self.handlers)
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """A module of a routed model: its name, pattern of names, layer, tower and configured attention implementation."""
-
-    route: Route
-    name: str
-    module: str
-    layer: int
-    tower: str
-    implementation: str
 
 
 _CHECKS: WeakKeyDictionary[nn.Module, Check] = WeakKeyDictionary()
@@ -88,7 +37,7 @@ _PAUSED: WeakSet[nn.Module] = WeakSet()
 
 
 @block
-def attached(model: Any, handler: Handler) -> Iterator[Route]:
+def attached(model: ModelLike, handler: Handler) -> Iterator[Route]:
     """Have ``handler`` see every attention call of ``model`` (load_model's result or a Hugging Face module).
 
     Contexts nest: each adds a handler to the same route, and the last one to leave restores the model.
@@ -243,6 +192,6 @@ def release_all() -> None:
         unregister(NAME)
 
 
-def is_attached(model: Any) -> bool:
+def is_attached(model: ModelLike) -> bool:
     """Whether anything of ours is on the model now."""
     return bare_model(model) in _ROUTES

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.huggingface.calls import refusal
+from headscope.interp.sites.quiet import errors_only
 
 
 class Switched(str):
@@ -89,7 +87,7 @@ def switch(model: nn.Module, name: str, function: Any, mask_function: Any) -> No
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, mask_function)
     try:
-        with _unlogged():
+        with errors_only("transformers.modeling_utils"):
             model.set_attn_implementation(name)  # type: ignore[operator]
         if name not in (config._attn_implementation for config, _ in before.configs):
             raise HeadscopeError(refusal(model, "it keeps its own attention code"))
@@ -101,18 +99,6 @@ def switch(model: nn.Module, name: str, function: Any, mask_function: Any) -> No
         if isinstance(error, HeadscopeError) or not isinstance(error, Exception):
             raise
         raise HeadscopeError(refusal(model, str(error).splitlines()[0])) from error
-
-
-@contextmanager
-def _unlogged() -> Iterator[None]:
-    """transformers warns of what ``switch`` finds out and says itself."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def restore(before: Implementations, name: str, *, keep: bool = False) -> None:

@@ -31,12 +31,14 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.agreement import Verification, compare_call
 from headscope.interp.sites.compiled import uncompiled
+from headscope.interp.sites.given import ModelLike, PreTrained
 from headscope.interp.sites.huggingface import calls as hf_calls
 from headscope.interp.sites.huggingface import own
 from headscope.interp.sites.huggingface import route as hf_route
 from headscope.interp.sites.huggingface import switch as hf_switch
 from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
 from headscope.interp.sites.huggingface.prompt import SHORT, prompt
+from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.unwrap import bare_model, model_device
 
@@ -45,7 +47,7 @@ LARGEST = 1 << 24  # query-key pairs of the largest call that is checked whole w
 _VERIFIED: WeakKeyDictionary[nn.Module, Verification] = WeakKeyDictionary()
 
 
-def verify_once(model: Any) -> Verification:
+def verify_once(model: ModelLike) -> Verification:
     """Verify a model the first time it is seen; afterwards return what was found.
 
     Raises:
@@ -61,7 +63,7 @@ def verify_once(model: Any) -> Verification:
     return found
 
 
-def verify(model: Any, inputs: dict[str, Tensor] | None = None, trust: Sequence[str] = ()) -> Verification:
+def verify(model: ModelLike, inputs: dict[str, Tensor] | None = None, trust: Sequence[str] = ()) -> Verification:
     """Run the check on ``inputs`` (default: a small padded batch of random tokens, longer than the sliding window).
 
     A model that passes is known from then on to ``trace`` and to interventions. ``trust`` names attention
@@ -90,7 +92,7 @@ def verify(model: Any, inputs: dict[str, Tensor] | None = None, trust: Sequence[
     return found
 
 
-def _try(model: nn.Module, found: Verification) -> None:
+def _try(model: PreTrained, found: Verification) -> None:
     """Verify on text; a model that does not run on text alone gets whatever else it takes."""
     from headscope.interp.sites.inputs import example_inputs
 
@@ -151,7 +153,7 @@ def _run_unmasked(model: nn.Module, found: Verification, inputs: dict[str, Any])
 @block
 def _probing(model: nn.Module, found: Verification) -> Iterator[None]:
     before, thread = hf_switch.implementations(model), threading.get_ident()
-    route = hf_route.Route(model, before, trusted=hf_route.trusted(model))
+    route = Route(model, before, trusted=hf_route.trusted(model))
     places = hf_route.places(route)
 
     def function(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from headscope.interp.heads.base import HeadMethod, Scored
 from headscope.interp.heads.discovery import discover
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.runs import estimate as module
 from headscope.interp.runs.estimate import Planned, Work, announce, dry_run, estimate
+from headscope.interp.runs.journal import Trial
 from headscope.interp.survey.tiny import tiny_model
 
 
@@ -56,28 +59,28 @@ def test_planned_says_what_it_is() -> None:
         raise Planned(Work())
 
 
-def test_discovery_in_a_dry_run_scores_nothing_and_writes_nothing(tmp_path: Path) -> None:
-    def score(trial: dict[str, Any]) -> Any:
-        raise AssertionError("scored")
+def test_discovery_in_a_dry_run_scores_nothing_and_writes_nothing(lm: LanguageModel, tmp_path: Path) -> None:
+    scored = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Counting(HeadMethod):
+        name: ClassVar[str] = "counting"
+
+        def trials(self, lm: LanguageModel) -> list[Trial]:
+            return [{"length": 5}, {"length": 9}]
+
+        def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
+            return trial["length"], 1
+
+        def score(self, lm: LanguageModel, trial: Trial) -> Scored:
+            scored.append(trial)
+            return np.full((lm.info.layers, lm.info.heads), 1.0), {}
 
     with dry_run() as planned:
-        discover(
-            "method",
-            None,
-            [{"length": 5}, {"length": 9}],
-            score,
-            parameters={},
-            seed=0,
-            tokens=lambda trial: (trial["length"], 1),
-            out=tmp_path / "run",
-        )
-    assert planned.passes == [(5, 1), (9, 1)] and not (tmp_path / "run").exists()
-
-    def one(trial: dict[str, Any]) -> Any:
-        return np.full((1, 2), float(trial["length"])), {}
-
-    options: dict[str, Any] = dict(parameters={}, seed=0, tokens=lambda trial: (1, 0), progress=False)
-    discover("method", None, [{"length": 5}], one, out=tmp_path / "run", **options)
+        discover([Counting()], lm, out=tmp_path / "run")
+    assert planned.passes == [(5, 1), (9, 1)] and not scored and not (tmp_path / "run").exists()
+    discover([Counting()], lm, out=tmp_path / "run", progress=False)
+    assert len(scored) == 2
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == sorted(planned.files)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 import xarray as xr
 
 from headscope.interp import HeadscopeError, trace
+from headscope.interp.attention.stream import PLACES
 from headscope.interp.statistics import STATISTICS, Entropy, KeyMass, Resid, SinkMass, SpanMass
-from headscope.interp.statistics.declared import declared
+from headscope.interp.statistics.declared import declared, unit_of
 from headscope.interp.survey.tiny import tiny_model
 
 ROOM = Path(__file__).parents[3] / "interp" / "statistics"
@@ -56,6 +58,30 @@ def test_a_name_records_what_the_object_does() -> None:
     with trace(model, "entropy") as named, trace(model, [Entropy()]) as built:
         model(input_ids=ids)
     xr.testing.assert_equal(named.record, built.record)
+
+
+GIVEN = {"span_mass": {"spans": {"a": (0, 2)}}, "z_span": {"spans": {"a": (0, 2)}}, "js_divergence": {"kept": None}}
+GIVEN["target_mass"] = {"targets": {"previous": lambda at: at - 1}}
+SETTINGS = {
+    "key_mass": [{"reduce": reduce} for reduce in ("sum", "mean", "max")],
+    "resid": [{"place": x} for x in PLACES],
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_every_variable_has_a_unit_and_every_source_a_number(name: str) -> None:
+    cls = STATISTICS[name]
+    for settings in SETTINGS.get(name, [{}]):
+        written = cls(**{**GIVEN.get(name, {}), **settings}).variables
+        assert cls.unit and all(map(unit_of, written)), f"{written}: unit of the first, units of the others"
+        assert set(cls.units) >= set(written) - {cls.name}
+    assert re.fullmatch(r"(arXiv \d{4}\.\d{4,5}|doi 10\.\d{4,}/\S+)?", cls.source)
+
+
+def test_a_unit_is_that_of_the_registered_variable() -> None:
+    assert (unit_of("entropy"), unit_of("late.entropy")) == ("nats", "nats")
+    assert (unit_of("key_mass"), unit_of("key_mass_max")) == ("mass, summed over queries", "mass")
+    assert unit_of("nothing_of_that_name") == ""
 
 
 def test_every_statistic_of_the_room_is_registered() -> None:
