@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
@@ -134,7 +134,7 @@ def unequal_depths(model: PreTrained, inputs: dict[str, Tensor], rebuilt: Callab
     return _forward(deeper, inputs) or _edit(deeper, inputs, "decoder") or _edit(deeper, inputs, "cross")
 
 
-COMPARISONS: dict[str, Callable[[nn.Module, dict[str, Tensor], Any], str | None]] = {
+COMPARISONS: dict[str, Callable[[PreTrained, dict[str, Tensor], Any], str | None]] = {
     "optional inputs left out": without_optional,
     "large logits": large_logits,
     "generation padded left": left_padded,
@@ -253,8 +253,8 @@ def _projection(model: Any, inputs: dict[str, Tensor], tower: str, layer: int) -
 
 
 @contextmanager
-def _zeroed(projection: nn.Module, head: int, heads: int) -> Iterator[None]:
-    def zero(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _zeroed(projection: PreTrained, head: int, heads: int) -> Iterator[None]:
+    def zero(_: PreTrained, args: tuple[Any, ...]) -> tuple[Any, ...]:
         z = args[0].clone()
         z.unflatten(-1, (heads, -1))[..., head, :] = 0
         return (z, *args[1:])
