@@ -49,11 +49,9 @@ class NeedlePrompt:
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """Inside the block statistics and edits may name the spans ``needle``, ``answer`` and ``question`` of this
-        prompt, and know where it ends."""
+        """Inside the block its spans ``needle``, ``answer`` and ``question`` may be named, and its end is known."""
         spans = {"needle": self.needle_span, "answer": self.span, "question": self.question_span}
-        named = {name: span for name, span in spans.items() if span is not None}
-        with published_spans(named), prompt_boundary(len(self.ids)):
+        with published_spans({name: x for name, x in spans.items() if x is not None}), prompt_boundary(len(self.ids)):
             yield
 
 

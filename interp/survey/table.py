@@ -16,7 +16,7 @@ from headscope.interp.errors import HeadscopeError
 
 Outcome = Literal["right", "refused", "not buildable", "wrong"]
 OUTCOMES: tuple[Outcome, ...] = ("right", "refused", "not buildable", "wrong")
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parents[1] / "README.md"
 BEGIN, END = "<!-- support: written by `python -m headscope.interp.survey.run` -->", "<!-- end of support -->"
 
