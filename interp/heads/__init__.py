@@ -38,6 +38,8 @@ METHODS: Registry[HeadMethod] = Registry(
         "sinks": "sinking.alpha:Sinks",
         "retrieval": "recall.retrieval:Retrieval",
         "retrieval_paraphrased": "recall.retrieval_paraphrased:RetrievalParaphrased",
+        "context_activation": "recall.context_activation:ContextActivation",
+        "locos": "recall.locos:Locos",
     },
 )
 
