@@ -40,6 +40,8 @@ METHODS: Registry[HeadMethod] = Registry(
         "retrieval_paraphrased": "recall.retrieval_paraphrased:RetrievalParaphrased",
         "context_activation": "recall.context_activation:ContextActivation",
         "locos": "recall.locos:Locos",
+        "qrhead": "recall.qrhead:QRHead",
+        "receiver": "recall.receiver:Receiver",
     },
 )
 
