@@ -11,9 +11,9 @@ from typing import Any
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts import sequences
-from headscope.interp.prompts.haystack import insertion_point, load_needles
+from headscope.interp.prompts.haystack import insertion_point, load_needles, sentence_ends
 from headscope.interp.prompts.spans import by_offsets, encode
-from headscope.interp.prompts.tokens import check_length
+from headscope.interp.prompts.tokens import body_tokens, check_length
 from headscope.interp.statistics.spans import Span
 
 INSTRUCTION = " Here are some paragraphs:"
@@ -84,8 +84,9 @@ def load_questions(path: str | Path) -> list[Question]:
 
 
 def bundled_questions(lm: LanguageModel, samples: int, documents: int, length: int) -> list[Question]:
-    """Questions about bundled needles, each set into one of ``documents`` passages of the bundled prose of about
-    ``length`` tokens; every question has passages of its own as far as there are, and its gold document another place.
+    """Questions about bundled needles, each set into one of ``documents`` passages of the bundled prose: whole
+    sentences, ``length`` tokens and the rest of the last one. Every question has passages of its own as far as there
+    are, and its gold document another place.
 
     Raises:
         HeadscopeError: more questions than bundled needles, or no passage of that length.
@@ -96,12 +97,17 @@ def bundled_questions(lm: LanguageModel, samples: int, documents: int, length: i
         raise HeadscopeError(f"the bundled prose has {len(passages)} passages of {length} tokens; ask for shorter ones")
     found = []
     for i, needle in enumerate(needles):
-        own = [passages[(i * documents + j) % len(passages)] for j in range(documents)]
+        own = [_cut(lm, passages[(i * documents + j) % len(passages)], length) for j in range(documents)]
         gold = i % documents
         at = insertion_point(own[gold], len(own[gold]) // 2)
         own[gold] = f"{own[gold][:at].rstrip()} {needle.needle} {own[gold][at:].lstrip()}".strip()
         found.append(Question(needle.question, tuple(own), (gold,)))
     return found
+
+
+def _cut(lm: LanguageModel, text: str, length: int) -> str:
+    """The sentences of a text until they have ``length`` tokens."""
+    return next((text[:end] for end in sentence_ends(text) if len(body_tokens(lm, text[:end])) >= length), text)
 
 
 def _question(held: Mapping[str, Any]) -> Question:

@@ -46,7 +46,7 @@ class QRHead(Measured):
         questions: ``Question`` objects of ``headscope.interp.prompts.documents``, or a file in the authors' form.
             [OURS] By default those of the bundled needles, each set into a passage among others.
         documents: passages a bundled question.
-        length: about how many tokens a bundled passage has.
+        length: tokens of a bundled passage, which ends with the sentence that they end in.
     """
 
     name: ClassVar[str] = "qrhead"

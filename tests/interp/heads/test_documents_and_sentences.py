@@ -74,10 +74,8 @@ def test_the_prompt_is_the_authors(lm: LanguageModel) -> None:
     chat.tokenizer = copy.deepcopy(lm.tokenizer)
     chat.tokenizer.chat_template = "<u>{{ messages[0]['content'] }}</u>go:"
     whole = document_prompt(chat, ["one thing"], "what?")
-    assert (
-        lm.tokenizer.decode(whole.ids)
-        == f"<u> Here are some paragraphs: \n\n[1] one thing \n\n{late} \n\nQuery: what?</u>go:"
-    )
+    shown = f"<u> Here are some paragraphs: \n\n[1] one thing \n\n{late} \n\nQuery: what?</u>go:"
+    assert lm.tokenizer.decode(whole.ids) == shown
     assert whole.query[1] == len(whole.ids)  # with what the template writes after the query
 
 
@@ -123,7 +121,7 @@ def test_questions_in_the_authors_form(lm: LanguageModel, tmp_path: Path) -> Non
 
 
 def test_bundled_questions_hold_their_answer_once(lm: LanguageModel) -> None:
-    for sample in QRHead(samples=4, documents=3, length=60).prepare(lm):
+    for sample in QRHead(samples=4, documents=3, length=40).prepare(lm):
         trial = sample.trial
         texts = [lm.tokenizer.decode(sample.ids[slice(*span)]) for span in trial["documents"]]
         needle = next(n.needle for n in load_needles(4) if n.question == trial["question"])
