@@ -6,6 +6,7 @@ declaration, a frozen dataclass whose fields are the settings; ``heads.induction
 
     lookup/    one key a query: previous token, earlier occurrence, what followed it
     sinking/   where attention rests
+    causal/    what the model loses without them
     recall/    what generation brings back from the context
 
 Importing this package is cheap: a method's file, and torch with it, is imported when the method is first used.
@@ -42,6 +43,8 @@ METHODS: Registry[HeadMethod] = Registry(
         "locos": "recall.locos:Locos",
         "qrhead": "recall.qrhead:QRHead",
         "receiver": "recall.receiver:Receiver",
+        "head_gating": "causal.head_gating:HeadGating",
+        "contrastive_gating": "causal.contrastive_gating:ContrastiveGating",
     },
 )
 
