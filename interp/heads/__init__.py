@@ -6,8 +6,9 @@ declaration, a frozen dataclass whose fields are the settings; ``heads.induction
 
     lookup/    one key a query: previous token, earlier occurrence, what followed it
     sinking/   where attention rests
+    recall/    what is brought back from the context
     causal/    what the model loses without them
-    recall/    what generation brings back from the context
+    divergence/  what a part of the prompt changes
 
 Importing this package is cheap: a method's file, and torch with it, is imported when the method is first used.
 """
@@ -45,6 +46,8 @@ METHODS: Registry[HeadMethod] = Registry(
         "receiver": "recall.receiver:Receiver",
         "head_gating": "causal.head_gating:HeadGating",
         "contrastive_gating": "causal.contrastive_gating:ContrastiveGating",
+        "context_divergence": "divergence.context_divergence:ContextDivergence",
+        "pattern_divergence": "divergence.pattern_divergence:PatternDivergence",
     },
 )
 

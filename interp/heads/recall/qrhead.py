@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.heads.base import Measured, Scored, by_head
+from headscope.interp.heads.base import Measured, Scored, by_head, per_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.documents import Question, bundled_questions, document_prompt, load_questions
 from headscope.interp.prompts.sequences import Sample
@@ -99,15 +98,9 @@ class QRHead(Measured):
             raise HeadscopeError("QRHead needs at least one question, with at least one document each")
         return list(given)[: self.samples]
 
-    @cached_property
-    def _made(self) -> dict[int, tuple[LanguageModel, list[tuple[Sample, Sample]]]]:
-        return {}
-
     def _pairs(self, lm: LanguageModel) -> list[tuple[Sample, Sample]]:
-        """Both prompts of every question, made once a model (which is kept, so that its id stays its)."""
-        if id(lm) not in self._made:
-            self._made[id(lm)] = lm, [_pair(lm, i, one) for i, one in enumerate(self._asked(lm))]
-        return self._made[id(lm)][1]
+        """Both prompts of every question."""
+        return per_model(self, lm, lambda: [_pair(lm, i, one) for i, one in enumerate(self._asked(lm))])
 
 
 def document_score(calibrated: NDArray[np.float64]) -> NDArray[np.float64]:
