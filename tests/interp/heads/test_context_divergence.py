@@ -1,7 +1,8 @@
 """Divergence with and without a span: by hand, and against hooks and eager weights in float64 of the untouched model.
 
 Tolerance: z is a weighted mean of float32 values of about 1 with weights that are good to 1e-5 (see ``test_heads``),
-through two layers: 1e-4. Divergences of patterns are sums of weights times logarithms of ratios of up to about 10: 1e-4.
+through two layers: 1e-4. Divergences of patterns are sums of weights times logarithms of ratios of up to about 10: 1e-4
+too.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def prompt(side: str | None = None) -> VisionPrompt:
 
 
 def run(model, ids, **inputs) -> tuple[np.ndarray, np.ndarray]:
-    """z (layer, head, query, d_head) and patterns (layer, head, query, key) of the untouched model, float64 and eager."""
+    """z (layer, head, query, d_head) and patterns (layer, head, query, key) of the model in float64, eager."""
     dense = copy.deepcopy(model).double()
     dense.set_attn_implementation("eager")
     language = dense.model.language_model if hasattr(dense.model, "language_model") else dense.model
