@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from headscope.interventions.base import Intervention as Intervention
     from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
+    from headscope.interventions.evaluation.masking import masking as masking
     from headscope.interventions.head_edit import HeadEdit as HeadEdit
     from headscope.interventions.load import load_intervention as load_intervention
     from headscope.interventions.outputs.ablate import AblateHeads as AblateHeads
@@ -40,6 +41,7 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "head_means": "outputs.ablate",
     "load_intervention": "load",
+    "masking": "evaluation.masking",
 }
 
 __all__ = list(_HOME)

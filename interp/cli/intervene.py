@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from headscope.interp.results.headset import HeadSet
     from headscope.interp.results.scores import HeadScores
 
-HEADS = "Head scores (folder or JSON), a saved HeadSet (JSON), or heads such as L18H6,L17H3."
+HEADS = "Head scores (folder, JSON, or of Retrieval_Head), a saved HeadSet (JSON), or heads such as L18H6,L17H3."
 
 
 @app.command()
@@ -60,9 +60,12 @@ def intervene(
 def head_set(given: str, top: int) -> tuple[HeadSet, HeadScores | None]:
     """Heads as the command line names them: the ``top`` of head scores (and these), a saved HeadSet, or names.
 
+    Head scores may also be a head list of Retrieval_Head.
+
     Raises:
         HeadscopeError: none of these.
     """
+    from headscope.interp.results.headlists import from_retrieval_head, is_retrieval_head
     from headscope.interp.results.headset import HeadSet
     from headscope.interp.results.scores import HeadScores
 
@@ -70,6 +73,9 @@ def head_set(given: str, top: int) -> tuple[HeadSet, HeadScores | None]:
     named = not path.exists() and not path.suffix and "/" not in given and any(c.isdigit() for c in given)
     if named or "," in given:
         return HeadSet.of(given), None
+    if path.is_file() and is_retrieval_head(path):
+        scores = from_retrieval_head(path)
+        return scores.top(top), scores
     if path.is_file() and path.suffix == ".json" and not path.with_suffix(".parquet").exists():
         return HeadSet.load(path), None
     scores = HeadScores.load(path)

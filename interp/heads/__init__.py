@@ -6,7 +6,9 @@ declaration, a frozen dataclass whose fields are the settings; ``heads.induction
 
     lookup/    one key a query: previous token, earlier occurrence, what followed it
     sinking/   where attention rests
-    recall/    what generation brings back from the context
+    recall/    what is brought back from the context
+    causal/    what the model loses without them
+    divergence/  what a part of the prompt changes
 
 Importing this package is cheap: a method's file, and torch with it, is imported when the method is first used.
 """
@@ -39,6 +41,14 @@ METHODS: Registry[HeadMethod] = Registry(
         "sinks": "sinking.alpha:Sinks",
         "retrieval": "recall.retrieval:Retrieval",
         "retrieval_paraphrased": "recall.retrieval_paraphrased:RetrievalParaphrased",
+        "context_activation": "recall.context_activation:ContextActivation",
+        "locos": "recall.locos:Locos",
+        "qrhead": "recall.qrhead:QRHead",
+        "receiver": "recall.receiver:Receiver",
+        "head_gating": "causal.head_gating:HeadGating",
+        "contrastive_gating": "causal.contrastive_gating:ContrastiveGating",
+        "context_divergence": "divergence.context_divergence:ContextDivergence",
+        "pattern_divergence": "divergence.pattern_divergence:PatternDivergence",
     },
 )
 

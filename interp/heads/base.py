@@ -7,9 +7,9 @@ the statistics to record of them, and how records become scores; several of thes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -22,6 +22,7 @@ from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.provenance import hash_texts
 from headscope.interp.statistics import Statistic
 
+T = TypeVar("T")
 Text = str | Sequence[str]
 # scores (layer, head), or None for a trial that is not kept, and what to remember about the trial
 Scored = tuple[NDArray[np.float64] | None, dict[str, Any]]
@@ -116,6 +117,15 @@ class Measured(HeadMethod):
 
     def trials(self, lm: LanguageModel) -> Sequence[Trial]:
         return [sample.trial for sample in self.prepare(lm)]
+
+
+def per_model(method: HeadMethod, lm: LanguageModel, make: Callable[[], T]) -> T:
+    """What ``make`` gives, made once for a method's settings and a model (which is kept, so that its id stays its)."""
+    held: dict[int, tuple[LanguageModel, Any]] = vars(method).setdefault("_per_model", {})
+    if id(lm) not in held:
+        held[id(lm)] = lm, make()
+    found: T = held[id(lm)][1]
+    return found
 
 
 def by_head(lm: LanguageModel, record: xr.Dataset, values: NDArray[Any]) -> NDArray[np.float64]:

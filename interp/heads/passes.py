@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import xarray as xr
@@ -17,6 +18,8 @@ from headscope.interp.prompts.sequences import Sample
 from headscope.interp.records.labels import own
 from headscope.interp.statistics import Statistic
 from headscope.interp.tracing.recording import trace
+
+_Key = tuple[tuple[int | str, ...], ...]  # one view's tokens and other inputs after the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +37,18 @@ class Batch:
 
 def batches(lm: LanguageModel, waiting: Sequence[tuple[Measured, Sequence[int]]]) -> list[Batch]:
     """The forward passes that give every waiting trial of every method; each distinct sample is run once."""
-    wanted: dict[tuple[tuple[int, ...], ...], list[tuple[int, Sample, int]]] = {}  # by tokens: (method, sample, trial)
-    views: dict[tuple[tuple[int, ...], ...], tuple[Sample, ...]] = {}
+    wanted: dict[_Key, list[tuple[int, Sample, int]]] = {}  # by what is run: (method, sample, trial)
+    views: dict[_Key, tuple[Sample, ...]] = {}
     for number, (method, trials) in enumerate(waiting):
         samples = method.prepare(lm) if trials else []
         for trial in trials:
             seen = method.views(lm, samples[trial])
-            key = tuple(tuple(view.ids.tolist()) for view in seen)
+            key = tuple(view.key for view in seen)
             views.setdefault(key, seen)
             wanted.setdefault(key, []).append((number, samples[trial], trial))
-    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[tuple[int, ...], ...]]] = {}
+    alike: dict[tuple[Any, ...], list[_Key]] = {}
     for key, who in wanted.items():
-        alike.setdefault((tuple(n for n, _, _ in who), tuple(map(len, key))), []).append(key)
+        alike.setdefault((tuple(n for n, _, _ in who), tuple(view.shape for view in views[key])), []).append(key)
     found = []
     for (numbers, _), keys in alike.items():
         methods = tuple(waiting[n][0] for n in numbers)
@@ -80,11 +83,12 @@ def _asked(methods: Sequence[Measured], view: Sequence[Sample]) -> list[Statisti
 def record_of(lm: LanguageModel, samples: Sequence[Sample], statistics: Sequence[Statistic]) -> xr.Dataset:
     """One forward pass over samples of one length (so without padding), recorded."""
     ids = torch.stack([sample.ids for sample in samples]).to(lm.device)
+    inputs = {name: torch.cat([sample.inputs[name] for sample in samples]) for name in samples[0].inputs}
     with trace(lm, statistics) as tracer:
-        lm.forward(ids, logits=1, cache=False)  # logits are not looked at
+        lm.forward(ids, logits=1, cache=False, **inputs)  # logits are not looked at
     return tracer.record
 
 
-def _chunks(keys: list[tuple[tuple[int, ...], ...]], size: int) -> Iterator[list[tuple[tuple[int, ...], ...]]]:
+def _chunks(keys: list[_Key], size: int) -> Iterator[list[_Key]]:
     for first in range(0, len(keys), size):
         yield keys[first : first + size]

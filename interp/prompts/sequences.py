@@ -6,9 +6,11 @@ A table of keys is an int64 tensor (length,): for each query position a key posi
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 
 import torch
@@ -24,10 +26,28 @@ PROSE = "haystack.txt"  # the bundled natural text, in headscope/interp/data
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One sequence: ``ids`` (length,) its tokens, ``trial`` its description in JSON (``trial["sample"]`` its index)."""
+    """One sequence: ``ids`` (length,) its tokens, ``trial`` its description in JSON (``trial["sample"]`` its index),
+    ``inputs`` what the model takes beside them, such as pictures, as for a batch of one."""
 
     trial: Trial
     ids: Tensor
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> tuple[int | str, ...]:
+        """Equal for samples that are run alike: the tokens, and a hash of other inputs."""
+        if not self.inputs:
+            return tuple(self.ids.tolist())
+        digest = hashlib.sha256()
+        for name, x in sorted(self.inputs.items()):
+            digest.update(f"{name}{tuple(x.shape)}{x.dtype}".encode())
+            digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return (*self.ids.tolist(), digest.hexdigest())
+
+    @property
+    def shape(self) -> tuple[int | str | tuple[int, ...], ...]:
+        """Equal for samples that fit in one batch."""
+        return (len(self.ids), *(x for name in sorted(self.inputs) for x in (name, tuple(self.inputs[name].shape))))
 
 
 def random_samples(lm: LanguageModel, length: int, samples: int, seed: int) -> list[Sample]:

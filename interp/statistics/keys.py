@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.base import KeyStatistic, Plan, Reader, need
+from headscope.kernels.request import Reduced
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class KeyMass(KeyStatistic):
     """Attention received by each key: (example, layer, head, key).
 
     ``reduce``: ``"sum"`` over the queries, ``"mean"`` over the queries that see the key (alpha of Gu et al. 2024,
-    arXiv 2410.10781), or ``"max"``. ``queries = (first, stop)`` limits the rows of each forward pass; padded queries
-    never count. Over several forward passes (chunks, decoding steps) sums and counts add up. Two ranges in one trace
-    need a ``label``, or another ``reduce``.
+    arXiv 2410.10781), or ``"max"``. ``queries = (first, stop)`` limits the rows of each forward pass, a list of such
+    pairs those of each example; padded queries never count. Over several forward passes (chunks, decoding steps) sums
+    and counts add up. Two ranges in one trace need a ``label``, or another ``reduce``.
     """
 
     reduce: Literal["sum", "mean", "max"] = "sum"
-    queries: tuple[int, int] | None = None
+    queries: tuple[int, int] | Sequence[tuple[int, int]] | None = None
     name: ClassVar[str] = "key_mass"
     unit: ClassVar[str] = "mass, summed over queries"
     units: ClassVar[Mapping[str, str]] = {"key_mass_mean": "mass", "key_mass_max": "mass"}
@@ -40,8 +41,18 @@ class KeyMass(KeyStatistic):
     def __post_init__(self) -> None:
         if self.reduce not in ("sum", "mean", "max"):
             raise HeadscopeError(f"KeyMass reduces by 'sum', 'mean' or 'max', not {self.reduce!r}")
-        if self.queries is not None and not 0 <= self.queries[0] < self.queries[1]:
-            raise HeadscopeError(f"KeyMass takes queries=(first, stop), rows from 0 on, not {self.queries!r}")
+        if not all(pair is None or (len(pair) == 2 and 0 <= pair[0] < pair[1]) for pair in self._ranges()):
+            raise HeadscopeError(
+                "KeyMass takes queries=(first, stop), rows from 0 on, or one such pair an example, not "
+                f"{self.queries!r}"
+            )
+
+    def _ranges(self) -> list[tuple[int, int] | None]:
+        """The rows of every example; one that stands for all."""
+        given: Any = self.queries
+        if given is None or not len(given) or not hasattr(given[0], "__len__"):
+            return [given]
+        return list(given)
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -49,8 +60,16 @@ class KeyMass(KeyStatistic):
 
     def ask(self, plan: Plan) -> Reader:
         wanted = {"sum": ("sum",), "mean": ("sum", "count"), "max": ("max",)}[self.reduce]
-        place = plan.columns(**dict.fromkeys(wanted, True), queries=self.queries)
-        return lambda reduced: {part: need(getattr(reduced.columns[place], part)) for part in wanted}
+        ranges, batch = self._ranges(), plan.call.query.shape[0]
+        if len(ranges) not in (1, batch):
+            raise HeadscopeError(f"queries are given for {len(ranges)} examples, but the batch has {batch}")
+        places = [plan.columns(**dict.fromkeys(wanted, True), queries=pair) for pair in ranges]
+
+        def read(reduced: Reduced) -> dict[str, Tensor]:
+            each = {part: [need(getattr(reduced.columns[place], part)) for place in places] for part in wanted}
+            return {part: xs[0] if len(xs) == 1 else _own(xs) for part, xs in each.items()}
+
+        return read
 
     def merge(self, part: str, held: Tensor, value: Tensor) -> Tensor:
         """Sums and counts add up; the largest stays."""
@@ -61,3 +80,8 @@ class KeyMass(KeyStatistic):
         if self.reduce == "mean":
             return {"key_mass_mean": parts["sum"] / parts["count"].clamp(min=1)}
         return {self.variables[0]: parts[self.reduce]}
+
+
+def _own(found: Sequence[Tensor]) -> Tensor:
+    """Each example's row of what was found for it; a count that does not depend on the example has one for all."""
+    return torch.cat([x[min(b, len(x) - 1)][None] for b, x in enumerate(found)])

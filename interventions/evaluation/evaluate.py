@@ -83,7 +83,7 @@ def evaluate(
     rows = [
         {
             **(own := {"task": task.name, "condition": c.name, "kind": c.kind, "of": c.of, "trial": number}),
-            **_scalars(trial),
+            **trial_scalars(trial),
             **result,
             **own,  # a task's own keys do not replace these
         }
@@ -150,5 +150,6 @@ def _numbers(work: list[tuple[Task, Condition, Trial]]) -> list[int]:
     return numbers
 
 
-def _scalars(trial: Trial) -> dict[str, Any]:
+def trial_scalars(trial: Trial) -> dict[str, Any]:
+    """What a table says of a trial."""
     return {key: value for key, value in trial.items() if isinstance(value, str | int | float | bool)}

@@ -13,6 +13,7 @@ from headscope.interp.prompts.needle import NeedlePrompt
 from headscope.interp.statistics.spans import Span
 
 Count = Literal["counter", "set"]
+LEAD = "Answer:"  # begins a chat model's turn where an answer is fed, as the base prompt ends
 
 
 def copy_score(

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.heads.base import HeadMethod, Scored, by_head
+from headscope.interp.heads.base import Scored, by_head
 from headscope.interp.heads.recall.copying import Count, copy_score, place_of, top_keys
+from headscope.interp.heads.recall.needle_method import NeedleMethod
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.decoding import answer_text, decode, prefill
-from headscope.interp.prompts.haystack import Needles, rouge1_recall
-from headscope.interp.prompts.needle import NeedlePrompts
+from headscope.interp.prompts.haystack import rouge1_recall
 from headscope.interp.runs.journal import Trial
 from headscope.interp.statistics import TopKeys
 from headscope.interp.tracing.recording import trace
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(HeadMethod):
+class Retrieval(NeedleMethod):
     """Score heads by the share of a needle's answer that they copy while the model answers.
 
     Wu et al. 2024, "Retrieval Head Mechanistically Explains Long-Context Factuality" (arXiv 2404.15574, Section 2,
@@ -35,66 +32,24 @@ class Retrieval(HeadMethod):
     token is out: compare ``retrieval_paraphrased``.
 
     Args:
-        lengths, depths, needles, haystack, chat, max_new_tokens, newline_stop, stem: as of ``NeedlePrompts``, which
-            lists what differs from the authors' prompts; by default the first three bundled needles (headscope's own:
-            the authors' three are other texts), ten depths and those of the authors' 20 lengths that fit the model's
-            context.
         count: "counter" is the authors' code: each copied token adds 1 / (tokens of the answer), so that a token
             copied twice counts twice and a trial can exceed 1. "set" is the paper's formula |g & k| / |k| on sets of
             distinct tokens, at most 1.
-        threshold: the recall above which a trial counts.
-        group: what the bootstrap draws as a whole: "needle" (all trials of a needle, so that the interval speaks of
-            other needles; with three needles it is about their range: pass needles=10 for a better one), "text"
-            (the depths of one needle and length: other placements of these needles), or None (every trial, too narrow).
     """
 
     name: ClassVar[str] = "retrieval"
     unit: ClassVar[str] = "share of the answer copied"
     source: ClassVar[str] = "arXiv 2404.15574"
 
-    lengths: Sequence[int] | None = None
-    depths: int | Sequence[float] = 10
-    needles: Needles = None
-    haystack: str | Path | None = None
     count: Count = "counter"
-    threshold: float = 0.5
-    group: Literal["needle", "text"] | None = "needle"
-    chat: bool | None = None
-    max_new_tokens: int = 50
-    newline_stop: bool = False
-    stem: Callable[[str], str] | None = None
 
     def __post_init__(self) -> None:
-        if self.count not in ("counter", "set") or self.group not in ("needle", "text", None):
-            raise HeadscopeError("count is 'counter' or 'set', group 'needle', 'text' or None")
-
-    @property
-    def resample_by(self) -> str | None:
-        return self.group
-
-    @cached_property
-    def task(self) -> NeedlePrompts:
-        """The prompts."""
-        return NeedlePrompts(
-            lengths=self.lengths,
-            depths=self.depths,
-            needles=self.needles,
-            haystack=self.haystack,
-            chat=self.chat,
-            max_new_tokens=self.max_new_tokens,
-            newline_stop=self.newline_stop,
-            stem=self.stem,
-        )
-
-    def trials(self, lm: LanguageModel) -> Sequence[Trial]:
-        return [{**trial, "text": f"{trial['needle']} in {trial['length']}"} for trial in self.task.trials(lm)]
-
-    def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
-        return trial["length"], self.max_new_tokens
+        super().__post_init__()
+        if self.count not in ("counter", "set"):
+            raise HeadscopeError(f"count is 'counter' or 'set', not {self.count!r}")
 
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
-        own = {"count": self.count, "threshold": self.threshold}
-        return {**self.task.parameters(lm), **own}
+        return {**super().parameters(lm), "count": self.count}
 
     def score(self, lm: LanguageModel, trial: Trial) -> Scored:
         prompt = self.task.build(lm, trial)

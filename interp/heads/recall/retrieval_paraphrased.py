@@ -10,7 +10,7 @@ import torch
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Scored, by_head
-from headscope.interp.heads.recall.copying import copy_score, place_of, top_keys
+from headscope.interp.heads.recall.copying import LEAD, copy_score, place_of, top_keys
 from headscope.interp.heads.recall.retrieval import Retrieval
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.decoding import check_finite, prefill
@@ -20,8 +20,6 @@ from headscope.interp.runs.journal import Trial
 from headscope.interp.statistics import TopKeys
 from headscope.interp.statistics.queries import Last
 from headscope.interp.tracing.recording import trace
-
-LEAD = "Answer:"  # begins a chat model's turn, as the base prompt ends
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,13 @@ NAMES = list(heads.METHODS)
 SMALL = {
     "retrieval": {"lengths": [260], "depths": [50], "needles": 1, "max_new_tokens": 3, "threshold": -1.0},
     "retrieval_paraphrased": {"lengths": [260], "depths": [50], "needles": 1},
+    "qrhead": {"samples": 2, "batch": 2, "documents": 2, "length": 60},
+    "head_gating": {"starts": 2, "updates": 2, "batch": 2, "examples": 3},
+    "contrastive_gating": {"starts": 2, "updates": 2, "batch": 2, "examples": 3},
+    "context_divergence": {"samples": 2, "batch": 2, "length": 40},
+    "pattern_divergence": {"samples": 2, "batch": 2, "length": 40},
+    "locos": {"lengths": [260], "depths": [50], "needles": 1, "forced": True},
+    "context_activation": {"lengths": [260], "depths": [50], "needles": 1, "max_new_tokens": 3, "threshold": -1.0},
 }
 
 

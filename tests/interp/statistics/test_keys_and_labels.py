@@ -79,6 +79,22 @@ def test_every_key_mass_has_its_own_queries(kind):
     assert np.abs(wanted["key_mass"] - wanted["b.key_mass"]).max() > 1
 
 
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max"])
+def test_every_example_may_have_its_own_queries(reduce):
+    model, ids, ranges = tiny_model("llama"), ids_of(2), [(4, 9), (11, 20)]
+    name = KeyMass(reduce).variables[0]
+    record, p = recorded(model, ids, [KeyMass(reduce, ranges)]), eager(model, ids)
+    for b, (first, stop) in enumerate(ranges):
+        rows = p[b, ..., first:stop, :]
+        sees = np.maximum((np.arange(first, stop)[:, None] >= np.arange(20)).sum(0), 1)
+        want = {"sum": rows.sum(-2), "mean": rows.sum(-2) / sees, "max": rows.max(-2)}[reduce]
+        assert np.abs(record[name].to_numpy()[b] - want).max() < NEAR
+    with pytest.raises(HeadscopeError, match="given for 3 examples, but the batch has 2"):
+        recorded(model, ids, [KeyMass(queries=[(0, 1)] * 3)])
+    with pytest.raises(HeadscopeError, match="one such pair an example"):
+        KeyMass(queries=[(0, 1), (3, 2)])
+
+
 def test_key_masses_with_padding_and_over_passes():
     model, ids, mask = tiny_model("llama"), ids_of(2), torch.ones(2, 20, dtype=torch.long)
     mask[0, :6] = 0
