@@ -15,6 +15,8 @@ from headscope.interp.statistics.base import (
 from headscope.interp.statistics.blocks import BlockMap, BlockStatistic, TopBlocks
 from headscope.interp.statistics.divergence import Divergence
 from headscope.interp.statistics.keys import KeyMass
+from headscope.interp.statistics.logit_parts import LogitParts
+from headscope.interp.statistics.norms import KeyNorm, ValueNorm
 from headscope.interp.statistics.outputs import HeadOutput, SpanOutput
 from headscope.interp.statistics.rows import (
     Distance,
@@ -47,6 +49,9 @@ STATISTICS: Registry[Statistic] = Registry(
         "top_keys": "rows:TopKeys",
         "target_mass": "rows:TargetMass",
         "key_mass": "keys:KeyMass",
+        "key_norm": "norms:KeyNorm",
+        "value_norm": "norms:ValueNorm",
+        "logit_parts": "logit_parts:LogitParts",
         "block_map": "blocks:BlockMap",
         "top_blocks": "blocks:TopBlocks",
         "z": "outputs:HeadOutput",
@@ -70,8 +75,10 @@ __all__ = [
     "Entropy",
     "HeadOutput",
     "KeyMass",
+    "KeyNorm",
     "KeyStatistic",
     "LogSumExp",
+    "LogitParts",
     "MaxLogit",
     "Plan",
     "Reader",
@@ -83,6 +90,7 @@ __all__ = [
     "TargetMass",
     "TopBlocks",
     "TopKeys",
+    "ValueNorm",
     "WindowMass",
     "WindowedDistance",
 ]
