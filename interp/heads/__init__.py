@@ -6,6 +6,9 @@ declaration, a frozen dataclass whose fields are the settings; ``heads.induction
 
     lookup/    one key a query: previous token, earlier occurrence, what followed it
     sinking/   where attention rests
+    spread/    over how much it spreads
+    anchors/   what the tokens of a response look back to and come back to
+    position/  where it goes by position alone, over distance, depth and models
     recall/    what generation brings back from the context
 
 Importing this package is cheap: a method's file, and torch with it, is imported when the method is first used.
@@ -43,6 +46,12 @@ METHODS: Registry[HeadMethod] = Registry(
         "sink_angle": "sinking.angle:SinkAngle",
         "massive_activations": "sinking.massive:MassiveActivations",
         "sink_dimension": "sinking.dimension:SinkDimension",
+        "attention_entropy": "spread.entropy:AttentionEntropy",
+        "effective_context": "spread.effective_context:EffectiveContext",
+        "head_span": "anchors.head_span:HeadSpan",
+        "waad": "anchors.waad:WindowedSpan",
+        "fai": "anchors.fai:FutureAttention",
+        "position_bias": "position.bias:PositionBias",
         "retrieval": "recall.retrieval:Retrieval",
         "retrieval_paraphrased": "recall.retrieval_paraphrased:RetrievalParaphrased",
     },

@@ -18,6 +18,7 @@ from headscope.interp.statistics.keys import KeyMass
 from headscope.interp.statistics.logit_parts import LogitParts
 from headscope.interp.statistics.norms import KeyNorm, ValueNorm
 from headscope.interp.statistics.outputs import HeadOutput, SpanOutput
+from headscope.interp.statistics.rollout import Rollout
 from headscope.interp.statistics.rows import (
     Distance,
     Entropy,
@@ -57,6 +58,7 @@ STATISTICS: Registry[Statistic] = Registry(
         "z": "outputs:HeadOutput",
         "z_span": "outputs:SpanOutput",
         "js_divergence": "divergence:Divergence",
+        "rollout": "rollout:Rollout",
         "resid": "stream:Resid",
     },
 )
@@ -83,6 +85,7 @@ __all__ = [
     "Plan",
     "Reader",
     "Resid",
+    "Rollout",
     "SinkMass",
     "SpanMass",
     "SpanOutput",
