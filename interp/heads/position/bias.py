@@ -23,10 +23,10 @@ class PositionBias(TextMethod):
 
     Wu et al. 2025, "On the Emergence of Position Bias in Transformers" (arXiv 2502.01951): the cumulative context
     probability P_t(i, j) = (A_t ... A_0)_ij, which under a causal mask goes to 1 for the first token as layers are
-    stacked. A head's score is its own A_(t,h) P_(t-1) at the last row; the mean over a layer's heads is P_t. [OURS]: the
-    paper's models have one head a layer and no other path; here heads are averaged before the product, as in attention
-    rollout. ``provenance["influence"]`` has P_t of the last row over ``parts`` equal parts of the text, one row a layer:
-    the bias of the model (``parts`` = ``length``: of every position).
+    stacked. A head's score is its own A_(t,h) P_(t-1) at the last row; the mean over a layer's heads is P_t. [OURS]:
+    the paper's models have one head a layer and no other path; here heads are averaged before the product, as in
+    attention rollout. ``provenance["influence"]`` has P_t of the last row over ``parts`` equal parts of the text, one
+    row a layer: the bias of the model (``parts`` = ``length``: of every position).
 
     What it does not show: what is carried. Values, MLPs and norms are left out, and without ``residual`` so is the
     stream that each token keeps: a share near 1 does not mean that the model's output depends on the first token.

@@ -19,8 +19,8 @@ def distance_profile(
     """The mass that each head puts on keys by their distance: (example, layer, head, distance), a text an example.
 
     ``distance`` names the nearest of a bucket: 0, 1, 2, 4, 8, ... up to ``length // 2``, whose bucket holds all keys
-    farther away. Rows of the second half of a text count, all of which see every bucket but perhaps the last in full, so
-    that a profile is a mean over the same rows throughout; it sums to 1 (less with a sink logit).
+    farther away. Rows of the second half of a text count, all of which see every bucket but perhaps the last in full,
+    so that a profile is a mean over the same rows throughout; it sums to 1 (less with a sink logit).
 
     Args:
         lm: load_model's result.
