@@ -38,6 +38,7 @@ METHODS: Registry[HeadMethod] = Registry(
         "induction": "lookup.induction:Induction",
         "previous_token": "lookup.previous_token:PreviousToken",
         "duplicate_token": "lookup.duplicate_token:DuplicateToken",
+        "copying": "lookup.copying:Copying",
         "sinks": "sinking.alpha:Sinks",
         "hidden_sinks": "sinking.hidden_sinks:HiddenSinks",
         "sink_key_norm": "sinking.key_norm:SinkKeyNorm",
