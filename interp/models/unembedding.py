@@ -23,8 +23,8 @@ def to_logits(lm: LanguageModel) -> Callable[[Tensor], Tensor]:
     Raises:
         HeadscopeError: the model has no output embedding, or no single module stands before it.
     """
-    model = bare_model(lm)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    model: Any = bare_model(lm)
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     gave: list[tuple[nn.Module, Tensor]] = []
     read: list[Tensor] = []
 

@@ -53,7 +53,7 @@ class LogitParts(CallStatistic):
         at = torch.arange(call.query.shape[2], device=call.query.device) if rows is None else rows
         k = call.key.to(wide)
         parts = []
-        for some in at.split(max(1, TILE // (call.query.shape[0] * call.query.shape[1] * k.shape[2]))):
+        for some in torch.split(at, max(1, TILE // (call.query.shape[0] * call.query.shape[1] * k.shape[2]))):
             parts.append(self._tile(call, call.query[:, :, some].to(wide) * call.scale, k, some))
         angle, norm = (torch.cat(one, dim=2) for one in zip(*parts, strict=True))
         return {"angle_gap": angle, "norm_gap": norm}

@@ -40,9 +40,9 @@ class Copying(HeadMethod):
     head's OV matrix writes: the residual stream at a token after the first layer goes through the head's values and its
     part of the output projection (without that one's bias), then through the final norm and the unembedding; the token
     counts if it is itself among the ``top`` logits. The paper asks this of the names in its prompts and finds above
-    95 % for name movers and below 20 % for the average head; here of random tokens, behind BOS [OURS], which ``induction``
-    reads as well: a head that scores high in both matches prefixes and copies what follows. Every layer, the first too,
-    is given the same stream, behind its own norm.
+    95 % for name movers and below 20 % for the average head; here of random tokens, behind BOS [OURS], as
+    ``induction`` reads: a head that scores high in both matches prefixes and copies what follows. Every layer, the
+    first too, is given the same stream, behind its own norm.
 
     What it does not show: that the head ever looks at such a token, what it writes in context (the stream that it reads
     there is a later one), or copying that later layers carry out. The authors of the induction heads' own copying
@@ -61,7 +61,7 @@ class Copying(HeadMethod):
     source: ClassVar[str] = "arXiv 2211.00593"
 
     length: int = 25
-    samples: int = 8
+    samples: int = 4
     top: int = 5
     bos: bool = True
 

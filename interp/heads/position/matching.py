@@ -55,12 +55,12 @@ def head_distances(
         )
     examples = []
     for sample in found:
-        calls = [_calls(one, sample.ids) for one in (lm, other)]
-        if [call.layer for call in calls[0]] != [call.layer for call in calls[1]]:
+        mine, others = (_calls(one, sample.ids) for one in (lm, other))
+        layers = [call.layer for call in mine]
+        if layers != [call.layer for call in others]:
             raise HeadscopeError(f"{lm.name} and {other.name} do not have the same layers: compare models that do")
-        examples.append(np.stack([_distances(*pair, measure) for pair in zip(*calls, strict=True)]))
+        examples.append(np.stack([_distances(a, b, measure) for a, b in zip(mine, others, strict=True)]))
     whole = np.stack(examples)
-    layers = [call.layer for call in calls[0]]
     coordinates = {"example": np.arange(len(whole)), "layer": layers}
     dims = ("example", "layer", "head", "other")
     return xr.DataArray(whole, coordinates, dims, name=measure, attrs={"unit": "nats"})
