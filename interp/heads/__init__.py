@@ -6,6 +6,9 @@ declaration, a frozen dataclass whose fields are the settings; ``heads.induction
 
     lookup/    one key a query: previous token, earlier occurrence, what followed it
     sinking/   where attention rests
+    spread/    over how much it spreads
+    anchors/   what the tokens of a response look back to and come back to
+    position/  where it goes by position alone, over distance, depth and models
     recall/    what is brought back from the context
     causal/    what the model loses without them
     divergence/  what a part of the prompt changes
@@ -38,7 +41,21 @@ METHODS: Registry[HeadMethod] = Registry(
         "induction": "lookup.induction:Induction",
         "previous_token": "lookup.previous_token:PreviousToken",
         "duplicate_token": "lookup.duplicate_token:DuplicateToken",
+        "copying": "lookup.copying:Copying",
         "sinks": "sinking.alpha:Sinks",
+        "hidden_sinks": "sinking.hidden_sinks:HiddenSinks",
+        "sink_key_norm": "sinking.key_norm:SinkKeyNorm",
+        "sink_value_norm": "sinking.value_norm:SinkValueNorm",
+        "sink_hidden_norm": "sinking.hidden_norm:SinkHiddenNorm",
+        "sink_angle": "sinking.angle:SinkAngle",
+        "massive_activations": "sinking.massive:MassiveActivations",
+        "sink_dimension": "sinking.dimension:SinkDimension",
+        "attention_entropy": "spread.entropy:AttentionEntropy",
+        "effective_context": "spread.effective_context:EffectiveContext",
+        "head_span": "anchors.head_span:HeadSpan",
+        "waad": "anchors.waad:WindowedSpan",
+        "fai": "anchors.fai:FutureAttention",
+        "position_bias": "position.bias:PositionBias",
         "retrieval": "recall.retrieval:Retrieval",
         "retrieval_paraphrased": "recall.retrieval_paraphrased:RetrievalParaphrased",
         "context_activation": "recall.context_activation:ContextActivation",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -36,14 +36,16 @@ class HeadMethod:
         seed: of everything that is drawn.
 
     Class variables: ``name``, as in the registry; ``unit``, what a score is; ``range``, between which values it lies,
-    if it does; ``higher_is_better``: whether a high score means more of what the method is named after; ``source``: the
-    paper (arXiv number or DOI); ``refused``: where it is not exact, and why.
+    if it does; ``higher_is_better``: whether a high score means more of what the method is named after; ``per``: whose
+    value a score is, the head's own or its layer's, which all heads of the layer are given; ``source``: the paper
+    (arXiv number or DOI); ``refused``: where it is not exact, and why.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str] = ""
     range: ClassVar[tuple[float, float] | None] = None
     higher_is_better: ClassVar[bool] = True
+    per: ClassVar[Literal["head", "layer"]] = "head"
     source: ClassVar[str] = ""
     refused: ClassVar[Mapping[str, str]] = {}
     unlisted: ClassVar[tuple[str, ...]] = ()  # settings that change no number, only memory and time

@@ -103,7 +103,8 @@ def _started(method: HeadMethod, trials: Sequence[Trial], lm: LanguageModel, fol
     made = provenance(lm, seed=method.seed, **method.parameters(lm))
     config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed") if key in made}
     config |= {"method": method.name, "trials": list(trials)}
-    made |= {"unit": method.unit, "range": method.range, "source": method.source, "meaning": summary(type(method))}
+    made |= {"unit": method.unit, "range": method.range, "source": method.source, "per": method.per}
+    made["meaning"] = summary(type(method))
     path = None if folder is None else folder / f"{method.name}.trials.jsonl"
     with opened(path, config) as journal:
         yield _Run(method, trials, journal, made)

@@ -15,7 +15,10 @@ from headscope.interp.statistics.base import (
 from headscope.interp.statistics.blocks import BlockMap, BlockStatistic, TopBlocks
 from headscope.interp.statistics.divergence import Divergence
 from headscope.interp.statistics.keys import KeyMass
+from headscope.interp.statistics.logit_parts import LogitParts
+from headscope.interp.statistics.norms import KeyNorm, ValueNorm
 from headscope.interp.statistics.outputs import HeadOutput, SpanOutput
+from headscope.interp.statistics.rollout import Rollout
 from headscope.interp.statistics.rows import (
     Distance,
     Entropy,
@@ -47,11 +50,15 @@ STATISTICS: Registry[Statistic] = Registry(
         "top_keys": "rows:TopKeys",
         "target_mass": "rows:TargetMass",
         "key_mass": "keys:KeyMass",
+        "key_norm": "norms:KeyNorm",
+        "value_norm": "norms:ValueNorm",
+        "logit_parts": "logit_parts:LogitParts",
         "block_map": "blocks:BlockMap",
         "top_blocks": "blocks:TopBlocks",
         "z": "outputs:HeadOutput",
         "z_span": "outputs:SpanOutput",
         "js_divergence": "divergence:Divergence",
+        "rollout": "rollout:Rollout",
         "resid": "stream:Resid",
     },
 )
@@ -70,12 +77,15 @@ __all__ = [
     "Entropy",
     "HeadOutput",
     "KeyMass",
+    "KeyNorm",
     "KeyStatistic",
     "LogSumExp",
+    "LogitParts",
     "MaxLogit",
     "Plan",
     "Reader",
     "Resid",
+    "Rollout",
     "SinkMass",
     "SpanMass",
     "SpanOutput",
@@ -83,6 +93,7 @@ __all__ = [
     "TargetMass",
     "TopBlocks",
     "TopKeys",
+    "ValueNorm",
     "WindowMass",
     "WindowedDistance",
 ]

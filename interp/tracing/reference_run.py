@@ -64,6 +64,11 @@ class ReferenceRun(Handler):
             )
         self._pass[at] = _moved(call, self.device)
 
+    @property
+    def calls(self) -> tuple[AttentionCall, ...]:
+        """What was kept, in the order of layers and passes; a call's values are not its own."""
+        return tuple(self._calls[at] for at in sorted(self._calls))
+
     def like(self, call: AttentionCall) -> AttentionCall:
         """What was kept of the same layer and positions, on the device of ``call``.
 

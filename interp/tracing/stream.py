@@ -14,29 +14,36 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics import Statistic
 from headscope.interp.statistics.stream import Resid
 
-_Pass = dict[tuple[str, int], Tensor]  # place, layer -> (batch, position, d_model)
+_Pass = dict[tuple[str, int], Tensor]  # variable, layer -> (batch, position, d_model)
 
 
 class StreamRecord:
     """The stream at the places and positions of ``statistics``, of every finished pass that begins a prompt."""
 
     def __init__(self, statistics: Sequence[Statistic]) -> None:
-        self.statistics = {each.place: each for each in statistics if isinstance(each, Resid)}
+        self.statistics = {each.recorded[0]: each for each in statistics if isinstance(each, Resid)}
         self._pass: _Pass = {}
         self._done: list[_Pass] = []
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The places of the stream that are read."""
+        return tuple(dict.fromkeys(each.place for each in self.statistics.values()))
+
     def see(self, call: StreamCall) -> None:
         """Keep what passes one place, unless the pass continues a cache."""
+        wanted = {name: one for name, one in self.statistics.items() if one.place == call.place}
         if call.offset:
             return
-        if (call.place, call.layer) in self._pass:
+        if any((name, call.layer) in self._pass for name in wanted):
             raise HeadscopeError(
                 f"{call.place} of layer {call.layer} of {call.module} comes more than once in a forward pass, which is "
                 "not recorded; trace another tower, or one image at a time"
             )
-        rows = call.rows(self.statistics[call.place].positions)
         x = call.x.detach()
-        self._pass[call.place, call.layer] = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2])).float().cpu()
+        for name, statistic in wanted.items():
+            rows = call.rows(statistic.positions)
+            self._pass[name, call.layer] = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2])).float().cpu()
 
     def end_forward(self) -> None:
         """The pass is whole: it is kept."""
@@ -57,12 +64,13 @@ class StreamRecord:
         if not self._done:
             return None
         variables = {}
-        for place, statistic in self.statistics.items():
-            layers = sorted(layer for at, layer in self._done[0] if at == place)
-            batches = [torch.stack([one[place, layer] for layer in layers], 1) for one in self._done]
+        for name, statistic in self.statistics.items():
+            layers = sorted(layer for at, layer in self._done[0] if at == name)
+            batches = [torch.stack([one[name, layer] for layer in layers], 1) for one in self._done]
             x = torch.cat(batches).numpy()
-            coordinates = {"example": np.arange(len(x)), "layer": layers, "position": list(statistic.positions)}
-            variables[place] = xr.DataArray(x, coordinates, ("example", "layer", "position", "d_model"))
+            coordinates = {"example": np.arange(len(x)), "layer": layers, **statistic.axes}
+            dims = ("example", "layer", statistic.named("position"), "d_model")
+            variables[name] = xr.DataArray(x, coordinates, dims)
         return xr.Dataset(variables)
 
     def beside(self, record: xr.Dataset) -> xr.Dataset:

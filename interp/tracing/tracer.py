@@ -68,7 +68,7 @@ class Tracer(Handler):
         check_together(self.declared)
         self.statistics = tuple(each for each in self.declared if not isinstance(each, Resid))
         self._stream = StreamRecord(self.declared)
-        self.streams = tuple(self._stream.statistics)
+        self.streams = self._stream.places
         self.layers = None if layers is None else frozenset(layers)
         self.queries, self.tower = queries, tower
         self._sessions: list[Session] = []

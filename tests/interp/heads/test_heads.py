@@ -346,10 +346,10 @@ def test_every_method_is_reached_by_its_name(name: str) -> None:
 
 
 def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(HeadscopeError, match="no head method 'copying'; known: induction, previous_token"):
-        heads.method("copying")
-    with pytest.raises(AttributeError, match="copying"):
-        heads.copying  # noqa: B018
+    with pytest.raises(HeadscopeError, match="no head method 'singing'; known: induction, previous_token"):
+        heads.method("singing")
+    with pytest.raises(AttributeError, match="singing"):
+        heads.singing  # noqa: B018
 
 
 def test_importing_is_cheap_and_a_file_does_not_hide_its_function() -> None:

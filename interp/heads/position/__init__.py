@@ -1,0 +1,1 @@
+"""Where heads look by position alone, and what depth makes of it."""

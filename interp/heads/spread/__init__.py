@@ -1,0 +1,1 @@
+"""Over how much a head spreads its attention."""
