@@ -80,7 +80,7 @@ def test_models_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_check_verifies(capsys: pytest.CaptureFixture[str], model: str) -> None:
     code, out, _ = run(capsys, "models", "check", model, "--json")
     row = json.loads(out)["verification"][0]
-    assert code == 0 and row["verified"] and row["calls"] == 2 and row["share_of_bound"] < 1
+    assert code == 0 and row["verified"] and row["calls"] == 4 and row["share_of_bound"] < 1
 
 
 def test_trace_writes_a_record(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:

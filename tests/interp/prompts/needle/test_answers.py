@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import re
-import types
 
 import pytest
 import torch
 
 from headscope.interp import HeadscopeError
 from headscope.interp.models import LanguageModel
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts import (
     load_haystack,
     load_needles,
@@ -113,7 +113,7 @@ def test_nan_logits_and_missing_tokenizers_are_named(tokenizers, tiny_lm):
     torch.nn.init.constant_(lm.model.lm_head.weight, float("nan"))
     with pytest.raises(HeadscopeError, match="not numbers"):
         task.run(lm, trial)
-    bare = types.SimpleNamespace(name="bare", tokenizer=None, info=lm.info)
+    bare = LanguageModel.wrap(lm.model, name="bare")
     with pytest.raises(HeadscopeError, match="without a tokenizer"):
         task.trials(bare)
 
