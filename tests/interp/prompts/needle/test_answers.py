@@ -11,7 +11,6 @@ import torch
 
 from headscope.interp import HeadscopeError
 from headscope.interp.models import LanguageModel
-from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts import (
     load_haystack,
     load_needles,
