@@ -10,6 +10,7 @@ of a sweep that nobody killed.
 from __future__ import annotations
 
 import argparse
+import dis
 import multiprocessing
 import os
 import random
@@ -125,8 +126,10 @@ def _interrupted_at(model: Any, number: int) -> bool:
         nonlocal seen
         if event == "call":
             return watch if frame.f_code.co_filename.endswith(WATCHED) else None
-        seen += event == "line"
-        if event == "line" and seen == number:
+        if event != "line" or _does_nothing(frame):
+            return watch
+        seen += 1
+        if seen == number:
             signal.raise_signal(signal.SIGINT)
         return watch
 
@@ -140,6 +143,12 @@ def _interrupted_at(model: Any, number: int) -> bool:
     finally:
         sys.settrace(before)
     return True
+
+
+def _does_nothing(frame: Any) -> bool:
+    """Whether the line is a ``try:``, an instruction that does nothing. Python handles signals at calls, at jumps back
+    and where a function or generator goes on, so no interrupt comes there; what guards the line begins after it."""
+    return bool(frame.f_code.co_code[frame.f_lasti] == dis.opmap["NOP"])
 
 
 def kills(count: int, folder: Path, seed: int = 0) -> list[str]:
