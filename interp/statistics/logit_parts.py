@@ -35,6 +35,7 @@ class LogitParts(CallStatistic):
     key: int = 0
     name: ClassVar[str] = "logit_parts"
     unit: ClassVar[str] = "nats"
+    units: ClassVar[Mapping[str, str]] = {"angle_gap": "nats", "norm_gap": "nats"}
     source: ClassVar[str] = "arXiv 2410.10781"
     refused: ClassVar[Mapping[str, str]] = {
         **GAPS,
