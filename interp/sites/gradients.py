@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,27 @@ _NONE = (
 )
 
 
+class _Mode:
+    """torch's gradient mode, switched until ``leave``. Blocks may end in any order: what the first to begin found comes
+    back when the last has ended."""
+
+    entered = threading.local()
+
+    def __init__(self, on: bool) -> None:
+        self.modes: list[_Mode] = self.entered.__dict__.setdefault("modes", [])
+        self.before = torch.is_grad_enabled()
+        self.modes.append(self)
+        torch.set_grad_enabled(on)
+
+    def leave(self) -> None:
+        later = self.modes[self.modes.index(self) + 1 :]
+        self.modes.remove(self)
+        if later:
+            later[0].before = self.before
+        else:
+            torch.set_grad_enabled(self.before)
+
+
 @contextmanager
 def gradients(model: ModelLike, *, on: bool) -> Iterator[None]:
     """Forward passes inside the block keep what a backward pass needs (``on``), or nothing.
@@ -29,13 +51,15 @@ def gradients(model: ModelLike, *, on: bool) -> Iterator[None]:
     """
     if on:
         _refuse(model)
-    with torch.set_grad_enabled(on):
-        try:
-            yield
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            raise HeadscopeError(_NONE if on else _OFF) from error
+    mode = _Mode(on)
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise HeadscopeError(_NONE if on else _OFF) from error
+    finally:
+        mode.leave()
 
 
 def _refuse(model: ModelLike) -> None:

@@ -256,3 +256,18 @@ def test_the_model_inside_an_nnsight_wrapper(kit):
     with apply(wrapper, Scale(factor), grad=True):
         loss(wrapper._module, given).backward()
     assert_near(factor.grad, want)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_blocks_that_end_in_the_order_they_began_leave_the_mode_that_was(outer: bool) -> None:
+    model = tiny_model("llama")
+    with torch.set_grad_enabled(outer):
+        first, second = trace(model, [Entropy()]), trace(model, [Entropy()], grad=True)
+        first.__enter__()
+        assert not torch.is_grad_enabled()
+        second.__enter__()
+        assert torch.is_grad_enabled()
+        first.__exit__(None, None, None)
+        assert torch.is_grad_enabled()
+        second.__exit__(None, None, None)
+        assert torch.is_grad_enabled() == outer
