@@ -75,16 +75,14 @@ class NeedlePrompts:
 
     The needle is set as a line of its own at the sentence end at or before the depth (a clause's end within a very
     long sentence); depth 100 appends it. Each needle starts reading the haystack at another place, as the authors give
-    each needle its own book; text that is shorter than the prompt is repeated, as theirs is. What differs from their
-    code:
+    each needle its own book; text that is shorter than the prompt is repeated, as theirs is. Differences:
 
     - The bundled needles are not their three (see ``load_needles``).
     - Line breaks stand around the needle and before "Based on the content"; theirs have none at either place.
     - An answer also ends at a token that ends a text or a turn; theirs ends at a newline or after 50 tokens only, so
       that tokens after an end of text could still score. It ends at a newline only with ``newline_stop``.
-    - Sentence ends and the needle's span are found in the text: their period ids belong to one vocabulary, and their
-      span may begin a token early.
-    - The full prompt has exactly ``length`` tokens, not ``length`` - 200 and a bit.
+    - Sentence ends and the needle's span are found in the text (their period ids are of one vocabulary, and their span
+      may begin a token early); the prompt has exactly ``length`` tokens, not ``length`` - 200 and a bit.
     """
 
     lengths: Sequence[int] | None = None

@@ -342,7 +342,7 @@ def test_folders_of_others_and_of_running_sweeps_are_left_alone(lm, tmp_path):
             sweep(lm, prompts(3), [Entropy()], out=tmp_path / "busy", **QUIET)
 
 
-def test_what_has_two_texts_or_a_wrapper_is_refused(tmp_path):
+def test_what_has_two_texts_is_refused(tmp_path):
     with pytest.raises(HeadscopeError, match="encoder and a decoder"):
         sweep(tiny_model("t5", "encoder-decoder"), prompts(2), [Entropy()], out=tmp_path / "run", **QUIET)
 
