@@ -59,7 +59,7 @@ def test_smollm2_scores_equal_those_of_eager_maps(smollm2):
 RUN = """
 import sys
 from headscope.interp import load_model
-from headscope.interp.heads.retrieval import retrieval
+from headscope.interp.heads import retrieval
 retrieval(load_model("smollm2-135m"), lengths=[240], depths=3, needles=2, out=sys.argv[1], progress=False)
 """
 
