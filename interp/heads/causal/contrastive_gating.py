@@ -31,7 +31,7 @@ class ContrastiveGating(GateMethod):
     and a task F to forget, gates as in ``head_gating`` make small the mean of
     clip(log P(y_F | x_F) - log P(y_R | x_R), -5, 5), minus lambda times the mean over heads of clip(theta, -4, 4): one
     stage from G ~ U(0, 1), rate 0.1 to 0.01. The text has lambda > 0, which opens what need not close, and the appendix
-    -0.1: ``penalty`` is +0.1 here. Log-probabilities are means over a target's tokens.
+    -0.1: ``penalty`` is positive here. Log-probabilities are means over a target's tokens.
 
     What differs: means stand for the paper's sums; defaults are small [OURS]: ``size="published"``. The score 1 - G is
     ours, so that high means "closed"; the paper reads the gates themselves.
@@ -78,7 +78,7 @@ class ContrastiveGating(GateMethod):
                 return (lost - kept).clamp(-LIMIT, LIMIT).mean(1)
 
             first = start(self.seed, members, lm.info.layers, lm.info.heads).to(lm.device)
-            stage = Stage(self.sizes["updates"], 0.1, 0.01, self.penalty, self.clip)
+            stage = Stage(self.sizes["updates"], 0.1, 0.01, self.weight, self.clip)
             theta = fit(gates, first, objective, stage, rng)
         return [{"gate": attended_gates(theta[i], gates.layers)} for i in range(len(members))]
 

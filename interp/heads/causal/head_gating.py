@@ -97,7 +97,7 @@ class HeadGating(GateMethod):
 
             first = start(self.seed, members, lm.info.layers, lm.info.heads).to(lm.device)
             theta = fit(gates, first, objective, Stage(sizes["updates"], 0.1, 0.01, 0.0, self.clip), rng)
-            signs = {"retained": self.penalty, "removed": -self.penalty}
+            signs = {"retained": self.weight, "removed": -self.weight}
             stages = {name: Stage(sizes["updates"], 0.5, 0.1, sign, self.clip) for name, sign in signs.items()}
             found = {name: fit(gates, theta, objective, stage, rng) for name, stage in stages.items()}
         return [{name: attended_gates(x[i], gates.layers) for name, x in found.items()} for i in range(len(members))]

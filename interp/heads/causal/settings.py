@@ -27,8 +27,9 @@ class GateMethod(HeadMethod):
 
     Args:
         size: "published" (10 starts, 500 updates a stage, batches of 64; the paper: 15 minutes to an hour a start on an
-            H100 for 1 to 8 billion parameters) or "small" [OURS], for a CPU (3 starts, 24 updates, batches of 2: a
-            coarse picture of the same thing). The next three override it.
+            H100 for 1 to 8 billion parameters; penalty 0.1) or "small" [OURS], for a CPU (3 starts, 24 updates, batches
+            of 2, and a penalty of 1: with so few, so noisy updates one of 0.1 does not part the gates). A coarse
+            picture; starts, updates, batch and penalty override it.
         starts: random starts.
         updates: of a stage.
         batch: examples of an update.
@@ -43,6 +44,7 @@ class GateMethod(HeadMethod):
         "small": {"starts": 3, "updates": 24, "batch": 2},
         "published": {"starts": 10, "updates": 500, "batch": 64},
     }
+    PENALTIES: ClassVar[dict[str, float]] = {"small": 1.0, "published": 0.1}
 
     size: Literal["small", "published"] = "small"
     starts: int | None = None
@@ -50,7 +52,7 @@ class GateMethod(HeadMethod):
     batch: int | None = None
     together: int = 1
     examples: int = 256
-    penalty: float = 0.1
+    penalty: float | None = None
     clip: float = 4.0
 
     def __post_init__(self) -> None:
@@ -70,11 +72,16 @@ class GateMethod(HeadMethod):
         own = {"starts": self.starts, "updates": self.updates, "batch": self.batch}
         return {**self.SIZES[self.size], **{name: value for name, value in own.items() if value is not None}}
 
+    @property
+    def weight(self) -> float:
+        """The penalty, after ``size``."""
+        return self.PENALTIES[self.size] if self.penalty is None else self.penalty
+
     def trials(self, lm: LanguageModel) -> Sequence[Trial]:
         return [{"sample": i} for i in range(self.sizes["starts"])]
 
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
-        return {**super().parameters(lm), **self.sizes}
+        return {**super().parameters(lm), **self.sizes, "penalty": self.weight}
 
     def train(self, lm: LanguageModel, members: Sequence[int]) -> list[Masks]:
         """The gates of these starts, trained together."""
