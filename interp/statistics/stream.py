@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from headscope.interp.attention.stream import PLACES
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.statistics.base import OUTPUT, Kind, Plan, Reader, Statistic
+from headscope.interp.statistics.base import GAPS, OUTPUT, Kind, Plan, Reader, Statistic
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Resid(Statistic):
     unit: ClassVar[str] = "activation"
     units: ClassVar[Mapping[str, str]] = dict.fromkeys(PLACES, "activation")
     kind: ClassVar[Kind] = OUTPUT
+    refused: ClassVar[Mapping[str, str]] = {
+        **GAPS,
+        "chunked prefill": "the end of the prompt is not known in its first pass",
+    }
 
     def __post_init__(self) -> None:
         if self.place not in PLACES:

@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.stream import StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics import Statistic
+from headscope.interp.statistics.exactness import CONDITIONS
 from headscope.interp.statistics.stream import Resid
 
 _Pass = dict[tuple[str, int], Tensor]  # variable, layer -> (batch, position, d_model)
@@ -31,10 +32,20 @@ class StreamRecord:
         return tuple(dict.fromkeys(each.place for each in self.statistics.values()))
 
     def see(self, call: StreamCall) -> None:
-        """Keep what passes one place, unless the pass continues a cache."""
+        """Keep what passes one place, unless the pass continues a cache.
+
+        Raises:
+            HeadscopeError: the pass is under a condition that ``Resid`` refuses.
+        """
         wanted = {name: one for name, one in self.statistics.items() if one.place == call.place}
         if call.offset:
+            if self._done and call.x.shape[1] > 1:
+                self._refuse("chunked prefill")
             return
+        at = call.position
+        first = torch.where(at < 0, at.shape[1], at).amin(1)
+        if bool(((at >= 0).sum(1) < at.amax(1) + 1 - first).any()):
+            self._refuse("gaps")
         if any((name, call.layer) in self._pass for name in wanted):
             raise HeadscopeError(
                 f"{call.place} of layer {call.layer} of {call.module} comes more than once in a forward pass, which is "
@@ -44,6 +55,12 @@ class StreamRecord:
         for name, statistic in wanted.items():
             rows = call.rows(statistic.positions)
             self._pass[name, call.layer] = x.gather(1, rows[..., None].expand(-1, -1, x.shape[2])).float().cpu()
+
+    def _refuse(self, condition: str) -> None:
+        raise HeadscopeError(
+            f"{', '.join(self.statistics)}: the residual stream is not recorded with {CONDITIONS[condition]} "
+            f"({Resid.refused[condition]}); leave Resid out, or trace inputs without that"
+        )
 
     def end_forward(self) -> None:
         """The pass is whole: it is kept."""

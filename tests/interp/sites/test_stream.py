@@ -337,3 +337,22 @@ def test_the_stream_inside_an_nnsight_wrapper(kit):
     with attached(wrapper, edit):
         got = kit.run_nnsight(wrapper, given)
     torch.testing.assert_close(got, want)
+
+
+def test_a_prompt_in_chunks_and_padding_between_tokens_are_refused():
+    """The end of a prompt in chunks is not that of its first pass, and -1 would name another token."""
+    model, given = tiny_model("llama"), inputs()
+    ids = given["input_ids"]
+    with pytest.raises(HeadscopeError, match="a prompt in several passes"), trace(model, [Resid()]):
+        cache = model(ids[:, :6], use_cache=True).past_key_values
+        model(ids[:, 6:], past_key_values=cache)
+    gaps = torch.ones_like(ids)
+    gaps[1, 4] = 0
+    with pytest.raises(HeadscopeError, match="padding between the tokens"), trace(model, [Resid()]):
+        model(ids, attention_mask=gaps)
+    padded = torch.ones_like(ids)
+    padded[0, :3], padded[1, -2:] = 0, 0
+    with trace(model, [Resid()]) as tracer:  # around them it is none
+        model(ids, attention_mask=padded)
+        model(ids[:, :1])
+    assert tracer.record.sizes["example"] == 4
