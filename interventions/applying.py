@@ -13,7 +13,7 @@ from headscope.interp.sites.sizes import TowerSize, tower_size
 from headscope.interp.sites.towers import TOWERS, tower_of
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.tracing.generation import GenerationBoundary, watching_generate
-from headscope.interventions.base import Edit, Intervention
+from headscope.interventions.base import Intervention
 from headscope.interventions.files import require_model
 
 
@@ -86,9 +86,7 @@ def _check(intervention: Intervention, found: TowerSize) -> None:
 
 
 def _named(intervention: Intervention) -> dict[int, str] | None:
-    """The layers of its heads, and what an error calls them; none with strength 0: nothing goes on the model."""
-    if isinstance(intervention, Edit) and intervention.strength == 0:
-        return {}
+    """The layers of its heads, and what an error calls them."""
     if intervention.heads is None:
         return None
     layers = intervention.heads.by_layer().items()

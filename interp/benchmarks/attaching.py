@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from headscope.interp import load_model, trace
+from headscope.interp import load_model
 from headscope.interp.attention.handler import Handler
 from headscope.interp.sites import attached
-from headscope.interp.statistics import LogSumExp
+from headscope.interp.sites.huggingface import route as huggingface
 
 MODEL = "smollm2-135m"
 UNTRACED = "untraced"
@@ -37,12 +37,23 @@ Kinds = dict[str, Callable[[], AbstractContextManager[Any]]]
 
 
 def kinds_of(model: Any) -> Kinds:
-    """The ways to run a forward pass: none of ours, a handler that does nothing, a tracer that selects no layer."""
+    """The ways to run a forward pass: none of ours, a handler that does nothing, one that is concerned with no layer.
+
+    The last is what a tracer costs in the layers that it does not read; a tracer of no layer is not even attached.
+    """
     return {
         UNTRACED: nullcontext,
         "attached": lambda: attached(model, Handler()),
-        "trace(layers=[])": lambda: trace(model, [LogSumExp()], layers=[]),
+        "idle": lambda: huggingface.attached(model, _Idle()),
     }
+
+
+class _Idle(Handler):
+    """Concerned with no layer, at a site that leaves all of them to the model's own attention."""
+
+    def concerns(self, module: str, layer: int) -> bool:
+        """No layer."""
+        return False
 
 
 def thin(model: Any) -> Any:

@@ -30,7 +30,7 @@ from headscope.interp.statistics import Entropy, KeyMass, SinkMass
 
 TYPES = ("llama", "gpt2", "gemma2", "gemma3_text", "mistral", "qwen3", "gpt_oss", "phi3", "gpt_neox", "olmo2")
 STATISTICS = (Entropy(), SinkMass(2), KeyMass())
-BOUND = 2e-3  # float32 matrix products of 24 tokens on a card, through two layers; a wrong mask moves these by 0.1
+BOUND = 1e-4  # 24 weights, each an exponential of a score below 32: 24 x 32 roundings of 2^-24; a wrong mask: 0.1
 
 
 def real_size(dtype: torch.dtype) -> Any:

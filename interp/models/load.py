@@ -63,22 +63,19 @@ def load_model(
     if isinstance(name_or_path_or_model, LanguageModel):
         return name_or_path_or_model
     own = _tokenizer(tokenizer, trust_remote_code, bool(offline))
-    if isinstance(name_or_path_or_model, nn.Module) or _wraps(name_or_path_or_model):
-        if any(option is not None for option in (dtype, device, device_map, quantize)):
-            raise HeadscopeError(
-                "dtype, device, device_map and quantize are for models that are loaded: move a live model with "
-                "model.to(...), or give its name"
-            )
-        return _from_live(name_or_path_or_model, own, revision)
-    if not isinstance(name_or_path_or_model, str | Path):
+    if isinstance(name_or_path_or_model, str | Path):
+        options = Options.decide(
+            dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own
+        )
+        return _from_name(str(name_or_path_or_model), options, revision, offline)
+    if not (isinstance(name_or_path_or_model, nn.Module) or origin(name_or_path_or_model)):
         raise HeadscopeError(f"cannot load a {type(name_or_path_or_model).__name__}: give a name, a path or a model")
-    options = Options.decide(dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own)
-    return _from_name(str(name_or_path_or_model), options, revision, offline)
-
-
-def _wraps(given: Any) -> bool:
-    """Whether this is a TransformerBridge or an nnsight wrapper, which need not be a module of torch."""
-    return bool(origin(given))
+    if any(option is not None for option in (dtype, device, device_map, quantize)):
+        raise HeadscopeError(
+            "dtype, device, device_map and quantize are for models that are loaded: move a live model with "
+            "model.to(...), or give its name"
+        )
+    return _from_live(name_or_path_or_model, own, revision)
 
 
 def _from_live(given: Any, tokenizer: Any, revision: str | None) -> LanguageModel:

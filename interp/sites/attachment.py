@@ -11,7 +11,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.given import ModelLike
-from headscope.interp.sites.sizes import tower_size
+from headscope.interp.sites.sizes import attending, tower_size
 from headscope.interp.sites.towers import selects, tower_of
 from headscope.interp.sites.unwrap import bare_model
 from headscope.kernels.request import Reduced, Request
@@ -23,8 +23,9 @@ class Attachment(Handler):
     """Shows ``inner`` the calls of one tower, of ``layers`` alone where they are given, and to ``inner.follow`` those
     of the towers that it follows.
 
-    ``layers`` may map each layer to what an error calls it, such as the heads that are edited there. With none of them
-    and no stream it ``rests``: nothing goes on the model, which runs what it ran before, compiled graphs too.
+    ``layers`` may map each layer to what an error calls it, such as the heads that are edited there. Where no layer and
+    no stream is read or changed (none is named, or every edit has strength 0) it ``rests``: nothing goes on the model,
+    which runs what it ran before, compiled graphs too.
 
     Raises:
         HeadscopeError: no such tower, or a layer that does not attend in it.
@@ -39,7 +40,6 @@ class Attachment(Handler):
         if named is not None:
             self.size.check_layers(named, attend=not inner.streams)
         self.layers = named
-        self.rests = named is not None and not named and not inner.streams
         own = ("edit", "request", "edit_output", "observe")
         self._attends = any(getattr(type(inner), name) is not getattr(Handler, name) for name in own)
         self._shown: dict[str, bool] = {}
@@ -49,6 +49,9 @@ class Attachment(Handler):
         self._attended: set[int] = set()
         self._idle: set[int] = set()
         self._passes = 0
+        places = [(module, layer) for module, layers in attending(self._model).items() for layer in layers]
+        known = bool(places) or named == {}
+        self.rests = known and not inner.streams and not any(self.concerns(*place) for place in places)
 
     @property
     def only_reads(self) -> bool:  # type: ignore[override]

@@ -13,9 +13,8 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.estimate import announce
-from headscope.interp.runs.files import locked
-from headscope.interp.runs.journal import Journal, Trial
-from headscope.interp.runs.progress import track
+from headscope.interp.runs.journal import Trial
+from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
 from headscope.interventions.applying import apply, size
 from headscope.interventions.base import Composed, Intervention, moved, parts_of
@@ -73,23 +72,17 @@ def evaluate(
     work = _schedule(chosen, conditions, trials)
     announce((task.tokens(model, trial) for task, _, trial in work), list(FILES) if out is not None else [])
     path = None if out is None else Path(out) / FILES[-1]
-    with locked(path):
-        journal = Journal(path, config)
-        waiting = [index for index in range(len(work)) if index not in journal]
-        for index in track(waiting, "evaluate", enabled=progress, done=len(work) - len(waiting)):
-            task, condition, trial = work[index]
-            with apply(model, *condition.edits):
-                journal.add(index, task.run(model, trial))
+
+    def step(index: int) -> dict[str, Any]:
+        task, condition, trial = work[index]
+        with apply(model, *condition.edits):
+            return task.run(model, trial)
+
+    with opened(path, config) as journal:
+        results = run_steps(journal, len(work), step, "evaluate", progress=progress)
     rows = [
-        {
-            **(own := {"task": task.name, "condition": c.name, "kind": c.kind, "of": c.of, "trial": number}),
-            **trial_scalars(trial),
-            **result,
-            **own,  # a task's own keys do not replace these
-        }
-        for (task, c, trial), number, result in zip(
-            work, _numbers(work), (journal.entries[i] for i in range(len(work))), strict=True
-        )
+        row({"task": task.name, "condition": c.name, "kind": c.kind, "of": c.of, "trial": number}, trial, result)
+        for (task, c, trial), number, result in zip(work, _numbers(work), results, strict=True)
     ]
     made["conditions"] = config["conditions"]
     directions = {task.name: getattr(task, "higher_is_better", None) for task in chosen}
@@ -150,6 +143,7 @@ def _numbers(work: list[tuple[Task, Condition, Trial]]) -> list[int]:
     return numbers
 
 
-def trial_scalars(trial: Trial) -> dict[str, Any]:
-    """What a table says of a trial."""
-    return {key: value for key, value in trial.items() if isinstance(value, str | int | float | bool)}
+def row(own: dict[str, Any], trial: Trial, result: dict[str, Any]) -> dict[str, Any]:
+    """A row of an evaluation's table: ``own``, which no key of a task's replaces, the trial's scalars, its result."""
+    scalars = {key: value for key, value in trial.items() if isinstance(value, str | int | float | bool)}
+    return {**own, **scalars, **result, **own}

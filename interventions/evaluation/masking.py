@@ -10,16 +10,18 @@ from typing import Any, Literal
 import numpy as np
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
+from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.estimate import announce
-from headscope.interp.runs.files import locked
-from headscope.interp.runs.journal import Journal, Trial
-from headscope.interp.runs.progress import track
+from headscope.interp.runs.journal import Trial
+from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
+from headscope.interp.sites.given import Loadable
 from headscope.interventions.applying import apply, size
-from headscope.interventions.evaluation.evaluate import BASELINE, CONTROL, EDIT, FILES, trial_scalars
+from headscope.interventions.evaluation.evaluate import BASELINE, CONTROL, EDIT, FILES, row
 from headscope.interventions.outputs.ablate import AblateHeads
 from headscope.interventions.tasks.needle import NeedleTask
 
@@ -48,8 +50,13 @@ class Arm:
         """Baseline, intervention, or the control of one."""
         return BASELINE if not self.k else EDIT if self.draw is None else CONTROL
 
+    @property
+    def of(self) -> str:
+        """Which arm it is the control of, if it is one."""
+        return "" if self.draw is None else Arm(self.k).name
 
-def needle_task(lm: Any, scale: Literal["small", "published"] = "small", **given: Any) -> NeedleTask:
+
+def needle_task(lm: LanguageModel, scale: Literal["small", "published"] = "small", **given: Any) -> NeedleTask:
     """The trials: their needle (the sandwich), answers of at most 50 tokens that end at a newline.
 
     "published": those of their 40 lengths from 1,000 to 128,000 tokens that fit the model, at ten depths. "small"
@@ -66,7 +73,7 @@ def needle_task(lm: Any, scale: Literal["small", "published"] = "small", **given
 
 
 def masking(
-    lm: Any,
+    lm: Loadable,
     heads: HeadScores | HeadSet,
     ks: Sequence[int] = (5, 10, 30),
     *,
@@ -94,7 +101,7 @@ def masking(
     of ``NeedlePrompts``, from the bundled novel.
 
     Args:
-        lm: load_model's result.
+        lm: load_model's result, or what load_model takes.
         heads: head scores (a list of theirs: ``from_retrieval_head``), or heads in their order.
         ks: how many to mask; their README compares 30.
         task: the trials (None: ``needle_task(lm)``).
@@ -110,39 +117,39 @@ def masking(
         HeadscopeError: a k that the heads do not have, or too few other heads.
     """
     ranked = heads.top(min(LISTED, int((heads.n > 0).sum()))) if isinstance(heads, HeadScores) else heads[:LISTED]
-    layers, count = size(lm)
+    model = load_model(lm)
+    layers, count = size(model)
     ranked.check(layers, count)
     _check(ranked, ks, draws, random, layers * count)
-    task = needle_task(lm) if task is None else task
-    trials = task.trials(lm)
+    task = needle_task(model) if task is None else task
+    trials = task.trials(model)
     arms = [Arm(), *(Arm(k, draw) for k in ks for draw in (None, *range(draws)))]
-    settings: dict[str, Any] = {
+    work = [(arm, index) for arm in arms for index in range(len(trials))]
+    chosen: dict[str, Any] = {
         "ks": list(ks),
         "random": random,
         "draws": draws,
         "protocol": PROTOCOL,
         "heads": list(ranked),
     }
-    made = provenance(lm, seed=seed, tasks={task.name: task.parameters(lm)}, **settings)
+    made = provenance(model, seed=seed, tasks={task.name: task.parameters(model)}, **chosen)
     config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed")} | {"trials": trials}
-    work = [(arm, index) for arm in arms for index in range(len(trials))]
-    announce((task.tokens(lm, trials[index]) for _, index in work), list(FILES) if out is not None else [])
-    path = None if out is None else Path(out) / FILES[-1]
-    with locked(path):
-        journal = Journal(path, config)
-        waiting = [step for step in range(len(work)) if step not in journal]
-        for step in track(waiting, "mask", enabled=progress, done=len(work) - len(waiting)):
-            arm, index = work[step]
-            masked = _masked(arm, ranked, (layers, count), random, [seed, arm.k, arm.draw or 0, index])
-            journal.add(step, {**_run(lm, task, trials[index], masked), "masked": ",".join(masked)})
+    announce((task.tokens(model, trials[index]) for _, index in work), list(FILES) if out is not None else [])
+
+    def step(number: int) -> dict[str, Any]:
+        arm, index = work[number]
+        masked = _masked(arm, ranked, (layers, count), random, [seed, arm.k, arm.draw or 0, index])
+        return {**_run(model, task, trials[index], masked), "masked": ",".join(masked)}
+
+    with opened(None if out is None else Path(out) / FILES[-1], config) as journal:
+        results = run_steps(journal, len(work), step, "mask", progress=progress)
     rows = [
-        {
-            **(own := {"task": task.name, "condition": arm.name, "kind": arm.kind, "of": _of(arm), "trial": index}),
-            **trial_scalars(trials[index]),
-            **journal.entries[step],
-            **own,
-        }
-        for step, (arm, index) in enumerate(work)
+        row(
+            {"task": task.name, "condition": arm.name, "kind": arm.kind, "of": arm.of, "trial": index},
+            trials[index],
+            found,
+        )
+        for (arm, index), found in zip(work, results, strict=True)
     ]
     result = Evaluation.from_rows(rows, {task.name: task.metric}, made, {task.name: task.higher_is_better})
     if out is not None:
@@ -174,12 +181,8 @@ def _masked(arm: Arm, ranked: HeadSet, shape: tuple[int, int], random: str, seed
     return [f"L{layer}H{head}" for layer, head in (free[i] for i in drawn)]
 
 
-def _run(lm: Any, task: NeedleTask, trial: Trial, masked: Sequence[str]) -> dict[str, Any]:
+def _run(lm: LanguageModel, task: NeedleTask, trial: Trial, masked: Sequence[str]) -> dict[str, Any]:
     if not masked:
         return task.run(lm, trial)
     with apply(lm, AblateHeads(HeadSet.of(list(masked)), "uniform", during="answer")):
         return task.run(lm, trial)
-
-
-def _of(arm: Arm) -> str:
-    return "" if arm.draw is None else Arm(arm.k).name

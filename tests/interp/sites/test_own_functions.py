@@ -14,8 +14,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import verify
+from headscope.interp.sites.huggingface.route import attached
 from headscope.interp.statistics import Entropy, SpanMass
 from headscope.interp.survey.eager import eager_weights
 from headscope.interp.survey.tiny import tiny_model
@@ -25,6 +27,11 @@ from headscope.interventions import AblateHeads, apply
 BEYOND = 32  # the verification prompt is shorter
 IDS = torch.randint(5, 90, (1, 64), generator=torch.Generator().manual_seed(0))
 REFUSAL = r"layer 0 attends through .*(sparse|plain_enough).*verify\(model, trust="
+
+
+class Idle(Handler):
+    def concerns(self, module: str, layer: int) -> bool:
+        return False
 
 
 def sparse(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
@@ -66,6 +73,8 @@ def test_it_runs_as_it_is_where_nobody_reads_inside(model: Any) -> None:
     with torch.no_grad():
         plain = model(IDS).logits
     with trace(model, [Entropy()], layers=[]):
+        assert torch.equal(model(IDS).logits, plain)
+    with attached(model, Idle()):  # on the model, and concerned with no layer
         assert torch.equal(model(IDS).logits, plain)
     with apply(model, AblateHeads([(0, 0)], strength=0.0)):
         assert torch.equal(model(IDS).logits, plain)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, LlamaForCausalLM
 
 from headscope.interp import load_model
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import LanguageModel
 from headscope.interp.sites import verify
+from headscope.interp.sites.huggingface.route import attached
 from headscope.interp.statistics import Entropy, KeyMass, SinkMass
 from headscope.interp.survey.tiny import tiny_config, tiny_model
 from headscope.interp.tracing.maps import patterns
@@ -24,6 +26,11 @@ from headscope.interp.tracing.recording import trace
 from headscope.interventions import AblateHeads, apply
 
 IDS = torch.randint(5, 90, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+class Idle(Handler):
+    def concerns(self, module: str, layer: int) -> bool:
+        return False
 
 
 def entropy_of(model: Any, ids: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ def test_autocast_around_the_first_block() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with trace(model, [Entropy()]) as tracer:
             model(IDS)
-        with trace(model, [Entropy()], layers=[]), torch.no_grad():
+        with attached(model, Idle()), torch.no_grad():
             inside = model(IDS).logits
         with torch.no_grad():
             plain = model(IDS).logits

@@ -33,25 +33,36 @@ def batch(length: int = 24) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": real}
 
 
-def run(model: Any) -> list[Tensor]:
-    """Logits of a padded prompt and of two decoding steps."""
+def run(model: Any, hidden: int | None = None) -> list[Tensor]:
+    """Logits of a padded prompt and of two decoding steps, or the stream after the first ``hidden`` layers."""
     inputs, found = batch(), []
+    options = {"output_hidden_states": hidden is not None}
+
+    def keep(output: Any) -> None:
+        found.append(output.logits if hidden is None else output.hidden_states[hidden])
+
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        found.append(model(**inputs, past_key_values=cache).logits)
+        keep(model(**inputs, past_key_values=cache, **options))
         for step in range(2):
             real = torch.cat([inputs["attention_mask"], torch.ones(2, step + 1, dtype=torch.long)], dim=1)
-            found.append(model(inputs["input_ids"][:, :1], attention_mask=real, past_key_values=cache).logits)
+            keep(model(inputs["input_ids"][:, :1], attention_mask=real, past_key_values=cache, **options))
     return found
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_that_nobody_reads_are_bitwise_the_models_own(name: str) -> None:
+    """With no layer, the whole model; with the last, what comes before it."""
     model = tiny_model(name)
     plain = run(model)
     with trace(model, [Entropy()], layers=[]):
         found = run(model)
     assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+    below = run(model, hidden=1)
+    with trace(model, [Entropy()], layers=[1]) as tracer:
+        found = run(model, hidden=1)
+    assert tracer.record["layer"].to_numpy().tolist() == [1]
+    assert all(torch.equal(one, other) for one, other in zip(below, found, strict=True))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,7 +102,7 @@ def test_no_mask_of_query_times_key_is_made_for_long_inputs(monkeypatch: pytest.
     monkeypatch.setattr(own, "SMALL", 24 * 24)
     with torch.no_grad():
         plain = model(**batch()).logits
-        with trace(model, [Entropy()], layers=[], verify=False):
+        with trace(model, [Entropy()], layers=[1], verify=False):
             found = model(**batch()).logits
     real = batch()["attention_mask"].bool()
     assert not asked  # two examples of 24 x 24 pairs
@@ -127,7 +138,7 @@ def test_a_layer_that_nobody_reads_costs_few_calls() -> None:
         return (calls(many, lambda: context(many)) - calls(few, lambda: context(few))) / 4
 
     untraced = a_layer(lambda model: nullcontext())
-    idle = a_layer(lambda model: trace(model, [LogSumExp()], layers=[]))
+    idle = a_layer(lambda model: trace(model, [LogSumExp()], layers=[0]))  # the others are idle
     busy = a_layer(lambda model: trace(model, [LogSumExp()]))
     assert untraced > 100
     assert idle - untraced < 40 < busy - untraced
@@ -138,4 +149,4 @@ def test_attaching_costs_under_two_percent_of_a_decoding_step(smollm2: Any) -> N
     """The added seconds, seen on a thin model of the same depth, over the fastest untraced step of the real one."""
     added = attaching.cost(smollm2.model, rounds=30)
     step = attaching.fastest_step(smollm2.model)
-    assert added["trace(layers=[])"] / step < 0.02
+    assert added["idle"] / step < 0.02
