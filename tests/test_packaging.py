@@ -253,6 +253,23 @@ def dependency_faults(root: Path) -> set[str]:
     return faults
 
 
+def stale_faults(root: Path) -> set[str]:
+    """Modules that are not there, named by an import anywhere in the text of tests, notebooks and the README: a script
+    within a string is seen by no other check. Tests of the packaging itself make up modules."""
+    known = {place.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for place in modules(root)}
+    known |= set(ROOMS) | {".".join(path.parent.relative_to(root).parts) for path in sources(root)}
+    texts = [
+        path for path in sources(root, ("tests",)) if path.name not in ("test_packaging.py", "test_contributing.py")
+    ]
+    texts += [*root.glob("notebooks/*.ipynb"), *root.glob("README.md")]
+    return {
+        f"{path.relative_to(root)} imports headscope.{name}, which is not there"
+        for path in texts
+        for name in re.findall(r"\b(?:from|import) headscope\.([\w.]+\w)", path.read_text(encoding="utf-8"))
+        if name not in known
+    }
+
+
 def shadow_faults(root: Path) -> set[str]:
     """Files in a folder of scripts that hide a module of the standard library from whatever such a script imports."""
     benchmarks = (path for path in sources(root) if path.parent.name == "benchmarks")
@@ -273,6 +290,7 @@ CHECKERS = (
     pickle_faults,
     dependency_faults,
     shadow_faults,
+    stale_faults,
     cycle_faults,
     order_faults,
     size_faults,
@@ -417,6 +435,12 @@ def test_a_repository_that_keeps_the_rules_has_no_fault(small: Path, checker) ->
         ),
         (order_faults, "interp/attic/a.py", "", "interp/attic is on no floor"),
         (size_faults, "probes/a.py", "x = 1\n" * 301, "probes/a.py has 301 lines"),
+        (
+            stale_faults,
+            "tests/test_a.py",
+            'RUN = "from headscope.interp.models.tiny import tiny_model"',
+            "tests/test_a.py imports headscope.interp.models.tiny, which is not there",
+        ),
         (shadow_faults, "kernels/benchmarks/profile.py", "", "kernels/benchmarks/profile.py hides profile"),
     ],
 )

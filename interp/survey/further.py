@@ -93,7 +93,7 @@ def without_optional(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> st
         run(model, rest)
     except Exception as error:  # what is optional by its signature may be demanded by its code
         raise Inapplicable from error
-    return _forward(model, rest)
+    return _forward(model, rest, hard=True)
 
 
 def large_logits(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> str | None:
@@ -105,7 +105,7 @@ def large_logits(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> str | 
     with torch.no_grad():
         for parameter in scaled:
             parameter.mul_(GAIN)
-    return _forward(sharp, inputs)
+    return _forward(sharp, inputs, hard=True)
 
 
 def left_padded(model: PreTrained, inputs: dict[str, Tensor], _: Any) -> str | None:
@@ -144,11 +144,11 @@ COMPARISONS: dict[str, Callable[[PreTrained, dict[str, Tensor], Any], str | None
 }
 
 
-def _forward(model: PreTrained, inputs: dict[str, Tensor]) -> str | None:
+def _forward(model: PreTrained, inputs: dict[str, Tensor], *, hard: bool = False) -> str | None:
     found = verify(model, inputs)
     if not found.passed:
         raise HeadscopeError(found.problems[0] if found.problems else "its attention is not called")
-    seen = compare_model(model, inputs, found.layers)
+    seen = compare_model(model, inputs, found.layers, hard=hard)
     wrong = [f"{module}: {one.wrong}" for module, one in seen.items() if one.wrong]
     refused = [f"{module}: {one.refused}" for module, one in seen.items() if one.refused]
     if refused and not wrong:

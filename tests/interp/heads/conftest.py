@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.interp import load_model
 from headscope.interp.models import LanguageModel
+from headscope.interp.prompts import load_haystack, load_needles
 
 WORDS, BOS = 60, 60  # ids of ordinary words are 0..59
 
@@ -23,6 +25,23 @@ def words() -> PreTrainedTokenizerFast:
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", pad_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> Callable[[int], PreTrainedTokenizerFast]:
+    """Builds a byte-level tokenizer of so many tokens, trained on the bundled novel and needles."""
+
+    @functools.cache
+    def trained(size: int) -> Tokenizer:
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, special_tokens=["<eos>"])
+        inner.train_from_iterator([load_haystack()[:20_000] + " ".join(n.needle for n in load_needles(10))], trainer)
+        return inner
+
+    return lambda size: PreTrainedTokenizerFast(tokenizer_object=trained(size), eos_token="<eos>")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -30,7 +30,7 @@ from headscope.interp.heads.divergence.context_divergence import (
 from headscope.interp.heads.divergence.pattern_divergence import PatternDivergence, jensen_shannon
 from headscope.interp.heads.passes import record_of
 from headscope.interp.models import LanguageModel
-from headscope.interp.prompts import load_haystack, load_needles
+from headscope.interp.prompts import load_haystack
 from headscope.interp.prompts.vision import VisionPrompt, vision_prompt
 from headscope.interp.survey.tiny import tiny_model
 
@@ -40,14 +40,8 @@ SPANS = {"document": [(3, 8), (11, 15)], "system": [(0, 3)]}
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=["<eos>"])
-    inner.train_from_iterator([load_haystack()[:20_000] + " ".join(n.needle for n in load_needles(10))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+def tokenizer(byte_level) -> PreTrainedTokenizerFast:
+    return byte_level(700)
 
 
 @pytest.fixture

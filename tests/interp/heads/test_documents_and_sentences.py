@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from headscope.interp import heads, load_model
 from headscope.interp.errors import HeadscopeError
@@ -35,18 +34,12 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def lm() -> LanguageModel:
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=["<eos>"])
-    inner.train_from_iterator([load_haystack()[:20_000] + " ".join(n.needle for n in load_needles(10))], trainer)
+def lm(byte_level) -> LanguageModel:
     sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
     common = dict(vocab_size=700, eos_token_id=0, bos_token_id=None, initializer_range=0.3)
     torch.manual_seed(0)
     config = LlamaConfig(num_hidden_layers=2, max_position_embeddings=1024, **sizes, **common)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    tokenizer = byte_level(700)
     return load_model(LlamaForCausalLM(config).eval(), tokenizer=tokenizer)
 
 
@@ -149,7 +142,8 @@ def test_receiver_is_its_formula_on_eager_weights(lm: LanguageModel, depth: bool
         ids, offsets = encode(lm.tokenizer, text)
         spans = sentences(text, offsets[:900])
         expected = receiver_by_hand(eager(lm, ids[:900]), spans, 2, depth)
-        np.testing.assert_allclose(scores.trials[i], expected, rtol=1e-2, atol=1e-3)
+        # float32 patterns move a sentence's score by 1e-6 of itself, and their kurtosis by some ten times that
+        np.testing.assert_allclose(scores.trials[i], expected, rtol=0, atol=1e-4)
         assert scores.details[i]["sentences"] == len(spans) > 6
 
 
@@ -194,4 +188,4 @@ def test_smollm2_finds_documents_and_looks_back(smollm2) -> None:
     ids, offsets = encode(smollm2.tokenizer, text)
     looked = heads.receiver(smollm2, texts=text, proximity=2, progress=False)
     expected = receiver_by_hand(eager(smollm2, ids), sentences(text, offsets), 2, depth=False)
-    np.testing.assert_allclose(looked.trials[0], expected, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(looked.trials[0], expected, rtol=1e-3, atol=1e-3)

@@ -12,7 +12,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.interp.attention.handler import Handler
@@ -20,7 +19,6 @@ from headscope.interp.heads import context_activation, locos, retrieval
 from headscope.interp.heads.recall.locos import Locos, answer_steps
 from headscope.interp.models import LanguageModel
 from headscope.interp.models.writing import HeadWrites, unembedding_rows
-from headscope.interp.prompts import load_haystack, load_needles
 from headscope.interp.sites import attached
 
 SETTINGS = {"lengths": [260], "depths": [50], "needles": 1, "progress": False}
@@ -28,14 +26,8 @@ SIZES = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_ke
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<eos>"])
-    inner.train_from_iterator([load_haystack()[:20_000] + " ".join(n.needle for n in load_needles(10))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+def tokenizer(byte_level) -> PreTrainedTokenizerFast:
+    return byte_level(600)
 
 
 def build(tokenizer, kind: str = "llama") -> LanguageModel:

@@ -19,7 +19,7 @@ from headscope.interp.sites.compiled import uncompiled
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, TopKeys
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interventions import AblateHeads, apply
+from headscope.interventions import AblateHeads, Composed, ScaleHeads, apply
 from headscope.kernels import flex
 
 STATISTICS = [LogSumExp(), Entropy(), SinkMass(first=2), KeyMass(), TopKeys(2), Distance()]
@@ -256,7 +256,7 @@ def test_generation_that_compiles_itself(architecture):
     assert graphs.made == made and graphs.ran == 2 * ran
 
 
-@pytest.mark.parametrize("block", ["trace", "apply"])
+@pytest.mark.parametrize("block", ["trace", "apply", "composed"])
 def test_what_nobody_reads_or_changes_stays_compiled(block: str) -> None:
     """``generate`` compiles for a static cache on a GPU: run as plain Python, its tokens would differ by rounding."""
     model, runs = tiny_model("llama"), []
@@ -274,9 +274,9 @@ def test_what_nobody_reads_or_changes_stays_compiled(block: str) -> None:
         forward(input_ids=ids, use_cache=False)
     compiled = len(runs)
     assert compiled > 0
-    nothing = (
-        trace(model, STATISTICS, layers=[]) if block == "trace" else apply(model, AblateHeads([(0, 1)], strength=0))
-    )
+    off = AblateHeads([(0, 1)], strength=0)
+    edit = Composed([off, ScaleHeads([(1, 1)], 3.0, strength=0)]) if block == "composed" else off
+    nothing = trace(model, STATISTICS, layers=[]) if block == "trace" else apply(model, edit)
     with nothing:
         forward(input_ids=ids, use_cache=False)
     assert len(runs) == 2 * compiled

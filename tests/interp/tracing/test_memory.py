@@ -62,7 +62,7 @@ MEASURE = """
 import json, sys, warnings
 from pathlib import Path
 from headscope.interp import load_model, trace
-from headscope.interp.needle import load_haystack
+from headscope.interp.prompts import load_haystack
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass
 
 def mebibytes(name):
