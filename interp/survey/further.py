@@ -26,7 +26,7 @@ from headscope.interp.sites.given import PreTrained
 from headscope.interp.sites.huggingface import route as huggingface
 from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.huggingface.switch import implementations
-from headscope.interp.sites.sizes import tower_size
+from headscope.interp.sites.sizes import attending, tower_size
 from headscope.interp.sites.towers import default_tower
 from headscope.interp.statistics import Entropy, TopKeys
 from headscope.interp.survey.compare import compare_model, outputs_differ, run
@@ -243,7 +243,7 @@ def _projection(model: Any, inputs: dict[str, Tensor], tower: str, layer: int) -
     except HeadscopeError:
         found = {}  # a gate before the projection, which leaves a zero a zero: the projection by its name
     for place in huggingface.places(route).values():
-        if place.layer != layer or tower not in (place.module, place.tower):
+        if place.layer != layer or tower not in (place.module, place.tower) or place.module not in attending(model):
             continue
         children = dict(model.get_submodule(place.name).named_children())
         named = next((f"{place.name}.{name}" for name in _WRITES if name in children), None)

@@ -5,6 +5,8 @@
    that tile of the pattern its real kernel computes, whatever the kernel (SDPA, FlashAttention, eager). This proves
    mask, window, softcap, sink and scale handling where attention weights cannot be asked for.
 3. The tile and the output are compared with those of the AttentionCall we make of the same call.
+4. The model's output of that pass is compared with its output untraced: code around attention may ask whether it has a
+   mask (``untraced``).
 
 A tower that the verification prompt does not reach (images, say) is checked when its first call comes. The prompt runs
 once more without its attention mask, where transformers may make no mask at all and leave causality to a flag. A
@@ -39,6 +41,7 @@ from headscope.interp.sites.huggingface import switch as hf_switch
 from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
 from headscope.interp.sites.huggingface.prompt import SHORT, prompt
 from headscope.interp.sites.huggingface.state import Route
+from headscope.interp.sites.huggingface.untraced import drawn_alike, other_output
 from headscope.interp.sites.interrupts import block, uninterrupted
 from headscope.interp.sites.unwrap import bare_model, model_device
 
@@ -121,7 +124,8 @@ def _run(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
     try:
         with torch.no_grad(), torch.autocast(model_device(model).type, enabled=False):
             with _probing(model, found):
-                model(**inputs)
+                routed = drawn_alike(model, inputs)
+            found.problems += other_output(model, inputs, routed)
             _run_unmasked(model, found, inputs)
     except HeadscopeError as error:
         named = type(model).__name__ in str(error)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
+from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics import Entropy
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.tracing.recording import trace
@@ -64,3 +65,22 @@ def test_models_without_an_attention_mask(name: str) -> None:
     with trace(model, [Entropy()]):
         traced = model(input_ids=ids).logits
     assert float((traced - plain).abs().max()) < 1e-4 * float(plain.abs().max())
+
+
+def test_code_around_attention_that_asks_for_a_mask_is_refused() -> None:
+    """Moonshine's decoder is causal by a flag where it has no mask; ours stands there, and the flag would be off."""
+    model = tiny_model("moonshine", "encoder-decoder")
+    with pytest.raises(HeadscopeError, match="code around it asks whether there is a mask") as error:
+        with trace(model, [Entropy()]):
+            pass
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_draws_random_numbers_is_compared_on_the_same_ones() -> None:
+    model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7, 8]])
+    inner = model.model.embed_tokens
+    handle = inner.register_forward_hook(lambda module, args, output: output + torch.randn_like(output))
+    with trace(model, [Entropy()]) as tracer:
+        model(input_ids=ids)
+    handle.remove()
+    assert tracer.record.sizes["query"] == 4
