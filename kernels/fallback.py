@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 COMPILERS = ("triton", "torch._dynamo", "torch._inductor")
+# what a card says at the next launch of a kernel that ran before: nothing after it can be trusted, nothing is hidden
+RAN = ("illegal memory access", "misaligned address", "device-side assert", "launch failure", "illegal instruction")
 _FAILED: dict[object, str] = {}  # by call shape: why
 
 
@@ -63,8 +65,10 @@ def build(start: Callable[..., None], kernel: Any, x: Tensor, args: tuple[Any, .
 
 def is_compilers(error: Exception, x: Tensor) -> bool:
     """Whether ``error`` is of building a kernel: what compilers raise, and on a card whatever else is raised in their
-    code, but for spent memory."""
+    code, but for spent memory and for kernels that failed while they ran."""
     if isinstance(error, torch.OutOfMemoryError) or type(error).__name__ == "InterpreterError":
+        return False
+    if any(what in str(error) for what in RAN):
         return False
     place = error.__traceback__
     while place is not None and place.tb_next is not None:

@@ -1,7 +1,7 @@
 """Every check on the card in named groups, until a limit of seconds: what passed, what failed, what had no time.
 
-The groups that no other file has: every mask rule at every width, padding around the tiles, features of any size,
-blocks of any size twice, kernels that do not compile. Workers share Triton's cache; compiling takes most of the time.
+The groups that no other file has: every mask rule at every width, widths that the copy engine cannot fetch, padding
+around the tiles, features of any size, blocks of any size twice, kernels that do not compile. Workers share Triton's cache; compiling takes most of the time.
 """
 
 from __future__ import annotations
@@ -65,6 +65,13 @@ def groups() -> dict[str, list[Job]]:
     wide = [{**base, "kind": kind, "d_head": d, "d_value": dv} for kind in RULES for d, dv in WIDTHS]
     bare = [spec | {"dtype": torch.float16} for spec in wide if spec["kind"].startswith(("chunks", "segments"))]
     single = [{**base, "kind": kind, "d_head": 128, "dtype": torch.float32} for kind in RULES]
+    # widths whose rows the copy engine cannot fetch, beside narrower and wider values
+    odd = [
+        {**base, "kind": "causal", "dtype": torch.float16, "queries": n, "d_head": d, "d_value": dv}
+        for n in (20, 333)
+        for d in (17, 33, 65, 129)
+        for dv in (8, 17, 24, 31, 40, 72, 136)
+    ]
     pads = []
     for d, n in ((64, 333), (80, 333), (128, 333), (64, 1300), (128, 1300)):  # the last two by Hopper's kernels
         by_rows, by_columns = tuning.row_tiles(d, d, 0, torch.bfloat16), tuning.column_tiles(d, torch.bfloat16)
@@ -85,6 +92,7 @@ def groups() -> dict[str, list[Job]]:
     ]
     return {
         "every rule at every width": [("narrow", spec) for spec in wide + bare + single],
+        "widths fetched by threads": [("narrow", spec) for spec in odd],
         "padding around the tiles": [("narrow", spec) for spec in pads],
         "features of any size": [("features", spec) for spec in sizes],
         "blocks repeat to the bit": [("blocks", spec) for spec in maps],

@@ -53,8 +53,8 @@ def compare(ours: Reduced, case: Case, request: Request, *, precision: torch.dty
         else:
             if name == "output":
                 lossy = tensors(case.eager(request, case.q.dtype))[name].to(case.v.dtype)
-            # a distance is a difference of positions; a weight exp(s - lse) carries the roundings of s
-            size = case.k.shape[2] if "distance" in name else case.score_size()
+            # a weight exp(s - lse) carries the roundings of s, and a distance sums weights times differences of positions
+            size = case.score_size() * (case.k.shape[2] if "distance" in name else 1)
             verdicts.append(Verdict(name, distance(got, want), allowed(lossy, want, size=size)))
     return verdicts
 

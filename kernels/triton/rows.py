@@ -228,6 +228,10 @@ def rows(
     keys_at, values_at = tma(k, tiles.keys, width), tma(values, tiles.keys, width_v)
     if keys_at is None or values_at is None or not tiles.copy_engine:
         keys_at = values_at = None
+        if v is not None and v.element_size() == 2 and width_v < min(64, width):
+            # Triton 3.6 on Hopper: value tiles that threads fetch come out wrong where they are narrower than 64 and
+            # than the keys' (d_head 33 with d_value 24; by the copy engine they are right): zeros fill them up
+            width_v = min(64, width)
     narrow = 16 if columns is None else columns.shape[-1]
     launch(
         _kernel,

@@ -16,7 +16,7 @@ from headscope.kernels import gpu_passes as passes
 from headscope.kernels.checks.broken import Broken
 from headscope.kernels.checks.cases import Case, everything, random_case
 from headscope.kernels.checks.compare import allowed, compare, distance
-from headscope.kernels.fallback import EngineWarning
+from headscope.kernels.fallback import EngineWarning, is_compilers
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.request import Reduced
 from headscope.kernels.triton import blocks as triton_blocks
@@ -110,3 +110,13 @@ def test_other_errors_stay_errors(error: Exception, monkeypatch: pytest.MonkeyPa
     case = small()
     with pytest.raises(type(error)):
         case.run(gpu_engine.attend, everything(case))
+
+
+def test_a_kernel_that_failed_while_it_ran_is_not_hidden() -> None:
+    class OnCard:
+        is_cuda = True
+
+    said = ["an illegal memory access was encountered", "misaligned address", "device-side assert triggered"]
+    ran = [RuntimeError(f"Triton Error [CUDA]: {what}") for what in said]
+    assert not any(is_compilers(error, OnCard()) for error in ran)  # type: ignore[arg-type]
+    assert is_compilers(RuntimeError("Triton Error [CUDA]: out of resources"), OnCard())  # type: ignore[arg-type]
