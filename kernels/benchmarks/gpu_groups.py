@@ -1,7 +1,8 @@
 """Every check on the card in named groups, until a limit of seconds: what passed, what failed, what had no time.
 
 The groups that no other file has: every mask rule at every width, widths that the copy engine cannot fetch, padding
-around the tiles, features of any size, blocks of any size twice, kernels that do not compile. Workers share Triton's cache; compiling takes most of the time.
+around the tiles, features of any size, blocks of any size twice, kernels that do not compile. Workers share Triton's
+cache; compiling takes most of the time.
 """
 
 from __future__ import annotations

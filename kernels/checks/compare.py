@@ -53,7 +53,7 @@ def compare(ours: Reduced, case: Case, request: Request, *, precision: torch.dty
         else:
             if name == "output":
                 lossy = tensors(case.eager(request, case.q.dtype))[name].to(case.v.dtype)
-            # a weight exp(s - lse) carries the roundings of s, and a distance sums weights times differences of positions
+            # a weight exp(s - lse) carries the roundings of s; a distance sums weights times differences of positions
             size = case.score_size() * (case.k.shape[2] if "distance" in name else 1)
             verdicts.append(Verdict(name, distance(got, want), allowed(lossy, want, size=size)))
     return verdicts

@@ -2,9 +2,9 @@
 
     HEADSCOPE_FUZZ=10000 HEADSCOPE_FUZZ_SEED=1 TRITON_INTERPRET=1 pytest tests/kernels/test_fuzz.py
 
-10,000 calls go to the streaming engine; the first 100 of them (``HEADSCOPE_FUZZ``) to the Triton kernels too, block maps
-and divergences with them: Triton's interpreter takes seconds a call, a card's compiler as long. A failure names the
-number of its call: ``draw(number)`` is that call again.
+10,000 calls go to the streaming engine; the first 100 of them (``HEADSCOPE_FUZZ``) to the Triton kernels too, block
+maps and divergences with them: Triton's interpreter takes seconds a call, a card's compiler as long. A failure names
+the number of its call: ``draw(number)`` is that call again.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def outside(number: int, engine: str) -> list[str]:
 
 
 def pairs(number: int) -> list[str]:
-    """What is out of bounds where Triton pools the map of call ``number``, and compares it with the map read backwards."""
+    """What is out of bounds where Triton pools the map of call ``number``, and compares it with another."""
     spec, case, _ = draw(number)
     found = []
     size, pool = random.Random(number).choice([(7, "sum"), (16, "max"), (32, "mean"), (100, "sum")])
