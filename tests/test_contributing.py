@@ -201,12 +201,13 @@ def test_a_package_of_ones_own_joins_through_entry_points(lm: LanguageModel, sav
     check_results(lm, tmp_path, names[0], names[1], names[3])
 
 
-def test_the_readmes_tables_are_true() -> None:
+@pytest.mark.parametrize("name", ["README.md", "interp/heads/README.md"])
+def test_the_tables_are_true(name: str) -> None:
     from headscope.interp.cli.listing import registries
     from headscope.interp.reports.tables import rewritten
 
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert rewritten(page, registries()) == page, "run `headscope list --write README.md`"
+    page = (ROOT / name).read_text(encoding="utf-8")
+    assert rewritten(page, registries()) == page, f"run `headscope list --write {name}`"
 
 
 def test_what_the_page_names_exists() -> None:

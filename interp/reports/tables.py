@@ -21,28 +21,44 @@ def table(registry: Registry[Any]) -> str:
     return "\n".join(lines)
 
 
-def block(registry: Registry[Any]) -> str:
-    """The table between its marks."""
-    group = registry.group
-    begin = f"<!-- {group}: written by `headscope list --write README.md` -->"
-    return f"{begin}\n{table(registry)}\n<!-- end of {group} -->"
+def reproduction(registry: Registry[Any]) -> str:
+    """Paper, file, tests, what was reproduced and what was not, of every head method, as a Markdown table."""
+    lines = ["| method | paper | file | tests | reproduced | not reproduced |", "|---|---|---|---|---|---|"]
+    for row in registry.rows():
+        cls = registry[row["name"]]
+        told = [getattr(cls, name, "") for name in ("tests", "reproduced", "not_reproduced")]
+        cells = [f"`{row['name']}`", row["source"], row["file"], *told]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def blocks(registries: Mapping[str, Registry[Any]]) -> dict[str, str]:
+    """Every table by the name of its marks: a registry's, and ``reproduction``, of the head methods."""
+    made = {name: table(registry) for name, registry in registries.items()}
+    if "methods" in registries:
+        made["reproduction"] = reproduction(registries["methods"])
+    return made
 
 
 def rewritten(page: str, registries: Mapping[str, Registry[Any]]) -> str:
-    """``page`` with every block between marks of a registry's name made anew; others stay.
+    """``page`` with every block between marks of a table's name made anew; others stay.
 
     Raises:
-        HeadscopeError: the page has the marks of no registry.
+        HeadscopeError: the page has the marks of no table.
     """
+    tables = blocks(registries)
     found: set[str] = set()
 
     def anew(match: re.Match[str]) -> str:
-        registry = registries.get(match[1])
-        found.update([match[1]] if registry is not None else [])
-        return match[0] if registry is None else block(registry)
+        name = match[1]
+        if name not in tables:
+            return match[0]
+        found.add(name)
+        begin = match[0].partition("\n")[0]
+        return f"{begin}\n{tables[name]}\n<!-- end of {name} -->"
 
     made = _BLOCK.sub(anew, page)
     if not found:
-        marks = ", ".join(f"<!-- {group}: written by ... --> ... <!-- end of {group} -->" for group in registries)
+        marks = ", ".join(f"<!-- {name}: written by ... --> ... <!-- end of {name} -->" for name in tables)
         raise HeadscopeError(f"the page has no place for a table; give it {marks}")
     return made

@@ -33,6 +33,14 @@ class WindowedSpan(ResponseMethod):
 
     name: ClassVar[str] = "waad"
     unit: ClassVar[str] = "tokens"
+    tests: ClassVar[str] = "heads/test_anchors.py"
+    reproduced: ClassVar[str] = (
+        "windowed spans against eager weights; uniform attention in closed form; local heads of SmolLM2 have "
+        "a smaller one than global heads"
+    )
+    not_reproduced: ClassVar[str] = (
+        "the paper's table 2 (coupling of peaks): Qwen3 and its rollouts; `rhythm` computes its quantities"
+    )
 
     window: int = 10
 

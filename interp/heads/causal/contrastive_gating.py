@@ -47,6 +47,9 @@ class ContrastiveGating(GateMethod):
     unit: ClassVar[str] = "1 - gate"
     range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
     source: ClassVar[str] = "arXiv 2505.13737"
+    tests: ClassVar[str] = "heads/test_gating.py"
+    reproduced: ClassVar[str] = "gates close for what only the forgotten task needs, on a hand-made model"
+    not_reproduced: ClassVar[str] = '500 updates (`size="published"`): hours on a CPU'
 
     retain: Sequence[Pair] | str | Path | None = None
     forget: Sequence[Pair] | str | Path | None = None

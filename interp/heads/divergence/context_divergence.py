@@ -46,6 +46,12 @@ class ContextDivergence(ContextMethod):
     name: ClassVar[str] = "context_divergence"
     unit: ClassVar[str] = "norm of z"
     source: ClassVar[str] = "arXiv 2412.13949"
+    tests: ClassVar[str] = "heads/test_context_divergence.py"
+    reproduced: ClassVar[str] = (
+        "VHD against two untraced runs of a tiny model, of SmolLM2 and, with an image, of a tiny LLaVA; "
+        "outliers and T-VHD by hand"
+    )
+    not_reproduced: ClassVar[str] = "the paper's vision-language models; no code of the authors is to be had"
 
     rows: int = 1
     zero_outliers: bool = False

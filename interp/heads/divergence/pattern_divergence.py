@@ -34,6 +34,9 @@ class PatternDivergence(ContextMethod):
     unit: ClassVar[str] = "nats"
     range: ClassVar[tuple[float, float] | None] = (0.0, float(np.log(2)))
     source: ClassVar[str] = "beside arXiv 2412.13949"
+    tests: ClassVar[str] = "heads/test_context_divergence.py"
+    reproduced: ClassVar[str] = "Jensen-Shannon on shared keys against eager weights, padded on either side; by hand"
+    not_reproduced: ClassVar[str] = "no paper: a measure of ours beside VHD"
 
     def statistics(self, samples: Sequence[Sample]) -> list[Statistic]:
         length = len(samples[0].ids)

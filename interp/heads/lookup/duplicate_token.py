@@ -25,4 +25,10 @@ class DuplicateToken(TargetMethod):
 
     name: ClassVar[str] = "duplicate_token"
     source: ClassVar[str] = "arXiv 2211.00593"
+    tests: ClassVar[str] = "heads/test_heads.py"
+    reproduced: ClassVar[str] = (
+        "the mass on the earlier occurrence against eager weights; a hand-made head scores 1; SmolLM2 has few "
+        "such heads"
+    )
+    not_reproduced: ClassVar[str] = "the GPT-2 small heads of the paper: no such weights without a hub"
     target = staticmethod(sequences.previous_occurrence)

@@ -28,4 +28,10 @@ class Induction(TargetMethod):
 
     name: ClassVar[str] = "induction"
     source: ClassVar[str] = "arXiv 2209.11895"
+    tests: ClassVar[str] = "heads/test_heads.py"
+    reproduced: ClassVar[str] = (
+        "the prefix-matching score, on repeats and on text, against eager weights; a hand-made head scores 1, "
+        "the others 0; SmolLM2 has few such heads, and those of random tokens are those of text"
+    )
+    not_reproduced: ClassVar[str] = "the paper's repeats of more than one: the field's single repeat is computed"
     target = staticmethod(sequences.after_previous_occurrence)

@@ -24,4 +24,8 @@ class PreviousToken(TargetMethod):
 
     name: ClassVar[str] = "previous_token"
     source: ClassVar[str] = "arXiv 2209.11895"
+    tests: ClassVar[str] = "heads/test_heads.py"
+    reproduced: ClassVar[str] = (
+        "the mean of A[i, i - 1] against eager weights; a hand-made head scores 1; SmolLM2 has few such heads"
+    )
     target = staticmethod(sequences.position_before)

@@ -61,6 +61,12 @@ class Locos(NeedleMethod):
     name: ClassVar[str] = "locos"
     unit: ClassVar[str] = "logits before the final norm"
     source: ClassVar[str] = "arXiv 2607.01002"
+    tests: ClassVar[str] = "heads/test_recall.py"
+    reproduced: ClassVar[str] = (
+        "phi against eager weights and the projection's slices; SmolLM2's retrieval heads write over ten "
+        "times as much towards the answer as others"
+    )
+    not_reproduced: ClassVar[str] = "NoLiMa's questions, which models of this size fail"
 
     lengths: Sequence[int] | None = (600,)
     depths: int | Sequence[float] = (0, 50, 100)

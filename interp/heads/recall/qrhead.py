@@ -52,6 +52,11 @@ class QRHead(Measured):
     unit: ClassVar[str] = "mass"
     range: ClassVar[tuple[float, float] | None] = (-1.0, 1.0)
     source: ClassVar[str] = "arXiv 2506.09944"
+    tests: ClassVar[str] = "heads/test_documents_and_sentences.py"
+    reproduced: ClassVar[str] = (
+        "the authors' prompt; calibrated scores against eager weights of a tiny model and of SmolLM2; outliers by hand"
+    )
+    not_reproduced: ClassVar[str] = "LongMemEval and BEIR, and the paper's models"
 
     questions: Sequence[Question] | str | Path | None = None
     documents: int = 8

@@ -40,6 +40,12 @@ class Retrieval(NeedleMethod):
     name: ClassVar[str] = "retrieval"
     unit: ClassVar[str] = "share of the answer copied"
     source: ClassVar[str] = "arXiv 2404.15574"
+    tests: ClassVar[str] = "heads/test_retrieval_real.py"
+    reproduced: ClassVar[str] = (
+        "scores of SmolLM2's own answers against eager maps, to 1e-9; known attention; sparse as the paper "
+        "finds (over 40 % of heads at 0)"
+    )
+    not_reproduced: ClassVar[str] = "Llama-2-7B's heads and lengths of 50,000 tokens"
 
     count: Count = "counter"
 

@@ -39,6 +39,9 @@ class RetrievalParaphrased(Retrieval):
     """
 
     name: ClassVar[str] = "retrieval_paraphrased"
+    tests: ClassVar[str] = "heads/test_retrieval.py"
+    reproduced: ClassVar[str] = "known attention; induction heads score 0 where no word is shared"
+    not_reproduced: ClassVar[str] = "no paper: a control of ours"
 
     forced: Literal["first", "all"] = "first"
 

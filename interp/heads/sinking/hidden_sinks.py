@@ -39,6 +39,11 @@ class HiddenSinks(TextMethod):
     unit: ClassVar[str] = "mass"
     range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
     source: ClassVar[str] = "arXiv 2406.15765"
+    tests: ClassVar[str] = "heads/test_sinking.py"
+    reproduced: ClassVar[str] = (
+        "m_j, S and the mass on it against eager weights and in closed form for uniform attention"
+    )
+    not_reproduced: ClassVar[str] = "the authors' accuracies after calibration: Llama-2-7B"
 
     threshold: float = 0.1
 

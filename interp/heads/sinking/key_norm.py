@@ -23,6 +23,9 @@ class SinkKeyNorm(NormRatio):
     """
 
     name: ClassVar[str] = "sink_key_norm"
+    tests: ClassVar[str] = "heads/test_sinking.py"
+    reproduced: ClassVar[str] = "norms against the cache of the model, padded on either side; ratios by hand"
+    not_reproduced: ClassVar[str] = "the paper's plots: its models need a hub"
     variable: ClassVar[str] = "key_norm"
 
     def statistics(self, samples: Sequence[Sample]) -> list[Statistic]:

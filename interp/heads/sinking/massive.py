@@ -36,6 +36,12 @@ class MassiveActivations(StreamMethod):
     name: ClassVar[str] = "massive_activations"
     unit: ClassVar[str] = "ratio to the median"
     source: ClassVar[str] = "arXiv 2402.17762"
+    tests: ClassVar[str] = "heads/test_sinking.py"
+    reproduced: ClassVar[str] = "a known stream, and the model's own hidden states"
+    not_reproduced: ClassVar[str] = (
+        "magnitudes above 100 and 1000 times the median in 7B models: the thresholds are theirs, SmolLM2's "
+        "values are reported beside them"
+    )
 
     place: Literal["resid_pre", "resid_post"] = "resid_post"
     magnitude: float = 100.0

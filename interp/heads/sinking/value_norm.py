@@ -23,6 +23,11 @@ class SinkValueNorm(NormRatio):
     """
 
     name: ClassVar[str] = "sink_value_norm"
+    tests: ClassVar[str] = "heads/test_sinking.py"
+    reproduced: ClassVar[str] = (
+        "norms against the cache of the model, padded on either side; SmolLM2's sink heads have a short sink "
+        "value (median below 0.8), as the paper finds"
+    )
     variable: ClassVar[str] = "value_norm"
 
     def statistics(self, samples: Sequence[Sample]) -> list[Statistic]:

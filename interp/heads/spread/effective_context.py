@@ -25,6 +25,11 @@ class EffectiveContext(AttentionEntropy):
     name: ClassVar[str] = "effective_context"
     unit: ClassVar[str] = "keys"
     source: ClassVar[str] = "doi:10.2307/1934352"
+    tests: ClassVar[str] = "heads/test_spread.py"
+    reproduced: ClassVar[str] = (
+        "exp of the entropy against eager weights; uniform attention in closed form; in SmolLM2 sinks are "
+        "narrow (rank correlation below -0.5)"
+    )
 
     @staticmethod
     def of_rows(entropy: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -69,6 +69,8 @@ def test_it_says_what_it_is(name: str) -> None:
     assert cls.name == name and issubclass(cls, HeadMethod) and dataclasses.is_dataclass(cls)
     assert cls.unit and cls.source, "unit and source"
     assert "does not show" in (cls.__doc__ or ""), "what the score does not show"
+    tests = Path(__file__).parents[1] / cls.tests
+    assert cls.reproduced and name in tests.read_text(), "what was reproduced, and the tests that say so"
     said = inspect.getdoc(heads.method(name)) or ""
     missing = [key for key, one in settings(cls).items() if not one.meaning]
     assert not missing and "Raises:" in said and all(f"    {key}: " in said for key in settings(cls))
