@@ -38,7 +38,8 @@ class HeadMethod:
     Class variables: ``name``, as in the registry; ``unit``, what a score is; ``range``, between which values it lies,
     if it does; ``higher_is_better``: whether a high score means more of what the method is named after; ``per``: whose
     value a score is, the head's own or its layer's, which all heads of the layer are given; ``source``: the paper
-    (arXiv number or DOI); ``refused``: where it is not exact, and why.
+    (arXiv number or DOI); ``refused``: where it is not exact, and why; ``nulls``: what its scores can be held against
+    (``headscope.interp.analysis.null``).
     """
 
     name: ClassVar[str]
@@ -48,6 +49,7 @@ class HeadMethod:
     per: ClassVar[Literal["head", "layer"]] = "head"
     source: ClassVar[str] = ""
     refused: ClassVar[Mapping[str, str]] = {}
+    nulls: ClassVar[tuple[str, ...]] = ("weights",)
     unlisted: ClassVar[tuple[str, ...]] = ()  # settings that change no number, only memory and time
 
     seed: int = 0

@@ -15,7 +15,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.record import MANIFEST, load_record
 from headscope.interp.reports.page import Report
 from headscope.interp.results.evaluation import Evaluation
-from headscope.interp.results.scores import HeadScores
+from headscope.interp.results.scores import HeadScores, find_all
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,10 @@ class Results:
         """
         if not folder.is_dir():
             raise HeadscopeError(f"{folder} is not a folder; give the folder that other commands wrote with --out")
-        tables = sorted(folder.rglob("*.parquet"))
-        scores = {
-            str(path.relative_to(folder)): HeadScores.load(path.with_suffix(".json"))
-            for path in tables
-            if path.name != "evaluation.parquet" and path.parent.name != "control"
-        }
+        scores = find_all(folder)
         evaluations = {
             str(path.parent.relative_to(folder)): Evaluation.load(path.parent)
-            for path in tables
-            if path.name == "evaluation.parquet"
+            for path in sorted(folder.rglob("evaluation.parquet"))
         }
         records = {str(p.parent.relative_to(folder)): load_record(p.parent) for p in sorted(folder.rglob(MANIFEST))}
         if not (scores or evaluations or records):
