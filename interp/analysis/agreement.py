@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -59,6 +59,13 @@ class Agreement:
         (two-sided), p_holm (over the pairs of a measure and null), shared (heads in both top k).
         """
         return self.pairs.copy()
+
+    def renamed(self, names: Sequence[str]) -> Agreement:
+        """The same under other names, as for a reader."""
+        new = dict(zip(self.names, names, strict=True))
+        return replace(
+            self, names=tuple(names), pairs=self.pairs.assign(a=self.pairs["a"].map(new), b=self.pairs["b"].map(new))
+        )
 
     def matrix(self, measure: Measure) -> pd.DataFrame:
         """The observed measure of every two methods, 1 on the diagonal."""
