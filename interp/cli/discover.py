@@ -71,10 +71,21 @@ def discover(
         return
     for scores in found:
         best, made = scores.to_frame().head(top).to_dict("records"), scores.provenance
-        kept = f"{made['kept']} of {made['trials']} trials kept"
+        kept = f"{made['kept']} of {made['trials']} trials kept" + _reliability(scores)
         console.show_rows(best, f"{scores.method}: top {len(best)} of {scores.mean.size} heads, {kept}", False)
 
 
 def _document(scores: HeadScores) -> dict[str, object]:
     heads = scores.to_frame().to_dict("records")
     return {"method": scores.method, "heads": heads, "provenance": scores.provenance}
+
+
+def _reliability(scores: HeadScores) -> str:
+    """``, split-half reliability 0.93 over 20 trials``, or nothing where trials cannot be halved."""
+    from headscope.interp.analysis.reliability import split_half
+    from headscope.interp.errors import HeadscopeError
+
+    try:
+        return f", {split_half(scores).words()}"
+    except HeadscopeError:
+        return ""

@@ -38,7 +38,8 @@ class HeadMethod:
     Class variables: ``name``, as in the registry; ``unit``, what a score is; ``range``, between which values it lies,
     if it does; ``higher_is_better``: whether a high score means more of what the method is named after; ``per``: whose
     value a score is, the head's own or its layer's, which all heads of the layer are given; ``source``: the paper
-    (arXiv number or DOI); ``refused``: where it is not exact, and why. For the table of what was reproduced
+    (arXiv number or DOI); ``refused``: where it is not exact, and why; ``nulls``: what its scores can be held
+    against (``headscope.interp.analysis.null``). For the table of what was reproduced
     (``heads/README.md``): ``tests``, the file below ``tests/interp``; ``reproduced``, what is held to what there;
     ``not_reproduced``, what of the paper is not, and why.
     """
@@ -53,6 +54,7 @@ class HeadMethod:
     tests: ClassVar[str] = ""
     reproduced: ClassVar[str] = ""
     not_reproduced: ClassVar[str] = ""
+    nulls: ClassVar[tuple[str, ...]] = ("weights",)
     unlisted: ClassVar[tuple[str, ...]] = ()  # settings that change no number, only memory and time
 
     seed: int = 0

@@ -31,8 +31,12 @@ class TargetMethod(Measured):
         window: tokens a window of text.
         samples: sequences, each from a seed of its own, or windows of text at most; each is a trial.
         bos: put the tokenizer's BOS token, if it has one, before the random tokens.
+        shuffled: a null: look at random targets instead, drawn from this seed; every query that has a target is given
+            another key that it sees, each as likely. Samples stay the same.
         seed: of the random tokens.
     """
+
+    nulls: ClassVar[tuple[str, ...]] = ("weights", "targets")
 
     unit: ClassVar[str] = "mass"
     range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
@@ -41,6 +45,7 @@ class TargetMethod(Measured):
     length: int = 50
     window: int = 256
     bos: bool = True
+    shuffled: int | None = None
 
     @staticmethod
     def target(ids: Tensor) -> Tensor:
@@ -60,16 +65,24 @@ class TargetMethod(Measured):
         own: dict[str, Any] = {"window": self.window, "texts_sha256": hash_texts(self._texts())}
         if self.texts is None:
             own = {"length": self.length, "bos_token_ids": bos_tokens(lm) if self.bos else []}
+        own |= {} if self.shuffled is None else {"shuffled": self.shuffled}
         return {"input": "repeated" if self.texts is None else "text", "samples": self.samples, **own}
 
+    def targets(self, sample: Sample) -> Tensor:
+        """The key that each query of a sample is asked about, -1 for none: (length,)."""
+        table = self.target(sample.ids)
+        if self.shuffled is None:
+            return table
+        return sequences.other_keys(table, [self.shuffled, int(sample.trial["sample"])])
+
     def statistics(self, samples: Sequence[Sample]) -> list[Statistic]:
-        return [TargetMass({"key": torch.stack([self.target(sample.ids) for sample in samples])})]
+        return [TargetMass({"key": torch.stack([self.targets(sample) for sample in samples])})]
 
     def reduce(self, lm: LanguageModel, samples: Sequence[Sample], *records: xr.Dataset) -> list[Scored]:
         mass = records[0]["target_mass"].sel(target="key").transpose("example", "layer", "head", "query").to_numpy()
         found: list[Scored] = []
         for one, sample in zip(mass, samples, strict=True):
-            has = (self.target(sample.ids) >= 0).numpy()
+            has = (self.targets(sample) >= 0).numpy()
             scores = by_head(lm, records[0], one[..., has].mean(axis=-1, dtype=np.float64)) if has.any() else None
             found.append((scores, {"queries": int(has.sum())}))
         return found

@@ -1,6 +1,7 @@
 """Plotly figures of what headscope measures; every function returns a ``plotly.graph_objects.Figure``."""
 
 from headscope.interp.plots.blocks import block_map
+from headscope.interp.plots.comparison import agreement_map, score_scatter
 from headscope.interp.plots.maps import head_map, ranked, statistic_map
 from headscope.interp.plots.pattern import pattern
 from headscope.interp.plots.profile import statistic_profile
@@ -9,6 +10,7 @@ from headscope.interp.plots.style import show_token
 from headscope.interp.plots.tasks import evaluation, needle_grid
 
 __all__ = [
+    "agreement_map",
     "block_map",
     "evaluation",
     "head_map",
@@ -16,6 +18,7 @@ __all__ = [
     "needle_grid",
     "pattern",
     "ranked",
+    "score_scatter",
     "show_token",
     "statistic_map",
     "statistic_profile",

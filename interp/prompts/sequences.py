@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -163,3 +164,13 @@ def after_previous_occurrence(ids: Tensor) -> Tensor:
 def position_before(ids: Tensor) -> Tensor:
     """The position before each query, as a table of keys; the first query has none."""
     return torch.arange(len(ids)) - 1
+
+
+def other_keys(table: Tensor, seed: Sequence[int]) -> Tensor:
+    """A table of random keys: each query that has a key in ``table`` is given another one among 0 to its own position,
+    each as likely, or none where there is no other."""
+    queries = torch.arange(len(table))
+    drawn = torch.from_numpy(np.random.default_rng(list(seed)).random(len(table)))
+    found = (drawn * queries).long()  # one of as many keys as there are without the query's own key in the table
+    found = torch.where(found >= table, found + 1, found)
+    return torch.where((table >= 0) & (queries > 0), found, -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import numpy as np
 import pandas as pd
 
 from headscope.interp import plots
+from headscope.interp.analysis.reliability import split_half
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.record import MANIFEST, load_record
+from headscope.interp.reports.comparison import add_agreements
 from headscope.interp.reports.page import Report
+from headscope.interp.reports.readable import readable
 from headscope.interp.results.evaluation import Evaluation
-from headscope.interp.results.scores import HeadScores
+from headscope.interp.results.scores import HeadScores, find_all
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,10 @@ class Results:
         """
         if not folder.is_dir():
             raise HeadscopeError(f"{folder} is not a folder; give the folder that other commands wrote with --out")
-        tables = sorted(folder.rglob("*.parquet"))
-        scores = {
-            str(path.relative_to(folder)): HeadScores.load(path.with_suffix(".json"))
-            for path in tables
-            if path.name != "evaluation.parquet" and path.parent.name != "control"
-        }
+        scores = find_all(folder)
         evaluations = {
             str(path.parent.relative_to(folder)): Evaluation.load(path.parent)
-            for path in tables
-            if path.name == "evaluation.parquet"
+            for path in sorted(folder.rglob("evaluation.parquet"))
         }
         records = {str(p.parent.relative_to(folder)): load_record(p.parent) for p in sorted(folder.rglob(MANIFEST))}
         if not (scores or evaluations or records):
@@ -78,9 +76,10 @@ class Results:
         model_of = made.get("model")
         page = Report("headscope report", str(model_of.get("name") or "") if isinstance(model_of, dict) else "")
         if self.scores:
-            page.heading("Heads found").table(_readable(pd.DataFrame(self.summary())), "Best head of every method")
+            page.heading("Heads found").table(readable(pd.DataFrame(self.summary())), "Best head of every method")
         for found in self.scores.values():
             _add_scores(page, found)
+        add_agreements(page, self.scores)
         for place, result in self.evaluations.items():
             _add_evaluation(page, result, place)
         for place, record in self.records.items():
@@ -98,22 +97,6 @@ class Results:
 def _above_tenth(found: HeadScores) -> int | None:
     known = found.trials[~np.isnan(found.trials)]
     return int((found.mean > 0.1).sum()) if ((known >= 0) & (known <= 1)).all() else None
-
-
-def _readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table for people: an interval is one column, methods are words."""
-    frame = frame.copy()
-    for low, high, name in (("ci_low", "ci_high", "interval"), ("low", "high", "interval")):
-        if {low, high} <= set(frame.columns):
-            shown = [
-                "–" if np.isnan([a, b]).any() else f"{a:.3g} to {b:.3g}"
-                for a, b in zip(frame[low], frame[high], strict=True)
-            ]
-            frame.insert(int(frame.columns.get_indexer([low])[0]), name, shown)
-            frame = frame.drop(columns=[low, high])
-    if "method" in frame:
-        frame["method"] = [str(method).replace("_", " ") for method in frame["method"]]
-    return frame
 
 
 def _named_model(folder: Path) -> str:
@@ -143,6 +126,9 @@ def _add_scores(page: Report, found: HeadScores) -> None:
     page.heading(title)
     if told["meaning"]:
         page.text(f"{told['meaning']} ({told['source']})." if told["source"] else f"{told['meaning']}.")
+    with suppress(HeadscopeError):  # a single trial has no halves
+        told = split_half(found)
+        page.text(f"{told.words().capitalize()} (ranks: {told.spearman:.2f}).")
     page.figure(
         plots.head_map(found.mean, title=title, label=label, low=low, high=high, n=found.n),
         f"Every head; intervals are {found.level:.0%} bootstrap over {len(found.trials)} trials.",
@@ -167,7 +153,7 @@ def _add_evaluation(page: Report, result: Any, place: str) -> None:
     )
     contrasts = result.contrasts()
     if len(contrasts):
-        page.table(_readable(contrasts), "Each intervention against its layer-matched random heads")
+        page.table(readable(contrasts), "Each intervention against its layer-matched random heads")
     trials = result.trials
     for task in result.metrics:
         part = trials[trials["task"] == task]

@@ -21,6 +21,7 @@ from headscope.interp.results.picture import svg_map
 from headscope.interp.runs.sealed import read_beside, unsealed, write_results
 
 FORMAT = 2
+COMPARED = "compare_"  # begins the names of tables that compare scores
 COLUMNS = ("trial", "layer", "head")  # of the table of trials, in the order of its rows
 
 
@@ -207,6 +208,22 @@ def _find_scores(path: Path) -> Path:
     if not path.exists():
         raise HeadscopeError(f"{path} does not exist; run `headscope discover METHOD --out FOLDER` first")
     return path
+
+
+def find_all(folder: Path) -> dict[str, HeadScores]:
+    """All head scores in a folder and its subfolders, by their path in it; tables of evaluations and comparisons, and
+    probes' controls, are none.
+
+    Raises:
+        HeadscopeError: a file among them that was changed.
+    """
+    return {
+        str(path.relative_to(folder)): HeadScores.load(path.with_suffix(".json"))
+        for path in sorted(folder.rglob("*.parquet"))
+        if path.name != "evaluation.parquet"
+        and not path.name.startswith(COMPARED)
+        and path.relative_to(folder).parent.name != "control"
+    }
 
 
 def _plain(value: Any) -> Any:
