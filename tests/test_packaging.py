@@ -34,6 +34,7 @@ FLOORS = (
     "records",
     "tracing",
     "heads",
+    "analysis",
     "plots",
     "reports",
     "sweeps",

@@ -1,0 +1,1 @@
+"""Views of all heads at once: what kinds of heads there are."""
