@@ -1,4 +1,4 @@
-"""How far head scores can be trusted: their agreement, reliability and nulls, and what differs between two runs.
+"""What many scores say together: how far they can be trusted, what differs between runs, what kinds of heads there are.
 
     agreement      which methods find the same heads, beside what shuffled scores share
     reliability    whether the scores come out the same from half of the trials
@@ -6,6 +6,10 @@
     difference     one method on two models (or checkpoints) of one shape, head by head
     depth          one method on models of any shape, by relative depth
     comparison     which of these a set of runs allows
+    features       a vector a head from one record
+    taxonomy       kinds of heads: those vectors clustered and named, and how stable that is
+    detectors      which kinds a method's high scores fall into
+    pattern_embedding  patterns pooled and encoded, beside PCA
 
 Names are imported on first use, so that the command line starts without importing torch.
 """

@@ -12,7 +12,19 @@ from importlib import import_module
 from typing import NoReturn
 
 # the commands' files, in help's order
-COMMANDS = ("models", "listing", "trace", "discover", "compare", "probe", "intervene", "evaluate", "masking", "report")
+COMMANDS = (
+    "models",
+    "listing",
+    "trace",
+    "discover",
+    "compare",
+    "taxonomy",
+    "probe",
+    "intervene",
+    "evaluate",
+    "masking",
+    "report",
+)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

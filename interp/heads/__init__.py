@@ -64,6 +64,8 @@ METHODS: Registry[HeadMethod] = Registry(
         "receiver": "recall.receiver:Receiver",
         "head_gating": "causal.head_gating:HeadGating",
         "contrastive_gating": "causal.contrastive_gating:ContrastiveGating",
+        "ablation_importance": "causal.ablation_importance:AblationImportance",
+        "gradient_importance": "causal.gradient_importance:GradientImportance",
         "context_divergence": "divergence.context_divergence:ContextDivergence",
         "pattern_divergence": "divergence.pattern_divergence:PatternDivergence",
     },

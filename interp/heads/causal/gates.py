@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,23 @@ class Gates(Handler):
         return z * own.to(z)[:, :, None, None]
 
 
+class TokenGates(Gates):
+    """A gate of 1 on every head's z at every token: ``at`` holds each layer's (example, head, query), to be asked for
+    their gradient, which is z . dL/dz."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at: dict[int, Tensor] = {}
+
+    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
+        """z itself, in a graph that leads to the gates."""
+        self.at[call.layer] = gate = torch.ones(z.shape[:3], device=z.device, requires_grad=True)
+        return (z * gate[..., None]).to(z.dtype)
+
+
+G = TypeVar("G", bound=Gates)
+
+
 @dataclass(frozen=True)
 class Stage:
     """Adam for ``updates`` steps at a rate that falls in a line from ``rate`` to ``end``; ``penalty`` is lambda."""
@@ -51,9 +68,9 @@ class Stage:
 
 
 @contextmanager
-def gated(lm: LanguageModel) -> Iterator[Gates]:
+def gated(lm: LanguageModel, kind: type[G] = Gates) -> Iterator[G]:  # type: ignore[assignment]
     """Gates on a frozen model inside the block, with gradients towards them alone; parameters are then as before."""
-    gates = Gates()
+    gates = kind()
     held = [p for p in bare_model(lm).parameters() if p.requires_grad]
     try:
         for p in held:

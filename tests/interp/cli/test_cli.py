@@ -122,6 +122,28 @@ def test_discover_evaluate_report(capsys: pytest.CaptureFixture[str], model: str
     assert "<title>" in page and len(page) < 6_000_000
 
 
+def test_taxonomy(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    heads, out = str(tmp_path / "heads"), tmp_path / "kinds"
+    code, _, _ = run(capsys, "discover", "sinks", "--model", model, "--samples", "2", "--out", heads)
+    assert code == 0
+    (text := tmp_path / "text.txt").write_text(load_haystack()[:3000])
+    asked = ("taxonomy", "--model", model, "--text", str(text), "--clusters", "3", "--out", str(out))
+    small = ("--set", "length=24", "--set", "samples=4", "--set", "draws=3")
+    code, printed, _ = run(capsys, *asked, *small, "--scores", heads, "--json")
+    document = json.loads(printed)
+    assert code == 0 and len(document["clusters"]) == 3 and len(document["heads"]) == 8
+    assert {row["method"] for row in document["methods"]} == {"sinks"} and len(document["stability"]) == 5
+    assert (out / "taxonomy.json").exists() and (out / "taxonomy.config.json").exists()
+    code, printed, _ = run(capsys, *asked, *small)
+    assert code == 0 and "kinds of heads" in printed and "labels permuted" in printed
+    code, printed, _ = run(capsys, *asked, *small, "--dry-run", "--json")
+    assert code == 0 and json.loads(printed)["files"][0] == "taxonomy.json"
+    code, _, err = run(capsys, *asked, "--set", "lenght=24")
+    assert code == 2 and "did you mean 'length'" in err
+    code, _, _ = run(capsys, "report", str(tmp_path))
+    assert code == 0  # a taxonomy beside head scores is no head score
+
+
 def test_intervene_then_evaluate_with(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
     from headscope.interp import load_model
     from headscope.interventions import AblateHeads, ScaleHeads, load_intervention

@@ -30,6 +30,8 @@ SMALL = {
     "qrhead": {"samples": 2, "batch": 2, "documents": 2, "length": 60},
     "head_gating": {"starts": 2, "updates": 2, "batch": 2, "examples": 3},
     "contrastive_gating": {"starts": 2, "updates": 2, "batch": 2, "examples": 3},
+    "ablation_importance": {"samples": 2, "length": 12},
+    "gradient_importance": {"samples": 2, "length": 12},
     "context_divergence": {"samples": 2, "batch": 2, "length": 40},
     "pattern_divergence": {"samples": 2, "batch": 2, "length": 40},
     "locos": {"lengths": [260], "depths": [50], "needles": 1, "forced": True},
