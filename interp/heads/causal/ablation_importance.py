@@ -37,6 +37,12 @@ class AblationImportance(ImportanceMethod):
 
     name: ClassVar[str] = "ablation_importance"
     source: ClassVar[str] = "arXiv 1905.10650"
+    tests: ClassVar[str] = "heads/test_importance.py"
+    reproduced: ClassVar[str] = (
+        "the loss with one head's z zeroed by a hook on the output projection's input; a head that writes "
+        "nothing has none"
+    )
+    not_reproduced: ClassVar[str] = "the paper's BLEU and accuracies: WMT's encoder-decoder and BERT"
     unlisted: ClassVar[tuple[str, ...]] = ("together",)
 
     length: int = 32

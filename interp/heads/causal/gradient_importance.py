@@ -42,6 +42,12 @@ class GradientImportance(ImportanceMethod):
 
     name: ClassVar[str] = "gradient_importance"
     source: ClassVar[str] = "arXiv 1905.10650"
+    tests: ClassVar[str] = "heads/test_importance.py"
+    reproduced: ClassVar[str] = (
+        "z . dL/dz by autograd of a plain pass, per text and per token; the slope of the loss by a central "
+        "difference; on SmolLM2 it ranks heads as ablation does, far above chance"
+    )
+    not_reproduced: ClassVar[str] = "the paper's pruning curves: BERT on MNLI, WMT"
 
     over: Literal["text", "token"] = "text"
 
