@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
@@ -62,9 +62,8 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         return found
 
     def __getitem__(self, name: str) -> type[T]:
+        self.check([name])
         key = str(name).replace("-", "_")
-        if key not in self.places:
-            raise UnknownNameError(f"there is no {self.kind} {name!r}{meant(key, self)}; known: {', '.join(self)}")
         module, _, own = self.places[key].partition(":")
         found: type[T] = getattr(import_module(module), own)
         return found
@@ -80,6 +79,13 @@ class Registry(Mapping[str, type[T]], Generic[T]):
 
     def __repr__(self) -> str:
         return f"Registry({self.kind}: {', '.join(self)})"
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise UnknownNameError for the first that is not held; nothing is imported."""
+        for name in names:
+            if name not in self:
+                close = meant(str(name).replace("-", "_"), self)
+                raise UnknownNameError(f"there is no {self.kind} {name!r}{close}; known: {', '.join(self)}")
 
     def rows(self) -> list[dict[str, Any]]:
         """One row an entry, for tables: name, class, file, summary, unit, higher_is_better, source, refused."""

@@ -52,6 +52,8 @@ def apply(
     """
     found = tower_size(model, tower)
     for intervention in interventions:
+        if not isinstance(intervention, Intervention):
+            raise HeadscopeError(f"{intervention!r:.60} is no intervention: give one, such as AblateHeads('L18H6')")
         _check(intervention, found)
         require_model(intervention.made_for, model, intervention.name)
     _check_phases(interventions, found.tower if found.tower in TOWERS else tower_of(found.tower, bare_model(model)))

@@ -120,6 +120,9 @@ class Edit(Intervention):
         kind, (least, most) = type(self).__name__, self.strengths
         if self.during not in PHASES:
             raise HeadscopeError(f"{kind}: during must be {listed(PHASES)}, not {self.during!r}")
+        for one in fields(self):
+            if one.type == "float":
+                _check_number(f"{kind}: {one.name}", getattr(self, one.name))
         number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
         if not number or not math.isfinite(self.strength) or not least <= self.strength <= most:
             bounds = f"between {least:g} and {most:g}" if math.isfinite(most) else "a finite number"
@@ -187,6 +190,11 @@ class Edit(Intervention):
             if field.name == "heads" or not is_default(field, value):
                 given.append(f"{field.name}={short(value)}")
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+def _check_number(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise HeadscopeError(f"{what} must be a number, not {value!r}")
 
 
 class Composed(Intervention):

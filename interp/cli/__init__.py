@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # the commands' files, in help's order
 COMMANDS = (
@@ -29,13 +29,20 @@ COMMANDS = (
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; returns never (exits with a code scripts can use)."""
+    import typer
+
     from headscope.interp.cli.app import app
     from headscope.interp.errors import HeadscopeError
+
+    usage: Any = typer.BadParameter.__base__  # of whichever click typer brings
 
     for name in COMMANDS:
         import_module(f"{__name__}.{name}")
     try:
-        sys.exit(app(args=arguments))
+        sys.exit(app(args=arguments, standalone_mode=False))
+    except usage as error:
+        print(f"error: {error.format_message()} (see --help)", file=sys.stderr)
+        sys.exit(2)
     except HeadscopeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

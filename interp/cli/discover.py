@@ -45,9 +45,11 @@ def discover(
     dtype: Dtype = None,
 ) -> None:
     """Score every head by published methods, with confidence intervals; methods share forward passes where they can."""
+    from headscope.interp.heads import METHODS
+
+    METHODS.check(methods)  # before anything slow is imported
     from headscope.interp.cli import console
     from headscope.interp.cli.settings import for_methods
-    from headscope.interp.heads import METHODS
     from headscope.interp.heads.discovery import discover as run_discovery
     from headscope.interp.registry import make
     from headscope.interp.runs import estimate

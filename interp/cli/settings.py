@@ -101,4 +101,5 @@ def passages(file: Path | None) -> list[str]:
     paragraphs = [part for part in load_haystack(file).split("\n\n") if part.strip()]
     if file is None:
         paragraphs = [part for part in paragraphs if len(part) > 200]
-    return paragraphs[:: max(1, len(paragraphs) // PASSAGES)][:PASSAGES]
+    count = min(PASSAGES, len(paragraphs))
+    return [paragraphs[i * len(paragraphs) // count] for i in range(count)]

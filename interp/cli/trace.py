@@ -86,7 +86,7 @@ def read_prompts(given: list[str], file: Path | None) -> list[Any]:
     from headscope.interp.errors import HeadscopeError
 
     found: list[Any] = list(given)
-    lines = [] if file is None else read_text(file).splitlines()
+    lines = [] if file is None else read_text(file).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

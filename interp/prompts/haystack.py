@@ -94,7 +94,7 @@ def load_needles(needles: Needles = None) -> tuple[Needle, ...]:
 
 
 def _bundled() -> dict[str, Needle]:
-    lines = files("headscope.interp").joinpath("data/needles.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = files("headscope.interp").joinpath("data/needles.jsonl").read_text(encoding="utf-8").split("\n")
     return {needle.name: needle for needle in (Needle.from_dict(json.loads(line)) for line in lines)}
 
 
@@ -107,7 +107,7 @@ def _needle(given: Any) -> Needle:
 
 
 def _read_needles(path: Path) -> list[Needle]:
-    lines = _read(path).splitlines()
+    lines = _read(path).split("\n")
     try:
         return [Needle.from_dict(json.loads(line)) for line in lines if line.strip()]
     except (ValueError, AttributeError) as error:

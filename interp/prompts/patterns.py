@@ -45,7 +45,7 @@ def load_pairs(given: Sequence[Pair] | str | Path) -> list[Pair]:
     """
     try:
         if isinstance(given, str | Path):
-            lines = [json.loads(line) for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [json.loads(line) for line in Path(given).read_text(encoding="utf-8").split("\n") if line.strip()]
             found = [(str(line["prompt"]), str(line["target"])) for line in lines]
         else:
             found = [(str(prompt), str(target)) for prompt, target in given]

@@ -35,7 +35,7 @@ def from_retrieval_head(path: str | Path) -> HeadScores:
         HeadscopeError: no such file, or another form.
     """
     try:
-        held = json.loads(Path(path).read_text(encoding="utf-8").splitlines()[0])
+        held = json.loads(Path(path).read_text(encoding="utf-8").split("\n")[0])
         found = {_pair(name): [float(x) for x in scores] for name, scores in held.items()}
         layers, heads = (1 + max(pair[side] for pair in found) for side in (0, 1))
         trials = np.full((max(map(len, found.values())), layers, heads), np.nan)

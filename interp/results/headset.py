@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class HeadSet:
             raise HeadscopeError(f"head set {self.name!r} names a head twice; list each (layer, head) once")
         if self.weights and len(self.weights) != len(heads):
             raise HeadscopeError(f"head set {self.name!r} has {len(heads)} heads but {len(self.weights)} weights")
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise HeadscopeError(f"head set {self.name!r} has a weight that is no finite number; give one a head")
         object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights) or (1.0,) * len(heads))
 

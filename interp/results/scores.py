@@ -166,6 +166,8 @@ class HeadScores:
         path = _find_scores(Path(path))
         try:
             document = json.loads(path.read_bytes())
+            if not isinstance(document, dict) or "format" not in document:
+                raise ValueError("it names no format")
             if document["format"] != FORMAT:
                 raise HeadscopeError(f"{path}: head scores of format {document['format']}, this version reads {FORMAT}")
             document = unsealed(document)
@@ -202,8 +204,10 @@ def _find_scores(path: Path) -> Path:
     if path.is_dir():
         found = [p for p in sorted(path.glob("*.json")) if p.with_suffix(".parquet").exists()]
         if len(found) != 1:
-            names = ", ".join(p.name for p in found) or "none"
-            raise HeadscopeError(f"{path} holds {len(found)} head-score files ({names}); name one of them")
+            names = ", ".join(p.name for p in found)
+            what = f"{len(found)} head-score files ({names}); name one of them"
+            none = "no head scores, which are a METHOD.json with its table METHOD.parquet beside it"
+            raise HeadscopeError(f"{path} holds {what if found else none}")
         return found[0]
     if not path.exists():
         raise HeadscopeError(f"{path} does not exist; run `headscope discover METHOD --out FOLDER` first")

@@ -21,6 +21,8 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.plan import Plan as Plan
+from headscope.interp.statistics.queries import check_count
+from headscope.interp.statistics.spans import by_example
 from headscope.kernels.request import Reduced
 
 Reader = Callable[[Reduced], dict[str, Tensor]]
@@ -53,11 +55,25 @@ class Statistic:
     source: ClassVar[str] = ""  # who defined it (arXiv number or DOI), where somebody did
     refused: ClassVar[Mapping[str, str]] = GAPS  # condition (``exactness.CONDITIONS``) -> why it is not exact there
     refused_with: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # the same for a field, where it is not None
+    counts: ClassVar[tuple[str, ...]] = ()  # fields that count something: whole numbers from 1 on
+    held: ClassVar[tuple[str, ...]] = ()  # fields that name spans: at least one
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__repr__" not in cls.__dict__:  # a dataclass would write its own: nobody wants to read label=None
             cls.__repr__ = Statistic.__repr__  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        for name in self.counts:
+            check_count(f"{kind}({name}={getattr(self, name)!r})", getattr(self, name))
+        for name in self.held:
+            spans = getattr(self, name)
+            if not isinstance(spans, Mapping) or not spans:
+                raise HeadscopeError(f"{kind} needs at least one named span, e.g. {kind}({{'needle': (10, 20)}})")
+            for span in spans.values():
+                if not isinstance(span, str):  # the name of one that is published later
+                    by_example(span)
 
     def __repr__(self) -> str:
         shown = [f"{x.name}={getattr(self, x.name)!r}" for x in fields(self) if x.repr and x.name != "label"]

@@ -38,9 +38,7 @@ class BlockStatistic(CallStatistic):
     }
     dims: ClassVar[dict[str, tuple[str, ...]]] = {}  # of every variable, after example, layer and head
 
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise HeadscopeError(f"a block holds at least one token, not {self.size}")
+    counts: ClassVar[tuple[str, ...]] = ("size",)
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -148,6 +146,7 @@ class TopBlocks(BlockStatistic):
 
     k: int = 16
     name: ClassVar[str] = "top_blocks"
+    counts: ClassVar[tuple[str, ...]] = ("size", "k")
     unit: ClassVar[str] = "block of keys"
     units: ClassVar[Mapping[str, str]] = {"top_block_mass": "mass", "residual_mass": "mass"}
     dims: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -155,11 +154,6 @@ class TopBlocks(BlockStatistic):
         "top_block_mass": ("query_block", "block_rank"),
         "residual_mass": ("query_block",),
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.k < 1:
-            raise HeadscopeError(f"TopBlocks keeps at least one block, not {self.k}")
 
     @property
     def coordinates(self) -> dict[str, list[Any]]:

@@ -39,6 +39,7 @@ class KeyMass(KeyStatistic):
     }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reduce not in ("sum", "mean", "max"):
             raise HeadscopeError(f"KeyMass reduces by 'sum', 'mean' or 'max', not {self.reduce!r}")
         if not all(pair is None or (len(pair) == 2 and 0 <= pair[0] < pair[1]) for pair in self._ranges()):
@@ -63,6 +64,10 @@ class KeyMass(KeyStatistic):
         ranges, batch = self._ranges(), plan.call.query.shape[0]
         if len(ranges) not in (1, batch):
             raise HeadscopeError(f"queries are given for {len(ranges)} examples, but the batch has {batch}")
+        rows = plan.call.query.shape[2]
+        beyond = [pair for pair in ranges if pair is not None and pair[0] >= rows]
+        if beyond:
+            raise HeadscopeError(f"KeyMass(queries={beyond[0]}): the pass has query rows 0 to {rows - 1} only")
         places = [plan.columns(**dict.fromkeys(wanted, True), queries=pair) for pair in ranges]
 
         def read(reduced: Reduced) -> dict[str, Tensor]:

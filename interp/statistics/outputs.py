@@ -66,14 +66,11 @@ class SpanOutput(CallStatistic):
     spans: Mapping[str, Any] = field(default_factory=dict)
     positions: tuple[int, ...] = (-1,)
     name: ClassVar[str] = "z_span"
+    held: ClassVar[tuple[str, ...]] = ("spans",)
     unit: ClassVar[str] = "activation"
     source: ClassVar[str] = "arXiv 2607.01002"
     refused: ClassVar[Mapping[str, str]] = _PROMPT
     kind: ClassVar[Kind] = OUTPUT
-
-    def __post_init__(self) -> None:
-        if not self.spans:
-            raise HeadscopeError("SpanOutput needs at least one named span, e.g. SpanOutput({'needle': (10, 20)})")
 
     @property
     def coordinates(self) -> dict[str, list[Any]]:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
+from headscope.interp.errors import HeadscopeError
+
+
+def check_count(what: str, value: Any) -> None:
+    """Raise HeadscopeError, which begins with ``what``, for anything but a whole number from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise HeadscopeError(f"{what} needs a whole number from 1 on")
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,9 @@ class Last(Queries):
 
     n: int = 1
 
+    def __post_init__(self) -> None:
+        check_count(f"Last({self.n!r})", self.n)
+
     def rows(self, call: AttentionCall, *, prompt: bool) -> Tensor:
         queries = call.query.shape[2]
         at = torch.arange(queries, device=call.query.device)
@@ -39,6 +51,9 @@ class Every(Queries):
     """Every ``n``-th query, counted from each example's first token."""
 
     n: int = 16
+
+    def __post_init__(self) -> None:
+        check_count(f"Every({self.n!r})", self.n)
 
     def rows(self, call: AttentionCall, *, prompt: bool) -> Tensor:
         at = torch.arange(call.query.shape[2], device=call.query.device)

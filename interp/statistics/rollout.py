@@ -36,6 +36,7 @@ class Rollout(CallStatistic):
     spans: Mapping[str, Any] = field(default_factory=lambda: {"first": (0, 1)})
     residual: float = 0.0
     name: ClassVar[str] = "rollout"
+    held: ClassVar[tuple[str, ...]] = ("spans",)
     unit: ClassVar[str] = "share of the input"
     source: ClassVar[str] = "arXiv 2502.01951"
     refused: ClassVar[Mapping[str, str]] = {
@@ -48,8 +49,7 @@ class Rollout(CallStatistic):
     _held: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # the last layer seen, and its P
 
     def __post_init__(self) -> None:
-        if not self.spans:
-            raise HeadscopeError("Rollout needs at least one named span, e.g. Rollout({'first': (0, 1)})")
+        super().__post_init__()
         if not 0.0 <= self.residual < 1.0:
             raise HeadscopeError(f"residual={self.residual} is the share of the residual stream: 0 <= residual < 1")
 

@@ -65,6 +65,7 @@ class SinkMass(Statistic):
 
     first: int = 4
     name: ClassVar[str] = "sink_mass"
+    counts: ClassVar[tuple[str, ...]] = ("first",)
     unit: ClassVar[str] = "mass"
     source: ClassVar[str] = "arXiv 2309.17453"
     refused: ClassVar[Mapping[str, str]] = {**GAPS, **PACKED}
@@ -86,10 +87,7 @@ class SpanMass(Statistic):
     spans: Mapping[str, Any] = field(default_factory=dict)
     name: ClassVar[str] = "span_mass"
     unit: ClassVar[str] = "mass"
-
-    def __post_init__(self) -> None:
-        if not self.spans:
-            raise HeadscopeError("SpanMass needs at least one named span, e.g. SpanMass({'needle': (10, 20)})")
+    held: ClassVar[tuple[str, ...]] = ("spans",)
 
     @property
     def coordinates(self) -> dict[str, list[Any]]:
@@ -119,6 +117,7 @@ class WindowedDistance(Statistic):
 
     window: int = 10
     name: ClassVar[str] = "windowed_distance"
+    counts: ClassVar[tuple[str, ...]] = ("window",)
     unit: ClassVar[str] = "tokens"
     source: ClassVar[str] = "arXiv 2510.13554"
     refused: ClassVar[Mapping[str, str]] = _ONE_SEQUENCE
@@ -134,6 +133,7 @@ class WindowMass(Statistic):
 
     window: int = 64
     name: ClassVar[str] = "window_mass"
+    counts: ClassVar[tuple[str, ...]] = ("window",)
     unit: ClassVar[str] = "mass"
     refused: ClassVar[Mapping[str, str]] = _ONE_SEQUENCE
 
@@ -149,6 +149,7 @@ class TopKeys(Statistic):
 
     k: int = 1
     name: ClassVar[str] = "top_keys"
+    counts: ClassVar[tuple[str, ...]] = ("k",)
     unit: ClassVar[str] = "token position"
     units: ClassVar[Mapping[str, str]] = {"top_mass": "mass"}
 
@@ -179,7 +180,7 @@ class TargetMass(Statistic):
 
     ``targets`` maps a name to a function of query positions (batch or 1, query) returning key positions of that shape
     (negative: none), or to a tensor (batch or 1, length) indexed by query position. Positions count from the example's
-    first token.
+    first token; a key that the query does not see has no mass.
     """
 
     targets: Mapping[str, Callable[[Tensor], Tensor] | Tensor] = field(default_factory=dict)
@@ -188,8 +189,16 @@ class TargetMass(Statistic):
     refused: ClassVar[Mapping[str, str]] = {**GAPS, **PACKED}
 
     def __post_init__(self) -> None:
-        if not self.targets:
+        super().__post_init__()
+        if not isinstance(self.targets, Mapping) or not self.targets:
             raise HeadscopeError("TargetMass needs at least one target, e.g. TargetMass({'previous': lambda q: q - 1})")
+        for name, target in self.targets.items():
+            whole = isinstance(target, Tensor) and target.dim() == 2 and not target.is_floating_point()
+            if not callable(target) and not whole:
+                raise HeadscopeError(
+                    f"target {name!r} is neither a function of query positions nor a tensor (batch or 1, length) of "
+                    "key positions, which are whole numbers"
+                )
 
     @property
     def coordinates(self) -> dict[str, list[Any]]:

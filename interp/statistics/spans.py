@@ -83,12 +83,19 @@ def by_example(span: Any) -> list[list[Span]]:
         if not hasattr(held[0], "__len__"):
             held = [held]
         rows = [[row] if len(row) and not hasattr(row[0], "__len__") else list(row) for row in held]
-        return [[(int(first), int(stop)) for first, stop in row] for row in rows]
+        return [[_pair(first, stop) for first, stop in row] for row in rows]
     except (TypeError, ValueError, IndexError) as error:
         raise HeadscopeError(
             f"{str(span)[:60]!r} is no span: give (first, stop), one such pair an example, or one list of pairs an "
-            "example"
+            "example; positions are whole numbers that count from the example's first token, first up to stop"
         ) from error
+
+
+def _pair(first: Any, stop: Any) -> Span:
+    whole = int(first), int(stop)
+    if whole != (first, stop) or not 0 <= whole[0] <= whole[1]:
+        raise ValueError(f"({first}, {stop})")
+    return whole
 
 
 def intervals(positions: Sequence[int]) -> list[Span]:

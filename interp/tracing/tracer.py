@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
@@ -69,7 +70,9 @@ class Tracer(Handler):
         self.statistics = tuple(each for each in self.declared if not isinstance(each, Resid))
         self._stream = StreamRecord(self.declared)
         self.streams = self._stream.places
-        self.layers = None if layers is None else frozenset(layers)
+        self.layers = None if layers is None else _numbers(layers)
+        if queries is not None and not isinstance(queries, Queries):
+            raise HeadscopeError(f"queries={queries!r} selects no rows: give Last(n), Every(n), Generated() or None")
         self.queries, self.tower = queries, tower
         self._sessions: list[Session] = []
         self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
@@ -263,8 +266,9 @@ class Tracer(Handler):
         entries = [*self._finished, *self._open()]
         elsewhere = ", ".join(sorted(attending(bare_model(self.model)))) if self._passes and not entries else ""
         if elsewhere:
+            unselected = "" if self.queries is None else f", where {self.queries} may have selected no row"
             raise HeadscopeError(
-                f"nothing was recorded in {self.tower or 'the default tower'}; name a tower: {elsewhere}"
+                f"nothing was recorded in {self.tower or 'the default tower'}{unselected}; name a tower: {elsewhere}"
             )
         return [signed(self._stream.beside(record), self.model, **named) for record in join(entries)]
 
@@ -274,3 +278,11 @@ class Tracer(Handler):
         self._pass.clear()
         self._sessions.clear()
         self._finished.clear()
+
+
+def _numbers(layers: Any) -> frozenset[int]:
+    """Layer numbers as a set; anything else is refused."""
+    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers, None]
+    if not all(isinstance(layer, int | np.integer) and not isinstance(layer, bool) for layer in given):
+        raise HeadscopeError(f"layers={layers!r} names no layers: give their numbers, such as layers=[0, 5]")
+    return frozenset(int(layer) for layer in given)

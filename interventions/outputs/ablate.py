@@ -52,6 +52,8 @@ class AblateHeads(HeadEdit):
             raise HeadscopeError(f"AblateHeads: how must be 'zero', 'mean' or 'uniform', not {self.how!r}")
         if self.how == "mean" and self.means is None:
             raise HeadscopeError("AblateHeads(how='mean') needs means=head_means(lm, texts), the heads' mean outputs")
+        if self.means is not None and not (isinstance(self.means, Tensor) and bool(self.means.isfinite().all())):
+            raise HeadscopeError("AblateHeads: means must be a tensor of finite numbers; make them with head_means")
         if self.how != "mean" and self.means is not None:
             raise HeadscopeError(f"AblateHeads(how={self.how!r}) takes no means; mean ablation is how='mean'")
 
@@ -111,6 +113,8 @@ def head_means(model: ModelLike, texts: Sequence[str | Sequence[int]], *, tokeni
     """
     if isinstance(texts, str) or not len(texts):
         raise HeadscopeError("head_means needs at least one text to average over, as a list")
+    if not all(len(text) for text in texts):
+        raise HeadscopeError("head_means was given an empty text; leave it out")
     lm = load_model(model, tokenizer=tokenizer)
     total: Tensor | None = None
     count = 0

@@ -96,7 +96,8 @@ class Labelled:
             if path.suffix == ".csv":
                 frame = pd.read_csv(path, dtype={"text": str, "group": str})
             else:
-                frame = pd.DataFrame([json.loads(line) for line in path.read_text().splitlines() if line.strip()])
+                lines = path.read_text(encoding="utf-8").split("\n")
+                frame = pd.DataFrame([json.loads(line) for line in lines if line.strip()])
             texts, labels = frame["text"].tolist(), frame["label"].to_numpy()
         except (OSError, ValueError, KeyError) as error:
             raise HeadscopeError(

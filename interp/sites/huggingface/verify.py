@@ -126,6 +126,8 @@ def _run(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
             with _probing(model, found):
                 routed = drawn_alike(model, inputs)
             found.problems += other_output(model, inputs, routed)
+            if found.problems:
+                _check_weights(model)
             _run_unmasked(model, found, inputs)
     except HeadscopeError as error:
         named = type(model).__name__ in str(error)
@@ -133,6 +135,16 @@ def _run(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
     finally:
         for part, was in training.items():
             part.training = was
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise HeadscopeError where a weight is no number: nothing that such a model computes can be compared."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise HeadscopeError(
+                f"{type(model).__name__} has weights that are not numbers, first in {name}: check the checkpoint, or "
+                "load it with dtype='float32'"
+            )
 
 
 def _run_unmasked(model: nn.Module, found: Verification, inputs: dict[str, Any]) -> None:
