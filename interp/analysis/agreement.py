@@ -50,7 +50,7 @@ class Agreement:
     @property
     def heads(self) -> int:
         """How many heads were compared."""
-        return (self.values.shape[1] - len(self.left_out)) * self.values.shape[2]
+        return len(self._kept()) * int(self.values.shape[2])
 
     def to_frame(self) -> pd.DataFrame:
         """One row a pair, measure (spearman, jaccard) and null (within layers, all heads).

@@ -85,8 +85,14 @@ class Difference:
 
     def to_frame(self) -> pd.DataFrame:
         """One row a head, the largest change first: layer, head, first, second, change, ci_low, ci_high, apart."""
-        layer, head = np.indices(self.change.shape)
-        columns = {"layer": layer, "head": head, "first": self.before, "second": self.after, "change": self.change}
+        layer, head = (np.asarray(index) for index in np.indices(self.change.shape))
+        columns: dict[str, NDArray[Any]] = {
+            "layer": layer,
+            "head": head,
+            "first": self.before,
+            "second": self.after,
+            "change": self.change,
+        }
         columns |= {"ci_low": self.low, "ci_high": self.high, "apart": self.apart}
         frame = pd.DataFrame({name: values.ravel() for name, values in columns.items()})
         order = np.argsort(-frame["change"].abs(), kind="stable")
@@ -165,7 +171,7 @@ def same_trials(first: HeadScores, second: HeadScores) -> tuple[list[int], list[
     rows = tuple([k.index(trial) for trial in shared] for k in kept)
     parts = [np.arange(len(run.trials)) if run.groups is None else run.groups for run in (first, second)]
     alike = [np.unique(part[row], return_inverse=True)[1] for part, row in zip(parts, rows, strict=True)]
-    return (rows[0], rows[1]) if shared and np.array_equal(*alike) else None
+    return (rows[0], rows[1]) if shared and np.array_equal(alike[0], alike[1]) else None
 
 
 def _mean(trials: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -39,15 +39,21 @@ class Null:
         return float(np.nanmax([one.mean for one in self.scores]))
 
     @property
+    def lowest(self) -> float:
+        """The lowest score of any head under any seed."""
+        return float(np.nanmin([one.mean for one in self.scores]))
+
+    @property
     def quantile(self) -> float:
         """The score below which 95 % of the heads of all seeds lie."""
         return float(np.nanquantile([one.mean for one in self.scores], QUANTILE))
 
     def against(self, observed: HeadScores) -> dict[str, Any]:
-        """How many heads of ``observed`` stand above the null, as one row.
+        """How many heads of ``observed`` stand outside the null, as one row.
 
         ``above_quantile``: above 95 % of the null's heads (5 % of all would be by chance, ``by_chance``).
-        ``above_highest``: above every head of every seed. ``heads``: with a score.
+        ``above_highest``: above every head of every seed; ``below_lowest``: below every one, as trained heads are in
+        entropy. ``heads``: with a score.
         """
         values = observed.mean[~np.isnan(observed.mean)]
         return {
@@ -56,9 +62,11 @@ class Null:
             "seeds": len(self.seeds),
             "null_quantile": self.quantile,
             "null_highest": self.highest,
+            "null_lowest": self.lowest,
             "above_quantile": int((values > self.quantile).sum()),
             "by_chance": (1 - QUANTILE) * len(values),
             "above_highest": int((values > self.highest).sum()),
+            "below_lowest": int((values < self.lowest).sum()),
             "heads": len(values),
         }
 

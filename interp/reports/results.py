@@ -127,8 +127,8 @@ def _add_scores(page: Report, found: HeadScores) -> None:
     if told["meaning"]:
         page.text(f"{told['meaning']} ({told['source']})." if told["source"] else f"{told['meaning']}.")
     with suppress(HeadscopeError):  # a single trial has no halves
-        told = split_half(found)
-        page.text(f"{told.words().capitalize()} (ranks: {told.spearman:.2f}).")
+        halves = split_half(found)
+        page.text(f"{halves.words().capitalize()} (ranks: {halves.spearman:.2f}).")
     page.figure(
         plots.head_map(found.mean, title=title, label=label, low=low, high=high, n=found.n),
         f"Every head; intervals are {found.level:.0%} bootstrap over {len(found.trials)} trials.",

@@ -105,8 +105,10 @@ def test_heads_above_a_null_are_counted() -> None:
     found = Null("weights", (0, 1), (HeadScores("m", base / 100), HeadScores("m", base / 200)))
     values = np.full((1, 10, 10), 0.2)
     values[0, 0, :3], values[0, 1, 0], values[0, 2, 0] = 0.97, 0.995, np.nan
+    values[0, 3, :2] = -0.1
     told = found.against(HeadScores("m", values))
     assert found.highest == 0.99 and told["above_highest"] == 1 and told["heads"] == 99
+    assert told["null_lowest"] == 0.0 and told["below_lowest"] == 2
     every = np.concatenate([base.ravel() / 100, base.ravel() / 200])
     assert told["null_quantile"] == pytest.approx(np.quantile(every, 0.95)) == pytest.approx(0.8905, abs=0.01)
     assert told["above_quantile"] == 4 and told["by_chance"] == pytest.approx(0.05 * 99)
