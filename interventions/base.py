@@ -120,13 +120,13 @@ class Edit(Intervention):
         kind, (least, most) = type(self).__name__, self.strengths
         if self.during not in PHASES:
             raise HeadscopeError(f"{kind}: during must be {listed(PHASES)}, not {self.during!r}")
-        for one in fields(self):
-            if one.type == "float":
-                _check_number(f"{kind}: {one.name}", getattr(self, one.name))
         number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
         if not number or not math.isfinite(self.strength) or not least <= self.strength <= most:
             bounds = f"between {least:g} and {most:g}" if math.isfinite(most) else "a finite number"
             raise HeadscopeError(f"{kind}: strength must be {bounds}, not {self.strength!r}")
+        for one in fields(self):
+            if one.type == "float":
+                _check_number(f"{kind}: {one.name}", getattr(self, one.name))
 
     @property
     def name(self) -> str:  # type: ignore[override]

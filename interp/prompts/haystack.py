@@ -94,7 +94,7 @@ def load_needles(needles: Needles = None) -> tuple[Needle, ...]:
 
 
 def _bundled() -> dict[str, Needle]:
-    lines = files("headscope.interp").joinpath("data/needles.jsonl").read_text(encoding="utf-8").split("\n")
+    lines = files("headscope.interp").joinpath("data/needles.jsonl").read_text(encoding="utf-8").strip().split("\n")
     return {needle.name: needle for needle in (Needle.from_dict(json.loads(line)) for line in lines)}
 
 

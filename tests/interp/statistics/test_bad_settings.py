@@ -58,7 +58,7 @@ def test_layers_are_numbers(layers: Any) -> None:
 
 def test_rows_that_are_not_there() -> None:
     model, ids = tiny_model("llama"), torch.arange(5, 15)[None]
-    with pytest.raises(HeadscopeError, match=r"queries=\(10, 20\)\): the pass has query rows 0 to 9"):
+    with pytest.raises(HeadscopeError, match=r"'mean', queries=\(10, 20\)\): the pass has query rows 0 to 9"):
         with trace(model, s.KeyMass("mean", queries=(10, 20))):
             model(ids)
     with pytest.raises(HeadscopeError, match="selects no rows: give Last"):
