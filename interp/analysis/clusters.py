@@ -13,8 +13,8 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from headscope.interp.errors import HeadscopeError
 
-Method = Literal["agglomerative", "kmeans"]
-MOST = 12  # clusters that are tried
+Method = Literal["kmeans", "agglomerative"]
+FEWEST, MOST = 3, 12  # clusters among which the silhouette chooses: two are always best, and say the least
 DISTINCT = 0.5  # standard deviations from the mean of all heads, from which a cluster is named after a feature
 ALIKE = 0.8  # a correlation over heads from which two features say the same of a cluster
 Labels = NDArray[np.int64]  # (head,)
@@ -48,14 +48,14 @@ def standardised(features: Features) -> Features:
 def partition(x: Features, k: int, method: Method, seed: int) -> Labels:
     """Labels of ``k`` clusters of standardised features, the largest cluster first.
 
-    ``agglomerative`` merges what adds least variance (Ward); ``kmeans`` takes the best of ten seeded starts.
+    ``kmeans`` takes the best of ten seeded starts; ``agglomerative`` merges what adds least variance (Ward).
     """
     if method == "agglomerative":
         found = AgglomerativeClustering(k).fit_predict(x)
     else:
         found = KMeans(k, n_init=10, random_state=seed).fit_predict(x)
     order = np.argsort(-np.bincount(found, minlength=k), kind="stable")
-    return np.argsort(order, kind="stable")[found].astype(np.int64)
+    return np.asarray(np.argsort(order, kind="stable")[found], dtype=np.int64)
 
 
 def silhouettes(x: Features, method: Method, seed: int) -> dict[int, float]:
@@ -68,6 +68,11 @@ def silhouettes(x: Features, method: Method, seed: int) -> dict[int, float]:
         raise HeadscopeError(f"{len(x)} heads, {len(np.unique(x, axis=0))} of them different, cannot be sorted: 3 can")
     top = min(MOST, len(np.unique(x, axis=0)) - 1)
     return {k: float(silhouette_score(x, partition(x, k, method, seed))) for k in range(2, top + 1)}
+
+
+def chosen(scores: dict[int, float]) -> int:
+    """The number of clusters with the highest silhouette, of ``FEWEST`` or more where there are heads enough."""
+    return max((k for k in scores if k >= min(FEWEST, max(scores))), key=lambda k: scores[k])
 
 
 def shuffled_silhouettes(x: Features, k: int, method: Method, seed: int, draws: int) -> NDArray[np.float64]:
@@ -140,7 +145,7 @@ def medoid(x: Features, members: NDArray[np.int64]) -> int:
 def check(method: str, k: int | None, heads: int, draws: int) -> None:
     """Refuse settings out of range."""
     if method not in get_args(Method):
-        raise HeadscopeError(f"method={method!r}: choose 'agglomerative' or 'kmeans'")
+        raise HeadscopeError(f"method={method!r}: choose 'kmeans' or 'agglomerative'")
     if k is not None and not 2 <= k < heads:
         raise HeadscopeError(f"clusters={k}: of {heads} heads make 2 to {heads - 1}")
     if draws < 1:

@@ -151,7 +151,7 @@ def _checked(maps: xr.DataArray, width: int, steps: int) -> NDArray[np.float64]:
     dims = ("example", "layer", "head", "query_block", "key_block")
     if set(maps.dims) != set(dims):
         raise HeadscopeError(f"maps have the dimensions {', '.join(dims)}, not {', '.join(map(str, maps.dims))}")
-    values = maps.transpose(*dims).to_numpy().astype(np.float64)
+    values = np.asarray(maps.transpose(*dims).to_numpy(), dtype=np.float64)
     rows, columns = values.shape[3:]
     if rows != columns or not 4 <= rows <= SIDE:
         raise HeadscopeError(

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
+from sklearn.metrics import silhouette_score
 
 from headscope.interp.analysis import clusters as sorting
 from headscope.interp.analysis.clusters import Method, Stability
@@ -149,7 +150,7 @@ def taxonomy(
     length: int = 128,
     samples: int = 16,
     clusters: int | None = None,
-    method: Method = "agglomerative",
+    method: Method = "kmeans",
     draws: int = 100,
     seed: int = 0,
     out: str | Path | None = None,
@@ -168,8 +169,11 @@ def taxonomy(
     Args:
         lm: load_model's result, or what load_model takes.
         texts, length, samples: as of ``head_features``.
-        clusters: how many; by default those of 2 to 12 with the highest mean silhouette.
-        method: "agglomerative" (Ward) or "kmeans".
+        clusters: how many; by default those of 3 to 12 with the highest mean silhouette. (Two have a higher one in
+            SmolLM2, and say only that some heads rest on the first token and others look near.)
+        method: "kmeans", or "agglomerative" (Ward), which is less stable over texts where we looked: of 16 passages in
+            SmolLM2-135M-Instruct, halves of the texts agree to an adjusted Rand index of 0.5 at 3 to 10 clusters, by
+            k-means to 0.6 to 0.8.
         draws: of texts for the stability, and of shuffled features.
         seed: of the draws and of k-means.
         out: folder to save to.
@@ -193,7 +197,7 @@ def sort_heads(
     features: xr.DataArray,
     *,
     clusters: int | None = None,
-    method: Method = "agglomerative",
+    method: Method = "kmeans",
     draws: int = 100,
     seed: int = 0,
     made: dict[str, Any] | None = None,
@@ -203,9 +207,9 @@ def sort_heads(
     sorting.check(method, clusters, layers * heads, draws)
     x = sorting.standardised(sorting.averaged(examples))
     scores = sorting.silhouettes(x, method, seed)
-    k = max(scores, key=lambda n: scores[n]) if clusters is None else clusters
+    k = sorting.chosen(scores) if clusters is None else clusters
     labels = sorting.partition(x, k, method, seed)
-    scores.setdefault(k, float(sorting.silhouette_score(x, labels)))
+    scores.setdefault(k, float(silhouette_score(x, labels)))
     index = [str(name) for name in features["feature"].to_numpy()]
     told = sorting.names(x, labels, [FEATURES.get(name, (f"high {name}", f"low {name}")) for name in index])
     kinds = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,9 +53,6 @@ class TokenGates(Gates):
         return (z * gate[..., None]).to(z.dtype)
 
 
-G = TypeVar("G", bound=Gates)
-
-
 @dataclass(frozen=True)
 class Stage:
     """Adam for ``updates`` steps at a rate that falls in a line from ``rate`` to ``end``; ``penalty`` is lambda."""
@@ -68,9 +65,10 @@ class Stage:
 
 
 @contextmanager
-def gated(lm: LanguageModel, kind: type[G] = Gates) -> Iterator[G]:  # type: ignore[assignment]
-    """Gates on a frozen model inside the block, with gradients towards them alone; parameters are then as before."""
-    gates = kind()
+def gated(lm: LanguageModel, gates: Gates | None = None) -> Iterator[Gates]:
+    """Gates (or ``gates``) on a frozen model inside the block, with gradients towards them alone; parameters are then
+    as before."""
+    gates = Gates() if gates is None else gates
     held = [p for p in bare_model(lm).parameters() if p.requires_grad]
     try:
         for p in held:

@@ -62,7 +62,8 @@ class GradientImportance(ImportanceMethod):
 
     def score(self, lm: LanguageModel, trial: Trial) -> Scored:
         found = np.full((lm.info.layers, lm.info.heads), np.nan)
-        with gated(lm, TokenGates) as gates:
+        gates = TokenGates()
+        with gated(lm, gates):
             loss = -log_probabilities(lm, gates, [self.examples(lm)[trial["sample"]]])[0, 0]
             grads = torch.autograd.grad(loss, list(gates.at.values()))
         for layer, grad in zip(gates.at, grads, strict=True):

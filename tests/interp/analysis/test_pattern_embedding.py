@@ -98,5 +98,5 @@ def test_bad_input_is_one_line(worded, words) -> None:
 @pytest.mark.slow
 def test_smollm2_maps_of_other_texts_are_coded(smollm2) -> None:
     """A code of four numbers, learned from two texts, says most of what tells heads apart in two others."""
-    found = embed_patterns(pooled_maps(smollm2, length=112, samples=4), steps=300)
+    found = embed_patterns(pooled_maps(smollm2, length=112, samples=4), steps=150)
     assert found.codes.shape == (30, 9, 4) and found.unexplained("pca") < 0.5 and found.unexplained("autoencoder") < 0.5

