@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -50,8 +50,8 @@ class Locos(NeedleMethod):
     zeroes a head's query, ``AblateHeads(how="uniform")``, not what it writes.)
 
     Args:
-        lengths, depths, needles: [OURS] by default three needles at three depths of 600 tokens; the paper's grid is
-            lengths=None, depths=10.
+        size: the prompts where lengths, depths and needles do not say otherwise. "small" [OURS]: three needles at
+            three depths of 600 tokens. "published": the grid of ``retrieval``'s authors.
         paraphrased: ask each needle's paraphrase.
         forced: [OURS] feed the answer as it stands in the needle instead of what the model says, and keep every trial,
             as small models fail paraphrased questions. A chat model's turn is made to begin with "Answer:".
@@ -62,8 +62,8 @@ class Locos(NeedleMethod):
     unit: ClassVar[str] = "logits before the final norm"
     source: ClassVar[str] = "arXiv 2607.01002"
 
-    lengths: Sequence[int] | None = (600,)
-    depths: int | Sequence[float] = (0, 50, 100)
+    SMALL: ClassVar[Mapping[str, Any]] = {"lengths": (600,), "depths": (0, 50, 100), "needles": 3}
+
     paraphrased: bool = False
     forced: bool = False
     ov: bool = True
