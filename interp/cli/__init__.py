@@ -12,7 +12,18 @@ from importlib import import_module
 from typing import NoReturn
 
 # the commands' files, in help's order
-COMMANDS = ("models", "listing", "trace", "discover", "probe", "intervene", "evaluate", "masking", "report")
+COMMANDS = (
+    "models",
+    "listing",
+    "trace",
+    "exemplars",
+    "discover",
+    "probe",
+    "intervene",
+    "evaluate",
+    "masking",
+    "report",
+)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
