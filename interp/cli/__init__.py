@@ -16,6 +16,7 @@ COMMANDS = (
     "models",
     "listing",
     "trace",
+    "exemplars",
     "discover",
     "compare",
     "taxonomy",

@@ -6,7 +6,7 @@ import base64
 import gzip
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.plots.style import show_token
 from headscope.interp.runs.files import write_atomically
 
 LIMIT = 6_000_000  # bytes
@@ -71,6 +72,21 @@ class Report:
         label = f"<b>Table {self._counts['Table']}.</b> {_safe(caption)}"
         rows = _table(frame, dict(formats or {}), caption)
         self._body.append(f'<figure id="{anchor}"><figcaption>{label}</figcaption>{rows}</figure>')
+        return self
+
+    def tokens(
+        self, tokens: Sequence[str], values: Sequence[float | None], caption: str, *, low: float, high: float
+    ) -> Report:
+        """Add a text token by token, each marked by where its value lies between ``low`` (not at all) and ``high``, and
+        with its value where one points at it.
+
+        Raises:
+            HeadscopeError: not as many values as tokens.
+        """
+        if len(tokens) != len(values):
+            raise HeadscopeError(f"{len(tokens)} tokens have {len(values)} values; give each its own, or None")
+        marked = "".join(_token(*both, low, high) for both in zip(tokens, values, strict=True))
+        self._body.append(f'<p class="tokens"><small>{_safe(caption)}</small><br>{marked}</p>')
         return self
 
     def figure(self, figure: go.Figure, caption: str) -> Report:
@@ -135,6 +151,14 @@ class Report:
 
 def _safe(text: object) -> str:
     return html.escape(str(text))
+
+
+def _token(text: str, value: float | None, low: float, high: float) -> str:
+    """A token as a span whose background is as dense as its value is large."""
+    if value is None:
+        return f"<span>{show_token(text)}</span>"
+    dense = 0.85 * min(max((value - low) / (high - low), 0.0), 1.0) if high > low else 0.0
+    return f'<span style="background:rgba(31,111,139,{dense:.2f})" title="{value:.4g}">{show_token(text)}</span>'
 
 
 @cache

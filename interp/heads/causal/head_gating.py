@@ -15,6 +15,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Scored
 from headscope.interp.heads.causal.gates import Stage, fit, gated, log_probabilities, shuffled, start
 from headscope.interp.heads.causal.settings import GateMethod, Masks, plain, tokenized
+from headscope.interp.heads.causal.toggling import toggle
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.patterns import Pair, load_pairs, pattern_pairs
 from headscope.interp.results.scores import HeadScores
@@ -24,6 +25,7 @@ from headscope.interp.runs.provenance import hash_texts
 Role = Literal["facilitation", "interference", "irrelevance"]
 ROLES: tuple[str, ...] = get_args(Role)
 THRESHOLD = 0.5  # from which a head is said to have a role
+UNSEEN = 8  # pairs on which heads are toggled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,10 @@ class HeadGating(GateMethod):
         role: which of the three is the score.
         pairs: (prompt, target) pairs, or a file with one {"prompt": ..., "target": ...} a line. By default the paper's
             A^ B^ A task on words of the bundled prose (``headscope.interp.prompts.patterns``).
+        toggled: the authors' validation, for so many heads of each role: every trial's ``toggled``, and their mean in
+            ``provenance``, say what the target's log-probability gains where the first k are closed rather than open,
+            from G+ (see ``headscope.interp.heads.causal.toggling``): negative for facilitation, about 0 for
+            irrelevance, positive for interference. On pairs that gates were not fitted to, where they are not given.
     """
 
     name: ClassVar[str] = "head_gating"
@@ -74,15 +80,19 @@ class HeadGating(GateMethod):
 
     role: Role = "facilitation"
     pairs: Sequence[Pair] | str | Path | None = None
+    toggled: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.role not in ROLES:
             raise HeadscopeError(f"role is {', '.join(map(repr, ROLES))}, not {self.role!r}")
+        if self.toggled < 0:
+            raise HeadscopeError(f"toggled={self.toggled}: toggle 1 head of each role or more, or none (0)")
 
     def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
         x, y = tokenized(lm, self._pairs()[:1])[0]
-        return 3 * self.sizes["updates"] * self.sizes["batch"] * (len(x) + len(y)) * 3, 0  # backward: twice forward
+        fitted = 3 * self.sizes["updates"] * self.sizes["batch"] * 3  # backward: twice forward
+        return (fitted + 2 * len(ROLES) * self.toggled * UNSEEN) * (len(x) + len(y)), 0
 
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
         held = super().parameters(lm)
@@ -91,7 +101,10 @@ class HeadGating(GateMethod):
 
     def score(self, lm: LanguageModel, trial: Trial) -> Scored:
         masks = self.masks(lm, trial)
-        details = {stage: plain(values) for stage, values in masks.items()}
+        details: dict[str, Any] = {stage: plain(values) for stage, values in masks.items()}
+        if self.toggled:
+            roles = {role: role_of(role, masks["retained"], masks["removed"]) for role in ROLES}
+            details["toggled"] = toggle(lm, masks["retained"], roles, self.toggled, tokenized(lm, self._unseen()))
         return role_of(self.role, masks["retained"], masks["removed"]), details
 
     def train(self, lm: LanguageModel, members: Sequence[int]) -> list[Masks]:
@@ -116,11 +129,18 @@ class HeadGating(GateMethod):
         real = ~np.isnan(_each(ROLES[0], details))
         none = real & ~np.any(list(has.values()), axis=0)
         heads = max(1, int(real[0].sum()))
+        deltas = [one["toggled"] for one in details if "toggled" in one]
+        means = {role: np.mean([one[role] for one in deltas], axis=0).tolist() for role in ROLES} if deltas else None
         return {
+            **({} if means is None else {"log_probability_gained_when_closed": means}),
             "percent_of_heads_in_some_start": {r: 100 * float(x.any(0).sum()) / heads for r, x in has.items()},
             "percent_of_heads_in_every_start": {r: 100 * float(x.all(0).sum()) / heads for r, x in has.items()},
             "inconsistent_percent": 100 * float(none.sum()) / (heads * len(real)),
         }
+
+    def _unseen(self) -> list[Pair]:
+        """Pairs to toggle heads on: drawn with a seed of their own, or else the given ones' first."""
+        return pattern_pairs(UNSEEN, "ABA", self.seed + 1) if self.pairs is None else self._pairs()[:UNSEEN]
 
     def _pairs(self) -> list[Pair]:
         found = pattern_pairs(self.examples, "ABA", self.seed) if self.pairs is None else load_pairs(self.pairs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,6 @@ import numpy as np
 from headscope.interp.heads.base import Scored
 from headscope.interp.heads.recall.retrieval import Retrieval
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.prompts.haystack import Needles
 from headscope.interp.runs.journal import Trial
 
 
@@ -32,8 +31,9 @@ class ContextActivation(Retrieval):
     "Always" is about the contexts that were run: see their number.
 
     Args:
-        lengths, depths, needles: the contexts. [OURS] By default ten bundled needles at three depths of 600 tokens, for
-            other facts and places rather than for lengths; lengths=None, depths=10, needles=3 is the authors' grid.
+        size: the contexts where lengths, depths and needles do not say otherwise. "small" [OURS]: ten bundled needles
+            at three depths of 600 tokens, for other facts and places rather than for lengths. "published": the grid of
+            ``retrieval``'s authors, three needles at ten depths of up to 20 lengths.
         count: as of ``retrieval``, for ``copied``.
     """
 
@@ -44,9 +44,7 @@ class ContextActivation(Retrieval):
     not_reproduced: ClassVar[str] = "12 heads of Llama-2-7B that always fire"
     range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
 
-    lengths: Sequence[int] | None = (600,)
-    depths: int | Sequence[float] = (0, 50, 100)
-    needles: Needles = 10
+    SMALL: ClassVar[Mapping[str, Any]] = {"lengths": (600,), "depths": (0, 50, 100), "needles": 10}
 
     def score(self, lm: LanguageModel, trial: Trial) -> Scored:
         """1 for the heads that copied anything, and how much in the details."""

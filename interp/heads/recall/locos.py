@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from headscope.interp.attention.call import AttentionCall
-from headscope.interp.attention.handler import Handler
-from headscope.interp.errors import HeadscopeError
-from headscope.interp.heads.base import Scored
-from headscope.interp.heads.recall.copying import LEAD, place_of
-from headscope.interp.heads.recall.needle_method import NeedleMethod
+from headscope.interp.heads.recall.answer_rows import Answer, AnswerMethod
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.models.writing import HeadWrites, unembedding_rows
-from headscope.interp.prompts.decoding import answer_text, decode, prefill, stop_tokens
-from headscope.interp.prompts.haystack import rouge1_recall
-from headscope.interp.prompts.needle import NeedlePrompt, NeedlePrompts
-from headscope.interp.prompts.spans import encode
-from headscope.interp.runs.journal import Trial
-from headscope.interp.sites import attached
-from headscope.interp.statistics.spans import Span
 
 
 @dataclass(frozen=True, kw_only=True)
-class Locos(NeedleMethod):
+class Locos(AnswerMethod):
     """Score heads by how much more they write towards the answer from the needle than from as much of the rest.
 
     Gema et al. 2026, "Logit-Contribution Scoring Identifies Non-Literal Retrieval Heads" (arXiv 2607.01002;
@@ -47,15 +30,9 @@ class Locos(NeedleMethod):
     (with mass 0); their cache forgets some of them, and the count with them.
 
     What it does not show: what the head does through later layers, or that the model needs it. (The authors' ablation
-    zeroes a head's query, ``AblateHeads(how="uniform")``, not what it writes.)
-
-    Args:
-        lengths, depths, needles: [OURS] by default three needles at three depths of 600 tokens; the paper's grid is
-            lengths=None, depths=10.
-        paraphrased: ask each needle's paraphrase.
-        forced: [OURS] feed the answer as it stands in the needle instead of what the model says, and keep every trial,
-            as small models fail paraphrased questions. A chat model's turn is made to begin with "Answer:".
-        ov: False leaves out what is written, phi = A: the authors' attention-only control, in units of mass.
+    zeroes a head's query, ``AblateHeads(how="uniform")``, not what it writes.) The authors' controls are methods of
+    their own here: ``locos_attention`` (without what is written), ``locos_dla`` (without the contrast) and
+    ``locos_contrastive`` (answer's rows against the others').
     """
 
     name: ClassVar[str] = "locos"
@@ -68,111 +45,6 @@ class Locos(NeedleMethod):
     )
     not_reproduced: ClassVar[str] = "NoLiMa's questions, which models of this size fail"
 
-    lengths: Sequence[int] | None = (600,)
-    depths: int | Sequence[float] = (0, 50, 100)
-    paraphrased: bool = False
-    forced: bool = False
-    ov: bool = True
-
-    @cached_property
-    def task(self) -> NeedlePrompts:
-        """The prompts, with paraphrased questions where asked."""
-        return replace(super().task, paraphrased=self.paraphrased)
-
-    def parameters(self, lm: LanguageModel) -> dict[str, Any]:
-        return {**super().parameters(lm), "forced": self.forced, "ov": self.ov}
-
-    def score(self, lm: LanguageModel, trial: Trial) -> Scored:
-        prompt = self.task.build(lm, trial)
-        cache = prefill(lm, prompt.ids[:-1])
-        with attached(lm, read := _Reading(prompt.needle_span)):
-            new, steps = self._forced(lm, cache, prompt) if self.forced else self._said(lm, cache, prompt)
-        response = answer_text(lm, new)
-        recall = rouge1_recall(prompt.needle.real_needle, response, stem=self.stem)
-        details = {"response": response, "recall": recall, "answer_steps": len(steps), **place_of(prompt)}
-        if not steps or (recall <= self.threshold and not self.forced):
-            return None, details
-        found = np.full((lm.info.layers, lm.info.heads), np.nan)
-        if not self.ov:
-            for layer, rows in read.rows.items():
-                found[layer] = np.mean([rows[t].contrast(rows[t].mass) for t in steps], axis=0)
-            return found, details
-        writes = HeadWrites(lm)
-        if len(writes) != len(read.rows):
-            raise HeadscopeError(
-                f"{lm.name} has {len(writes)} output projections for {len(read.rows)} attending layers"
-            )
-        u = unembedding_rows(lm, [new[t] for t in steps])[:, None]  # (step, 1, d_model)
-        for place, layer in enumerate(sorted(read.rows)):
-            rows = [read.rows[layer][t] for t in steps]
-            z = torch.stack([row.contrast(row.z) for row in rows])  # linear, so W_O of the contrast of both parts
-            written = writes.of(place, z)
-            found[layer] = (written * u.to(written.device)).sum(-1).mean(0).double().cpu().numpy()
-        if not np.isfinite(found[sorted(read.rows)]).all():
-            raise HeadscopeError(f"{lm.name} writes values that are not numbers: load it with dtype='float32'")
-        return found, details
-
-    def _said(self, lm: LanguageModel, cache: Any, prompt: NeedlePrompt) -> tuple[list[int], list[int]]:
-        """What the model says, and at which steps the answer."""
-        new = decode(lm, cache, prompt.ids[-1], self.max_new_tokens, newline_stop=self.newline_stop)
-        new = new[:-1] if new and new[-1] in stop_tokens(lm) else new
-        return new, answer_steps(lm.tokenizer, new, prompt.needle.real_needle)
-
-    def _forced(self, lm: LanguageModel, cache: Any, prompt: NeedlePrompt) -> tuple[list[int], list[int]]:
-        """The answer as it is fed, after a chat model's lead, and its steps."""
-        lead = encode(lm.tokenizer, LEAD, special_tokens=False)[0] if self.task.uses_chat(lm) else []
-        new = [*lead, *prompt.ids[slice(*prompt.span)]]
-        for token in (prompt.ids[-1], *new[:-1]):
-            lm.forward(torch.tensor([[token]]), cache=cache)
-        return new, list(range(len(lead), len(new)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """What a row took of the needle and of the rest: ``mass`` (2, head) and ``z`` (2, head, d_value), float32."""
-
-    mass: Tensor
-    z: Tensor
-    needle: int
-    rest: int
-
-    def contrast(self, parts: Tensor) -> Tensor:
-        """Needle - needle / rest * rest."""
-        return parts[0] - self.needle / self.rest * parts[1]
-
-
-class _Reading(Handler):
-    """The rows of single-row passes, by layer, in their order."""
-
-    only_reads = True
-
-    def __init__(self, needle: Span) -> None:
-        self.needle = needle
-        self.rows: dict[int, list[_Row]] = {}
-
-    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
-        first, stop = self.needle
-        p = call.pattern()[0, :, -1]  # (head, key)
-        at = torch.arange(p.shape[1], device=p.device) + call.mask.key_offset
-        inside = (at >= first) & (at < stop)
-        split = torch.stack([p * inside, p * ~inside])  # (2, head, key)
-        values = call.value[0].to(p.dtype)  # (kv head, key, d_value)
-        grouped = split.view(2, values.shape[0], -1, p.shape[1])
-        read = torch.einsum("sgnk,gkd->sgnd", grouped, values).reshape(2, p.shape[0], -1)
-        needle, keys = stop - first, call.mask.query_offset + 1
-        self.rows.setdefault(call.layer, []).append(_Row(split.sum(-1), read, needle, keys - needle))
-        return z
-
-
-def answer_steps(tokenizer: Any, emitted: Sequence[int], answer: str) -> list[int]:
-    """Which of the emitted tokens are the answer's: its own token ids in order, or else those that hold its text."""
-    alone = list(tokenizer(answer, add_special_tokens=False)["input_ids"])
-    for first in range(len(emitted) - len(alone) + 1):
-        if alone and list(emitted[first : first + len(alone)]) == alone:
-            return list(range(first, first + len(alone)))
-    pieces = [str(tokenizer.decode([token])).lower() for token in emitted]
-    ends: NDArray[np.int64] = np.cumsum([0, *map(len, pieces)])
-    at = "".join(pieces).find(answer.lower())
-    if at < 0:
-        return []
-    return [i for i in range(len(pieces)) if ends[i + 1] > at and ends[i] < at + len(answer)]
+    def of_answer(self, lm: LanguageModel, answer: Answer) -> NDArray[np.float64]:
+        """What is written of z's contrast: W_O is linear, so that it is the contrast of what both parts write."""
+        return answer.logits(lm, lambda row: row.contrast(row.z))

@@ -104,6 +104,31 @@ def test_trace_writes_a_record(capsys: pytest.CaptureFixture[str], model: str, t
     assert code == 2 and "other settings (statistics)" in err  # a record is never overwritten
 
 
+def test_exemplars_are_swept_and_shown(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    from headscope.interp import load_record
+
+    (data := tmp_path / "data.txt").write_text("".join(f"{'word ' * i}<b>end</b>\n" for i in range(1, 13)))
+    command = ("exemplars", "--model", model, "--data", str(data), "--heads", "L1H3,L0H0", "--top", "2", "--each", "1")
+    code, out, err = run(capsys, *command, "--out", str(tmp_path / "r"), "--json")
+    record = load_record(tmp_path / "r" / "record")
+    scores = record["entropy"].sel(layer=1, head=3).max("query").to_numpy()
+    shown = json.loads(out)["top"]
+    assert code == 0 and "page:" in err and [row["head"] for row in shown] == ["L1H3"] * 2 + ["L0H0"] * 2
+    assert shown[0]["prompt"] == int(scores.argmax()) and shown[0]["score"] == pytest.approx(float(scores.max()))
+    document = json.loads((tmp_path / "r" / "exemplars.json").read_text())
+    assert document["prompts"] == 12 and [len(head["deciles"]) for head in document["heads"]] == [10, 10]
+    page = (tmp_path / "r" / "exemplars.html").read_text()
+    assert "&lt;" in page and "<b>end" not in page
+    before = sorted((tmp_path / "r" / "record").glob("part-*"))
+    assert run(capsys, *command, "--out", str(tmp_path / "r"))[0] == 0  # the sweep is not run again
+    assert sorted((tmp_path / "r" / "record").glob("part-*")) == before
+    for wrong, says in ((("--statistic", "entropy,distance"), "of one statistic"), (("--heads", "L7H0"), "L7H0")):
+        code, _, err = run(capsys, *command, *wrong, "--out", str(tmp_path / "other"))
+        assert code == 2 and says in err and err.count("\n") == 1 and not (tmp_path / "other").exists()
+    code, out, _ = run(capsys, *command, "--out", str(tmp_path / "other"), "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["prompts"] == 12 and not (tmp_path / "other").exists()
+
+
 def test_discover_evaluate_report(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
     heads, out = str(tmp_path / "heads"), str(tmp_path / "ev")
     discover = ("discover", "induction", "--model", model, "--samples", "3", "--set", "length=8", "--out", heads)

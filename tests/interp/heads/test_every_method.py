@@ -35,6 +35,9 @@ SMALL = {
     "context_divergence": {"samples": 2, "batch": 2, "length": 40},
     "pattern_divergence": {"samples": 2, "batch": 2, "length": 40},
     "locos": {"lengths": [260], "depths": [50], "needles": 1, "forced": True},
+    "locos_attention": {"lengths": [260], "depths": [50], "needles": 1, "forced": True},
+    "locos_dla": {"lengths": [260], "depths": [50], "needles": 1, "forced": True},
+    "locos_contrastive": {"lengths": [260], "depths": [50], "needles": 1, "forced": True, "gate": 0.0},
     "context_activation": {"lengths": [260], "depths": [50], "needles": 1, "max_new_tokens": 3, "threshold": -1.0},
 }
 

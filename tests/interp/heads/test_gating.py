@@ -19,6 +19,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.causal.gates import Gates, Stage, fit, gated, log_probabilities, shuffled, start
 from headscope.interp.heads.causal.head_gating import HeadGating, role_of, role_scores, role_table
 from headscope.interp.heads.causal.settings import tokenized
+from headscope.interp.heads.causal.toggling import toggle
 from headscope.interp.models import LanguageModel
 from headscope.interp.prompts.patterns import load_pairs, pattern_pairs
 from headscope.interp.sites import handlers_on
@@ -187,6 +188,38 @@ def test_heads_with_known_roles() -> None:
     assert (table[(table["role"] == "irrelevance") & (table["head"] < 2)]["share"] == 0).all()
 
 
+def test_toggling_is_hooks_that_close_and_open_the_first_heads(llama: LanguageModel) -> None:
+    """The first heads of an order that is given, closed and open, all others at their gates."""
+    rng = np.random.default_rng(0)
+    retained, scores = rng.uniform(0.2, 0.8, (2, 4)), rng.uniform(0, 1, (2, 4))
+    found = toggle(llama, retained, {"some": scores}, 3, BATCH)["some"]
+    order = sorted(np.ndindex(2, 4), key=lambda at: -scores[at])
+    expected = []
+    for k in range(1, 4):
+        both = []
+        for value in (0.0, 1.0):
+            gates = torch.from_numpy(retained.copy())
+            for at in order[:k]:
+                gates[at] = value
+            both.append(torch.stack([by_hooks(llama, gates, *pair) for pair in BATCH]).mean().item())
+        expected.append(both[0] - both[1])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+    assert min(map(abs, expected)) > 20 * 2e-4 and not handlers_on(llama)
+    scores[0] = np.nan  # a layer without attention has no head to toggle
+    retained[0] = np.nan
+    assert len(toggle(llama, retained, {"some": scores}, 8, BATCH)["some"]) == 4
+
+
+def test_heads_of_known_roles_are_validated() -> None:
+    """Closed, the head that writes the target costs, the one against it pays, and those that write nothing do not."""
+    lm = planted([[3.0], [-3.0], [0.0], [0.0]])
+    given = dict(pairs=[("w1 w2 w3", "w0"), ("w4 w5", "w0")], starts=1, updates=60, batch=2, seed=SEED, penalty=0.1)
+    made = heads.head_gating(lm, toggled=1, progress=False, **given).provenance
+    delta = {role: one[0] for role, one in made["log_probability_gained_when_closed"].items()}
+    assert delta["facilitation"] < -0.5 and delta["interference"] > 0.5 and abs(delta["irrelevance"]) < 1e-4
+    assert "log_probability_gained_when_closed" not in heads.head_gating(lm, progress=False, **given).provenance
+
+
 def test_contrast_closes_what_only_the_forgotten_task_needs() -> None:
     """Head 0 writes both targets alike, head 1 that of the task to forget, head 2 that of the task to retain."""
     lm = planted([[2.0, 2.0], [3.0, 0.0], [0.0, 3.0], [0.0, 0.0]])
@@ -231,7 +264,13 @@ def test_patterns_and_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [({"size": "big"}, "size is"), ({"role": "x"}, "role is"), ({"starts": 0}, "at least 1")]
+    ("given", "said"),
+    [
+        ({"size": "big"}, "size is"),
+        ({"role": "x"}, "role is"),
+        ({"starts": 0}, "at least 1"),
+        ({"toggled": -1}, "toggled=-1"),
+    ],
 )
 def test_bad_settings_are_one_line(given: dict, said: str) -> None:
     with pytest.raises(HeadscopeError, match=said):

@@ -1,4 +1,4 @@
-"""Context activation and LOCOS: by hand, and against dense eager weights in float64 of the untouched model.
+"""Context activation, LOCOS and its controls: by hand, and against dense eager weights in float64.
 
 Tolerance of LOCOS: a contribution is a sum of n <= 700 products of float32 numbers of at most about 10 each (values,
 projection and unembedding of wide tiny models), with an attention weight that is itself good to 1e-5 (see
@@ -14,9 +14,13 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from headscope.interp import heads
 from headscope.interp.attention.handler import Handler
-from headscope.interp.heads import context_activation, locos, retrieval
-from headscope.interp.heads.recall.locos import Locos, answer_steps
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.heads import context_activation, locos, locos_contrastive, retrieval
+from headscope.interp.heads.recall.answer_rows import answer_steps
+from headscope.interp.heads.recall.locos import Locos
+from headscope.interp.heads.recall.locos_contrastive import LocosContrastive
 from headscope.interp.models import LanguageModel
 from headscope.interp.models.writing import HeadWrites, unembedding_rows
 from headscope.interp.sites import attached
@@ -55,8 +59,8 @@ def say(lm: LanguageModel, emitted: list[int], prompt: int) -> None:
     lm.model.register_forward_hook(hook, with_kwargs=True)
 
 
-def dense(lm: LanguageModel, ids: list[int], needle: tuple[int, int], rows: range, *, ov: bool = True) -> np.ndarray:
-    """LOCOS by its formula, from eager weights and values in float64: (layer, head)."""
+def eager_weights(lm: LanguageModel, ids: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Attention weights (1, head, query, key) and values (key, kv head x d_head) of every layer: eager, float64."""
     model = copy.deepcopy(lm.model).double()
     model._forward_hooks.clear()
     model.set_attn_implementation("eager")
@@ -69,6 +73,13 @@ def dense(lm: LanguageModel, ids: list[int], needle: tuple[int, int], rows: rang
         patterns = model(torch.tensor([ids]), output_attentions=True, use_cache=False).attentions
     for hook in hooks:
         hook.remove()
+    return list(patterns), values
+
+
+def dense(lm: LanguageModel, ids: list[int], needle: tuple[int, int], rows: range, name: str = "locos") -> np.ndarray:
+    """LOCOS, or a control of it, by its formula: (layer, head)."""
+    patterns, values = eager_weights(lm, ids)
+    model = copy.deepcopy(lm.model).double()
     first, stop = needle
     unembedding, found = model.lm_head.weight.detach(), []
     for layer, (pattern, value) in enumerate(zip(patterns, values, strict=True)):
@@ -76,10 +87,11 @@ def dense(lm: LanguageModel, ids: list[int], needle: tuple[int, int], rows: rang
         v = value.view(len(ids), 2, 8).repeat_interleave(2, dim=1)  # (key, head, d_head)
         steps = []
         for t in rows:
-            written = torch.einsum("khd,mhd,m->hk", v, w_o, unembedding[ids[t + 1]]) if ov else 1.0
+            written = torch.einsum("khd,mhd,m->hk", v, w_o, unembedding[ids[t + 1]])
+            written = torch.ones_like(written) if name == "locos_attention" else written
             phi = (pattern[0, :, t] * written)[:, : t + 1]  # (head, key)
             inside = phi[:, first:stop].sum(-1)
-            share = (stop - first) / (t + 1 - (stop - first))
+            share = -1.0 if name == "locos_dla" else (stop - first) / (t + 1 - (stop - first))
             steps.append(inside - share * (phi.sum(-1) - inside))
         found.append(torch.stack(steps).mean(0))
     return torch.stack(found).numpy()
@@ -87,8 +99,8 @@ def dense(lm: LanguageModel, ids: list[int], needle: tuple[int, int], rows: rang
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 @pytest.mark.parametrize("forced", [False, True])
-@pytest.mark.parametrize("ov", [True, False])
-def test_locos_is_its_formula_on_eager_weights(tokenizer, kind: str, forced: bool, ov: bool) -> None:
+@pytest.mark.parametrize("name", ["locos", "locos_attention", "locos_dla"])
+def test_locos_is_its_formula_on_eager_weights(tokenizer, kind: str, forced: bool, name: str) -> None:
     lm = build(tokenizer, kind)
     method = Locos(lengths=[260], depths=[50], needles=1)
     prompt = method.task.build(lm, method.trials(lm)[0])
@@ -96,15 +108,61 @@ def test_locos_is_its_formula_on_eager_weights(tokenizer, kind: str, forced: boo
     lead = [] if forced else tokenizer("Well then:")["input_ids"]
     if not forced:
         say(lm, [*lead, *answer, 0], len(prompt.ids))  # a lead whose steps do not count, and the end of the text
-    scores = locos(lm, forced=forced, ov=ov, **SETTINGS)
+    scores = heads.method(name)(lm, forced=forced, **SETTINGS)
     start = len(prompt.ids) - 1 + len(lead)
     ids = [*prompt.ids, *lead, *answer]
-    expected = dense(lm, ids, prompt.needle_span, range(start, start + len(answer)), ov=ov)
+    expected = dense(lm, ids, prompt.needle_span, range(start, start + len(answer)), name)
     scale = abs(expected).max()
-    np.testing.assert_allclose(scores.mean, expected, rtol=0, atol=1e-4 * scale if ov else 1e-5)
+    np.testing.assert_allclose(scores.mean, expected, rtol=0, atol=1e-5 if name == "locos_attention" else 1e-4 * scale)
     assert scores.details[0]["answer_steps"] == len(answer)
-    beside = dense(lm, ids, prompt.span, range(start, start + len(answer)), ov=ov)  # the answer in the needle's place
+    late = name == "locos_dla"  # for which all keys are one; the others are given the answer in the needle's place
+    rows = range(start + late, start + len(answer))
+    beside = dense(lm, ids, prompt.needle_span if late else prompt.span, rows, name)
     assert abs(beside - expected).max() > 1e-3 * scale
+
+
+@pytest.mark.parametrize("top", [0, 5])
+def test_the_answer_against_other_steps_is_its_formula_on_eager_weights(tokenizer, top: int) -> None:
+    """Other steps stand before and after the answer; the last is that of the token which ends the text."""
+    lm = build(tokenizer)
+    method = LocosContrastive(lengths=[260], depths=[50], needles=1)
+    prompt = method.task.build(lm, method.trials(lm)[0])
+    answer, lead = list(prompt.ids[slice(*prompt.span)]), tokenizer("Well then:")["input_ids"]
+    after = tokenizer(", they say")["input_ids"]
+    said = [*lead, *answer, *after, 0]
+    say(lm, said, len(prompt.ids))
+    patterns, _ = eager_weights(lm, [*prompt.ids, *said[:-1]])
+    first, stop = prompt.needle_span
+    found = torch.stack([pattern[0, :, len(prompt.ids) - 1 :] for pattern in patterns])  # (layer, head, row, key)
+    looks = found[..., first:stop].sum(-1)
+    if top:
+        keys = found.argsort(-1, descending=True)[..., :top]
+        looks = ((keys >= first) & (keys < stop)).double().mean(-1)
+    at = torch.zeros(len(said), dtype=torch.bool)
+    at[len(lead) : len(lead) + len(answer)] = True
+    contrast = (looks[..., at].mean(-1) - looks[..., ~at].mean(-1)).clamp(min=0).numpy()
+    assert (contrast > 0).sum() > 1 and (contrast == 0).sum() > 1
+    scores = locos_contrastive(lm, top=top, gate=0.0, **SETTINGS)
+    bound = 0 if top else 1e-5 / contrast.sum()  # of masses that are good to 1e-5, divided by their sum
+    np.testing.assert_allclose(scores.mean, contrast / (contrast.sum() + 1e-9), rtol=1e-6, atol=bound)
+    uniform = (stop - first) / len(prompt.ids)
+    reached = float(contrast.max() / uniform)
+    locos_contrastive(lm, top=top, gate=0.99 * reached, **SETTINGS)
+    with pytest.raises(HeadscopeError, match="none of 1 trials was kept"):
+        locos_contrastive(lm, top=top, gate=1.01 * reached, **SETTINGS)
+    with pytest.raises(HeadscopeError, match="at least 0"):
+        LocosContrastive(top=-1)
+
+
+def test_without_other_steps_the_answer_stands_alone(tokenizer) -> None:
+    lm = build(tokenizer)
+    prompt = (method := Locos(lengths=[260], depths=[50], needles=1)).task.build(lm, method.trials(lm)[0])
+    answer = list(prompt.ids[slice(*prompt.span)])
+    patterns, _ = eager_weights(lm, [*prompt.ids, *answer[:-1]])
+    mass = [pattern[0, :, len(prompt.ids) - 1 :, slice(*prompt.needle_span)].sum(-1).mean(-1) for pattern in patterns]
+    expected = torch.stack(mass).numpy()
+    scores = locos_contrastive(lm, top=0, gate=0.0, forced=True, **SETTINGS)
+    np.testing.assert_allclose(scores.mean, expected / expected.sum(), rtol=0, atol=1e-5 / expected.sum())
 
 
 def test_a_head_writes_what_its_slice_of_the_projection_gives(tokenizer) -> None:
