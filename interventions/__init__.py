@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headscope.interp.results.evaluation import Evaluation as Evaluation
     from headscope.interventions.applying import apply as apply
+    from headscope.interventions.attention.calibrate import CalibrateAttention as CalibrateAttention
+    from headscope.interventions.attention.force import ForcePattern as ForcePattern
+    from headscope.interventions.attention.recent import BoostRecent as BoostRecent
+    from headscope.interventions.attention.sinks import ScaleSinks as ScaleSinks
+    from headscope.interventions.attention.swap import SwapKeys as SwapKeys
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Edit as Edit
     from headscope.interventions.base import Intervention as Intervention
@@ -28,6 +33,11 @@ _HOME = {
     "EDITS": "edits",
     "TASKS": "tasks",
     "AblateHeads": "outputs.ablate",
+    "ScaleSinks": "attention.sinks",
+    "CalibrateAttention": "attention.calibrate",
+    "SwapKeys": "attention.swap",
+    "ForcePattern": "attention.force",
+    "BoostRecent": "attention.recent",
     "Composed": "base",
     "Edit": "base",
     "Evaluation": "evaluation",

@@ -16,5 +16,10 @@ EDITS: Registry[Intervention] = Registry(
     {
         "ablate_heads": "outputs.ablate:AblateHeads",
         "scale_heads": "outputs.scale:ScaleHeads",
+        "scale_sinks": "attention.sinks:ScaleSinks",
+        "calibrate_attention": "attention.calibrate:CalibrateAttention",
+        "swap_keys": "attention.swap:SwapKeys",
+        "force_pattern": "attention.force:ForcePattern",
+        "boost_recent": "attention.recent:BoostRecent",
     },
 )
