@@ -117,6 +117,30 @@ def prompt_stop(call: AttentionCall, what: str) -> Tensor:
     return lengths if known.padded or start is None else lengths + start
 
 
+def prompt_keys(call: AttentionCall, what: str) -> Tensor:
+    """Which keys are of the prompt, not generated: bool (batch or 1, key).
+
+    Raises:
+        HeadscopeError: nobody said where the prompt ends and the pass continues a cache, or positions cannot be told.
+    """
+    at = torch.arange(call.key.shape[2], device=call.key.device)[None] + call.mask.key_offset
+    if known_boundary() is None and call.mask.query_offset == 0:
+        return torch.ones_like(at, dtype=torch.bool)  # all of it is the prompt
+    return at < prompt_stop(call, what)[:, None]
+
+
+def last_row(call: AttentionCall, rows: Rows) -> Rows:
+    """Those of ``rows`` that are the prompt's last row, which chooses the first token of the answer.
+
+    Raises:
+        HeadscopeError: cross-attention, or a boundary that is not known.
+    """
+    answer, decode = chosen_rows(call, "answer"), chosen_rows(call, "decode")
+    if isinstance(answer, slice) and isinstance(decode, slice) and is_every(rows, call):
+        return slice(answer.start, answer.stop if is_none(decode) else decode.start)
+    return as_mask(answer, call) & ~as_mask(decode, call) & as_mask(rows, call)
+
+
 def is_none(rows: Rows) -> bool:
     """Whether a range holds no row (a tensor of rows is not looked into: that would wait for a GPU)."""
     return isinstance(rows, slice) and rows.start >= rows.stop

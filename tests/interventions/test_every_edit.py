@@ -51,7 +51,21 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED, "beta": 2.0, "window": 3, "previous": "all"},
         {"beta": 1.0, "previous": "all", "renormalise": True},
     ],
+    "knock_out": [{"heads": PICKED, "span": (1, 3)}, {"span": [(0, 2)], "layers": (1,)}],
+    "emphasize_span": [
+        {"heads": PICKED, "span": (1, 3), "outside": 0.01},
+        {"span": [[(0, 1), (2, 4)]], "inside": 30.0},
+    ],
+    "spotlight": [{"heads": PICKED, "span": (1, 3), "target": 0.6}],
+    "scale_span_logits": [{"heads": PICKED, "span": (1, 4), "factor": 2.0, "at": "all"}],
+    "raise_span_logits": [{"heads": PICKED, "span": (1, 4), "amount": 0.9}],
+    "head_temperature": [{"temperature": 3.0}, {"heads": PICKED[:2], "temperature": (0.3, 2.0)}],
+    "decay_beyond_window": [
+        {"heads": PICKED, "window": 2, "factor": 0.1},
+        {"window": 1, "factor": 0.5, "bands": [(2, 3, 0.1)], "positive_only": False},
+    ],
 }
+SPANNED = [name for name in EXAMPLES if "span" in settings(EDITS[name])]
 # (edit, field) -> another value that is not found by itself, or None where the field changes with another
 OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("ablate_heads", "how"): {"how": "uniform"},
@@ -64,6 +78,12 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("swap_keys", "second"): {"second": (4, 5)},
     ("force_pattern", "onto"): {"onto": (4, 5)},
     ("boost_recent", "previous"): {"previous": "output"},
+    ("spotlight", "target"): {"target": 0.3},
+    ("spotlight", "over"): {"over": "layer"},
+    ("scale_span_logits", "at"): {"at": "last"},
+    ("decay_beyond_window", "bands"): {"bands": [(3, 4, 0.5)]},
+    ("decay_beyond_window", "positive_only"): {"positive_only": False},
+    **{(name, "span"): {"span": "needle"} for name in SPANNED},
 }
 SHARED = {
     "during": "prefill",
