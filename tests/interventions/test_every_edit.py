@@ -253,7 +253,8 @@ def test_other_heads(llama: LanguageModel, name: str, given: dict[str, Any]) -> 
     other = edit.with_heads(drawn)
     assert type(other) is type(edit) and list(other.heads or ()) == list(drawn) and other != edit
     assert other.with_heads(edit.heads) == edit
-    with pytest.raises(HeadscopeError, match="L7H0 does not exist"), apply(llama, edit.with_heads(HeadSet(((7, 0),)))):
+    beyond = edit.with_heads(HeadSet(((7, 0), *list(edit.heads)[1:])))
+    with pytest.raises(HeadscopeError, match="L7H0 does not exist"), apply(llama, beyond):
         raise AssertionError("entered")
 
 
