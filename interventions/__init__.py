@@ -8,6 +8,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headscope.interp.results.evaluation import Evaluation as Evaluation
     from headscope.interventions.applying import apply as apply
+    from headscope.interventions.attention.calibrate import CalibrateAttention as CalibrateAttention
+    from headscope.interventions.attention.decay_beyond_window import DecayBeyondWindow as DecayBeyondWindow
+    from headscope.interventions.attention.emphasize_span import EmphasizeSpan as EmphasizeSpan
+    from headscope.interventions.attention.emphasize_span import pasta as pasta
+    from headscope.interventions.attention.force import ForcePattern as ForcePattern
+    from headscope.interventions.attention.knock_out import KnockOut as KnockOut
+    from headscope.interventions.attention.raise_span import RaiseSpanLogits as RaiseSpanLogits
+    from headscope.interventions.attention.raise_span import paint as paint
+    from headscope.interventions.attention.raise_span import paint_tokens as paint_tokens
+    from headscope.interventions.attention.recent import BoostRecent as BoostRecent
+    from headscope.interventions.attention.scale_span import ScaleSpanLogits as ScaleSpanLogits
+    from headscope.interventions.attention.scale_span import adaptive_factors as adaptive_factors
+    from headscope.interventions.attention.sinks import ScaleSinks as ScaleSinks
+    from headscope.interventions.attention.spotlight import SpotLight as SpotLight
+    from headscope.interventions.attention.swap import SwapKeys as SwapKeys
+    from headscope.interventions.attention.temperature import HeadTemperature as HeadTemperature
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Edit as Edit
     from headscope.interventions.base import Intervention as Intervention
@@ -28,6 +44,18 @@ _HOME = {
     "EDITS": "edits",
     "TASKS": "tasks",
     "AblateHeads": "outputs.ablate",
+    "ScaleSinks": "attention.sinks",
+    "CalibrateAttention": "attention.calibrate",
+    "SwapKeys": "attention.swap",
+    "ForcePattern": "attention.force",
+    "BoostRecent": "attention.recent",
+    "DecayBeyondWindow": "attention.decay_beyond_window",
+    "EmphasizeSpan": "attention.emphasize_span",
+    "KnockOut": "attention.knock_out",
+    "RaiseSpanLogits": "attention.raise_span",
+    "ScaleSpanLogits": "attention.scale_span",
+    "SpotLight": "attention.spotlight",
+    "HeadTemperature": "attention.temperature",
     "Composed": "base",
     "Edit": "base",
     "Evaluation": "evaluation",
@@ -42,6 +70,10 @@ _HOME = {
     "head_means": "outputs.ablate",
     "load_intervention": "load",
     "masking": "evaluation.masking",
+    "pasta": "attention.emphasize_span",
+    "paint": "attention.raise_span",
+    "paint_tokens": "attention.raise_span",
+    "adaptive_factors": "attention.scale_span",
 }
 
 __all__ = list(_HOME)

@@ -61,7 +61,8 @@ def apply(
         if any(intervention.phased for intervention in interventions):
             stack.enter_context(watching_generate(model, GenerationBoundary(), recorded=False))
         for intervention in interventions:
-            stack.enter_context(attached(model, intervention, tower=tower, layers=_named(intervention), grad=grad))
+            layers = intervention.named_layers()
+            stack.enter_context(attached(model, intervention.in_force(), tower=tower, layers=layers, grad=grad))
         yield
 
 
@@ -85,11 +86,3 @@ def _check(intervention: Intervention, found: TowerSize) -> None:
             raise HeadscopeError(
                 f"head L{layer}H{head} does not exist: layer {layer} of {found.tower!r} has heads 0-{count - 1}"
             )
-
-
-def _named(intervention: Intervention) -> dict[int, str] | None:
-    """The layers of its heads, and what an error calls them."""
-    if intervention.heads is None:
-        return None
-    layers = intervention.heads.by_layer().items()
-    return {layer: ", ".join(f"L{layer}H{head}" for head in heads) for layer, heads in layers}

@@ -23,6 +23,7 @@ from headscope.interp.registry import make, settings
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites.given import ModelLike
 from headscope.interventions import files
+from headscope.interventions.chained import Chained
 from headscope.interventions.edits import EDITS
 from headscope.interventions.phases import PHASES, During, Rows, chosen_rows
 from headscope.interventions.words import described, is_default, listed, short, told
@@ -70,6 +71,17 @@ class Intervention(Handler):
         """Raise HeadscopeError where it cannot apply to a model of this size."""
         if self.heads is not None:
             self.heads.check(layers, heads)
+
+    def in_force(self) -> Intervention:
+        """What one ``apply`` block attaches: itself, or a copy with a memory of its own where it remembers passes."""
+        return self
+
+    def named_layers(self) -> dict[int, str] | None:
+        """The layers that it needs to attend, with what an error calls them; None: whichever do."""
+        if self.heads is None:
+            return None
+        layers = self.heads.by_layer().items()
+        return {layer: ", ".join(f"L{layer}H{head}" for head in heads) for layer, heads in layers}
 
     def save(self, path: str | Path, model: ModelLike | None = None) -> Path:
         """Write it as one safetensors file (see ``load_intervention``). With ``model`` the file is for that model:
@@ -197,7 +209,7 @@ def _check_number(what: str, value: Any) -> None:
         raise HeadscopeError(f"{what} must be a number, not {value!r}")
 
 
-class Composed(Intervention):
+class Composed(Chained, Intervention):
     """Several interventions in a stated order: ``parts[0]`` first, at every place where they act.
 
     Inside attention all parts change the call one after the other; what heads give is then changed by all parts one
@@ -205,7 +217,7 @@ class Composed(Intervention):
     """
 
     def __init__(self, parts: Sequence[Intervention]) -> None:
-        self.parts = tuple(part for given in parts for part in parts_of(given))
+        self.parts: tuple[Intervention, ...] = tuple(part for given in parts for part in parts_of(given))
         if not self.parts:
             raise HeadscopeError("compose at least one intervention, e.g. first + second")
         self.name = " + ".join(part.name for part in self.parts)
@@ -216,6 +228,19 @@ class Composed(Intervention):
     def phased(self) -> bool:
         """Whether one of them has to know where the prompt ends."""
         return any(part.phased for part in self.parts)
+
+    def in_force(self) -> Composed:
+        """Every part as it is in force."""
+        return Composed([part.in_force() for part in self.parts])
+
+    def named_layers(self) -> dict[int, str] | None:
+        """Those of all parts, unless one takes whichever layers attend."""
+        named = [part.named_layers() for part in self.parts]
+        found: dict[int, list[str]] = {}
+        for one in named:
+            for layer, what in (one or {}).items():
+                found.setdefault(layer, []).append(what)
+        return None if None in named else {layer: ", ".join(dict.fromkeys(words)) for layer, words in found.items()}
 
     def with_heads(self, heads: HeadSet) -> Composed:
         """Each head of ``self.heads`` becomes the one at its place in ``heads``, in every part that names it.
@@ -246,40 +271,6 @@ class Composed(Intervention):
         """Raise HeadscopeError where one of them cannot apply."""
         for part in self.parts:
             part.check(layers, heads)
-
-    def concerns(self, module: str, layer: int) -> bool:
-        """The layers of any part."""
-        return any(part.concerns(module, layer) for part in self.parts)
-
-    def edit(self, call: AttentionCall) -> AttentionCall:
-        """Every part's, in order."""
-        for part in self._here(call):
-            call = part.edit(call)
-        return call
-
-    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
-        """Every part's, in order."""
-        for part in self._here(call):
-            z = part.edit_output(call, z)
-        return z
-
-    def begin_forward(self, inputs: dict[str, Any]) -> None:
-        """A pass begins for every part."""
-        for part in self.parts:
-            part.begin_forward(inputs)
-
-    def end_forward(self) -> None:
-        """It came to its end."""
-        for part in self.parts:
-            part.end_forward()
-
-    def abort_forward(self) -> None:
-        """It did not."""
-        for part in self.parts:
-            part.abort_forward()
-
-    def _here(self, call: AttentionCall) -> list[Intervention]:
-        return [part for part in self.parts if part.concerns(call.module, call.layer)]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Composed) and self.parts == other.parts

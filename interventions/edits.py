@@ -16,5 +16,17 @@ EDITS: Registry[Intervention] = Registry(
     {
         "ablate_heads": "outputs.ablate:AblateHeads",
         "scale_heads": "outputs.scale:ScaleHeads",
+        "scale_sinks": "attention.sinks:ScaleSinks",
+        "calibrate_attention": "attention.calibrate:CalibrateAttention",
+        "swap_keys": "attention.swap:SwapKeys",
+        "force_pattern": "attention.force:ForcePattern",
+        "boost_recent": "attention.recent:BoostRecent",
+        "knock_out": "attention.knock_out:KnockOut",
+        "emphasize_span": "attention.emphasize_span:EmphasizeSpan",
+        "spotlight": "attention.spotlight:SpotLight",
+        "scale_span_logits": "attention.scale_span:ScaleSpanLogits",
+        "raise_span_logits": "attention.raise_span:RaiseSpanLogits",
+        "head_temperature": "attention.temperature:HeadTemperature",
+        "decay_beyond_window": "attention.decay_beyond_window:DecayBeyondWindow",
     },
 )

@@ -46,7 +46,7 @@ def chosen_rows(call: AttentionCall, during: str, positions: Any = None) -> Rows
     rows = _phase(call, during)
     if positions is None or is_none(rows):
         return rows
-    _require_told(call, "positions")
+    require_told(call, "positions")
     held = members(positions, Plan(call).query_positions, call.query.shape[0])
     return held & as_mask(rows, call)
 
@@ -74,7 +74,7 @@ def _phase(call: AttentionCall, during: str) -> Rows:
             f"the boundaries of {len(lengths)} prompts are given, but the batch has {call.query.shape[0]} examples"
         )
     if not known.padded:
-        _require_told(call, f"during={during!r}")
+        require_told(call, f"during={during!r}")
         if call.mask.segments is not None:
             raise HeadscopeError(
                 f"during={during!r} has one boundary an example, but this one holds several sequences (packed): give "
@@ -86,7 +86,7 @@ def _phase(call: AttentionCall, during: str) -> Rows:
     return before if during == "prefill" else ~before
 
 
-def _require_told(call: AttentionCall, what: str) -> None:
+def require_told(call: AttentionCall, what: str) -> None:
     """Positions count from an example's first token, which a mask with padding between tokens does not show.
 
     Raises:
@@ -98,6 +98,47 @@ def _require_told(call: AttentionCall, what: str) -> None:
             "from a pass that continues a cache: give a mask (batch, length) of ones and zeros, or put the padding at "
             "the ends"
         )
+
+
+def prompt_stop(call: AttentionCall, what: str) -> Tensor:
+    """Where the first generated token stands, counted as the mask counts (padding too): (batch or 1,).
+
+    Raises:
+        HeadscopeError: nobody said where the prompt ends, or rows whose positions cannot be told.
+    """
+    known, start = known_boundary(), call.mask.start
+    if known is None:
+        raise HeadscopeError(
+            f"{what} has to know where the prompt ends: call generate, or enter "
+            "headscope.interp.prompts.prompt_boundary(tokens of the prompt)"
+        )
+    require_told(call, what)
+    lengths = torch.tensor(known.lengths, device=call.query.device)
+    return lengths if known.padded or start is None else lengths + start
+
+
+def prompt_keys(call: AttentionCall, what: str) -> Tensor:
+    """Which keys are of the prompt, not generated: bool (batch or 1, key).
+
+    Raises:
+        HeadscopeError: nobody said where the prompt ends and the pass continues a cache, or positions cannot be told.
+    """
+    at = torch.arange(call.key.shape[2], device=call.key.device)[None] + call.mask.key_offset
+    if known_boundary() is None and call.mask.query_offset == 0:
+        return torch.ones_like(at, dtype=torch.bool)  # all of it is the prompt
+    return at < prompt_stop(call, what)[:, None]
+
+
+def last_row(call: AttentionCall, rows: Rows) -> Rows:
+    """Those of ``rows`` that are the prompt's last row, which chooses the first token of the answer.
+
+    Raises:
+        HeadscopeError: cross-attention, or a boundary that is not known.
+    """
+    answer, decode = chosen_rows(call, "answer"), chosen_rows(call, "decode")
+    if isinstance(answer, slice) and isinstance(decode, slice) and is_every(rows, call):
+        return slice(answer.start, answer.stop if is_none(decode) else decode.start)
+    return as_mask(answer, call) & ~as_mask(decode, call) & as_mask(rows, call)
 
 
 def is_none(rows: Rows) -> bool:

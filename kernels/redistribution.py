@@ -8,17 +8,23 @@ mass of a set before, what it has after is
     W_C = a w_C,    W_B = w_B + (1 - a) w_C,    W_R = w_R,
 
 where a is the share that is kept, lowered to 1 + w_B / w_C where C would take more than B has. A row that sees no taker
-stays as it is, and a sink logit keeps its share. Sources: ACT (Yu et al. 2024, arXiv 2406.15765: from a head's sinks to
-every other key) and VAR (Kang et al. 2025, arXiv 2503.03321: from sinks to the image's other tokens); which heads,
-queries and keys is their choice, and the caller's.
+stays as it is, and a sink logit keeps its share. That is ``freed = "onto"``. With ``"lost"`` the row loses what C loses
+(or gains, where a > 1): W_C = a w_C and W_B = w_B, in every row. With ``"rescaled"`` both sets then get back the sum
+that they had: W_C = t a w_C, W_B = t w_B, t = (w_C + w_B) / (a w_C + w_B).
+
+Sources: ACT (Yu et al. 2024, arXiv 2406.15765: from a head's sinks to every other key) and VAR (Kang et al. 2025, arXiv
+2503.03321: from sinks to the image's other tokens); which heads, queries and keys is their choice, and the caller's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Freed = Literal["onto", "lost", "rescaled"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +34,13 @@ class Redistribution:
     ``keys`` and ``onto`` are bool, (key,) or (batch or 1, head or 1, key): which keys give, and which take, those that
     give excepted; None means every other key. ``keep`` is the share that givers keep, at least 0: a number, one a head
     (head,), or (batch or 1, head or 1, query or 1). 0 removes sinks, 1 leaves a head or a query alone, more moves mass
-    onto the keys.
+    onto the keys. ``freed`` says what becomes of the rest (see above).
     """
 
     keys: Tensor
     keep: float | Tensor = 0.0
     onto: Tensor | None = None
+    freed: Freed = "onto"
 
     def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
         """Raise ValueError where this does not fit a call of these sizes."""
@@ -61,6 +68,13 @@ class Redistribution:
         givers, takers = before[:2]
         keep = torch.as_tensor(self.keep, device=givers.device, dtype=givers.dtype)
         keep = keep[:, None] if keep.dim() == 1 else keep
+        if self.freed == "lost":
+            return [keep * givers, *before[1:]]
+        if self.freed == "rescaled":
+            whole, left = givers + takers, keep * givers + takers
+            t = whole / torch.where(left > 0, left, 1.0)
+            kept = torch.where(sees_taker, t * keep * givers, givers)
+            return [kept, torch.where(left > 0, t * takers, torch.where(sees_taker, whole, 0.0)), *before[2:]]
         binds = keep * givers > givers + takers
         a = torch.where(binds, 1 + takers / torch.where(binds, givers, 1.0), keep)
         a = torch.where(sees_taker, a, 1.0)

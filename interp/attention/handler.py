@@ -73,6 +73,9 @@ class Handler:
     def abort_forward(self) -> None:
         """The forward pass that began did not come to its end (an exception, an interrupt)."""
 
+    def finish(self) -> None:
+        """The block in which it was attached comes to its end, without an exception."""
+
 
 def run_call(call: AttentionCall, handlers: list[Handler]) -> Tensor:
     """One attention call under ``handlers``: edits, attention with statistics, output edits, observation."""

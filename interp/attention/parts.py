@@ -82,4 +82,4 @@ def _of_head(move: Redistribution, head: int) -> Redistribution:
 
     keep = torch.as_tensor(move.keep)
     keep = keep[head : head + 1] if keep.dim() == 1 else mine(keep)
-    return Redistribution(mine(move.keys), keep, None if move.onto is None else mine(move.onto))
+    return replace(move, keys=mine(move.keys), keep=keep, onto=None if move.onto is None else mine(move.onto))

@@ -125,7 +125,7 @@ class Attachment(Handler):
         self.inner.abort_forward()
 
     def finish(self) -> None:
-        """Refuse a block whose passes finished and left out a layer that was named.
+        """Refuse a block whose passes finished and left out a layer that was named; else tell the handler.
 
         Raises:
             HeadscopeError: names the layer, or the heads in it.
@@ -138,3 +138,4 @@ class Attachment(Handler):
                 "block, so nothing was read or changed there (these inputs do not reach it, or its forward was "
                 "replaced): leave it out, or use the model's own attention"
             )
+        self.inner.finish()

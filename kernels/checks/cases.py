@@ -206,6 +206,9 @@ def random_moves(case: Case, *, seed: int = 0) -> dict[str, Redistribution]:
         "more than there is": Redistribution(scattered, 30.0, onto=image),
         "nobody gives": Redistribution(none, 0.3, onto=image),
         "nobody takes": Redistribution(scattered, 0.3, onto=none),
+        "lost to the row": Redistribution(scattered, 2.0 * rows, freed="lost"),
+        "rescaled": Redistribution(scattered, torch.where(rows < 0.3, 0.0, 2.0 * rows), freed="rescaled"),
+        "rescaled, nobody takes": Redistribution(scattered, 0.3, onto=none, freed="rescaled"),
     }
 
 

@@ -24,7 +24,7 @@ from headscope.interp.registry import settings
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites import is_attached
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interventions import Composed, Edit, Intervention, ScaleHeads, apply, load_intervention
+from headscope.interventions import Composed, Edit, ScaleHeads, apply, load_intervention
 from headscope.interventions.edits import EDITS
 
 LAYERS, HEADS, D_HEAD = 2, 4, 8
@@ -39,13 +39,59 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED, "how": "uniform"},
     ],
     "scale_heads": [{"heads": PICKED, "factor": -0.5}],
+    "scale_sinks": [
+        {"heads": PICKED},
+        {"factor": 0.3, "sinks": (1, 3), "renormalise": False, "layers": (1,)},
+        {"detect": 0.3},
+    ],
+    "calibrate_attention": [{"heads": PICKED}, {"beta": 0.0, "threshold": 0.2}],
+    "swap_keys": [{"heads": PICKED}, {"first": (0, 1), "second": (3, 4)}],
+    "force_pattern": [{"heads": PICKED, "onto": [[(0, 1), (2, 4)]]}, {"onto": (1, 2), "layers": (1,)}],
+    "boost_recent": [
+        {"heads": PICKED, "beta": 2.0, "window": 3, "previous": "all"},
+        {"beta": 1.0, "previous": "all", "renormalise": True},
+    ],
+    "knock_out": [{"heads": PICKED, "span": (1, 3)}, {"span": [(0, 2)], "layers": (1,)}],
+    "emphasize_span": [
+        {"heads": PICKED, "span": (1, 3), "outside": 0.01},
+        {"span": [[(0, 1), (2, 4)]], "inside": 30.0},
+    ],
+    "spotlight": [{"heads": PICKED, "span": (1, 3), "target": 0.6}],
+    "scale_span_logits": [{"heads": PICKED, "span": (1, 4), "factor": 2.0, "at": "all"}],
+    "raise_span_logits": [{"heads": PICKED, "span": (1, 4), "amount": 0.9}],
+    "head_temperature": [{"temperature": 3.0}, {"heads": PICKED[:2], "temperature": (0.3, 2.0)}],
+    "decay_beyond_window": [
+        {"heads": PICKED, "window": 2, "factor": 0.1},
+        {"window": 1, "factor": 0.5, "bands": [(2, 3, 0.1)], "positive_only": False},
+    ],
 }
+SPANNED = [name for name in EXAMPLES if "span" in settings(EDITS[name])]
 # (edit, field) -> another value that is not found by itself, or None where the field changes with another
 OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("ablate_heads", "how"): {"how": "uniform"},
     ("ablate_heads", "means"): {"how": "mean", "means": MEANS + 1},
+    ("scale_sinks", "detect"): {"detect": 0.5},
+    ("calibrate_attention", "beta"): {"beta": 0.5},
+    ("calibrate_attention", "threshold"): {"threshold": 0.5},
+    ("calibrate_attention", "sets"): {"sets": "pass"},
+    ("swap_keys", "first"): {"first": (4, 5)},
+    ("swap_keys", "second"): {"second": (4, 5)},
+    ("force_pattern", "onto"): {"onto": (4, 5)},
+    ("boost_recent", "previous"): {"previous": "output"},
+    ("spotlight", "target"): {"target": 0.3},
+    ("spotlight", "over"): {"over": "layer"},
+    ("scale_span_logits", "at"): {"at": "last"},
+    ("decay_beyond_window", "bands"): {"bands": [(3, 4, 0.5)]},
+    ("decay_beyond_window", "positive_only"): {"positive_only": False},
+    **{(name, "span"): {"span": "needle"} for name in SPANNED},
 }
-SHARED = {"during": "prefill", "strength": 0.5, "positions": (0, 3), "heads": HeadSet.of(PICKED[:2])}
+SHARED = {
+    "during": "prefill",
+    "strength": 0.5,
+    "positions": (0, 3),
+    "heads": HeadSet.of(PICKED[:2]),
+    "layers": (0,),
+}
 BAD = [
     ({"during": "sometimes"}, "during must be"),
     ({"strength": float("nan")}, "strength must be"),
@@ -150,32 +196,33 @@ def test_saved_loaded_equal(llama: LanguageModel, name: str, given: dict[str, An
 
 
 def test_loaded_in_another_process(tmp_path: Path) -> None:
-    """All examples at once, on a model that both processes make from its seed."""
+    """Every example, one after the other, on a model that both processes make from its seed."""
     model, ids = tiny_model("llama"), torch.arange(5, 15)[None]
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     width = model.config.hidden_size // heads
     small = torch.randn(layers, heads, width, generator=torch.Generator().manual_seed(5))
-    parts: list[Intervention] = []
+    expected = []
     for name, examples in EXAMPLES.items():
         for given in examples:
             fitted = {key: small if isinstance(x, Tensor) and x.shape == MEANS.shape else x for key, x in given.items()}
-            parts.append(made(name, {**fitted, "heads": [(0, 1), (1, 0)]} if "heads" in given else fitted))
-    edit = Composed([part.with_settings(strength=0.5) for part in parts])
-    edit.save(tmp_path / "edit", model)
-    with apply(model, edit), torch.no_grad():
-        expected = model(ids).logits
+            edit = made(name, {**fitted, "heads": [(0, 1), (1, 0)]} if "heads" in given else fitted)
+            edit = edit.with_settings(strength=0.5)
+            edit.save(tmp_path / f"{len(expected):03d}", model)
+            with apply(model, edit), torch.no_grad():
+                expected.append(model(ids).logits)
     code = (
         "import sys, torch\n"
+        "from pathlib import Path\n"
         "from headscope.interp.survey.tiny import tiny_model\n"
         "from headscope.interventions import apply, load_intervention\n"
         "model = tiny_model('llama')\n"
-        "with apply(model, load_intervention(sys.argv[1], model)), torch.no_grad():\n"
-        "    found = model(torch.arange(5, 15)[None]).logits\n"
-        "sys.stdout.write(found.numpy().tobytes().hex())\n"
+        "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
+        "    with apply(model, load_intervention(path, model)), torch.no_grad():\n"
+        "        sys.stdout.write(model(torch.arange(5, 15)[None]).logits.numpy().tobytes().hex())\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "edit")], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == expected.numpy().tobytes().hex()
+    assert done.stdout == "".join(logits.numpy().tobytes().hex() for logits in expected)
 
 
 @pytest.mark.parametrize("name", list(EXAMPLES))
@@ -206,7 +253,8 @@ def test_other_heads(llama: LanguageModel, name: str, given: dict[str, Any]) -> 
     other = edit.with_heads(drawn)
     assert type(other) is type(edit) and list(other.heads or ()) == list(drawn) and other != edit
     assert other.with_heads(edit.heads) == edit
-    with pytest.raises(HeadscopeError, match="L7H0 does not exist"), apply(llama, edit.with_heads(HeadSet(((7, 0),)))):
+    beyond = edit.with_heads(HeadSet(((7, 0), *list(edit.heads)[1:])))
+    with pytest.raises(HeadscopeError, match="L7H0 does not exist"), apply(llama, beyond):
         raise AssertionError("entered")
 
 

@@ -1,0 +1,1 @@
+"""Edits inside attention: of scores before softmax, and of the pattern after it."""
