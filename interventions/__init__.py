@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from headscope.interventions.attention.recent import BoostRecent as BoostRecent
     from headscope.interventions.attention.sinks import ScaleSinks as ScaleSinks
     from headscope.interventions.attention.swap import SwapKeys as SwapKeys
+    from headscope.interventions.attention.visual import RedistributeSinks as RedistributeSinks
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Edit as Edit
     from headscope.interventions.base import Intervention as Intervention
@@ -38,6 +39,7 @@ _HOME = {
     "SwapKeys": "attention.swap",
     "ForcePattern": "attention.force",
     "BoostRecent": "attention.recent",
+    "RedistributeSinks": "attention.visual",
     "Composed": "base",
     "Edit": "base",
     "Evaluation": "evaluation",
