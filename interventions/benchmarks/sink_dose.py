@@ -1,6 +1,6 @@
 """How loss on prose answers to the removal of the first token's attention, with and without renormalisation.
 
-    python interventions/benchmarks/sink_dose.py --model smollm2-135m --out interventions/benchmarks/results/sink-dose.json
+    python interventions/benchmarks/sink_dose.py --out interventions/benchmarks/results/sink-dose.json
 
 All heads of all layers, so there are no other heads to draw a control from; beside it stands the same edit of another
 key, ``--control`` positions, which is a sink for none of them.
