@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headscope.interventions.attention.spotlight import SpotLight as SpotLight
     from headscope.interventions.attention.swap import SwapKeys as SwapKeys
     from headscope.interventions.attention.temperature import HeadTemperature as HeadTemperature
+    from headscope.interventions.attention.visual import RedistributeSinks as RedistributeSinks
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Edit as Edit
     from headscope.interventions.base import Intervention as Intervention
@@ -56,6 +57,7 @@ _HOME = {
     "ScaleSpanLogits": "attention.scale_span",
     "SpotLight": "attention.spotlight",
     "HeadTemperature": "attention.temperature",
+    "RedistributeSinks": "attention.visual",
     "Composed": "base",
     "Edit": "base",
     "Evaluation": "evaluation",

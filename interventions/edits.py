@@ -18,6 +18,7 @@ EDITS: Registry[Intervention] = Registry(
         "scale_heads": "outputs.scale:ScaleHeads",
         "scale_sinks": "attention.sinks:ScaleSinks",
         "calibrate_attention": "attention.calibrate:CalibrateAttention",
+        "redistribute_sinks": "attention.visual:RedistributeSinks",
         "swap_keys": "attention.swap:SwapKeys",
         "force_pattern": "attention.force:ForcePattern",
         "boost_recent": "attention.recent:BoostRecent",

@@ -114,6 +114,9 @@ class Attachment(Handler):
     def begin_forward(self, inputs: dict[str, Any]) -> None:
         self.inner.begin_forward(inputs)
 
+    def fill_cache(self, cache: Any) -> None:
+        self.inner.fill_cache(cache)
+
     def end_forward(self) -> None:
         self._passes += 1
         self._attended |= self._now

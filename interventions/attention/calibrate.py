@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interventions.attention.found import Found
-from headscope.interventions.attention.pattern_edit import PatternEdit
+from headscope.interventions.attention.finding import FindingEdit
+from headscope.interventions.attention.found import Sets
+from headscope.interventions.words import listed
 from headscope.kernels.redistribution import Redistribution
-
-Sets = Literal["prompt", "pass"]
 
 
 @dataclass(frozen=True, eq=False)
-class CalibrateAttention(PatternEdit):
+class CalibrateAttention(FindingEdit):
     """Lower the weights of sinks in later tokens to ``beta`` of them, and give what they lose to all other keys.
 
     ACT, Yu et al. 2024, "Unveiling and Harnessing Hidden Attention Sinks" (arXiv 2406.15765; models/llama_modelling_aug
@@ -30,10 +29,11 @@ class CalibrateAttention(PatternEdit):
     layers too. What differs, because the code is wrong or silent there [OURS]:
 
     - **Cached decoding.** The code looks for sinks again in every pass, so that with one row none is found as meant,
-      and it then sets the first weight to 1. Here (``sets="prompt"``) the sinks of a head are found on the prompt's rows
-      and stay; later rows move mass away from them by the same rule, later keys are never sinks, and no weight is
-      forced. One pass over prompt and continuation then equals prefill and cached steps. ``sets="pass"``, the authors'
-      form, takes all rows of each pass, and refuses a pass that continues a cache.
+      and it then sets the first weight to 1. Here (``sets="prompt"``) the sinks of a head are found on the prompt's
+      rows and stay; later rows move mass away from them by the same rule, later keys are never sinks, and no weight is
+      forced. One pass over prompt and continuation then equals prefill and cached steps. ``sets="context"`` leaves the
+      prompt's last row out, so that it may be read apart (as the needle task does, after Wu et al.). ``sets="pass"``,
+      the authors' form, takes all rows of each pass, and refuses a pass that continues a cache.
     - A row whose mass is all on S' (NaN in the code) stays as it is.
     - Padding holds no mass and is in no set; T counts an example's own rows.
 
@@ -47,7 +47,7 @@ class CalibrateAttention(PatternEdit):
     Args:
         beta: the share that sinks keep; ``strength`` s makes it 1 - s (1 - beta).
         threshold: the mean attention above which a key is a sink (the code's 0.1; it takes 0.15 for MT-Bench).
-        sets: ``"prompt"`` or ``"pass"``: over which rows sinks are found.
+        sets: ``"prompt"``, ``"context"`` or ``"pass"``: over which rows sinks are found.
     """
 
     _: KW_ONLY
@@ -70,9 +70,8 @@ class CalibrateAttention(PatternEdit):
             raise HeadscopeError(f"CalibrateAttention: beta must be between 0 and 1, not {self.beta!r}")
         if not 0.0 < self.threshold < 1.0:
             raise HeadscopeError(f"CalibrateAttention: threshold must be between 0 and 1, not {self.threshold!r}")
-        if self.sets not in ("prompt", "pass"):
-            raise HeadscopeError(f"CalibrateAttention: sets must be 'prompt' or 'pass', not {self.sets!r}")
-        object.__setattr__(self, "_found", Found())
+        if self.sets not in get_args(Sets):
+            raise HeadscopeError(f"CalibrateAttention: sets must be {listed(get_args(Sets))}, not {self.sets!r}")
 
     @property
     def neutral(self) -> bool:
@@ -82,38 +81,28 @@ class CalibrateAttention(PatternEdit):
     @property
     def phased(self) -> bool:
         """It has to know where the prompt ends."""
-        return super().phased or self.sets == "prompt"
+        return super().phased or self.sets != "pass"
 
     @property
     def nothing(self) -> str:  # type: ignore[override]
         """What the block was like in which no head had a later sink."""
         return (
             f"no head has a sink beyond its first (the largest mean attention of another key was "
-            f"{vars(self)['_found'].largest:.3g}, threshold={self.threshold:g}); lower the threshold, or leave it out"
+            f"{self.found.largest:.3g}, threshold={self.threshold:g}); lower the threshold, or leave it out"
         )
 
     def edit(self, call: AttentionCall) -> AttentionCall:
         """Find the sinks of a prompt, whichever rows are edited; then calibrate."""
         if self.concerns(call.module, call.layer):
-            found: Found = vars(self)["_found"]
-            found.look(call, self.threshold, first=False, whole=self.sets == "pass")
+            self.found.look(call, self.threshold, self.sets, first=False)
         return super().edit(call)
 
     def change(self, call: AttentionCall, mine: Tensor) -> AttentionCall:
         """The weights of later sinks lowered, and the others raised."""
-        keys = vars(self)["_found"].recall(call)
+        keys = self.found.recall(call)
         own = keys & mine.any(-1, keepdim=True)
         if not bool(own.any()):
             return call
         self.note(own)
         keep = torch.where(mine, 1.0 - self.strength * (1.0 - self.beta), 1.0)
         return call.with_redistribution(Redistribution(keys, keep))
-
-    def begin_forward(self, inputs: dict[str, Any]) -> None:
-        vars(self)["_found"].begin(inputs)
-
-    def fill_cache(self, cache: Any) -> None:
-        vars(self)["_found"].fill(cache)
-
-    def abort_forward(self) -> None:
-        vars(self)["_found"].forget()

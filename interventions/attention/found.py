@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interventions.phases import as_mask, chosen_rows, is_none, require_told
+from headscope.interp.prompts.boundary import known_boundary
+from headscope.interventions.phases import as_mask, chosen_rows, require_told
 from headscope.kernels.request import Columns, Request
+
+Sets = Literal["prompt", "context", "pass"]
 
 
 @dataclass
@@ -82,16 +85,16 @@ class Found:
         keys[..., : part.shape[-1]] = part
         return keys
 
-    def look(self, call: AttentionCall, threshold: float, *, first: bool, whole: bool = False) -> None:
+    def look(self, call: AttentionCall, threshold: float, sets: Sets, *, first: bool) -> None:
         """Find the sinks of a call that reads a prompt, and hold them.
 
-        m_j = sum_i A[i, j] / (T - j) over the prompt's T rows, j counted from the example's first token, and sinks are
-        the keys with m_j > ``threshold``; without ``first`` the first of them, wherever it is, is left out. ``whole``:
-        over all rows of the pass, generated ones too.
+        m_j = sum_i A[i, j] / (T - j) over T rows, j counted from the example's first token, and sinks are the keys with
+        m_j > ``threshold``; without ``first`` the first of them, wherever it is, is left out. The rows are the
+        prompt's, all but its last (``"context"``; all of a pass where nobody says which is the last), or all that the
+        pass has (``"pass"``).
 
         Raises:
-            HeadscopeError: a prompt in several passes, cross-attention, packed sequences, or with ``whole`` a pass that
-                continues another.
+            HeadscopeError: rows in several passes, cross-attention, or packed sequences.
         """
         if call.cross or call.mask.segments is not None:
             raise HeadscopeError(
@@ -99,16 +102,17 @@ class Found:
                 "sequences: name other layers, or give each sequence an example of its own"
             )
         held = self.follow(call)
-        rows = chosen_rows(call, "always" if whole else "prefill")
-        if held is not None:
-            if whole or not is_none(rows) and bool(as_mask(rows, call).any()):
-                raise HeadscopeError(
-                    "sinks are found over all rows of a prompt, and this one comes in several passes: read it at once"
-                )
-            self.keep(call, held)
+        rows = _rows(call, sets)
+        if held is None:
+            require_told(call, "the sinks of an example")
+            self.keep(call, self._sinks(call, rows, threshold, first))
             return
-        require_told(call, "the sinks of an example")
-        self.keep(call, self._sinks(call, as_mask(rows, call), threshold, first))
+        if bool(rows.any()):
+            raise HeadscopeError(
+                f"sinks are found over all rows of the {sets}, and these come in several passes: read them at once "
+                "(sets='context' needs all but the prompt's last row in the first pass)"
+            )
+        self.keep(call, held)
 
     def _sinks(self, call: AttentionCall, rows: Tensor, threshold: float, first: bool) -> Tensor:
         """The sinks over ``rows`` (batch or 1, query), which begin at the first: bool (batch, head, position)."""
@@ -130,3 +134,10 @@ class Found:
         beyond = mean.masked_fill(sinks & ~later, 0.0) if not first else mean
         self.largest = max(self.largest, float(beyond.max()))
         return torch.nn.functional.pad(sinks if first else sinks & later, (ahead, 0))
+
+
+def _rows(call: AttentionCall, sets: Sets) -> Tensor:
+    """Over which rows sinks are found: bool (batch or 1, query)."""
+    if sets == "context" and known_boundary() is not None:
+        return ~as_mask(chosen_rows(call, "answer"), call)
+    return as_mask(chosen_rows(call, "always" if sets == "pass" else "prefill"), call)

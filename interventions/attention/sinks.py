@@ -11,13 +11,12 @@ from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interventions.attention.found import Found
-from headscope.interventions.attention.pattern_edit import PatternEdit
+from headscope.interventions.attention.finding import FindingEdit
 from headscope.kernels.redistribution import Redistribution
 
 
 @dataclass(frozen=True, eq=False)
-class ScaleSinks(PatternEdit):
+class ScaleSinks(FindingEdit):
     """Multiply the weights of sink keys by ``factor``: 0 removes the sinks.
 
     Removing attention sinks is the test of what they do in Xiao et al. 2023 (arXiv 2309.17453, the first tokens
@@ -33,8 +32,9 @@ class ScaleSinks(PatternEdit):
         factor: on the weights; ``strength`` s makes it 1 + s (factor - 1).
         sinks: how many tokens at an example's start, or any keys as a span: positions, or a published name.
         renormalise: whether the row keeps its sum.
-        detect: instead of ``sinks``: a head's own, the keys to which the prompt's rows pay more than this on average
-            (alpha of Gu et al.; see ``CalibrateAttention`` for how, and under which passes). Later keys are none.
+        detect: instead of ``sinks``: a head's own, the keys to which the prompt's rows, its last left out, pay more
+            than this on average (alpha of Gu et al.; ``CalibrateAttention`` says under which passes). Later ones are
+            none.
     """
 
     _: KW_ONLY
@@ -56,7 +56,6 @@ class ScaleSinks(PatternEdit):
             raise HeadscopeError(f"ScaleSinks: sinks must be at least 1 token, or a span, not {self.sinks!r}")
         if self.detect is not None and not 0.0 < self.detect < 1.0:
             raise HeadscopeError(f"ScaleSinks: detect must be between 0 and 1, not {self.detect!r}")
-        object.__setattr__(self, "_found", Found())
 
     @property
     def neutral(self) -> bool:
@@ -71,14 +70,13 @@ class ScaleSinks(PatternEdit):
     def edit(self, call: AttentionCall) -> AttentionCall:
         """Find sinks where they are to be found, then scale them."""
         if self.detect is not None and self.concerns(call.module, call.layer):
-            found: Found = vars(self)["_found"]
-            found.look(call, self.detect, first=True)
+            self.found.look(call, self.detect, "context", first=True)
         return super().edit(call)
 
     def change(self, call: AttentionCall, mine: Tensor) -> AttentionCall:
         """The weights scaled on the rows that are meant."""
         if self.detect is not None:
-            keys = vars(self)["_found"].recall(call)
+            keys = self.found.recall(call)
         else:
             span = (0, self.sinks) if isinstance(self.sinks, int) else self.sinks
             keys = self.keys(call, span, "sinks")[:, None]
@@ -87,12 +85,3 @@ class ScaleSinks(PatternEdit):
         keep = torch.where(mine, factor, 1.0)
         freed = "rescaled" if self.renormalise else "lost"
         return call.with_redistribution(Redistribution(keys, keep, freed=freed))
-
-    def begin_forward(self, inputs: dict[str, Any]) -> None:
-        vars(self)["_found"].begin(inputs)
-
-    def fill_cache(self, cache: Any) -> None:
-        vars(self)["_found"].fill(cache)
-
-    def abort_forward(self) -> None:
-        vars(self)["_found"].forget()

@@ -31,6 +31,8 @@ LAYERS, HEADS, D_HEAD = 2, 4, 8
 PICKED = [(0, 1), (1, 0), (1, 3)]
 MEANS = torch.randn(LAYERS, HEADS, D_HEAD, generator=torch.Generator().manual_seed(5))
 
+VISUAL = {"span": (0, 4), "dimensions": (0, 1, 2), "tau": 1.2, "layers": (0, 1), "rho": 0.1, "share": 0.9, "least": 0.1}
+
 # name -> settings that act on a tiny model of 2 layers of 4 heads of width 8; the first of an edit's is its usual form
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "ablate_heads": [
@@ -45,6 +47,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"detect": 0.3},
     ],
     "calibrate_attention": [{"heads": PICKED}, {"beta": 0.0, "threshold": 0.2}],
+    "redistribute_sinks": [
+        {"heads": PICKED, **VISUAL, "layers": (0, 1, 7)},  # it takes those that hold one of its heads
+        {**VISUAL, "meaning": "code", "rho": 0.9, "share": 0.2, "tau": (1.2, 1.0)},
+    ],
     "swap_keys": [{"heads": PICKED}, {"first": (0, 1), "second": (3, 4)}],
     "force_pattern": [{"heads": PICKED, "onto": [[(0, 1), (2, 4)]]}, {"onto": (1, 2), "layers": (1,)}],
     "boost_recent": [
@@ -74,6 +80,12 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("calibrate_attention", "beta"): {"beta": 0.5},
     ("calibrate_attention", "threshold"): {"threshold": 0.5},
     ("calibrate_attention", "sets"): {"sets": "pass"},
+    ("redistribute_sinks", "span"): {"span": (0, 3)},
+    ("redistribute_sinks", "dimensions"): {"dimensions": (0, 1)},
+    ("redistribute_sinks", "rho"): {"rho": 0.2},
+    ("redistribute_sinks", "share"): {"share": 0.8},
+    ("redistribute_sinks", "least"): {"least": 0.2},
+    ("redistribute_sinks", "meaning"): {"meaning": "code"},
     ("swap_keys", "first"): {"first": (4, 5)},
     ("swap_keys", "second"): {"second": (4, 5)},
     ("force_pattern", "onto"): {"onto": (4, 5)},
