@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
     from headscope.interventions.evaluation.masking import masking as masking
+    from headscope.interventions.exporting import export as export
     from headscope.interventions.head_edit import HeadEdit as HeadEdit
     from headscope.interventions.load import load_intervention as load_intervention
     from headscope.interventions.outputs.ablate import AblateHeads as AblateHeads
@@ -50,6 +51,7 @@ _HOME = {
     "TextLoss": "tasks.text_loss",
     "apply": "applying",
     "evaluate": "evaluation.evaluate",
+    "export": "exporting",
     "head_means": "outputs.measuring",
     "head_samples": "outputs.measuring",
     "load_intervention": "load",

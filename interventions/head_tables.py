@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -34,9 +34,13 @@ class TableEdit(HeadEdit):
         super().__post_init__()
         places = {head: place for place, head in enumerate(self.heads)}
         object.__setattr__(self, "_places", places)
-        for name in self.tables:
-            if isinstance(getattr(self, name), Tensor):
-                self._check_table(name)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in self.tables and isinstance(value, Tensor):
+                self._check_table(field.name)
+            elif field.name in self.tables and (value is not None or field.default is MISSING):
+                if not ("float" in str(field.type) and isinstance(value, int | float)):
+                    raise HeadscopeError(f"{type(self).__name__}: {field.name} must be a tensor, not {value!r:.60}")
 
     def _check_table(self, name: str) -> None:
         """Refuse a tensor of another form.

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import NoReturn
 
 # the commands' files, in help's order
-COMMANDS = ("models", "listing", "trace", "discover", "probe", "intervene", "evaluate", "masking", "report")
+COMMANDS = ("models", "listing", "trace", "discover", "probe", "intervene", "export", "evaluate", "masking", "report")
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
