@@ -37,7 +37,7 @@ def tensor(place: str) -> Tensor:
     if not found or (name and not name.startswith(":")):
         raise HeadscopeError(f"{place!r} names no tensor; give FILE{END}, or FILE{END}:NAME")
     try:
-        held = load_file(file)
+        held: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
         raise HeadscopeError(f"cannot read tensors from {file} ({error}); give a safetensors file") from error
     if not name and len(held) == 1:

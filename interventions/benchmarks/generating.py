@@ -1,4 +1,6 @@
-"""What an edit of heads' outputs costs in generation, on SmolLM2-135M: ``python interventions/benchmarks/generating.py``.
+"""What an edit of heads' outputs costs in generation, on SmolLM2-135M, a token.
+
+Run: python interventions/benchmarks/generating.py --out interventions/benchmarks/results.json
 
 Greedy generation of some tokens behind a prompt, with each edit and without, in turn (in the other order every second
 round). A round's number is the median of the seconds between its tokens, the prompt's own pass left out; what is
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from headscope.interp import load_model
+from headscope.interp.results.headset import HeadSet
 from headscope.interventions import (
     AblateHeads,
     AddToHeads,
@@ -40,8 +43,8 @@ MODEL, NONE = "smollm2-135m", "no edit"
 def edits(lm: Any) -> dict[str, Intervention]:
     """Ten heads of ten layers by every edit, and every head of the model by one."""
     (layers, heads), width = size(lm), lm.info.d_head
-    ten = [(layer, layer % heads) for layer in range(layers - 10, layers)]
-    every = [(layer, head) for layer in range(layers) for head in range(heads)]
+    ten = HeadSet.of([(layer, layer % heads) for layer in range(layers - 10, layers)])
+    every = HeadSet.of([(layer, head) for layer in range(layers) for head in range(heads)])
     table = 1e-3 * torch.randn(layers, heads, width, generator=torch.Generator().manual_seed(0))
     return {
         "scale, 10 heads": ScaleHeads(ten, 0.99),

@@ -48,4 +48,5 @@ class AlongDirection(TableEdit):
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
+    length: Tensor = x.norm(dim=-1, keepdim=True)
+    return x / length
