@@ -31,10 +31,17 @@ if TYPE_CHECKING:
     from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
     from headscope.interventions.evaluation.masking import masking as masking
+    from headscope.interventions.exporting import export as export
     from headscope.interventions.head_edit import HeadEdit as HeadEdit
     from headscope.interventions.load import load_intervention as load_intervention
     from headscope.interventions.outputs.ablate import AblateHeads as AblateHeads
-    from headscope.interventions.outputs.ablate import head_means as head_means
+    from headscope.interventions.outputs.add import AddToHeads as AddToHeads
+    from headscope.interventions.outputs.affine import AffineHeads as AffineHeads
+    from headscope.interventions.outputs.clamp import ClampHeads as ClampHeads
+    from headscope.interventions.outputs.measuring import head_means as head_means
+    from headscope.interventions.outputs.measuring import head_samples as head_samples
+    from headscope.interventions.outputs.patch import PatchHeads as PatchHeads
+    from headscope.interventions.outputs.project import ProjectHeads as ProjectHeads
     from headscope.interventions.outputs.scale import ScaleHeads as ScaleHeads
     from headscope.interventions.tasks import TASKS as TASKS
     from headscope.interventions.tasks.base import Task as Task
@@ -45,6 +52,9 @@ _HOME = {
     "EDITS": "edits",
     "TASKS": "tasks",
     "AblateHeads": "outputs.ablate",
+    "AddToHeads": "outputs.add",
+    "AffineHeads": "outputs.affine",
+    "ClampHeads": "outputs.clamp",
     "ScaleSinks": "attention.sinks",
     "CalibrateAttention": "attention.calibrate",
     "SwapKeys": "attention.swap",
@@ -64,12 +74,16 @@ _HOME = {
     "HeadEdit": "head_edit",
     "Intervention": "base",
     "NeedleTask": "tasks.needle",
+    "PatchHeads": "outputs.patch",
+    "ProjectHeads": "outputs.project",
     "ScaleHeads": "outputs.scale",
     "Task": "tasks.base",
     "TextLoss": "tasks.text_loss",
     "apply": "applying",
     "evaluate": "evaluation.evaluate",
-    "head_means": "outputs.ablate",
+    "export": "exporting",
+    "head_means": "outputs.measuring",
+    "head_samples": "outputs.measuring",
     "load_intervention": "load",
     "masking": "evaluation.masking",
     "pasta": "attention.emphasize_span",

@@ -58,7 +58,7 @@ def apply(
         require_model(intervention.made_for, model, intervention.name)
     _check_phases(interventions, found.tower if found.tower in TOWERS else tower_of(found.tower, bare_model(model)))
     with ExitStack() as stack:
-        if any(intervention.phased for intervention in interventions):
+        if any(intervention.bounded for intervention in interventions):
             stack.enter_context(watching_generate(model, GenerationBoundary(), recorded=False))
         for intervention in interventions:
             layers = intervention.named_layers()

@@ -52,8 +52,13 @@ class Intervention(Handler):
 
     @property
     def phased(self) -> bool:
-        """Whether it has to know where the prompt ends."""
+        """Whether it acts while reading or while writing only."""
         return getattr(self, "during", "always") != "always"
+
+    @property
+    def bounded(self) -> bool:
+        """Whether it has to know where the prompt ends, for its phase or otherwise."""
+        return self.phased
 
     def with_heads(self, heads: HeadSet) -> Intervention:
         """The same edit driven by other heads."""
@@ -122,6 +127,7 @@ class Edit(Intervention):
     positions: Any = None
 
     strengths: ClassVar[tuple[float, float]] = (0.0, 1.0)  # which ones mean something
+    phases: ClassVar[tuple[str, ...]] = PHASES
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -130,8 +136,8 @@ class Edit(Intervention):
 
     def __post_init__(self) -> None:
         kind, (least, most) = type(self).__name__, self.strengths
-        if self.during not in PHASES:
-            raise HeadscopeError(f"{kind}: during must be {listed(PHASES)}, not {self.during!r}")
+        if self.during not in self.phases:
+            raise HeadscopeError(f"{kind}: during must be {listed(self.phases)}, not {self.during!r}")
         number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
         if not number or not math.isfinite(self.strength) or not least <= self.strength <= most:
             bounds = f"between {least:g} and {most:g}" if math.isfinite(most) else "a finite number"
@@ -196,11 +202,8 @@ class Edit(Intervention):
         return json.dumps(self.describe(), sort_keys=True)
 
     def __repr__(self) -> str:
-        given = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "heads" or not is_default(field, value):
-                given.append(f"{field.name}={short(value)}")
+        held = [(field, getattr(self, field.name)) for field in fields(self)]
+        given = [f"{f.name}={short(x)}" for f, x in held if f.name == "heads" or not is_default(f, x)]
         return f"{type(self).__name__}({', '.join(given)})"
 
 
@@ -226,7 +229,7 @@ class Composed(Chained, Intervention):
 
     @property
     def phased(self) -> bool:
-        """Whether one of them has to know where the prompt ends."""
+        """Whether one of them acts while reading or while writing only."""
         return any(part.phased for part in self.parts)
 
     def in_force(self) -> Composed:
@@ -241,6 +244,11 @@ class Composed(Chained, Intervention):
             for layer, what in (one or {}).items():
                 found.setdefault(layer, []).append(what)
         return None if None in named else {layer: ", ".join(dict.fromkeys(words)) for layer, words in found.items()}
+
+    @property
+    def bounded(self) -> bool:
+        """Whether one of them has to know where the prompt ends."""
+        return any(part.bounded for part in self.parts)
 
     def with_heads(self, heads: HeadSet) -> Composed:
         """Each head of ``self.heads`` becomes the one at its place in ``heads``, in every part that names it.

@@ -16,6 +16,11 @@ EDITS: Registry[Intervention] = Registry(
     {
         "ablate_heads": "outputs.ablate:AblateHeads",
         "scale_heads": "outputs.scale:ScaleHeads",
+        "add_to_heads": "outputs.add:AddToHeads",
+        "affine_heads": "outputs.affine:AffineHeads",
+        "project_heads": "outputs.project:ProjectHeads",
+        "clamp_heads": "outputs.clamp:ClampHeads",
+        "patch_heads": "outputs.patch:PatchHeads",
         "scale_sinks": "attention.sinks:ScaleSinks",
         "calibrate_attention": "attention.calibrate:CalibrateAttention",
         "redistribute_sinks": "attention.visual:RedistributeSinks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +20,8 @@ from headscope.interventions.phases import as_mask, is_every, is_none
 class HeadEdit(Edit):
     """Base of the edits of chosen heads. A subclass is a frozen dataclass that writes one of two methods:
 
-    - ``write(call, z, heads)``: what the heads give instead of ``z``. The base moves ``z`` there by ``strength``, on
-      the rows that are meant.
+    - ``write(call, z, heads)``: what the heads give instead of ``z``, in its precision or a wider one. The base moves
+      ``z`` there by ``strength``, on the rows that are meant.
     - ``change(call, heads)``: what the layer computes with instead. It minds ``self.strength`` and
       ``self.head_rows(call)`` itself.
 
@@ -67,9 +67,9 @@ class HeadEdit(Edit):
         new = self.write(call, old, heads)
         if new is None:
             return z
-        new = new.to(old.dtype)
         if self.strength != 1:
             new = old + self.strength * (new - old)
+        new = new.to(old.dtype)  # last: in half precision a small change, many times over, would be lost in ``new``
         if not is_every(rows, call):
             new = torch.where(as_mask(rows, call)[:, None, :, None], new, old)
         z = z.clone()
@@ -103,6 +103,8 @@ class HeadEdit(Edit):
             made[key] = torch.tensor(self._held[call.layer], device=call.query.device)
         return made[key]
 
-    def of_layer(self, table: Tensor, call: AttentionCall, heads: Sequence[int]) -> Tensor:
-        """The rows of ``table`` (layer, head, ...) for these heads, as the layer's heads are: (chosen head, ...)."""
-        return table[call.layer, list(heads)].to(device=call.value.device, dtype=call.value.dtype)
+    def matrices(self, layer: int, width: int) -> tuple[Tensor, Tensor] | None:
+        """M (chosen head, width, width) and b (chosen head, width), float64, where at full strength all that it does to
+        a head's z is M z + b, in ``layer``'s order of heads; None where it is no such map. ``headscope export`` bakes
+        it into the output projection."""
+        return None

@@ -86,6 +86,18 @@ def _phase(call: AttentionCall, during: str) -> Rows:
     return before if during == "prefill" else ~before
 
 
+def token_positions(call: AttentionCall, what: str) -> Tensor:
+    """Each query row's position from its example's first token, (batch or 1, query), for ``what`` goes by them.
+
+    Raises:
+        HeadscopeError: cross-attention, or rows whose positions cannot be told.
+    """
+    if call.cross:
+        raise HeadscopeError(f"{what} goes by positions, which the calls of cross-attention do not tell")
+    require_told(call, what)
+    return Plan(call).query_positions
+
+
 def require_told(call: AttentionCall, what: str) -> None:
     """Positions count from an example's first token, which a mask with padding between tokens does not show.
 

@@ -22,6 +22,7 @@ COMMANDS = (
     "taxonomy",
     "probe",
     "intervene",
+    "export",
     "evaluate",
     "masking",
     "report",

@@ -23,10 +23,10 @@ def evaluate(
     sweep: Annotated[str | None, typer.Option("--sweep", help="Every edit at each: strength=0,0.5,1.")] = None,
     ablate: Annotated[str | None, typer.Option("--ablate", help=f"Heads to ablate: {HEADS}")] = None,
     top: Annotated[int, typer.Option("--top", help="Of head scores: how many of the highest.")] = 10,
-    how: Annotated[str, typer.Option("--how", help="With --ablate: zero, mean or uniform.")] = "zero",
+    how: Annotated[str, typer.Option("--how", help="With --ablate: zero, mean, uniform or resample.")] = "zero",
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="With --how mean: average over this text's paragraphs (default: bundled)."),
+        typer.Option("--reference", help="With --how mean or resample: this text's paragraphs (default: bundled)."),
     ] = None,
     during: Annotated[str, typer.Option("--during", help="With --ablate: always, prefill, decode, answer.")] = "always",
     controls: Annotated[int, typer.Option("--controls", help="Layer-matched random head sets.")] = 10,
@@ -51,8 +51,9 @@ def evaluate(
 
     run = Run(model, out, as_json, dry_run, device, dtype)
     given = {"lengths": lengths, "depths": depths, "set": setting or []}
-    if reference is not None and how != "mean":
-        raise HeadscopeError("--reference is the text of mean ablation; give --how mean with it")
+    measured = how in ("mean", "resample")
+    if reference is not None and not measured:
+        raise HeadscopeError("--reference is the text of mean ablation and resampling; give --how mean with it")
     tasks = named_tasks([name.strip() for name in task.split(",")], asked(given))
     heads, scores = (None, None) if ablate is None else head_set(ablate, top)
     values = _sweep(sweep)
@@ -61,13 +62,13 @@ def evaluate(
     lm = run.load()
     for warning in () if scores is None else overlap(tasks, lm, scores):
         console.note(f"warning: {warning}")
-    texts = passages(reference) if heads is not None and how == "mean" else []
+    texts = passages(reference) if heads is not None and measured else []
 
     def edits(how: str, texts: Sequence[str]) -> list[Any]:
         found: list[Any] = [load_intervention(file, lm) for file in edit or ()]
         if heads is not None:
-            measured = AblateHeads.measured(lm, {"how": how}, texts)
-            found.append(AblateHeads(heads, how, during=during, **measured))  # type: ignore[arg-type]
+            own = AblateHeads.measured(lm, {"how": how}, texts)
+            found.append(AblateHeads(heads, how, during=during, **own))  # type: ignore[arg-type]
         return found if values is None else swept(found, *values)
 
     if dry_run:

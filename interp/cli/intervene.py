@@ -31,16 +31,21 @@ def intervene(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Build an edit of a model and save it as one file."""
+    """Build an edit of a model and save it as one file.
+
+    Tensors are named by safetensors file (``--set vectors=FILE.safetensors:NAME``) or measured on --reference
+    (``--set how=mean``, ``how=resample``) or another prompt (``patch-heads --set prompt=...``).
+    """
     from headscope.interp.cli import console
     from headscope.interp.cli.settings import assignments, passages
     from headscope.interp.errors import HeadscopeError
     from headscope.interp.registry import make
     from headscope.interventions.applying import size
     from headscope.interventions.edits import EDITS
+    from headscope.interventions.tensors import with_tensors
 
     cls = EDITS[kind]
-    given = assignments(setting or [])
+    given = with_tensors(cls, assignments(setting or []))
     if heads is not None:
         given["heads"] = head_set(heads, top)[0]
     if out.is_dir():

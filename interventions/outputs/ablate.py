@@ -1,31 +1,39 @@
-"""Head ablation: remove what a set of heads writes, three ways that mean different things."""
+"""Head ablation: remove what a set of heads writes, four ways that mean different things."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.models import load_model
 from headscope.interp.sites.given import ModelLike
-from headscope.interp.statistics import HeadOutput
-from headscope.interp.tracing.recording import trace
-from headscope.interventions.applying import size
-from headscope.interventions.head_edit import HeadEdit
+from headscope.interventions.head_tables import D_HEAD, TableEdit
+from headscope.interventions.outputs.measuring import head_means, head_samples
+from headscope.interventions.phases import token_positions
+from headscope.interventions.words import listed
 
-How = Literal["zero", "mean", "uniform"]
+How = Literal["zero", "mean", "uniform", "resample"]
+HOWS: tuple[str, ...] = get_args(How)
 
 
 @dataclass(frozen=True, eq=False)
-class AblateHeads(HeadEdit):
-    """Ablate ``heads``: they write nothing, their mean, or the mean of their values.
+class AblateHeads(TableEdit):
+    """Ablate ``heads``: they write nothing, their mean, the mean of their values, or what they wrote elsewhere.
 
     Wu et al. mask while answering only: ``AblateHeads(heads, how="uniform", during="answer")``.
+
+    Resampling keeps z where the later layers are used to it (means and zeros are values that no input gives) and
+    removes what it says of this input. In Chan et al. 2022 (causal scrubbing) and McGrath et al. 2023 z comes from a
+    random other prompt, the same for all heads. [OURS]: every row draws one of the bank's tokens, the same for all
+    heads and layers, so that what heads wrote together stays together; and it draws by ``seed`` and position, not by
+    its place in the batch, so that an example is changed alike alone, padded, in any batch, and from a cache. Average
+    over several seeds (``with_settings(seed=1)``). What it does not show: positions are not matched, and one draw is
+    one sample; a loss under it holds the variance of z as well as the head's use.
 
     Args:
         how: ``"zero"``: z = 0, the head writes nothing. Strong: later layers never saw such an input. ``"mean"``: z =
@@ -33,45 +41,50 @@ class AblateHeads(HeadEdit):
             and removes what depends on the input. ``"uniform"``: the head's query is zeroed, so that it attends
             uniformly to every key it may see. This is what "masking" a head means in Wu et al. 2024 (arXiv 2404.15574;
             their code zeroes the query): the head still writes the mean of its values, so results are not comparable
-            with zero ablation.
+            with zero ablation. ``"resample"``: z = the head's output at a random token of other texts (``samples``).
         means: with ``how="mean"``: what ``head_means`` gives, (layer, head, d_head).
-        strength: from 0 (the model) to 1 (ablated), on z for zero and mean, on the query for uniform.
+        samples: with ``how="resample"``: what ``head_samples`` gives, (layer, head, sample, d_head).
+        seed: with ``how="resample"``: of the draw at every position.
+        strength: from 0 (the model) to 1 (ablated), on z for zero, mean and resample, on the query for uniform.
     """
 
     how: How = "zero"
     _: KW_ONLY
     means: Tensor | None = None
+    samples: Tensor | None = None
+    seed: int = 0
 
-    source: ClassVar[str] = "arXiv 1905.10650 (zero), 2211.00593 (mean), 2404.15574 (uniform)"
+    source: ClassVar[str] = (
+        "arXiv 1905.10650 (zero), 2211.00593 (mean), 2404.15574 (uniform), Chan et al. 2022 and 2307.15771 (resample)"
+    )
     unit: ClassVar[str] = "share of z removed"
-    refused: ClassVar[dict[str, str]] = {"position bias": "how='uniform': a zeroed query would still follow the bias"}
+    refused: ClassVar[dict[str, str]] = {
+        "position bias": "how='uniform': a zeroed query would still follow the bias",
+        "cross-attention": "how='resample': it draws by position",
+    }
+    tables: ClassVar[Mapping[str, tuple[str, ...]]] = {"means": (D_HEAD,), "samples": ("sample", D_HEAD)}
+    made_with: ClassVar[Mapping[str, str]] = {"means": "head_means", "samples": "head_samples"}
 
     def __post_init__(self) -> None:
+        if self.how not in HOWS:
+            raise HeadscopeError(f"AblateHeads: how must be {listed(HOWS)}, not {self.how!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise HeadscopeError(f"AblateHeads: seed must be a whole number from 0 up, not {self.seed!r}")
         super().__post_init__()
-        if self.how not in ("zero", "mean", "uniform"):
-            raise HeadscopeError(f"AblateHeads: how must be 'zero', 'mean' or 'uniform', not {self.how!r}")
-        if self.how == "mean" and self.means is None:
-            raise HeadscopeError("AblateHeads(how='mean') needs means=head_means(lm, texts), the heads' mean outputs")
-        if self.means is not None and not (isinstance(self.means, Tensor) and bool(self.means.isfinite().all())):
-            raise HeadscopeError("AblateHeads: means must be a tensor of finite numbers; make them with head_means")
-        if self.how != "mean" and self.means is not None:
-            raise HeadscopeError(f"AblateHeads(how={self.how!r}) takes no means; mean ablation is how='mean'")
+        for how, name, what in (("mean", "means", "mean outputs"), ("resample", "samples", "outputs on other texts")):
+            if self.how == how and getattr(self, name) is None:
+                raise HeadscopeError(f"AblateHeads(how={how!r}) needs {name}=head_{name}(lm, texts), the heads' {what}")
+            if self.how != how and getattr(self, name) is not None:
+                raise HeadscopeError(f"AblateHeads(how={self.how!r}) takes no {name}; {how} ablation is how={how!r}")
 
     @classmethod
     def measured(cls, model: ModelLike, given: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-        """For ``how="mean"`` without means: those over ``texts``."""
+        """For ``how="mean"`` without means, and ``how="resample"`` without samples: those over ``texts``."""
         if given.get("how") == "mean" and "means" not in given:
             return {"means": head_means(model, texts)}
+        if given.get("how") == "resample" and "samples" not in given:
+            return {"samples": head_samples(model, texts)}
         return {}
-
-    def check(self, layers: int, heads: int) -> None:
-        """Raise HeadscopeError for a head the model lacks, or means of another model."""
-        super().check(layers, heads)
-        if self.means is not None and (self.means.dim() != 3 or tuple(self.means.shape[:2]) != (layers, heads)):
-            raise HeadscopeError(
-                f"means have the shape {tuple(self.means.shape)}, the model needs ({layers}, {heads}, d_head); "
-                "make them with head_means on this model"
-            )
 
     def change(self, call: AttentionCall, heads: list[int]) -> AttentionCall:
         """Uniform attention: the heads' queries are scaled by 1 - strength."""
@@ -86,46 +99,30 @@ class AblateHeads(HeadEdit):
         return call.with_(query=call.query * keep[..., None])
 
     def write(self, call: AttentionCall, z: Tensor, heads: list[int]) -> Tensor | None:
-        """Nothing, or the means."""
+        """Nothing, the means, or a sample a row."""
         if self.how == "uniform":
             return None
-        if self.means is None:
+        if self.how == "zero":
             return torch.zeros_like(z)
-        if self.means.shape[2] != z.shape[3]:
-            raise HeadscopeError(
-                f"means have {self.means.shape[2]} dimensions a head, layer {call.layer} has {z.shape[3]}; "
-                "make them with head_means on this model"
-            )
-        return self.of_layer(self.means, call, heads)[None, :, None].expand_as(z)
+        if self.how == "mean":
+            return self.table("means", call)[None, :, None].expand_as(z)
+        samples = self.table("samples", call)  # (chosen head, sample, d_head)
+        at = drawn(token_positions(call, "how='resample'"), self.seed, samples.shape[1])  # (batch or 1, query)
+        return samples[:, at].transpose(0, 1).expand_as(z)
+
+    def matrices(self, layer: int, width: int) -> tuple[Tensor, Tensor] | None:
+        """0 and the means, or nothing; uniform attention and drawn samples are no such map."""
+        if self.how not in ("zero", "mean"):
+            return None
+        b = torch.zeros(len(self._held[layer]), width) if self.how == "zero" else self.rows_of("means", layer)
+        return torch.zeros(len(b), width, width, dtype=torch.float64), b.detach().double()
 
 
-def head_means(model: ModelLike, texts: Sequence[str | Sequence[int]], *, tokenizer: Any = None) -> Tensor:
-    """Each head's mean output over every token of ``texts``: float32 (layer, head, d_head), for mean ablation.
-
-    Layers without attention have zeros.
-
-    Args:
-        model: load_model's result, or a bare Hugging Face model (with ``tokenizer``, unless texts are token ids).
-        texts: strings, or token ids.
-
-    Raises:
-        HeadscopeError: no text, or a text for a model without tokenizer.
-    """
-    if isinstance(texts, str) or not len(texts):
-        raise HeadscopeError("head_means needs at least one text to average over, as a list")
-    if not all(len(text) for text in texts):
-        raise HeadscopeError("head_means was given an empty text; leave it out")
-    lm = load_model(model, tokenizer=tokenizer)
-    total: Tensor | None = None
-    count = 0
-    for text in texts:
-        ids = lm.encode([text])["input_ids"] if isinstance(text, str) else torch.tensor([list(text)], device=lm.device)
-        with trace(lm, [HeadOutput(tuple(range(ids.shape[1])))]) as tracer:
-            lm.model(input_ids=ids)
-        z = tracer.record["z"].isel(example=0).transpose("layer", "head", "position", "d_head")
-        if total is None:
-            total = torch.zeros(size(lm)[0], z.sizes["head"], z.sizes["d_head"], dtype=torch.float64)
-        total[z["layer"].to_numpy().tolist()] += torch.from_numpy(z.to_numpy().astype("float64")).sum(2)
-        count += ids.shape[1]
-    assert total is not None
-    return (total / count).float()
+def drawn(at: Tensor, seed: int, count: int) -> Tensor:
+    """For every position a number below ``count``, by position and seed alone and alike on every device: the integer
+    hash of Thomas Mueller, whose products stay within 64 bits."""
+    low, factor = 0xFFFFFFFF, 0x45D9F3B
+    x = (at.long() + (0x9E3779B9 * (seed + 1) & low)) & low
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * factor) & low
+    return (x ^ (x >> 16)) % count

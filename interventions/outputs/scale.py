@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
@@ -34,3 +35,9 @@ class ScaleHeads(HeadEdit):
     def write(self, call: AttentionCall, z: Tensor, heads: list[int]) -> Tensor:
         """``factor`` times z."""
         return self.factor * z
+
+    def matrices(self, layer: int, width: int) -> tuple[Tensor, Tensor]:
+        """``factor`` times the identity."""
+        count = len(self._held[layer])
+        m = self.factor * torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
+        return m, torch.zeros(count, width, dtype=torch.float64)

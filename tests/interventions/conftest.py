@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from headscope.interp.models.language_model import LanguageModel
 
@@ -22,7 +30,10 @@ def build(kind: str) -> LanguageModel:
     else:
         sizes = dict(hidden_size=32, intermediate_size=48, head_dim=D_HEAD, max_position_embeddings=128)
         groups = dict(num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=2)
-        model = LlamaForCausalLM(LlamaConfig(**sizes, **groups, **common))
+        if kind == "mistral":
+            model = MistralForCausalLM(MistralConfig(sliding_window=4, **sizes, **groups, **common))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes, **groups, **common))
     vocabulary = {"<pad>": 0, "<unk>": 1} | {f"w{i}": i + 2 for i in range(WORDS)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -33,6 +44,12 @@ def build(kind: str) -> LanguageModel:
 @pytest.fixture(params=["llama", "gpt2"])
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
     """A llama with grouped key/value heads, and a GPT-2, whose projections are transposed."""
+    return build(request.param)
+
+
+@pytest.fixture(params=["llama", "gpt2", "mistral"])
+def wide_lm(request: pytest.FixtureRequest) -> LanguageModel:
+    """These, and a mistral whose layers see a window of four tokens."""
     return build(request.param)
 
 

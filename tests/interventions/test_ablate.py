@@ -362,7 +362,7 @@ def test_head_means_needs_text(llama: LanguageModel) -> None:
     ("arguments", "message"),
     [
         (dict(heads=[]), "no heads"),
-        (dict(heads=PICKED, how="delete"), "'zero', 'mean' or 'uniform', not 'delete'"),
+        (dict(heads=PICKED, how="delete"), "'zero', 'mean', 'uniform' or 'resample', not 'delete'"),
         (dict(heads=PICKED, during="never"), "not 'never'"),
         (dict(heads=PICKED, strength=1.5), "between 0 and 1, not 1.5"),
         (dict(heads=PICKED, strength=float("nan")), "between 0 and 1"),

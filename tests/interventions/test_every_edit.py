@@ -30,6 +30,7 @@ from headscope.interventions.edits import EDITS
 LAYERS, HEADS, D_HEAD = 2, 4, 8
 PICKED = [(0, 1), (1, 0), (1, 3)]
 MEANS = torch.randn(LAYERS, HEADS, D_HEAD, generator=torch.Generator().manual_seed(5))
+SAMPLES = torch.randn(LAYERS, HEADS, 6, D_HEAD, generator=torch.Generator().manual_seed(6))
 
 VISUAL = {"span": (0, 4), "dimensions": (0, 1, 2), "tau": 1.2, "layers": (0, 1), "rho": 0.1, "share": 0.9, "least": 0.1}
 
@@ -39,6 +40,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED},
         {"heads": PICKED, "how": "mean", "means": MEANS},
         {"heads": PICKED, "how": "uniform"},
+        {"heads": PICKED, "how": "resample", "samples": SAMPLES},
     ],
     "scale_heads": [{"heads": PICKED, "factor": -0.5}],
     "scale_sinks": [
@@ -70,6 +72,16 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED, "window": 2, "factor": 0.1},
         {"window": 1, "factor": 0.5, "bands": [(2, 3, 0.1)], "positive_only": False},
     ],
+    "add_to_heads": [{"heads": PICKED, "vectors": MEANS}, {"heads": PICKED, "vectors": MEANS, "sigma": MEANS[..., 0]}],
+    "affine_heads": [{"heads": PICKED, "A": MEANS, "v": MEANS - 1}, {"heads": PICKED, "v": MEANS}],
+    "project_heads": [{"heads": PICKED, "directions": MEANS}],
+    "clamp_heads": [
+        {"heads": PICKED, "directions": MEANS, "low": -0.5, "high": 0.7},
+        {"heads": PICKED, "directions": MEANS, "high": MEANS[..., 1] - 1},
+    ],
+    "patch_heads": [
+        {"heads": PICKED, "z": SAMPLES[:, :, :3], "positions": [[(1, 3), (5, 6)]]},
+    ],
 }
 SPANNED = [name for name in EXAMPLES if "span" in settings(EDITS[name])]
 # (edit, field) -> another value that is not found by itself, or None where the field changes with another
@@ -96,6 +108,19 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("decay_beyond_window", "bands"): {"bands": [(3, 4, 0.5)]},
     ("decay_beyond_window", "positive_only"): {"positive_only": False},
     **{(name, "span"): {"span": "needle"} for name in SPANNED},
+    ("ablate_heads", "samples"): {"how": "resample", "samples": SAMPLES + 1},
+    ("add_to_heads", "vectors"): {"vectors": MEANS + 1},
+    ("add_to_heads", "sigma"): {"sigma": MEANS[..., 0]},
+    ("affine_heads", "A"): {"A": MEANS + 1},
+    ("affine_heads", "v"): {"v": MEANS + 1},
+    ("project_heads", "directions"): {"directions": MEANS + 1},
+    ("clamp_heads", "directions"): {"directions": MEANS + 1},
+    ("clamp_heads", "low"): {"low": -0.4},
+    ("patch_heads", "z"): {"z": SAMPLES[:, :, 3:]},
+    ("patch_heads", "positions"): {"positions": (0, 3)},
+    ("patch_heads", "length"): {"length": 6},
+    ("patch_heads", "prompt"): {"prompt": "w1 w5"},
+    ("patch_heads", "taken"): {"taken": (0, 3)},
 }
 SHARED = {
     "during": "prefill",
@@ -171,6 +196,10 @@ def test_cached_generation_is_generation_without_a_cache(
 ) -> None:
     """Grouped key/value heads, left padding, and every phase."""
     ids, mask = tokens()
+    if during not in EDITS[name].phases:
+        with pytest.raises(HeadscopeError, match="during must be"):
+            made(name, given).with_settings(during=during)
+        return
     edit = made(name, given).with_settings(during=during)
     options = dict(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0)
     plain = lm.model.generate(ids, attention_mask=mask, **options)
@@ -212,12 +241,19 @@ def test_loaded_in_another_process(tmp_path: Path) -> None:
     model, ids = tiny_model("llama"), torch.arange(5, 15)[None]
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     width = model.config.hidden_size // heads
-    small = torch.randn(layers, heads, width, generator=torch.Generator().manual_seed(5))
+
+    def fitted(value: Any) -> Any:
+        """A table of the examples' size, cut or made longer for this model."""
+        if not isinstance(value, Tensor):
+            return value
+        whole = torch.Size([layers, heads, *value.shape[2:-1], width] if value.shape[-1] == D_HEAD else [layers, heads])
+        return torch.randn(whole, generator=torch.Generator().manual_seed(5))
+
     expected = []
     for name, examples in EXAMPLES.items():
         for given in examples:
-            fitted = {key: small if isinstance(x, Tensor) and x.shape == MEANS.shape else x for key, x in given.items()}
-            edit = made(name, {**fitted, "heads": [(0, 1), (1, 0)]} if "heads" in given else fitted)
+            own = {key: fitted(value) for key, value in given.items()}
+            edit = made(name, {**own, "heads": [(0, 1), (1, 0)]} if "heads" in given else own)
             edit = edit.with_settings(strength=0.5)
             edit.save(tmp_path / f"{len(expected):03d}", model)
             with apply(model, edit), torch.no_grad():

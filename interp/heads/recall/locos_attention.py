@@ -25,6 +25,9 @@ class LocosAttention(AnswerMethod):
     name: ClassVar[str] = "locos_attention"
     unit: ClassVar[str] = "mass"
     source: ClassVar[str] = "arXiv 2607.01002"
+    tests: ClassVar[str] = "heads/test_recall.py"
+    reproduced: ClassVar[str] = "attention alone against eager weights, as `locos`"
+    not_reproduced: ClassVar[str] = "NoLiMa's questions, which models of this size fail"
 
     def of_answer(self, lm: LanguageModel, answer: Answer) -> NDArray[np.float64]:
         """The contrast of the masses, over the answer's rows."""

@@ -42,6 +42,9 @@ class LocosContrastive(AnswerMethod):
     unit: ClassVar[str] = "share of all heads' contrast"
     range: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
     source: ClassVar[str] = "arXiv 2607.01002"
+    tests: ClassVar[str] = "heads/test_recall.py"
+    reproduced: ClassVar[str] = "the answer's rows against the others, on eager weights, as `locos`"
+    not_reproduced: ClassVar[str] = "NoLiMa's questions, which models of this size fail"
 
     top: int = 10
     gate: float = 2.0

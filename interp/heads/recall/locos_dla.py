@@ -27,6 +27,9 @@ class LocosDLA(AnswerMethod):
     name: ClassVar[str] = "locos_dla"
     unit: ClassVar[str] = "logits before the final norm"
     source: ClassVar[str] = "arXiv 2607.01002"
+    tests: ClassVar[str] = "heads/test_recall.py"
+    reproduced: ClassVar[str] = "direct logit attribution against eager weights and the projection's slices, as `locos`"
+    not_reproduced: ClassVar[str] = "NoLiMa's questions, which models of this size fail"
 
     def of_answer(self, lm: LanguageModel, answer: Answer) -> NDArray[np.float64]:
         """What is written of all that is read."""

@@ -194,6 +194,65 @@ def test_intervene_then_evaluate_with(capsys: pytest.CaptureFixture[str], model:
     assert half["delta"] == pytest.approx(zero["delta"], abs=1e-6) and abs(half["delta"]) > 1e-4
 
 
+def test_intervene_with_tensors_and_what_is_measured_then_export(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    from headscope.interp import load_model
+    from headscope.interventions import AblateHeads, AddToHeads, PatchHeads, apply, head_samples, load_intervention
+
+    vectors, sigma = torch.randn(2, 4, 8), torch.rand(2, 4) + 0.25
+    save_file({"mass_mean": vectors, "mass_mean_sigma": sigma}, tmp_path / "probe.safetensors")
+    save_file({"v": vectors}, tmp_path / "one.safetensors")
+    (tmp_path / "text").write_text("A brass key is under the pot.\n\nNobody knew where it was.")
+    here = {name: f"{tmp_path / name}" for name in ("probe.safetensors", "one.safetensors")}
+    two = f"{here['probe.safetensors']}:mass_mean"
+    asked: dict[str, tuple[str, ...]] = {
+        "add-to-heads": (f"vectors={two}", f"sigma={two}_sigma", "strength=-2.5"),
+        "affine_heads": (f"A={here['one.safetensors']}", f"v={here['one.safetensors']}:v"),
+        "project_heads": (f"directions={two}",),
+        "clamp_heads": (f"directions={two}", "low=0.25", f"high={two}_sigma"),
+        "ablate_heads": ("how=resample", "seed=4"),
+        "patch_heads": ("prompt=one two three four", "taken=[1,3]", "positions=[0,2]"),
+    }
+    lm, made = load_model(model), {}
+    for kind, settings in asked.items():
+        command = ("intervene", kind, "--model", model, "--heads", "L0H1,L1H3", "--out", str(tmp_path / kind))
+        options = [x for setting in settings for x in ("--set", setting)]
+        code, _, err = run(capsys, *command, "--reference", str(tmp_path / "text"), *options)
+        assert code == 0, err
+        made[kind] = load_intervention(tmp_path / kind, lm)
+    heads = [(0, 1), (1, 3)]
+    assert made["add-to-heads"] == AddToHeads(heads, vectors, sigma=sigma, strength=-2.5)
+    samples = head_samples(lm, (tmp_path / "text").read_text().split("\n\n"))
+    assert made["ablate_heads"] == AblateHeads(heads, "resample", samples=samples, seed=4)
+    patch = PatchHeads.from_prompt(lm, "one two three four", heads, (1, 3), to=[0, 2])
+    assert isinstance(made["patch_heads"], PatchHeads) and torch.equal(made["patch_heads"].z, patch.z)
+    assert (made["patch_heads"].prompt, made["patch_heads"].length) == ("one two three four", None)
+
+    command = ("export", str(tmp_path / "add-to-heads"), str(tmp_path / "project_heads"), "--model", model)
+    code, printed, err = run(capsys, *command, "--out", str(tmp_path / "baked"), "--json")
+    assert code == 0 and json.loads(printed)["folder"] == str(tmp_path / "baked"), err
+    ids = torch.arange(5, 25)[None]
+    with apply(lm, made["add-to-heads"] + made["project_heads"]):
+        wanted = lm.forward(ids).logits
+    found = load_model(str(tmp_path / "baked")).forward(ids).logits
+    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    for arguments, says in (
+        (("export", str(tmp_path / "clamp_heads"), "--out", str(tmp_path / "no")), "clamp 2 heads"),
+        (("intervene", "add_to_heads", "--set", f"vectors={two}x", "--out", "no"), "holds no tensor 'mass_meanx'"),
+        (("intervene", "add_to_heads", "--set", f"vectors={here['probe.safetensors']}", "--out", "no"), "2 tensors"),
+        (("intervene", "add_to_heads", "--set", "vectors=probe.npz", "--out", "no"), "names no tensor"),
+        (("intervene", "add_to_heads", "--set", "vectors=no.safetensors", "--out", "no"), "cannot read tensors from"),
+    ):
+        heads_too = ("--heads", "L0H1") if arguments[0] == "intervene" else ()
+        code, _, err = run(capsys, *arguments, *heads_too, "--model", model)
+        message = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(message) == 1 and says in message[0], err
+    assert not (tmp_path / "no").exists()
+
+
 def test_heads_judged_on_the_needles_that_found_them(
     capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
 ) -> None:
