@@ -12,7 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interventions.attention.finding import FindingEdit
-from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.redistribution import Freed, Redistribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,5 +83,5 @@ class ScaleSinks(FindingEdit):
         self.note(keys)
         factor = 1.0 + self.strength * (self.factor - 1.0)
         keep = torch.where(mine, factor, 1.0)
-        freed = "rescaled" if self.renormalise else "lost"
+        freed: Freed = "rescaled" if self.renormalise else "lost"
         return call.with_redistribution(Redistribution(keys, keep, freed=freed))
