@@ -12,7 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interventions.attention.finding import FindingEdit
-from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.redistribution import Freed, Redistribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,9 @@ class ScaleSinks(FindingEdit):
     Without, the row sums to less, and such a row is scaled like any other.
 
     What it does not show: that a sink "does nothing" where removal costs little without renormalisation, or much with
-    it: renormalising also multiplies everything else, by up to 1 / (1 - sink mass).
+    it: renormalising also multiplies everything else, by up to 1 / (1 - sink mass), and removing the first token from
+    every layer makes the second one the first: in SmolLM2-135M it takes over the sink's mass (0.44) and the loss is
+    higher with 0.9 of the first token removed than with all of it (interventions/benchmarks/sink_dose.py).
 
     Args:
         factor: on the weights; ``strength`` s makes it 1 + s (factor - 1).
@@ -83,5 +85,5 @@ class ScaleSinks(FindingEdit):
         self.note(keys)
         factor = 1.0 + self.strength * (self.factor - 1.0)
         keep = torch.where(mine, factor, 1.0)
-        freed = "rescaled" if self.renormalise else "lost"
+        freed: Freed = "rescaled" if self.renormalise else "lost"
         return call.with_redistribution(Redistribution(keys, keep, freed=freed))
