@@ -26,7 +26,9 @@ class ScaleSinks(FindingEdit):
     Without, the row sums to less, and such a row is scaled like any other.
 
     What it does not show: that a sink "does nothing" where removal costs little without renormalisation, or much with
-    it: renormalising also multiplies everything else, by up to 1 / (1 - sink mass).
+    it: renormalising also multiplies everything else, by up to 1 / (1 - sink mass), and removing the first token from
+    every layer makes the second one the first: in SmolLM2-135M it takes over the sink's mass (0.44) and the loss is
+    higher with 0.9 of the first token removed than with all of it (interventions/benchmarks/sink_dose.py).
 
     Args:
         factor: on the weights; ``strength`` s makes it 1 + s (factor - 1).

@@ -53,9 +53,10 @@ def measure(name: str, tokens: int) -> dict[str, float | str]:
     """One edit of one layer of one head."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, tokens, D_HEAD) for _ in range(3))
+    k[:, :, [0, 500]] *= 4.0  # sinks for half of the queries
     x = torch.randn(1, tokens, D_MODEL)
     AttentionCall(q[:, :, :64], k[:, :, :64], v[:, :, :64], Mask.causal(), 0.25, 0, "layers.*").output()
-    call, edit, before, began = AttentionCall(q, k, v, Mask.causal(), 0.25, 0, "layers.*"), EDITS[name], peak(), 0.0
+    call, edit, before = AttentionCall(q, k, v, Mask.causal(), 0.25, 0, "layers.*"), EDITS[name], peak()
     began = time.perf_counter()
     with torch.no_grad():
         if edit is not None:
@@ -71,13 +72,14 @@ def measure(name: str, tokens: int) -> dict[str, float | str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--edit", choices=list(EDITS), help="this one alone, in this process")
+    parser.add_argument("--edits", nargs="+", choices=list(EDITS), default=list(EDITS))
+    parser.add_argument("--here", action="store_true", help="measure the one edit in this process")
     given = parser.parse_args()
-    if given.edit:
-        print(json.dumps(measure(given.edit, given.tokens)))
+    if given.here:
+        print(json.dumps(measure(given.edits[0], given.tokens)))
         return
-    for name in EDITS:
-        command = [sys.executable, __file__, "--tokens", str(given.tokens), "--edit", name]
+    for name in given.edits:
+        command = [sys.executable, __file__, "--tokens", str(given.tokens), "--here", "--edits", name]
         print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="", flush=True)
 
 

@@ -15,13 +15,13 @@ from headscope.interventions import RedistributeSinks, ScaleSinks, apply
 @pytest.mark.slow
 def test_on_smollm2() -> None:
     lm = load_model("smollm2-135m")
-    ids = torch.tensor([lm.required_tokenizer()(load_haystack(None)[:1000])["input_ids"][:96]])
+    ids = torch.tensor([lm.required_tokenizer()(load_haystack(None)[:1000])["input_ids"][:56]])
 
     def traced(*edits):  # mean mass on the first token and on the span, of rows behind the span
-        with torch.no_grad(), apply(lm, *edits), published_spans({"image": (0, 64)}):
-            with trace(lm, [SinkMass(1), SpanMass({"span": (0, 64)})]) as tracer:
+        with torch.no_grad(), apply(lm, *edits), published_spans({"image": (0, 40)}):
+            with trace(lm, [SinkMass(1), SpanMass({"span": (0, 40)})]) as tracer:
                 loss = lm.model(ids, labels=ids).loss
-        record = tracer.record.isel(query=slice(64, None))
+        record = tracer.record.isel(query=slice(40, None))
         return record["sink_mass"].mean(("example", "head", "query")), float(loss)
 
     plain, loss = traced()
