@@ -122,7 +122,7 @@ def exemplars(
     for part in each_part(record):
         values = _values(part, variable, chosen)
         reduced = np.nanmax(values, -1) if per == "max" else np.nanmean(values, -1, dtype=np.float64)
-        kept.add(part["example"].to_numpy(), reduced)
+        kept.add(part["example"].to_numpy(), np.asarray(reduced, dtype=np.float64))
     picked = [kept.of_head(at, each) for at in range(len(chosen))]
     wanted: dict[int, set[int]] = {}
     for at, (best, tenths) in enumerate(picked):
