@@ -27,9 +27,9 @@ class GateMethod(HeadMethod):
 
     Args:
         size: "published" (10 starts, 500 updates a stage, batches of 64; the paper: 15 minutes to an hour a start on an
-            H100 for 1 to 8 billion parameters; penalty 0.1) or "small" [OURS], for a CPU (3 starts, 16 updates, batches
-            of 2, and a penalty of 1: with so few, so noisy updates one of 0.1 does not part the gates). A coarse
-            picture; starts, updates, batch and penalty override it.
+            H100 for 1 to 8 billion parameters; penalty 0.1) or "small" [OURS], for a CPU (3 starts, 24 updates, or 16
+            where there are three stages, batches of 2, and a penalty of 1: with so few, so noisy updates one of 0.1
+            does not part the gates). A coarse picture; starts, updates, batch and penalty override it.
         starts: random starts.
         updates: of a stage.
         batch: examples of an update.
@@ -41,7 +41,7 @@ class GateMethod(HeadMethod):
     """
 
     SIZES: ClassVar[dict[str, dict[str, int]]] = {
-        "small": {"starts": 3, "updates": 16, "batch": 2},
+        "small": {"starts": 3, "updates": 24, "batch": 2},
         "published": {"starts": 10, "updates": 500, "batch": 64},
     }
     PENALTIES: ClassVar[dict[str, float]] = {"small": 1.0, "published": 0.1}

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from headscope.interp import heads, load_model
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.heads.causal.contrastive_gating import ContrastiveGating
 from headscope.interp.heads.causal.gates import Gates, Stage, fit, gated, log_probabilities, shuffled, start
 from headscope.interp.heads.causal.head_gating import HeadGating, role_of, role_scores, role_table
 from headscope.interp.heads.causal.settings import tokenized
@@ -280,6 +281,8 @@ def test_bad_settings_are_one_line(given: dict, said: str) -> None:
 def test_the_published_size_is_a_name_away() -> None:
     assert HeadGating(size="published").weight == 0.1 and HeadGating(penalty=0.3).weight == 0.3
     assert HeadGating(size="published").sizes == {"starts": 10, "updates": 500, "batch": 64}
+    assert HeadGating().sizes == {"starts": 3, "updates": 16, "batch": 2}
+    assert ContrastiveGating().sizes == {"starts": 3, "updates": 24, "batch": 2}
     assert HeadGating(size="published", starts=20).sizes["starts"] == 20  # the paper's number for this task
 
 
