@@ -260,7 +260,7 @@ def test_adaptive_factors_are_adaptviss_rule() -> None:
     ("make", "message"),
     [
         (lambda: EmphasizeSpan(span=(0, 1), inside=0), "inside must be a finite number above 0"),
-        (lambda: EmphasizeSpan(span=(0, 1), outside=math.nan), "outside must be a finite number above 0"),
+        (lambda: EmphasizeSpan(span=(0, 1), outside=math.nan), "outside must be a number"),
         (lambda: KnockOut(span=3), "is no span"),
         (lambda: SpotLight(span=(0, 1), target=1.0), "target must be above 0 and below 1"),
         (lambda: SpotLight(span=(0, 1), over="head"), "over must be"),  # type: ignore[arg-type]
