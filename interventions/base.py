@@ -26,7 +26,7 @@ from headscope.interventions import files
 from headscope.interventions.chained import Chained
 from headscope.interventions.edits import EDITS
 from headscope.interventions.phases import PHASES, During, Rows, chosen_rows
-from headscope.interventions.words import described, is_default, listed, short, told
+from headscope.interventions.words import check_number, described, is_default, listed, short, told
 
 
 class Intervention(Handler):
@@ -144,7 +144,7 @@ class Edit(Intervention):
             raise HeadscopeError(f"{kind}: strength must be {bounds}, not {self.strength!r}")
         for one in fields(self):
             if one.type == "float":
-                _check_number(f"{kind}: {one.name}", getattr(self, one.name))
+                check_number(f"{kind}: {one.name}", getattr(self, one.name))
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -205,11 +205,6 @@ class Edit(Intervention):
         held = [(field, getattr(self, field.name)) for field in fields(self)]
         given = [f"{f.name}={short(x)}" for f, x in held if f.name == "heads" or not is_default(f, x)]
         return f"{type(self).__name__}({', '.join(given)})"
-
-
-def _check_number(what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise HeadscopeError(f"{what} must be a number, not {value!r}")
 
 
 class Composed(Chained, Intervention):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
 from typing import Any
 
 from torch import Tensor
 
+from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.provenance import describe
 from headscope.interventions.files import tensor_hash
@@ -56,3 +58,9 @@ def told(field: Field[Any], value: Any) -> str:
 def listed(names: Sequence[str]) -> str:
     """'a', 'b' or 'c'."""
     return ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+
+
+def check_number(what: str, value: Any) -> None:
+    """Raise HeadscopeError, which begins with ``what``, for anything but a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise HeadscopeError(f"{what} must be a number, not {value!r}")
