@@ -10,6 +10,7 @@ from torch import nn
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.interrupts import uninterrupted
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.tracing.guards import Around, Guard, guard, release
 
@@ -24,18 +25,27 @@ class Caches:
 
     def watch(self, cache: Any) -> None:
         """Guard a cache object (no copy of it, and not its class)."""
-        self._watched = [(seen, guards) for seen, guards in self._watched if seen() is not None]
         if cache is None or any(cache is seen() for seen, _ in self._watched) or not hasattr(cache, "__dict__"):
             return
-        guards = [guard(cache, name, _refuse(who)) for name, who in self.MOVES.items()]
-        self._watched.append((weakref.ref(cache), guards))
+        with uninterrupted():  # a guard that is not listed could not be taken off
+            for seen, guards in self._watched:
+                if seen() is None:
+                    _release(guards)
+            self._watched = [(seen, guards) for seen, guards in self._watched if seen() is not None]
+            guards = [guard(cache, name, _refuse(who)) for name, who in self.MOVES.items()]
+            self._watched.append((weakref.ref(cache), guards))
 
     def release(self) -> None:
         """Take the guards off."""
-        for _, guards in self._watched:
-            for made in guards:
-                release(made)
-        self._watched.clear()
+        with uninterrupted():
+            for _, guards in self._watched:
+                _release(guards)
+            self._watched.clear()
+
+
+def _release(guards: list[Guard | None]) -> None:
+    for made in guards:
+        release(made)
 
 
 def _refuse(who: str) -> Around:
