@@ -38,7 +38,7 @@ def attention_function(
     route, name = place.route, place.implementation
     check_thread(route)
     route.called = True
-    known = name in route.trusted or own.is_known(module, name)
+    known = _is_known(route, module, name)
     if not route.is_busy(place.module, place.layer):
         left = own.leave(module, name, *tensors, attention_mask, known=known, **options)
         if left is not None and (not route.maps or left[1] is not None or not known):
@@ -51,6 +51,16 @@ def attention_function(
     dtype = torch.get_autocast_dtype(kind)  # attention itself would cast them to it
     with torch.autocast(kind, enabled=False):
         return _answer(module, place, (query.to(dtype), key.to(dtype), value.to(dtype)), attention_mask, options)
+
+
+def _is_known(route: Route, module: nn.Module, name: str) -> bool:
+    """Whether ours may stand in for what ``module`` calls; asked once a pass for each class of modules."""
+    if route.inside is None:
+        return name in route.trusted or own.is_known(module, name)
+    found = route.known.get((type(module), name))
+    if found is None:
+        found = route.known[type(module), name] = name in route.trusted or own.is_known(module, name)
+    return found
 
 
 def _answer(

@@ -106,14 +106,9 @@ def _mask_of(
 def _continuing(rule: Mask, place: Any, queries: int, keys: int) -> Mask:
     """The rule of a pass that continues a cache in a model that sees both ways: transformers counts its queries from 0,
     where nothing depends on it, but they stand at the end of the keys."""
-    free = all(getattr(rule, name) is None for name in ("left", "right", "chunk", "segments", "rule"))
-    if (
-        not free
-        or rule.query_offset
-        or rule.key_offset
-        or queries >= keys
-        or place.tower not in ("language", "decoder")
-    ):
+    if rule.query_offset or rule.key_offset or queries >= keys or place.tower not in ("language", "decoder"):
+        return rule
+    if any(getattr(rule, name) is not None for name in ("left", "right", "chunk", "segments", "rule")):
         return rule
     return replace(rule, query_offset=keys - queries)
 

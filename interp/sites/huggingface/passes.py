@@ -74,7 +74,7 @@ class _Begin(_Bound):
             inputs["input_ids"] = args[0]
         asked = inputs.get("output_attentions")
         route.maps = bool(getattr(model.config, "output_attentions", False) if asked is None else asked)
-        route.dense.held.clear()
+        route.forget_pass()
         for handler in route.handlers:
             if broken:
                 handler.abort_forward()
@@ -90,7 +90,7 @@ class _End(_Bound):
             return
         route.inside = route.thread = None
         route.maps = False
-        route.dense.held.clear()
+        route.forget_pass()
         cache = getattr(output, "past_key_values", None)
         done = output is not None or stopped()  # torch calls the hook also after an exception, without an output
         for handler in route.handlers:

@@ -23,8 +23,8 @@ class Route:
 
     ``check`` is called with every attention call before it is answered (see ``verify``). ``inside`` is the module whose
     forward pass runs now, ``thread`` the thread that runs it, ``called`` whether attention was called in it, ``maps``
-    whether it was asked for its attention weights, ``dense`` the dense masks that it has used. ``trusted``: names of
-    implementations that the user vouches for.
+    whether it was asked for its attention weights, ``dense`` the dense masks that it has used, ``known`` which classes of
+    modules call plain softmax attention in it. ``trusted``: names of implementations that the user vouches for.
     """
 
     model: nn.Module
@@ -40,6 +40,12 @@ class Route:
     dense: DenseMasks = field(default_factory=DenseMasks)
     entries: dict[object, Handler] = field(default_factory=dict)
     busy: dict[tuple[str, int], bool] = field(default_factory=dict)
+    known: dict[tuple[type, str], bool] = field(default_factory=dict)
+
+    def forget_pass(self) -> None:
+        """What was found of a pass's masks and functions holds for that pass alone."""
+        self.dense.held.clear()
+        self.known.clear()
 
     def put_in_force(self) -> None:
         """The handlers are those of the blocks that are open."""
