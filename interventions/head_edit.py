@@ -63,7 +63,7 @@ class HeadEdit(Edit):
         if is_none(rows):
             return z
         index = self._index(call)
-        old = z[:, index]
+        old = z.index_select(1, index)
         new = self.write(call, old, heads)
         if new is None:
             return z
@@ -72,9 +72,7 @@ class HeadEdit(Edit):
         new = new.to(old.dtype)  # last: in half precision a small change, many times over, would be lost in ``new``
         if not is_every(rows, call):
             new = torch.where(as_mask(rows, call)[:, None, :, None], new, old)
-        z = z.clone()
-        z[:, index] = new
-        return z
+        return z.index_copy(1, index, new)
 
     def change(self, call: AttentionCall, heads: list[int]) -> AttentionCall:
         """What the layer computes with instead; ``heads`` of it are meant."""

@@ -53,12 +53,12 @@ class TableEdit(HeadEdit):
         if not table.is_floating_point() or table.dim() - len(more) not in (1, 2) or not table.numel():
             raise HeadscopeError(
                 f"{type(self).__name__}: {name} is {str(table.dtype).removeprefix('torch.')} {tuple(table.shape)}; it "
-                f"has to be a floating-point tensor {forms}"
+                f"has to be a floating-point tensor {forms}{self._again(name)}"
             )
         if self._by_place(name) and table.shape[0] != len(self.heads):
             raise HeadscopeError(
                 f"{type(self).__name__}: {name} has rows for {table.shape[0]} heads, but {len(self.heads)} are chosen; "
-                f"give {forms}"
+                f"give {forms}{self._again(name)}"
             )
         if not bool(table.detach().isfinite().all()):
             raise HeadscopeError(f"{type(self).__name__}: {name} holds numbers that are not finite; measure it again")

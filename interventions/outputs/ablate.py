@@ -107,8 +107,19 @@ class AblateHeads(TableEdit):
         if self.how == "mean":
             return self.table("means", call)[None, :, None].expand_as(z)
         samples = self.table("samples", call)  # (chosen head, sample, d_head)
-        at = drawn(token_positions(call, "how='resample'"), self.seed, samples.shape[1])  # (batch or 1, query)
-        return samples[:, at].transpose(0, 1).expand_as(z)
+        return samples[:, self._draw(call, samples.shape[1])].transpose(0, 1).expand_as(z)
+
+    def _draw(self, call: AttentionCall, count: int) -> Tensor:
+        """The number of each row's sample, (batch or 1, query): made once a pass, whose layers share what positions go
+        by (the very tensor that says where each example begins, held here so that its identity stays its own)."""
+        kept: dict[Any, Any] = vars(self)["_indices"]
+        mask, queries = call.mask, call.query.shape[2]
+        key = mask.query_offset, queries, call.query.device, call.gaps, call.cross
+        last = kept.get("draw")
+        if last is None or last[0] != key or last[1] is not mask.start:
+            last = kept["draw"] = key, mask.start, drawn(token_positions(call, "how='resample'"), self.seed, count)
+        found: Tensor = last[2]
+        return found
 
     def matrices(self, layer: int, width: int) -> tuple[Tensor, Tensor] | None:
         """0 and the means, or nothing; uniform attention and drawn samples are no such map."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,8 +38,17 @@ class AlongDirection(TableEdit):
                     )
 
     def units(self, call: AttentionCall) -> Tensor:
-        """The layer's directions at length 1: (chosen head, d_head)."""
-        return _unit(self.table("directions", call))
+        """The layer's directions at length 1: (chosen head, d_head), made once unless they are trained."""
+        kept: dict[Any, Tensor] = vars(self)["_indices"]
+        directions = self.table("directions", call)
+        key = "units", call.layer, directions.device, directions.dtype
+        if key in kept:
+            return kept[key]
+        with torch.inference_mode(False):
+            found = _unit(directions)
+        if not directions.requires_grad:
+            kept[key] = found
+        return found
 
     def held(self, layer: int, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """The map that sets the coordinates (chosen head,) float64: 1 - u u', and u times the coordinate."""

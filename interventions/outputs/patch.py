@@ -18,7 +18,7 @@ from headscope.interp.sites.given import ModelLike
 from headscope.interp.statistics.spans import Span, by_example
 from headscope.interventions.head_tables import D_HEAD, TableEdit
 from headscope.interventions.outputs.measuring import Text, head_outputs
-from headscope.interventions.phases import token_positions
+from headscope.interventions.phases import Rows, token_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +113,16 @@ class PatchHeads(TableEdit):
         made = cls.from_prompt(model, str(given["prompt"]), given["heads"], span, to=to)
         return {name: getattr(made, name) for name in ("z", "length", "positions", "taken")}
 
-    def write(self, call: AttentionCall, z: Tensor, heads: list[int]) -> Tensor | None:
+    def rows(self, call: AttentionCall) -> Rows:
+        """Those of the prompt at the positions; none in a pass over generated tokens."""
+        known, offset = known_boundary(), call.mask.query_offset
+        alone = offset > 0 and call.query.shape[2] == 1
+        if alone if known is None else known.padded and offset >= max(known.lengths):
+            return slice(0, 0)
+        return super().rows(call)
+
+    def write(self, call: AttentionCall, z: Tensor, heads: list[int]) -> Tensor:
         """The source's rows where they belong."""
-        if call.query.shape[2] == 1 and call.mask.query_offset and known_boundary() is None:
-            return None  # a generated token's, as everywhere
         source = self.table("z", call)  # (chosen head, position, d_head)
         at = token_positions(call, "PatchHeads")
         if call.query.shape[2] > 1 or not call.mask.query_offset:

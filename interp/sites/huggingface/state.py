@@ -23,8 +23,8 @@ class Route:
 
     ``check`` is called with every attention call before it is answered (see ``verify``). ``inside`` is the module whose
     forward pass runs now, ``thread`` the thread that runs it, ``called`` whether attention was called in it, ``maps``
-    whether it was asked for its attention weights, ``dense`` the dense masks that it has used, ``known`` which classes of
-    modules call plain softmax attention in it. ``trusted``: names of implementations that the user vouches for.
+    whether it was asked for its attention weights, ``dense`` the dense masks that it has used, ``known`` which classes
+    of modules call plain softmax attention in it. ``trusted``: names of implementations that the user vouches for.
     """
 
     model: nn.Module
