@@ -23,3 +23,8 @@ def smollm2():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long ones first, so that no process waits at the end for another's."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -6,6 +6,7 @@ Rooms are folders, imported as ``headscope.ROOM``. Imports go one way: kernels <
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -54,6 +55,16 @@ def is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith((".", "__pycache__")) for part in path.relative_to(root).parts)
 
 
+@functools.cache
+def _parsed(path: Path, changed: int) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file, made once: every rule reads the whole repository."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
 def pyproject(root: Path = ROOT) -> dict:
     return tomllib.loads((root / "pyproject.toml").read_text())
 
@@ -75,7 +86,7 @@ def imports(path: Path, *, types: bool = True) -> Iterator[tuple[str, bool]]:
             inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             yield from visit(child, top and not inside)
 
-    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+    yield from visit(parsed(path), True)
 
 
 # -- the checkers: each returns what is wrong --------------------------------------------------------------------------
@@ -221,7 +232,7 @@ def pickle_faults(root: Path) -> set[str]:
         faults |= {
             f"{place} imports {name.split('.')[0]}" for name, _ in imports(path) if name.split(".")[0] in modules
         }
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)

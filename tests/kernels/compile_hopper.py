@@ -75,11 +75,11 @@ def whole_tiles(disassembly: str) -> list[list[str]]:
     return [words for words in found if words.count("ISETP") < COMPARISONS]
 
 
-def main(d: int, dtype: torch.dtype, mask: Mask) -> None:
-    """Compile every kernel for heads ``d`` wide, with and without features, distance and maxima."""
+def main(d: int, dtype: torch.dtype, mask: Mask, numbers: list[int]) -> None:
+    """Compile every kernel for heads ``d`` wide, with these numbers of features, distance and maxima."""
     q, k = torch.zeros(2, 8, 256, d, dtype=dtype), torch.zeros(2, 2, 256, d, dtype=dtype)
     z, seen = torch.zeros(2, 8, 256), rules(mask, 2)
-    for features in (0, 16, 32):
+    for features in numbers:
         f = torch.zeros(1, 256, features, dtype=dtype) if features else None
         linear = torch.zeros(2, 8, 256, features) if features else None
         rows = triton_rows.Rows(lse=z, max=z, entropy=z, distance=z if features else None, linear=linear)
@@ -97,4 +97,5 @@ if __name__ == "__main__":
     for module in (hopper_rows, hopper_output, hopper_columns):
         module._kernel = Compiled(module._kernel, module.__name__.rsplit(".", 1)[1])
     padded = Mask(start=torch.tensor([0, 3]), end=torch.tensor([256, 200]), right=0, left=100)
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), padded if sys.argv[3] == "padded" else Mask.causal())
+    kind = padded if sys.argv[3] == "padded" else Mask.causal()
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), kind, [int(number) for number in sys.argv[4].split(",")])

@@ -102,7 +102,7 @@ def test_widths_and_precisions(d: int, dv: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     kind=st.sampled_from(MASKS),
     batch=st.integers(1, 2),

@@ -139,7 +139,7 @@ def test_the_comparison_sees_a_planted_bug(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     kind=st.sampled_from([kind for kind in MASKS if kind != "rule"]),
     batch=st.integers(1, 2),

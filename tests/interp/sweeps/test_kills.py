@@ -10,5 +10,6 @@ from headscope.interp.benchmarks.interrupts import kills
 
 
 @pytest.mark.slow
-def test_fifty_kills_lose_nothing(tmp_path: Path) -> None:
-    assert kills(50, tmp_path) == []
+def test_kills_lose_nothing(tmp_path: Path) -> None:
+    """Fifty of them are what ``python interp/benchmarks/interrupts.py`` runs."""
+    assert kills(12, tmp_path) == []
