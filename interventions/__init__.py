@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from headscope.interventions.outputs.patch import PatchHeads as PatchHeads
     from headscope.interventions.outputs.project import ProjectHeads as ProjectHeads
     from headscope.interventions.outputs.scale import ScaleHeads as ScaleHeads
+    from headscope.interventions.positions.pine import Pine as Pine
     from headscope.interventions.tasks import TASKS as TASKS
     from headscope.interventions.tasks.base import Task as Task
     from headscope.interventions.tasks.needle import NeedleTask as NeedleTask
@@ -75,6 +76,7 @@ _HOME = {
     "Intervention": "base",
     "NeedleTask": "tasks.needle",
     "PatchHeads": "outputs.patch",
+    "Pine": "positions.pine",
     "ProjectHeads": "outputs.project",
     "ScaleHeads": "outputs.scale",
     "Task": "tasks.base",
