@@ -35,5 +35,9 @@ EDITS: Registry[Intervention] = Registry(
         "head_temperature": "attention.temperature:HeadTemperature",
         "decay_beyond_window": "attention.decay_beyond_window:DecayBeyondWindow",
         "pine": "positions.pine:Pine",
+        "rescale_rope": "positions.rescale:RescaleRoPE",
+        "concentric_positions": "positions.concentric:ConcentricPositions",
+        "parallel_contexts": "positions.parallel:ParallelContexts",
+        "select_contexts": "positions.select:SelectContexts",
     },
 )

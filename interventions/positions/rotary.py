@@ -115,6 +115,11 @@ def _offered(model: nn.Module) -> Iterator[Rotation]:
         HeadscopeError: see ``rotations``.
     """
     for module in model.modules():
+        if hasattr(module, "mrope_section") or hasattr(module, "get_rope_index"):
+            raise HeadscopeError(
+                f"{type(module).__name__} turns by positions of several dimensions (M-RoPE), which columns do not say; "
+                "use a model whose positions are numbers"
+            )
         for name, buffer in module.named_buffers(recurse=False):
             if not name.endswith("inv_freq") or "original" in name:
                 continue
@@ -125,11 +130,6 @@ def _offered(model: nn.Module) -> Iterator[Rotation]:
                 raise HeadscopeError(
                     f"the frequencies of {type(module).__name__} change with the length of the text ({how}), so keys "
                     "in a cache were turned by others: load the model with a fixed rope_type"
-                )
-            if "mrope_section" in parameters:
-                raise HeadscopeError(
-                    f"{type(module).__name__} turns by positions of several dimensions (M-RoPE), which no list of "
-                    "positions says; use a model whose positions are numbers"
                 )
             scaling, base = float(getattr(module, f"{kind}attention_scaling", 1.0)), parameters.get("rope_theta")
             yield Rotation(buffer.float(), scaling=scaling, base=None if base is None else float(base))
