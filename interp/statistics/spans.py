@@ -61,7 +61,8 @@ def numbered(name: str) -> list[Any]:
     Raises:
         HeadscopeError: there is no ``name_0``.
     """
-    known, found = _PUBLISHED.get(), []
+    known = _PUBLISHED.get()
+    found: list[Any] = []
     while (one := f"{name}_{len(found)}") in known:
         found.append(known[one])
     return found or [named(f"{name}_0")]

@@ -24,6 +24,8 @@ from headscope.interventions.positions.rotary import Layer, Rotation, rotations
 from headscope.kernels.masks import IndexRule, Mask
 from headscope.kernels.score_edits import ScoreEdit
 
+UNSEEN = -(2**40)  # of an example of which no token was read yet
+
 
 @dataclass(frozen=True, eq=False)
 class PositionEdit(PatternEdit):
@@ -49,7 +51,7 @@ class PositionEdit(PatternEdit):
         """A copy that knows how each layer of the model turns its queries and keys."""
         copy = replace(self)
         if not self.neutral:
-            object.__setattr__(copy, "_rotations", rotations(model, tower))
+            object.__setattr__(copy, "_rotations", rotations(model, tower, self.holds))
         return copy
 
     def begin_forward(self, inputs: dict[str, Any]) -> None:
@@ -80,28 +82,26 @@ class PositionEdit(PatternEdit):
 
     def _check_positions(self, call: AttentionCall) -> None:
         """Refuse ``position_ids`` that are not the columns but for one number an example, the same in every pass."""
-        given: Tensor | None = vars(self)["_given"]
-        first, count, mask = call.mask.query_offset, call.query.shape[2], call.mask
-        at = torch.arange(count, device=call.query.device)
-        real = mask.query_is_real(at)
-        ahead = torch.zeros(1, 1, dtype=torch.long, device=at.device)
-        if given is not None and given.dim() == 2 and given.shape[1] == count:
-            ahead = (at + first - given.to(at.device)).expand(call.query.shape[0], -1)
-        if mask.segments is not None:
+        if call.mask.segments is not None:
             return  # positions begin anew in every sequence, and rows see their own alone
-        real = torch.ones_like(ahead, dtype=torch.bool) if real is None else real.expand(ahead.shape[0], -1)
-        real = real[:, : ahead.shape[1]]
+        given: Tensor | None = vars(self)["_given"]
+        batch, _, count, _ = call.query.shape
+        at = torch.arange(count, device=call.query.device)
+        real = call.mask.query_is_real(at)
+        real = (at >= 0 if real is None else real).expand(batch, -1)
+        ahead = torch.zeros_like(real, dtype=torch.long)
+        if given is not None and given.dim() == 2 and given.shape[1] == count:
+            ahead = ahead + at + call.mask.query_offset - given.to(at.device)
         held: dict[str, Tensor] = vars(self)["_ahead"]
-        lone = torch.where(real, ahead, -(2**40)).amax(1, keepdim=True)
-        known = lone if first == 0 or "it" not in held else held["it"]
-        if known.shape[0] not in (1, lone.shape[0]):
-            known = lone  # another batch
+        here, known = torch.where(real, ahead, UNSEEN).amax(1, keepdim=True), held.get("by")
+        if call.mask.query_offset == 0 or known is None or known.shape != here.shape:
+            known = here
+        held["by"] = known = torch.where(known == UNSEEN, here, known)
         if bool((real & (ahead != known)).any()):
             raise HeadscopeError(
                 f"{type(self).__name__} reads positions from the mask, and this pass was given position_ids that count "
                 "otherwise: leave them out, or count each example's tokens from its first (as generate does)"
             )
-        held["it"] = known
 
     def placed(
         self,

@@ -60,6 +60,11 @@ class RescaleRoPE(PositionEdit):
         super().__post_init__()
 
     @property
+    def name(self) -> str:  # type: ignore[override]
+        """Its kind as one word."""
+        return super().name.replace("ro pe", "rope")
+
+    @property
     def neutral(self) -> bool:
         """Every frequency stays."""
         return super().neutral or (self.linear == self.ntk == 1 and self.base is None and not self.truncate)

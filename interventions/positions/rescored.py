@@ -33,9 +33,10 @@ class Rescored:
         if self.slot is not None:
             at = torch.arange(self.slot.shape[1], device=self.slot.device)
             ranges = {}
-            for slot in self.slot.unique().tolist():
+            for slot in range(int(self.slot.max()) + 1):
                 held = at[(self.slot == slot).any(0)]
-                ranges[slot] = int(held[0]), int(held[-1]) + 1
+                if len(held):
+                    ranges[slot] = int(held[0]), int(held[-1]) + 1
         object.__setattr__(self, "_ranges", ranges)
 
     def __call__(self, s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

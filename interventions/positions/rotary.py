@@ -5,14 +5,14 @@ al. 2021, arXiv 2104.09864). Scores depend on i - j alone, so turning either by 
 turning it back by all of its angle gives the vector before RoPE; what both are turned by beyond that cancels.
 
 Nothing is guessed from a model's name. The frequencies are read from its rotary modules (buffers ``inv_freq``), and one
-pass over a single token, repeated, shows what they do: the state of every position is then the same in every layer, so
-that the query of position i must be that of position 0, turned. The frequencies, layout and place of the pairs that say
-so best are the layer's; a layer where nothing turns (NoPE) has no pairs.
+pass shows what they do: examples of one token, the same, at positions 0, 1, 2 ... It sees itself alone, so that states
+are the same in every layer, and the query of position i must be that of position 0, turned. The frequencies, layout and
+place of the pairs that say so best are the layer's; a layer where nothing turns (NoPE) has no pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from headscope.interp.sites.huggingface.route import paused
 from headscope.interp.sites.inputs import special_tokens
 from headscope.interp.sites.unwrap import bare_model, model_device, origin, shown
 
-SHOWN = 9  # tokens of the pass that shows the rotation
+SHOWN = 9  # positions of the pass that shows the rotation
 Layer = tuple[str, int]  # a tower's pattern of modules, and the layer
 
 
@@ -65,8 +65,10 @@ class Rotation:
         return torch.cat([before.expand(*lead, -1), new, after.expand(*lead, -1)], -1)
 
 
-def rotations(model: ModelLike, tower: str | None) -> dict[Layer, Rotation]:
-    """The rotation of every layer of a tower that attends to text.
+def rotations(
+    model: ModelLike, tower: str | None, wanted: Callable[[int], bool] = lambda layer: True
+) -> dict[Layer, Rotation]:
+    """The rotation of every layer of a tower that attends to text and is ``wanted``.
 
     Raises:
         HeadscopeError: no rotary module; frequencies that change with the length of the text, or positions of several
@@ -80,14 +82,15 @@ def rotations(model: ModelLike, tower: str | None) -> dict[Layer, Rotation]:
             "positions are edited by turning queries and keys; use a RoPE model (Llama, Qwen, Mistral, Gemma ...)"
         )
     probe = _Probe()
-    ids = torch.full((1, SHOWN), _plain_token(inner), device=model_device(inner))
+    at = torch.arange(SHOWN, device=model_device(inner))[:, None]
+    inputs = {"input_ids": torch.full_like(at, _plain_token(inner)), "position_ids": at}
     with paused(inner), attached(model, probe, tower=tower) as route, torch.no_grad():
         route.handlers[:] = route.handlers[-1:]  # no other edit: the model itself is shown
         if origin(model) == "transformer_lens":
-            shown(model)(ids)
+            shown(model)(inputs.pop("input_ids"), **inputs)
         else:
-            inner(input_ids=ids, use_cache=False)
-    return {layer: _fitting(query, offered, layer) for layer, query in probe.queries.items()}
+            inner(**inputs, use_cache=False)
+    return {layer: _fitting(query, offered, layer) for layer, query in probe.queries.items() if wanted(layer[1])}
 
 
 class _Probe(Handler):
@@ -99,7 +102,7 @@ class _Probe(Handler):
         self.queries: dict[Layer, Tensor] = {}
 
     def edit(self, call: AttentionCall) -> AttentionCall:
-        self.queries[call.module, call.layer] = call.query[:1]
+        self.queries[call.module, call.layer] = call.query.transpose(0, 2)
         return call
 
 
@@ -144,10 +147,10 @@ def _parameters(module: nn.Module, kind: str) -> Mapping[str, Any]:
 
 
 def _fitting(query: Tensor, offered: list[Rotation], layer: Layer) -> Rotation:
-    """The rotation that the queries (1, head, position, d) of one repeated token show.
+    """The rotation that the queries (1, head, position, d) of one token at several positions show.
 
-    Half of the digits of the model's precision is what states of equal tokens may differ by after many layers; another
-    base, layout or place is off by the size of the queries.
+    Half of the digits of the model's precision is what they may be off by; with another base, layout or place they are
+    off by their size.
 
     Raises:
         HeadscopeError: none of those that are offered.

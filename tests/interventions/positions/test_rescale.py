@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.prompts.haystack import load_haystack
 from headscope.interventions import ForcePattern, RescaleRoPE, apply
 from headscope.interventions.positions.rotary import Rotation, rotations
 
@@ -152,3 +153,20 @@ def test_edits_of_scores_come_after_it(model: Any, dense: Any) -> None:
     for both in (force + RescaleRoPE(linear=3.0), RescaleRoPE(linear=3.0) + force):
         with apply(model, both):
             assert off(dense.logits(model, ids[:1]), wanted) <= 1e-5
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_model_configured_so(smollm2: Any) -> None:
+    """All layers, 200 tokens of prose: positions squeezed to a half, against transformers' own frequencies."""
+    ids = torch.tensor([smollm2.tokenizer(load_haystack(None), verbose=False)["input_ids"][:200]])
+    module = smollm2.model.model.rotary_emb
+    with torch.no_grad(), apply(smollm2, RescaleRoPE(linear=2.0)):
+        found = smollm2.model(ids).logits
+    own = module.inv_freq
+    try:
+        module.inv_freq = own / 2
+        with torch.no_grad():
+            wanted = smollm2.model(ids).logits
+    finally:
+        module.inv_freq = own
+    assert off(found, wanted) <= 1e-5 * 30 < off(smollm2.model(ids).logits.detach(), wanted)  # 1e-5 a layer
