@@ -1,10 +1,11 @@
 """What rescaled RoPE does to a model without training: loss, attention distance and needle recall, by length of text.
 
-    python interventions/benchmarks/rope_lengths.py --out interventions/benchmarks/results/rope-lengths.json
+    python interventions/benchmarks/rope_lengths.py --lengths 1024 --out ...results/rope-lengths-1024.json
+    python interventions/benchmarks/rope_lengths.py --lengths 9216 --settings unedited "linear 2" "ntk 2" --out ...
 
 Loss is of the last ``--scored`` tokens of one passage of the bundled prose, and distance the mean over heads, layers
 and these rows of sum_j A_ij (i - j); recall is the needle task's, at one depth and three needles, up to ``--needle``
-tokens. A position is trained up to the model's context (8,192 tokens for SmolLM2).
+tokens. Positions are trained up to the model's context, 8,192 tokens for SmolLM2; the results are one passage's.
 """
 
 from __future__ import annotations
