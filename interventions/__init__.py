@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     from headscope.interventions.outputs.patch import PatchHeads as PatchHeads
     from headscope.interventions.outputs.project import ProjectHeads as ProjectHeads
     from headscope.interventions.outputs.scale import ScaleHeads as ScaleHeads
+    from headscope.interventions.positions.concentric import ConcentricPositions as ConcentricPositions
+    from headscope.interventions.positions.parallel import ParallelContexts as ParallelContexts
+    from headscope.interventions.positions.pine import Pine as Pine
+    from headscope.interventions.positions.rescale import RescaleRoPE as RescaleRoPE
+    from headscope.interventions.positions.select import SelectContexts as SelectContexts
     from headscope.interventions.tasks import TASKS as TASKS
     from headscope.interventions.tasks.base import Task as Task
     from headscope.interventions.tasks.needle import NeedleTask as NeedleTask
@@ -75,6 +80,11 @@ _HOME = {
     "Intervention": "base",
     "NeedleTask": "tasks.needle",
     "PatchHeads": "outputs.patch",
+    "ConcentricPositions": "positions.concentric",
+    "ParallelContexts": "positions.parallel",
+    "Pine": "positions.pine",
+    "RescaleRoPE": "positions.rescale",
+    "SelectContexts": "positions.select",
     "ProjectHeads": "outputs.project",
     "ScaleHeads": "outputs.scale",
     "Task": "tasks.base",

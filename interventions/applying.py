@@ -61,8 +61,8 @@ def apply(
         if any(intervention.bounded for intervention in interventions):
             stack.enter_context(watching_generate(model, GenerationBoundary(), recorded=False))
         for intervention in interventions:
-            layers = intervention.named_layers()
-            stack.enter_context(attached(model, intervention.in_force(), tower=tower, layers=layers, grad=grad))
+            layers, in_force = intervention.named_layers(), intervention.in_force(model, tower)
+            stack.enter_context(attached(model, in_force, tower=tower, layers=layers, grad=grad))
         yield
 
 

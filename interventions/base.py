@@ -77,8 +77,9 @@ class Intervention(Handler):
         if self.heads is not None:
             self.heads.check(layers, heads)
 
-    def in_force(self) -> Intervention:
-        """What one ``apply`` block attaches: itself, or a copy with a memory of its own where it remembers passes."""
+    def in_force(self, model: ModelLike, tower: str | None) -> Intervention:
+        """What one ``apply`` block attaches to ``model``: itself, or a copy with a memory of its own where it remembers
+        passes or has to know the model."""
         return self
 
     def named_layers(self) -> dict[int, str] | None:
@@ -227,9 +228,9 @@ class Composed(Chained, Intervention):
         """Whether one of them acts while reading or while writing only."""
         return any(part.phased for part in self.parts)
 
-    def in_force(self) -> Composed:
+    def in_force(self, model: ModelLike, tower: str | None) -> Composed:
         """Every part as it is in force."""
-        return Composed([part.in_force() for part in self.parts])
+        return Composed([part.in_force(model, tower) for part in self.parts])
 
     def named_layers(self) -> dict[int, str] | None:
         """Those of all parts, unless one takes whichever layers attend."""

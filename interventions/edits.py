@@ -1,4 +1,4 @@
-"""Every published edit by name. To add one: a file in ``outputs/``, ``attention/`` or ``fitted/``, and a line here."""
+"""Every published edit by name. To add one: a file in the folder of its kind, and a line here."""
 
 from __future__ import annotations
 
@@ -34,5 +34,10 @@ EDITS: Registry[Intervention] = Registry(
         "raise_span_logits": "attention.raise_span:RaiseSpanLogits",
         "head_temperature": "attention.temperature:HeadTemperature",
         "decay_beyond_window": "attention.decay_beyond_window:DecayBeyondWindow",
+        "pine": "positions.pine:Pine",
+        "rescale_rope": "positions.rescale:RescaleRoPE",
+        "concentric_positions": "positions.concentric:ConcentricPositions",
+        "parallel_contexts": "positions.parallel:ParallelContexts",
+        "select_contexts": "positions.select:SelectContexts",
     },
 )

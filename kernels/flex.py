@@ -56,7 +56,8 @@ def attend(
     computed by streaming, with a warning that says why.
     """
     lse, edit = request.lse and request.query_rows is None, scores.edit
-    if not (request.output or lse) or not takes(scores.q, v) or (edit is not None and edit in _NOT_COMPILED):
+    left = edit is not None and (edit in _NOT_COMPILED or not edit.pointwise)
+    if not (request.output or lse) or not takes(scores.q, v) or left:
         return streaming.attend(scores, v, request=request)
     try:
         output, norm = attention(scores, v)

@@ -30,22 +30,27 @@ class ScoreEdit:
     it is given tensors that broadcast to one another, by FlexAttention single elements, so it must be made of pointwise
     operations and of look-ups in tensors that it holds (``slope[head]``). ``-inf`` takes a key's weight away. What it
     returns for a pair that the mask hides does not matter.
+
+    ``pointwise=False`` says that the function needs whole tiles (it may multiply matrices, and knows by the shapes of
+    its four index tensors which scores it is given): FlexAttention then leaves the call to the streaming engine.
     """
 
     function: ScoreFunction
+    pointwise: bool = True
 
     def __call__(self, score: Tensor, example: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return self.function(score, example, head, query, key).to(score.dtype)
 
     def then(self, after: ScoreEdit) -> ScoreEdit:
         """This edit, and ``after`` on what it gives."""
-        return ScoreEdit(lambda s, b, h, q, k: after(self(s, b, h, q, k), b, h, q, k))
+        both = self.pointwise and after.pointwise
+        return ScoreEdit(lambda s, b, h, q, k: after(self(s, b, h, q, k), b, h, q, k), both)
 
     def on_heads(self, heads: Sequence[int], of: int, *, device: torch.device | str = "cpu") -> ScoreEdit:
         """This edit for query heads ``heads`` alone, of the ``of`` heads of the call."""
         chosen = torch.zeros(of, dtype=torch.bool, device=device)
         chosen[list(heads)] = True
-        return ScoreEdit(lambda s, b, h, q, k: torch.where(chosen[h], self(s, b, h, q, k), s))
+        return ScoreEdit(lambda s, b, h, q, k: torch.where(chosen[h], self(s, b, h, q, k), s), self.pointwise)
 
     def tile(self, scores: Tensor, examples: Tensor, heads: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         """The edited ``scores`` (example, head, query, key) of the given indices and absolute positions, each 1-D.

@@ -33,9 +33,10 @@ class AttentionCall:
     distances between them mean nothing. ``gaps``: padding stands between tokens, not only around them. ``dense``: the
     mask came as a tensor, which may hold padding without saying so.
 
-    No model computes with the last three, which are for edits (``with_key_bias`` and so on); statistics are those of
+    No model computes with the last four, which are for edits (``with_key_bias`` and so on); statistics are those of
     the edited pattern. ``key_bias`` (batch or 1, head or 1, key) is added to each key's score after softcap;
-    ``score_edit`` changes the scores last; ``redistribution`` moves mass between keys after softmax.
+    ``score_edit`` changes the scores last; ``redistribution`` moves mass between keys after softmax; ``moved``: an
+    edit changed the positions that queries and keys hold, so that nobody can tell them from the mask any more.
     """
 
     query: Tensor
@@ -54,6 +55,7 @@ class AttentionCall:
     key_bias: Tensor | None = None
     score_edit: ScoreEdit | None = None
     redistribution: Redistribution | None = None
+    moved: bool = False
 
     def attend(self, request: Request) -> Reduced:
         """Compute ``request``, sharing one pass."""

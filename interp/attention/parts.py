@@ -73,7 +73,7 @@ def _moved(edit: ScoreEdit | None, example: int, head: int) -> ScoreEdit | None:
     """``edit`` for a part whose first example and head have these indices."""
     if edit is None or not (example or head):
         return edit
-    return ScoreEdit(lambda s, b, h, q, k: edit(s, b + example, h + head, q, k))
+    return ScoreEdit(lambda s, b, h, q, k: edit(s, b + example, h + head, q, k), edit.pointwise)
 
 
 def _of_head(move: Redistribution, head: int) -> Redistribution:

@@ -55,6 +55,19 @@ def named(span: Any) -> Any:
     return known[span]
 
 
+def numbered(name: str) -> list[Any]:
+    """The spans that are published as ``name_0``, ``name_1`` and so on.
+
+    Raises:
+        HeadscopeError: there is no ``name_0``.
+    """
+    known = _PUBLISHED.get()
+    found: list[Any] = []
+    while (one := f"{name}_{len(found)}") in known:
+        found.append(known[one])
+    return found or [named(f"{name}_0")]
+
+
 def members(span: Any, at: Tensor, batch: int) -> Tensor:
     """Which positions ``at`` (batch or 1, key) a span holds: bool (batch or 1, key).
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.sites.given import ModelLike
 from headscope.interp.statistics.plan import Plan
 from headscope.interp.statistics.spans import members
 from headscope.interventions.base import Edit
@@ -60,7 +61,7 @@ class PatternEdit(Edit):
         """Whether its settings are those that change nothing: layers then run the model's own attention."""
         return self.strength == 0
 
-    def in_force(self) -> PatternEdit:
+    def in_force(self, model: ModelLike, tower: str | None) -> PatternEdit:
         """A copy that counts, and remembers, for itself."""
         return replace(self)
 

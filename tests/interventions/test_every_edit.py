@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
@@ -26,6 +27,7 @@ from headscope.interp.sites import is_attached
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interventions import Composed, Edit, ScaleHeads, apply, load_intervention
 from headscope.interventions.edits import EDITS
+from headscope.interventions.positions.position_edit import PositionEdit
 
 LAYERS, HEADS, D_HEAD = 2, 4, 8
 PICKED = [(0, 1), (1, 0), (1, 3)]
@@ -72,6 +74,26 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED, "window": 2, "factor": 0.1},
         {"window": 1, "factor": 0.5, "bands": [(2, 3, 0.1)], "positive_only": False},
     ],
+    "pine": [
+        {"documents": [(1, 3), (3, 5)]},
+        {"heads": PICKED, "documents": [(0, 1), (1, 4), (4, 5)], "strength": 0.7},
+    ],
+    "rescale_rope": [
+        {"linear": 2.0, "truncate": 40},
+        {"heads": PICKED, "ntk": 8.0, "base": 300.0, "layers": (0, 1)},
+    ],
+    "concentric_positions": [
+        {"span": (1, 5), "grid": (2, 2)},
+        {"heads": PICKED, "span": [(0, 5)], "grid": (5, 1), "strength": 0.7},
+    ],
+    "parallel_contexts": [
+        {"contexts": [(1, 3), (3, 5)]},
+        {"heads": PICKED, "contexts": [(0, 1), (1, 4), (4, 5)], "mode": "HR", "strength": 0.7},
+    ],
+    "select_contexts": [
+        {"contexts": [(1, 2), (2, 4), (4, 5)], "keep": 1, "top": 1},
+        {"heads": PICKED, "contexts": [(0, 1), (1, 4), (4, 5)], "keep": 1, "over": "heads"},
+    ],
     "add_to_heads": [{"heads": PICKED, "vectors": MEANS}, {"heads": PICKED, "vectors": MEANS, "sigma": MEANS[..., 0]}],
     "affine_heads": [{"heads": PICKED, "A": MEANS, "v": MEANS - 1}, {"heads": PICKED, "v": MEANS}],
     "project_heads": [{"heads": PICKED, "directions": MEANS}],
@@ -83,6 +105,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED, "z": SAMPLES[:, :, :3], "positions": [[(1, 3), (5, 6)]]},
     ],
 }
+ROTARY = [name for name in EXAMPLES if issubclass(EDITS[name], PositionEdit)]
 SPANNED = [name for name in EXAMPLES if "span" in settings(EDITS[name])]
 # (edit, field) -> another value that is not found by itself, or None where the field changes with another
 OTHERS: dict[tuple[str, str], dict[str, Any]] = {
@@ -107,6 +130,13 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("scale_span_logits", "at"): {"at": "last"},
     ("decay_beyond_window", "bands"): {"bands": [(3, 4, 0.5)]},
     ("decay_beyond_window", "positive_only"): {"positive_only": False},
+    ("pine", "documents"): {"documents": "document"},
+    ("rescale_rope", "base"): {"base": 500.0},
+    ("concentric_positions", "grid"): {"grid": (4, 1)},
+    ("parallel_contexts", "contexts"): {"contexts": "document"},
+    ("parallel_contexts", "mode"): {"mode": "AE"},
+    ("select_contexts", "contexts"): {"contexts": "document"},
+    ("select_contexts", "over"): {"over": "heads"},
     **{(name, "span"): {"span": "needle"} for name in SPANNED},
     ("ablate_heads", "samples"): {"how": "resample", "samples": SAMPLES + 1},
     ("add_to_heads", "vectors"): {"vectors": MEANS + 1},
@@ -156,6 +186,24 @@ def logits(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=position, **options).logits
     return found
+
+
+@pytest.fixture(autouse=True)
+def _positions_are_rotary(request: pytest.FixtureRequest) -> None:
+    """Edits of positions say that GPT-2 has no RoPE (see the test below), and are held to the rest on the llama."""
+    given = getattr(request.node, "callspec", None)
+    if given is not None and given.params.get("lm") == "gpt2" and given.params.get("name") in ROTARY:
+        pytest.skip("positions are edited in RoPE models alone")
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_positions_are_edited_in_models_with_rope_alone(name: str) -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=64, n_positions=16)).eval()
+    with (
+        pytest.raises(HeadscopeError, match="has no rotary position embedding"),
+        apply(gpt2, made(name, EXAMPLES[name][0])),
+    ):
+        raise AssertionError("entered")
 
 
 def test_every_edit_has_an_example() -> None:

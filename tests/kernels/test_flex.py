@@ -16,6 +16,7 @@ from headscope.kernels.checks.cases import MASKS, Case, everything, random_case,
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.reference import dense_mask
 from headscope.kernels.request import Columns, Request
+from headscope.kernels.score_edits import ScoreEdit, distance_slope
 
 ALL_THREE = {"softcap": 5.0, "sinks": True, "bias": True}
 EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads")
@@ -102,3 +103,14 @@ def test_a_cpu_call_goes_to_streaming(monkeypatch: pytest.MonkeyPatch) -> None:
     case = edited("causal", "distance slope")
     assert not run(case, Request(lse=True))
     assert case.run(attention.attend, Request(lse=True)).lse is not None
+
+
+def test_an_edit_of_whole_tiles_is_streamed(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a chain with one of single scores, and for a part of a call's heads."""
+    monkeypatch.setattr(flex, "attention", lambda *_, **__: pytest.fail("FlexAttention was called"))
+    case = random_case("causal")
+    single = distance_slope(torch.ones(case.q.shape[1]))
+    whole = ScoreEdit(lambda s, b, h, q, k: s - s.mean(), pointwise=False)
+    for edit in (whole, single.then(whole), whole.then(single), whole.on_heads([0], of=case.q.shape[1])):
+        assert not edit.pointwise
+        assert replace(case, edit=edit).run(flex.attend, Request()).output is not None
