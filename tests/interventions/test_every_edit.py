@@ -30,6 +30,7 @@ from headscope.interventions.edits import EDITS
 LAYERS, HEADS, D_HEAD = 2, 4, 8
 PICKED = [(0, 1), (1, 0), (1, 3)]
 MEANS = torch.randn(LAYERS, HEADS, D_HEAD, generator=torch.Generator().manual_seed(5))
+ADDED = torch.randn(2, HEADS * D_HEAD, generator=torch.Generator().manual_seed(7))
 SAMPLES = torch.randn(LAYERS, HEADS, 6, D_HEAD, generator=torch.Generator().manual_seed(6))
 
 VISUAL = {"span": (0, 4), "dimensions": (0, 1, 2), "tau": 1.2, "layers": (0, 1), "rho": 0.1, "share": 0.9, "least": 0.1}
@@ -43,6 +44,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED, "how": "resample", "samples": SAMPLES},
     ],
     "scale_heads": [{"heads": PICKED, "factor": -0.5}],
+    "edit_value_vectors": [
+        {"neurons": ((0, 3), (1, 7), (1, 30)), "factor": -2.0},
+        {"neurons": ((1, 7), (0, 3)), "factor": 0.0, "add": ADDED},
+    ],
     "scale_sinks": [
         {"heads": PICKED},
         {"factor": 0.3, "sinks": (1, 3), "renormalise": False, "layers": (1,)},
@@ -88,6 +93,8 @@ SPANNED = [name for name in EXAMPLES if "span" in settings(EDITS[name])]
 OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("ablate_heads", "how"): {"how": "uniform"},
     ("ablate_heads", "means"): {"how": "mean", "means": MEANS + 1},
+    ("edit_value_vectors", "neurons"): {"neurons": ((0, 3), (1, 7), (1, 31))},
+    ("edit_value_vectors", "add"): {"add": ADDED[0]},
     ("scale_sinks", "detect"): {"detect": 0.5},
     ("calibrate_attention", "beta"): {"beta": 0.5},
     ("calibrate_attention", "threshold"): {"threshold": 0.5},
@@ -246,6 +253,8 @@ def test_loaded_in_another_process(tmp_path: Path) -> None:
         """A table of the examples' size, cut or made longer for this model."""
         if not isinstance(value, Tensor):
             return value
+        if value is ADDED:
+            return torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(5))
         whole = torch.Size([layers, heads, *value.shape[2:-1], width] if value.shape[-1] == D_HEAD else [layers, heads])
         return torch.randn(whole, generator=torch.Generator().manual_seed(5))
 
