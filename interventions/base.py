@@ -211,8 +211,8 @@ class Edit(Intervention):
 class Composed(Chained, Intervention):
     """Several interventions in a stated order: ``parts[0]`` first, at every place where they act.
 
-    Inside attention all parts change the call one after the other; what heads give is then changed by all parts one
-    after the other.
+    Inside attention all parts change the call one after the other: its scores first, then, where parts move mass after
+    softmax, the pattern by each of these in turn. What heads give is then changed by all parts one after the other.
     """
 
     def __init__(self, parts: Sequence[Intervention]) -> None:

@@ -21,6 +21,7 @@ EDITS: Registry[Intervention] = Registry(
         "project_heads": "outputs.project:ProjectHeads",
         "clamp_heads": "outputs.clamp:ClampHeads",
         "patch_heads": "outputs.patch:PatchHeads",
+        "edit_value_vectors": "neurons.value_vectors:EditValueVectors",
         "scale_sinks": "attention.sinks:ScaleSinks",
         "calibrate_attention": "attention.calibrate:CalibrateAttention",
         "redistribute_sinks": "attention.visual:RedistributeSinks",

@@ -8,8 +8,8 @@
 4. The entropy is H = sum_S (W_S H_S - W_S log W_S); the heaviest keys are among the heaviest of each set; a column of
    W_S exp(s - lse_S) is that of a pattern whose lse is lse_S - log W_S (``columns``). Scores, so lse and max, stay.
 
-A set is a slice of the keys and a bias that hides the others in it, so no kernel is needed: up to three passes, and as
-many for columns. Definition: ``redistribution.dense``.
+A set is a slice of the keys and a bias that hides the others in it, so no kernel is needed: up to three passes for one
+move (three times as many with each further one), and as many for columns. Definition: ``redistribution.dense``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headscope.kernels import attention, reference
 from headscope.kernels.columns import columns
-from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.redistribution import Move
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
 from headscope.kernels.streaming.counts import count_columns
@@ -37,7 +37,7 @@ ROWS = ("lse", "max", *SUMS[1:], "top_mass", "top_keys")
 def redistribute(
     scores: Scores,
     v: Tensor,
-    move: Redistribution,
+    move: Move,
     *,
     request: Request,
     engine: attention.Engine = "auto",
@@ -52,8 +52,8 @@ def redistribute(
     attention.check_request(scores, request)
     move.check(*scores.shape)
     out = None
-    keep = move.keep if isinstance(move.keep, Tensor) else None
-    if request.output and attention.wants_gradient(scores, v, keep):
+    kept = [part.keep for part in move.parts if isinstance(part.keep, Tensor)]
+    if request.output and attention.wants_gradient(scores, v, *kept):
         out = _differentiable_output(scores, v, move)
         request = replace(request, output=False)
     result, by_key = Reduced(), any(each.weighs for each in request.columns)
@@ -69,33 +69,22 @@ def redistribute(
     return result
 
 
-def _differentiable_output(scores: Scores, v: Tensor, move: Redistribution) -> Tensor:
+def _differentiable_output(scores: Scores, v: Tensor, move: Move) -> Tensor:
     """The output by steps 1 to 3, every set a dense softmax of its own."""
     q, wide = scores.q, scores.dtype
     s = reference.dense_scores(replace(scores, q=q.to(wide), k=scores.k.to(wide)))
     sets = [s.masked_fill(~chosen[:, :, None], -torch.inf) for chosen in move.sets(q.device)]
     norms = [torch.logsumexp(x, -1) for x in sets]
     values = v.to(wide).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    after = move.masses(_shares(norms, scores.sinks), norms[1] > -torch.inf)
+    after = move.after(norms, scores.sinks)
     terms = (w[..., None] * (reference.normalise(x, None) @ values) for x, w in zip(sets, after, strict=True))
     return reduce(torch.add, terms).to(v.dtype)
-
-
-def _shares(norms: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
-    """Step 1: w of every set from its lse (batch, head, query); a softmax, so that they sum to one at any lse."""
-    whole = torch.stack(norms, -1)
-    empty = (whole == -torch.inf).all(-1, keepdim=True)
-    if sinks is not None:
-        own = sinks.to(whole.dtype)[None, :, None, None].expand(*whole.shape[:3], 1)
-        whole = torch.cat([whole, own], -1)
-    share = whole.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
-    return list(share.unbind(-1))[: len(norms)]
 
 
 @torch.no_grad()
 def pattern(
     scores: Scores,
-    move: Redistribution,
+    move: Move,
     *,
     rows: slice = slice(None),
     keys: slice = slice(None),
@@ -137,7 +126,7 @@ class _Part(NamedTuple):
 
 @torch.no_grad()
 def _attended(
-    scores: Scores, v: Tensor, move: Redistribution, request: Request, engine: attention.Engine
+    scores: Scores, v: Tensor, move: Move, request: Request, engine: attention.Engine
 ) -> tuple[list[_Part], Tensor]:
     """Steps 1 and 2: every set of ``move``, of the rows asked for; and the lse of all sets (batch, head, row)."""
     asked = replace(request, lse=True, columns=())
@@ -150,7 +139,7 @@ def _attended(
         found.append((keys, here, got, got.lse))
     norms = [lse for *_, lse in found]
     move = move if request.query_rows is None else move.of_rows(request.query_rows)
-    after = move.masses(_shares(norms, scores.sinks), norms[1] > -torch.inf)
+    after = move.after(norms, scores.sinks)
     parts = [_Part(*part, mass) for part, mass in zip(found, after, strict=True)]
     return parts, reference.log_total(torch.stack(norms, -1), scores.sinks)
 

@@ -12,13 +12,19 @@ stays as it is, and a sink logit keeps its share. That is ``freed = "onto"``. Wi
 (or gains, where a > 1): W_C = a w_C and W_B = w_B, in every row. With ``"rescaled"`` both sets then get back the sum
 that they had: W_C = t a w_C, W_B = t w_B, t = (w_C + w_B) / (a w_C + w_B).
 
+Several follow one another as ``Redistributions``: the second moves mass of the pattern that the first made. Wherever a
+set of one meets a set of the next, the pattern stays in proportion to the softmax, so that these cells are sets too.
+
 Sources: ACT (Yu et al. 2024, arXiv 2406.15765: from a head's sinks to every other key) and VAR (Kang et al. 2025, arXiv
 2503.03321: from sinks to the image's other tokens); which heads, queries and keys is their choice, and the caller's.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -80,12 +86,113 @@ class Redistribution:
         a = torch.where(sees_taker, a, 1.0)
         return [a * givers, (takers + (1 - a) * givers).clamp(min=0.0), *before[2:]]
 
+    def after(self, norms: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
+        """W of every set from the lse of its scores (batch, head, query), and a sink logit (head,)."""
+        return self.masses(shares(norms, sinks), norms[1] > -torch.inf)
+
     def of_rows(self, rows: Tensor | slice) -> Redistribution:
         """The same for some of the queries."""
         keep = self.keep
         if isinstance(keep, Tensor) and keep.dim() == 3 and keep.shape[2] > 1:
             keep = keep[:, :, rows]
         return replace(self, keep=keep)
+
+    def of_head(self, head: int) -> Redistribution:
+        """The same for one of the heads."""
+
+        def mine(x: Tensor) -> Tensor:
+            return x[:, head : head + 1] if x.dim() == 3 and x.shape[1] > 1 else x
+
+        keep = torch.as_tensor(self.keep)
+        keep = keep[head : head + 1] if keep.dim() == 1 else mine(keep)
+        return replace(self, keys=mine(self.keys), keep=keep, onto=None if self.onto is None else mine(self.onto))
+
+    def then(self, later: Redistribution) -> Redistributions:
+        """This, and ``later`` on the pattern that it gives."""
+        return Redistributions((self, later))
+
+    @property
+    def parts(self) -> tuple[Redistribution, ...]:
+        """Itself alone."""
+        return (self,)
+
+
+@dataclass(frozen=True, eq=False)
+class Redistributions:
+    """``parts`` one after the other, each on the pattern that those before it gave.
+
+    Its sets are the cells in which a set of every part meets: at most three times as many with each part.
+    """
+
+    parts: tuple[Redistribution, ...]
+
+    def check(self, batch: int, heads: int, queries: int, keys: int) -> None:
+        """Raise ValueError where one of them does not fit a call of these sizes."""
+        for part in self.parts:
+            part.check(batch, heads, queries, keys)
+
+    def sets(self, device: torch.device) -> list[Tensor]:
+        """The cells: bool (batch or 1, head or 1, key) each."""
+        cells = itertools.product(*(part.sets(device) for part in self.parts))
+        return [reduce(torch.logical_and, cell) for cell in cells]
+
+    def after(self, norms: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
+        """W of every cell from the lse of its scores (batch, head, query), and a sink logit (head,).
+
+        Logarithms are kept between parts, so that a cell whose mass no float holds is still told from one without.
+        """
+        logs, counts = norms, [len(part.sets(norms[0].device)) for part in self.parts]
+        places = list(itertools.product(*map(range, counts)))
+        for i, part in enumerate(self.parts):
+            cells = [[log for log, at in zip(logs, places, strict=True) if at[i] == one] for one in range(counts[i])]
+            of_sets = [_log_sum(each) for each in cells]
+            before = [log.exp() for log in of_sets] if i else shares(of_sets, sinks)
+            mass = part.masses(before, of_sets[1] > -torch.inf)
+            logs = [_scaled(log, of_sets[at[i]], mass[at[i]]) for log, at in zip(logs, places, strict=True)]
+        return [log.exp() for log in logs]
+
+    def of_rows(self, rows: Tensor | slice) -> Redistributions:
+        """The same for some of the queries."""
+        return self._each(lambda part: part.of_rows(rows))
+
+    def of_head(self, head: int) -> Redistributions:
+        """The same for one of the heads."""
+        return self._each(lambda part: part.of_head(head))
+
+    def then(self, later: Redistribution) -> Redistributions:
+        """These, and ``later`` on the pattern that they give."""
+        return Redistributions((*self.parts, later))
+
+    def _each(self, change: Callable[[Redistribution], Redistribution]) -> Redistributions:
+        return Redistributions(tuple(change(part) for part in self.parts))
+
+
+Move = Redistribution | Redistributions
+
+
+def shares(norms: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
+    """w of every set from its lse (batch, head, query); a softmax, so that they sum to one at any lse."""
+    whole = torch.stack(norms, -1)
+    empty = (whole == -torch.inf).all(-1, keepdim=True)
+    if sinks is not None:
+        own = sinks.to(whole.dtype)[None, :, None, None].expand(*whole.shape[:3], 1)
+        whole = torch.cat([whole, own], -1)
+    share = whole.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return list(share.unbind(-1))[: len(norms)]
+
+
+def _log_sum(logs: list[Tensor]) -> Tensor:
+    """The logarithm of a sum; -inf where every term is, also in a gradient."""
+    whole = torch.stack(logs, -1)
+    none = (whole == -torch.inf).all(-1)
+    return whole.masked_fill(none[..., None], 0.0).logsumexp(-1).masked_fill(none, -torch.inf)
+
+
+def _scaled(log: Tensor, of_set: Tensor, mass: Tensor) -> Tensor:
+    """The logarithm of a cell's mass when its set has ``mass`` instead of exp(of_set)."""
+    none = (log == -torch.inf) | (mass <= 0)
+    share = log.masked_fill(none, 0.0) - of_set.masked_fill(none, 0.0)
+    return (share + mass.masked_fill(none, 1.0).log()).masked_fill(none, -torch.inf)
 
 
 def _fits(x: Tensor, sizes: tuple[int, int, int]) -> bool:
@@ -98,13 +205,14 @@ def _three(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x[None, None]
 
 
-def dense(p: Tensor, move: Redistribution) -> Tensor:
+def dense(p: Tensor, move: Move) -> Tensor:
     """The definition of ``redistribute``: a pattern ``p`` (batch, head, query, key) after ``move``.
 
     Takers whose weights are 0 in the precision of ``p`` count as not seen.
     """
-    sets = [x[:, :, None] for x in move.sets(p.device)]
-    before = [(p * x).sum(-1) for x in sets]
-    for x, w, after in zip(sets, before, move.masses(before, before[1] > 0), strict=True):
-        p = torch.where(x, p * (after / torch.where(w > 0, w, 1.0))[..., None], p)
+    for part in move.parts:
+        sets = [x[:, :, None] for x in part.sets(p.device)]
+        before = [(p * x).sum(-1) for x in sets]
+        for x, w, after in zip(sets, before, part.masses(before, before[1] > 0), strict=True):
+            p = torch.where(x, p * (after / torch.where(w > 0, w, 1.0))[..., None], p)
     return p

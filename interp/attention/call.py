@@ -12,7 +12,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.kernels import attention as kernels
 from headscope.kernels import redistribute as redistributed
 from headscope.kernels.masks import Mask
-from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.redistribution import Move, Redistribution
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.scores import Scores
@@ -54,7 +54,7 @@ class AttentionCall:
     dense: bool = False
     key_bias: Tensor | None = None
     score_edit: ScoreEdit | None = None
-    redistribution: Redistribution | None = None
+    redistribution: Move | None = None
     moved: bool = False
 
     def attend(self, request: Request) -> Reduced:
@@ -119,10 +119,8 @@ class AttentionCall:
         return replace(self, score_edit=edit if self.score_edit is None else self.score_edit.then(edit))
 
     def with_redistribution(self, move: Redistribution) -> AttentionCall:
-        """A copy in which ``move`` moves mass between keys after softmax, so after any edit of scores.
+        """A copy in which ``move`` moves mass between keys after softmax, after an earlier move.
 
-        Raises HeadscopeError where an earlier edit did: one ``Redistribution`` can hold different keys for every head.
+        Scores come first: an edit of them acts before every move, whichever was given first.
         """
-        if self.redistribution is not None:
-            raise HeadscopeError(f"two edits redistribute layer {self.layer} of {self.module}; make them one")
-        return replace(self, redistribution=move)
+        return replace(self, redistribution=move if self.redistribution is None else self.redistribution.then(move))

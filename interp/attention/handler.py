@@ -21,8 +21,8 @@ class Handler:
 
     It is shown the calls of the tower and layers that it is attached to. ``follows`` names other towers whose calls
     ``follow`` is shown as well, after their edits; ``streams`` names places of the residual stream
-    (``headscope.interp.attention.stream.PLACES``) that ``stream`` is shown. ``only_reads``: it changes nothing, so that
-    what a backward pass computes again (gradient checkpointing) is no concern of it.
+    (``headscope.interp.attention.stream.PLACES``) or of MLPs (``NEURONS``) that ``stream`` is shown. ``only_reads``: it
+    changes nothing, so that what a backward pass computes again (gradient checkpointing) is no concern of it.
     """
 
     follows: tuple[str, ...] = ()

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
-from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.score_edits import ScoreEdit
 
 
@@ -65,7 +63,7 @@ def one_head(call: AttentionCall, head: int) -> AttentionCall:
         position_bias=mine(call.position_bias),
         key_bias=mine(call.key_bias),
         score_edit=_moved(call.score_edit, 0, head),
-        redistribution=None if call.redistribution is None else _of_head(call.redistribution, head),
+        redistribution=None if call.redistribution is None else call.redistribution.of_head(head),
     )
 
 
@@ -74,12 +72,3 @@ def _moved(edit: ScoreEdit | None, example: int, head: int) -> ScoreEdit | None:
     if edit is None or not (example or head):
         return edit
     return ScoreEdit(lambda s, b, h, q, k: edit(s, b + example, h + head, q, k), edit.pointwise)
-
-
-def _of_head(move: Redistribution, head: int) -> Redistribution:
-    def mine(x: Tensor) -> Tensor:
-        return x[:, head : head + 1] if x.dim() == 3 and x.shape[1] > 1 else x
-
-    keep = torch.as_tensor(move.keep)
-    keep = keep[head : head + 1] if keep.dim() == 1 else mine(keep)
-    return replace(move, keys=mine(move.keys), keep=keep, onto=None if move.onto is None else mine(move.onto))

@@ -11,6 +11,7 @@ from torch import Tensor
 from headscope.interp.errors import HeadscopeError
 
 PLACES = ("resid_pre", "attn_out", "resid_mid", "cross_attn_out", "mlp_out", "resid_post")
+NEURONS = ("mlp_post", "mlp_down")  # inside an MLP: (batch, position, neuron), and what these write, before any norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +20,11 @@ class StreamCall:
 
     ``place``, as TransformerLens names it: ``"resid_pre"`` and ``"resid_post"`` enter and leave the layer;
     ``"attn_out"`` (self-attention), ``"cross_attn_out"`` and ``"mlp_out"`` are what is added in between, after any norm
-    of it, so that the stream is their sum; ``"resid_mid"`` is the stream after ``"attn_out"``. ``layer`` and ``module``
-    (the layers' pattern of names) are those of the tower; ``offset`` positions came before in a cache.
+    of it, so that the stream is their sum; ``"resid_mid"`` is the stream after ``"attn_out"``. ``"mlp_post"`` is no
+    part of the stream: ``x`` (batch, position, neuron) are the MLP's activations, which its last projection takes (for
+    a gated MLP the product with the gate), and ``"mlp_down"`` what that projection gives, before any norm.
+    ``layer`` and ``module`` (the layers' pattern of names) are those of the tower; ``offset`` positions came before in
+    a cache.
     """
 
     place: str

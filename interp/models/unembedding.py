@@ -17,6 +17,24 @@ from headscope.interp.sites.unwrap import bare_model
 def to_logits(lm: LanguageModel) -> Callable[[Tensor], Tensor]:
     """The final norm and the unembedding as one function of vectors (..., d_model), without a final softcap.
 
+    Raises:
+        HeadscopeError: the model has no output embedding, or no single module stands before it.
+    """
+    norm, head = final_modules(lm)
+    weight = next(norm.parameters(), None)
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            there = x.to(lm.device, lm.model.dtype) if weight is None else x.to(lm.device, weight.dtype)
+            found: Tensor = head(norm(there).to(lm.model.dtype))
+        return found
+
+    return logits
+
+
+def final_modules(lm: LanguageModel) -> tuple[nn.Module, nn.Module]:
+    """The final norm and the output embedding.
+
     No name is assumed: the norm is the one module that gives, in a forward of four tokens, what the output embedding
     reads.
 
@@ -45,12 +63,4 @@ def to_logits(lm: LanguageModel) -> Callable[[Tensor], Tensor]:
     norms = [module for module, x in gave if read and x.shape == read[-1].shape and torch.equal(x, read[-1])]
     if head is None or len(norms) != 1:
         raise HeadscopeError(f"{lm.name}: no single norm stands between the last layer and an output embedding")
-    norm, weight = norms[0], next(norms[0].parameters(), None)
-
-    def logits(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            there = x.to(lm.device, lm.model.dtype) if weight is None else x.to(lm.device, weight.dtype)
-            found: Tensor = head(norm(there).to(lm.model.dtype))
-        return found
-
-    return logits
+    return norms[0], head

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headscope.interp.attention.stream import PLACES, StreamCall
+from headscope.interp.attention.stream import NEURONS, PLACES, StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.attachment import Attachment
-from headscope.interp.sites.given import ModelLike
+from headscope.interp.sites.given import ModelLike, PreTrained
 from headscope.interp.sites.huggingface.route import is_paused
 from headscope.interp.sites.layout import StreamLayer, output_of, stream_layers, stream_of
+from headscope.interp.sites.neurons import down_projection
 from headscope.interp.sites.towers import TOWERS, tower_of
 from headscope.interp.sites.unwrap import bare_model, origin
 
@@ -32,15 +33,16 @@ def streaming(model: ModelLike, attachment: Attachment) -> Iterator[None]:
 
     Raises:
         HeadscopeError: no such place, a place that this architecture does not have (what its layers write does not add
-            up to the stream), or a TransformerBridge.
+            up to the stream, or their neurons are not known), or a TransformerBridge.
     """
     places = attachment.inner.streams
     if not places:
         yield
         return
-    unknown = [place for place in places if place not in PLACES]
+    unknown = [place for place in places if place not in PLACES + NEURONS]
     if unknown:
-        raise HeadscopeError(f"no place {unknown[0]!r} in the residual stream: name one of ({', '.join(PLACES)})")
+        known = ", ".join(PLACES + NEURONS)
+        raise HeadscopeError(f"no place {unknown[0]!r} in the residual stream: name one of ({known})")
     if origin(model) == "transformer_lens":
         raise HeadscopeError(
             f"a TransformerBridge has hook points of its own for the stream (blocks.0.hook_{places[0]}); use those, or "
@@ -64,6 +66,8 @@ def streaming(model: ModelLike, attachment: Attachment) -> Iterator[None]:
 
 def _check(layer: StreamLayer, places: tuple[str, ...], model: nn.Module) -> None:
     for place in places:
+        if place in NEURONS:
+            continue  # ``down_projection`` says where there are none
         there = place in layer.writers if place in _WRITES else place != "resid_mid" or layer.in_turn
         if not there:
             raise HeadscopeError(
@@ -76,7 +80,7 @@ def _check(layer: StreamLayer, places: tuple[str, ...], model: nn.Module) -> Non
 class _Stream:
     """The hooks of one handler, and where the tokens of the pass that runs stand."""
 
-    def __init__(self, model: nn.Module, attachment: Attachment, places: tuple[str, ...]) -> None:
+    def __init__(self, model: PreTrained, attachment: Attachment, places: tuple[str, ...]) -> None:
         self.model, self.attachment, self.places = model, attachment, places
         self.kind = _kind(model, attachment.size.tower)
         self.padding: Tensor | None = None
@@ -136,6 +140,8 @@ class _Stream:
             return self._changed(output, lambda x: self.show("resid_post", layer, x))
 
         stack.callback(layer.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        if any(place in NEURONS for place in self.places):
+            self._hook_neurons(layer, stack)
         for place, writer in layer.writers.items():
 
             def write(_: nn.Module, args: Any, output: Any, place: str = place) -> Any:
@@ -144,6 +150,25 @@ class _Stream:
             stack.callback(writer.register_forward_hook(write).remove)
         stack.callback(layer.module.register_forward_hook(leave).remove)
         stack.callback(self._entered.clear)
+
+    def _hook_neurons(self, layer: StreamLayer, stack: ExitStack) -> None:
+        projection = down_projection(layer, self.model)
+
+        def take(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            x = stream_of(args, {})
+            if x is None:
+                raise HeadscopeError(
+                    f"the MLP of layer {layer.layer} of {type(self.model).__name__} does not take tokens as (batch, "
+                    "position, ...), so its neurons are not known: edit mlp_out of the residual stream"
+                )
+            new = x if is_paused(self.model) else self.show("mlp_post", layer, x)
+            return None if new is x else (new, *args[1:])
+
+        def give(_: nn.Module, args: Any, output: Any) -> Any:
+            return self._changed(output, lambda x: self.show("mlp_down", layer, x))
+
+        stack.callback(projection.register_forward_pre_hook(take).remove)
+        stack.callback(projection.register_forward_hook(give).remove)
 
     def _written(self, place: str, layer: StreamLayer, x: Tensor) -> Tensor:
         x = self.show(place, layer, x)

@@ -79,11 +79,15 @@ class Found:
 
     def recall(self, call: AttentionCall) -> Tensor:
         """What is held, for the keys of ``call``: bool (batch or 1, head or 1, key); later keys are none."""
-        held, first, count = self._layers[call.module, call.layer].keys, call.mask.key_offset, call.key.shape[2]
+        held, first, count = self.whole(call), call.mask.key_offset, call.key.shape[2]
         keys = torch.zeros(*held.shape[:2], count, dtype=torch.bool, device=held.device)
         part = held[..., first : first + count]
         keys[..., : part.shape[-1]] = part
         return keys
+
+    def whole(self, call: AttentionCall) -> Tensor:
+        """What is held of every position so far: bool (batch or 1, head or 1, position)."""
+        return self._layers[call.module, call.layer].keys
 
     def look(self, call: AttentionCall, threshold: float, sets: Sets, *, first: bool) -> None:
         """Find the sinks of a call that reads a prompt, and hold them.

@@ -97,7 +97,7 @@ class BoostRecent(PatternEdit):
         require_no_gradient(call, "BoostRecent without renormalisation")
         near = at[:, None] - torch.arange(1, self.window + 1, device=at.device)
         near = torch.where(near[None] >= cut[:, None, None], near[None], -1)
-        mass = boosted.attend(Request(output=False, targets=near)).target_mass
+        mass = boosted.with_(redistribution=None).attend(Request(output=False, targets=near)).target_mass
         assert mass is not None
         grown = 1.0 / (1.0 - (1.0 - 1.0 / gamma) * mass.sum(-1))  # Z' / Z of the boosted normaliser and the model's
         every = torch.ones(call.key.shape[2], dtype=torch.bool, device=at.device)

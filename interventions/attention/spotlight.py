@@ -57,7 +57,7 @@ class SpotLight(SpanEdit):
 
     def change_keys(self, call: AttentionCall, mine: Tensor, keys: Tensor) -> AttentionCall:
         """One pass for psi, and B on the span's keys."""
-        psi = call.attend(Request(output=False, linear=keys[..., None])).linear
+        psi = call.with_(redistribution=None).attend(Request(output=False, linear=keys[..., None])).linear
         assert psi is not None
         psi = psi[..., 0]  # (batch, head, query)
         if self.over == "layer":

@@ -28,8 +28,8 @@ class SwapKeys(PatternEdit):
     normaliser, and this is the exchange after it, to rounding.
 
     Rows that do not see both keys stay as they are. The paper edits the last row of a prompt: ``during="answer"`` is
-    that row and those of generated tokens, ``positions`` any others. Their other edit, of an MLP's value vector, is not
-    here: no handler is shown an MLP's neurons.
+    that row and those of generated tokens, ``positions`` any others. Their other edit, of an MLP's value vector, is
+    ``EditValueVectors``.
 
     What it does not show: that the anchor's weight caused the answer; the values of both keys, which are read with the
     exchanged weights, differ in more than their letter.

@@ -18,7 +18,7 @@ from headscope.interp.heads.sinking.dimensions import sink_dimensions
 from headscope.interp.models import load_model
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.statistics.plan import Plan
-from headscope.interp.statistics.spans import by_example
+from headscope.interp.statistics.spans import by_example, members
 from headscope.interventions.attention.finding import FindingEdit
 from headscope.interventions.phases import as_mask, chosen_rows
 from headscope.kernels.redistribution import Redistribution
@@ -209,9 +209,10 @@ class RedistributeSinks(FindingEdit):
         behind = Plan(call).query_positions >= torch.tensor(ends, device=sinks.device)[:, None]
         mine = mine & behind[:, None]
         inside = sinks & span
+        of_prompt = self._in_span(call)
         seen["rows"] += int(mine.any())
-        seen["sinks"] += int(inside.sum())
-        mine = mine & inside.any(-1)[:, None, None]
+        seen["sinks"] += int(of_prompt.sum())
+        mine = mine & of_prompt.any(-1)[:, None, None]
         if not bool(mine.any()):
             return call
         columns = torch.stack([span.expand_as(inside), inside], -1)
@@ -223,6 +224,13 @@ class RedistributeSinks(FindingEdit):
             return call
         keep = torch.where(mine, 1.0 - self.moved, 1.0)
         return call.with_redistribution(Redistribution(sinks[:, None], keep, onto=span[:, None]))
+
+    def _in_span(self, call: AttentionCall) -> Tensor:
+        """The prompt's sinks in the span, (batch, position), those too that a cache with a window holds no more."""
+        sinks = self.found.whole(call)[:, 0]
+        at = torch.arange(sinks.shape[1], device=sinks.device)[None]
+        at = at if call.mask.start is None else at - call.mask.start[:, None]
+        return sinks & members(self.span, at, call.query.shape[0])
 
     def _looks(self, mass: Tensor, on_sinks: Tensor, count: Tensor) -> Tensor:
         """Which rows and heads look at the span."""

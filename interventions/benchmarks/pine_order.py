@@ -66,7 +66,9 @@ def measure(lm: Any, pine: bool, orders: list[tuple[int, ...]]) -> dict[str, Any
             logits, found, best = read(lm, order, asked, pine)
             first = logits if first is None else first
             apart.append(float((logits - first).abs().max()))
-            place.append(order.index(asked)), likely.append(found), right.append(best)
+            place.append(order.index(asked))
+            likely.append(found)
+            right.append(best)
     at, value, hit = np.array(place), np.array(likely), np.array(right)
     by_question = value.reshape(len(FACTS), -1)
     return {

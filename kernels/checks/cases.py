@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headscope.kernels import reference
 from headscope.kernels.masks import Mask
-from headscope.kernels.redistribution import Redistribution, dense
+from headscope.kernels.redistribution import Move, Redistribution, dense
 from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
 from headscope.kernels.scores import Scores
@@ -43,7 +43,7 @@ class Case(Scores):
     """
 
     v: Tensor
-    move: Redistribution | None = None
+    move: Move | None = None
 
     def run(self, engine: Callable[..., Reduced], request: Request) -> Reduced:
         """The call under ``engine``."""
@@ -191,7 +191,7 @@ def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
     }
 
 
-def random_moves(case: Case, *, seed: int = 0) -> dict[str, Redistribution]:
+def random_moves(case: Case, *, seed: int = 0) -> dict[str, Move]:
     """Redistributions of every kind for ``case``, by name."""
     gen = torch.Generator().manual_seed(seed)
     batch, heads, queries, keys, device = *case.q.shape[:3], case.k.shape[2], case.q.device
@@ -199,7 +199,7 @@ def random_moves(case: Case, *, seed: int = 0) -> dict[str, Redistribution]:
     scattered = (torch.rand(batch, heads, keys, generator=gen) < 0.2).to(device)
     image = (torch.rand(batch, 1, keys, generator=gen) < 0.5).to(device)
     rows = torch.rand(batch, heads, queries, generator=gen).to(device)
-    return {
+    alone: dict[str, Redistribution] = {
         "no first key": Redistribution(first),
         "a head's own keys": Redistribution(scattered, torch.linspace(0.0, 2.5, heads, device=device)),
         "onto a set": Redistribution(scattered, torch.where(rows < 0.5, 1.0, rows), onto=image),
@@ -209,6 +209,14 @@ def random_moves(case: Case, *, seed: int = 0) -> dict[str, Redistribution]:
         "lost to the row": Redistribution(scattered, 2.0 * rows, freed="lost"),
         "rescaled": Redistribution(scattered, torch.where(rows < 0.3, 0.0, 2.0 * rows), freed="rescaled"),
         "rescaled, nobody takes": Redistribution(scattered, 0.3, onto=none, freed="rescaled"),
+    }
+    onto, rescaled = alone["onto a set"], alone["rescaled"]
+    return {
+        **alone,
+        "two": rescaled.then(onto),
+        "the other way round": onto.then(rescaled),
+        "back onto what was emptied": alone["no first key"].then(Redistribution(~first, 0.4)),
+        "three": alone["lost to the row"].then(onto).then(alone["a head's own keys"]),
     }
 
 

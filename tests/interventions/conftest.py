@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,6 +42,12 @@ def build(kind: str) -> LanguageModel:
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
     return LanguageModel.wrap(model.eval(), tokenizer, name=f"tiny {kind}", revision="seed 1")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], LanguageModel]:
+    """A model of each kind for all tests that leave it as it is: made, and verified, once."""
+    return cache(build)
 
 
 @pytest.fixture(params=["llama", "gpt2"])

@@ -6,6 +6,7 @@ Tolerance between cached and uncached passes: float32 attention in another order
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.prompts import prompt_boundary
 from headscope.interp.registry import settings
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites import is_attached
@@ -32,6 +34,7 @@ from headscope.interventions.positions.position_edit import PositionEdit
 LAYERS, HEADS, D_HEAD = 2, 4, 8
 PICKED = [(0, 1), (1, 0), (1, 3)]
 MEANS = torch.randn(LAYERS, HEADS, D_HEAD, generator=torch.Generator().manual_seed(5))
+ADDED = torch.randn(2, HEADS * D_HEAD, generator=torch.Generator().manual_seed(7))
 SAMPLES = torch.randn(LAYERS, HEADS, 6, D_HEAD, generator=torch.Generator().manual_seed(6))
 
 VISUAL = {"span": (0, 4), "dimensions": (0, 1, 2), "tau": 1.2, "layers": (0, 1), "rho": 0.1, "share": 0.9, "least": 0.1}
@@ -45,6 +48,10 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED, "how": "resample", "samples": SAMPLES},
     ],
     "scale_heads": [{"heads": PICKED, "factor": -0.5}],
+    "edit_value_vectors": [
+        {"neurons": ((0, 3), (1, 7), (1, 30)), "factor": -2.0},
+        {"neurons": ((1, 7), (0, 3)), "factor": 0.0, "add": ADDED},
+    ],
     "scale_sinks": [
         {"heads": PICKED},
         {"factor": 0.3, "sinks": (1, 3), "renormalise": False, "layers": (1,)},
@@ -111,6 +118,8 @@ SPANNED = [name for name in EXAMPLES if "span" in settings(EDITS[name])]
 OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("ablate_heads", "how"): {"how": "uniform"},
     ("ablate_heads", "means"): {"how": "mean", "means": MEANS + 1},
+    ("edit_value_vectors", "neurons"): {"neurons": ((0, 3), (1, 7), (1, 31))},
+    ("edit_value_vectors", "add"): {"add": ADDED[0]},
     ("scale_sinks", "detect"): {"detect": 0.5},
     ("calibrate_attention", "beta"): {"beta": 0.5},
     ("calibrate_attention", "threshold"): {"threshold": 0.5},
@@ -166,6 +175,18 @@ BAD = [
 ]
 
 CASES = [pytest.param(name, given, id=f"{name}-{i}") for name in EXAMPLES for i, given in enumerate(EXAMPLES[name])]
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def lm(request: pytest.FixtureRequest, shared: Callable[[str], LanguageModel]) -> LanguageModel:
+    """As in conftest.py, but one for all: what every edit promises is to leave it as it was."""
+    return shared(request.param)
+
+
+@pytest.fixture
+def llama(shared: Callable[[str], LanguageModel]) -> LanguageModel:
+    """The llama alone, where the architecture does not matter."""
+    return shared("llama")
 
 
 def made(name: str, given: dict[str, Any]) -> Edit:
@@ -294,6 +315,8 @@ def test_loaded_in_another_process(tmp_path: Path) -> None:
         """A table of the examples' size, cut or made longer for this model."""
         if not isinstance(value, Tensor):
             return value
+        if value is ADDED:
+            return torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(5))
         whole = torch.Size([layers, heads, *value.shape[2:-1], width] if value.shape[-1] == D_HEAD else [layers, heads])
         return torch.randn(whole, generator=torch.Generator().manual_seed(5))
 
@@ -382,3 +405,99 @@ def test_bad_settings_are_refused_with_one_line(name: str, given: dict[str, Any]
     with pytest.raises(HeadscopeError, match="has no setting 'strenght'.*did you mean 'strength'"):
         made(name, EXAMPLES[name][0]).with_settings(strenght=1)
     assert "strength" in settings(EDITS[name]) and all(one.meaning for one in settings(EDITS[name]).values())
+
+
+STEPS = 4
+
+
+def generated(lm: LanguageModel, edit: Edit, **options: Any) -> Tensor:
+    """Logits (batch, step, vocabulary) of a greedy generation with the edit, behind the padded prompts."""
+    ids, mask = tokens()
+    options |= dict(do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0)
+    with apply(lm, edit):
+        found = lm.model.generate(ids, attention_mask=mask, max_new_tokens=STEPS, **options)
+    return torch.stack(found.logits, 1)
+
+
+def unless_refused(edit: Edit, where: str, run: Callable[[], Tensor]) -> Tensor | None:
+    """What ``run`` gives; None where the edit refuses, in one line, what it says that it refuses."""
+    try:
+        return run()
+    except HeadscopeError as error:
+        assert where in edit.refused and "\n" not in str(error), str(error)
+        return None
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_every_cache_gives_the_same(shared: Any, kind: str, name: str, given: dict[str, Any]) -> None:
+    """A static cache, and layers that keep a window of keys alone, against none; there rows of the answer are edited,
+    of which a cache holds what was left alone."""
+    lm, edit = shared(kind), made(name, given)
+    if kind == "mistral" and "answer" in edit.phases:
+        edit = edit.with_settings(during="answer")
+    expected = generated(lm, edit, use_cache=False)
+    for options in ({"cache_implementation": "static"}, {"use_cache": True}):
+        found = generated(lm, edit, **options)
+        assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_a_prompt_in_chunks(shared: Any, kind: str, name: str, given: dict[str, Any]) -> None:
+    lm, edit = shared(kind), made(name, given)
+    ids, mask = tokens()
+
+    def in_chunks() -> Tensor:
+        cache, found = None, []
+        for first, stop in ((0, 4), (4, 6), (6, ids.shape[1])):
+            options = {"past_key_values": cache, "use_cache": True}
+            at = (mask.cumsum(-1) - 1).clamp(min=0)[:, first:stop]
+            with torch.no_grad():
+                output = lm.model(ids[:, first:stop], attention_mask=mask[:, :stop], position_ids=at, **options)
+            cache = output.past_key_values
+            found.append(output.logits)
+        return torch.cat(found, 1)[mask.bool()]
+
+    with apply(lm, edit), prompt_boundary(ids.shape[1], padded=True):
+        whole = logits(lm.model, ids, mask)[mask.bool()]
+        found = unless_refused(edit, "chunked prefill", in_chunks)
+    assert found is None or float((found - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
+
+
+@pytest.fixture(scope="module")
+def bridge(shared: Any) -> Any:
+    """A TransformerBridge of a copy of the llama: a bridge changes its model in place."""
+    builder = pytest.importorskip("transformer_lens.model_bridge.sources._bridge_builder")
+    own = copy.deepcopy(shared("llama").model)
+    return builder.build_bridge_from_module(own, type(own).__name__, hf_config=own.config)
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_through_transformer_lens(bridge: Any, llama: Any, name: str, given: dict[str, Any]) -> None:
+    edit = made(name, given)
+    ids, mask = tokens()
+    with apply(llama, edit):
+        expected = logits(llama.model, ids, mask)[mask.bool()]
+
+    def run() -> Tensor:
+        with apply(bridge, edit), torch.no_grad():
+            whole: Tensor = bridge(ids, attention_mask=mask)
+        return whole[mask.bool()]
+
+    found = unless_refused(edit, "TransformerLens", run)
+    assert not is_attached(bridge)
+    assert found is None or float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_through_nnsight(llama: LanguageModel, name: str, given: dict[str, Any]) -> None:
+    wrapper = pytest.importorskip("nnsight").NNsight(llama.model)
+    edit = made(name, given)
+    ids, mask = tokens()
+    with apply(llama, edit):
+        expected = logits(llama.model, ids, mask)
+    at = (mask.cumsum(-1) - 1).clamp(min=0)
+    with apply(wrapper, edit), wrapper.trace(input_ids=ids, attention_mask=mask, position_ids=at):
+        found = wrapper.output.logits.save()
+    assert torch.equal(found, expected)

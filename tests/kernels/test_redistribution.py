@@ -27,6 +27,7 @@ OPTIONS = pytest.mark.parametrize(
 )
 
 
+LATER = Redistribution(torch.arange(40) % 5 == 1, 0.3, onto=torch.arange(40) > 2)
 NAMES = list(random_moves(random_case("causal", **SIZES)))
 
 
@@ -83,43 +84,44 @@ def test_a_tile_of_the_edited_pattern(name: str) -> None:
     assert (found - case.pattern()[:, :, 3:9, 5:31]).abs().max() < ROUNDINGS * case.score_size()
 
 
-def gradients(case: Case, run: Any, dtype: torch.dtype, keep: torch.Tensor | float) -> list[torch.Tensor]:
+def gradients(case: Case, run: Any, dtype: torch.dtype) -> list[torch.Tensor]:
     """Of the output's squares, for q, k, v and a bias; by ``run``, or densely."""
     leaves = [
         x.detach().to(dtype).clone().requires_grad_() for x in (case.q, case.k, case.v, case.bias) if x is not None
     ]
-    assert case.move is not None
-    move = replace(case.move, keep=keep.to(dtype) if isinstance(keep, torch.Tensor) else keep)
-    here = replace(case, q=leaves[0], k=leaves[1], v=leaves[2], bias=leaves[3], move=move)
+    here = replace(case, q=leaves[0], k=leaves[1], v=leaves[2], bias=leaves[3])
     v = leaves[2].repeat_interleave(case.q.shape[1] // case.v.shape[1], 1)
     out = here.pattern(dtype) @ v if run is None else here.run(run, Request(entropy=True)).output
     out.square().sum().backward()
     return [x.grad for x in leaves if x.grad is not None]
 
 
-def test_the_output_keeps_its_gradient() -> None:
-    case = moved(random_case("left padding", **SIZES, bias=True), "onto a set")
-    assert case.move is not None
-    ours, want = (gradients(case, run, torch.float64, case.move.keep) for run in (redistribute, None))
+@pytest.mark.parametrize("name", ["onto a set", "two", "the other way round"])
+def test_the_output_keeps_its_gradient(name: str) -> None:
+    case = moved(random_case("left padding", **SIZES, bias=True), name)
+    ours, want = (gradients(case, run, torch.float64) for run in (redistribute, None))
     assert len(ours) == 4 and all(torch.allclose(x, y) for x, y in zip(ours, want, strict=True))
     keep = torch.tensor([0.5, 0.7], requires_grad=True)
-    alone = replace(case, move=replace(case.move, keep=keep)).run(redistribute, Request()).output
-    assert alone is not None and alone.requires_grad
+    for move in (Redistribution(torch.arange(40) < 3, keep), Redistribution(torch.arange(40) < 1, keep).then(LATER)):
+        alone = replace(case, move=move).run(redistribute, Request()).output
+        assert alone is not None and alone.requires_grad
 
 
+@pytest.mark.parametrize("later", [None, LATER], ids=["alone", "then another"])
 @pytest.mark.parametrize("keep", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("gap", [-110.0, -50.0, 30.0, 80.0, 110.0])
-def test_sets_whose_mass_float32_cannot_hold(gap: float, keep: float) -> None:
+def test_sets_whose_mass_float32_cannot_hold(gap: float, keep: float, later: Redistribution | None) -> None:
     """Outputs and gradients as in float64, where a sink is e^110 times as heavy as all others, or they as it."""
     case = random_case("full", **SIZES)
     case = replace(case, bias=torch.zeros(1, 1, 40).index_fill(2, torch.tensor([0]), gap))
-    case = replace(case, move=Redistribution(torch.arange(40) < 1, keep))
+    move = Redistribution(torch.arange(40) < 1, keep)
+    case = replace(case, move=move if later is None else move.then(later))
     exact = case.eager(Request()).output
     for request in (Request(), Request(lse=True, linear=torch.ones(40, 1))):
         got = answer(case, request)
         assert got.output is not None and (got.output - exact).abs().max() < 1e-4
     assert got.linear is not None and got.linear.sub(1).abs().max() < ROUNDINGS
-    ours, want = gradients(case, redistribute, torch.float32, keep), gradients(case, None, torch.float64, keep)
+    ours, want = gradients(case, redistribute, torch.float32), gradients(case, None, torch.float64)
     assert len(ours) == 4
     for x, y in zip(ours, want, strict=True):
         assert (x - y).abs().max() < 1e-4 * max(1.0, float(y.abs().max()))

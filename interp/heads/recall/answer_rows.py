@@ -16,7 +16,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Scored
-from headscope.interp.heads.recall.copying import LEAD, place_of
+from headscope.interp.heads.recall.copied_needle import LEAD, place_of
 from headscope.interp.heads.recall.needle_method import NeedleMethod
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.writing import HeadWrites, unembedding_rows

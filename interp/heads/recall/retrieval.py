@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Scored, by_head
-from headscope.interp.heads.recall.copying import Count, copy_score, place_of, top_keys
+from headscope.interp.heads.recall.copied_needle import Count, copy_score, place_of, top_keys
 from headscope.interp.heads.recall.needle_method import NeedleMethod
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.decoding import answer_text, decode, prefill

@@ -10,7 +10,7 @@ import torch
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Scored, by_head
-from headscope.interp.heads.recall.copying import LEAD, copy_score, place_of, top_keys
+from headscope.interp.heads.recall.copied_needle import LEAD, copy_score, place_of, top_keys
 from headscope.interp.heads.recall.retrieval import Retrieval
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.decoding import check_finite, prefill

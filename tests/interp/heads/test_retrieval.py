@@ -14,7 +14,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from headscope.interp import HeadscopeError, HeadScores
 from headscope.interp.attention.handler import Handler
 from headscope.interp.heads import retrieval, retrieval_paraphrased
-from headscope.interp.heads.recall.copying import copy_score
+from headscope.interp.heads.recall.copied_needle import copy_score
 from headscope.interp.models import LanguageModel
 from headscope.interp.prompts import NeedlePrompts, decode, load_haystack, load_needles, prefill
 from headscope.interp.sites import attached

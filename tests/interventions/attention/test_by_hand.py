@@ -22,6 +22,7 @@ from headscope.interp.prompts import prompt_boundary
 from headscope.interventions import (
     BoostRecent,
     CalibrateAttention,
+    Composed,
     Edit,
     ForcePattern,
     RedistributeSinks,
@@ -107,7 +108,7 @@ def scaled(factor: float, renormalise: bool, keys: Tensor, heads: Any) -> Hand:
         if renormalise:
             left = new.sum(-1, keepdim=True)
             only = (p * ~keys).sum(-1, keepdim=True) == 0  # sees sinks alone
-            new = torch.where(only, p, new / left.clamp(min=1e-300))
+            new = torch.where(only, p, p.sum(-1, keepdim=True) * new / left.clamp(min=1e-300))
         return chosen(layer, p, new, heads)
 
     return hand
@@ -233,6 +234,64 @@ def test_in_layers_with_a_window(windowed: Any, name: str) -> None:
     scale = float(expected.abs().max())
     assert float((found - expected).abs().max()) <= 1e-5 * scale
     assert float((expected - logits(windowed, ids, mask)[mask.bool()]).abs().max()) > 1e-2 * scale
+
+
+# (first, second) of the composition -> what each is by hand; scores are edited before mass moves, whatever the order
+OTHERS = [(0, 0), (0, 1), (1, 1)]  # two of them are none of PICKED
+PAIRS: dict[str, tuple[list[Edit], list[Hand]]] = {
+    "other heads of one layer": (
+        [ScaleSinks(PICKED), ScaleSinks([(0, 0), (0, 3), (1, 2)], sinks=(2, 4), factor=0.5, renormalise=False)],
+        [scaled(0.0, True, at(0, 1), PICKED), scaled(0.5, False, at(2, 4), [(0, 0), (0, 3), (1, 2)])],
+    ),
+    "the same heads": (
+        [ScaleSinks(PICKED), ScaleSinks(OTHERS, sinks=(0, 3), factor=2.0)],
+        [scaled(0.0, True, at(0, 1), PICKED), scaled(2.0, True, at(0, 3), OTHERS)],
+    ),
+    "the same heads, the other way round": (
+        [ScaleSinks(OTHERS, sinks=(0, 3), factor=2.0), ScaleSinks(PICKED)],
+        [scaled(2.0, True, at(0, 3), OTHERS), scaled(0.0, True, at(0, 1), PICKED)],
+    ),
+    "calibrated without the first token": (
+        [ScaleSinks(strength=0.9), CalibrateAttention(PICKED, threshold=0.15)],
+        [scaled(0.1, True, at(0, 1), None), calibrated(0.4, 0.15, PICKED)],
+    ),
+    "three": (
+        [ScaleSinks(strength=0.5), CalibrateAttention(threshold=0.15), ScaleSinks(PICKED, sinks=2, renormalise=False)],
+        [scaled(0.5, True, at(0, 1), None), calibrated(0.4, 0.15, None), scaled(0.0, False, at(0, 2), PICKED)],
+    ),
+    "recent after sinks": (
+        [ScaleSinks(), BoostRecent(PICKED, beta=2.0, window=3, previous="all")],
+        [boosted(2.0, 3, False, 0, PICKED), scaled(0.0, True, at(0, 1), None)],
+    ),
+    "swapped after sinks": (
+        [ScaleSinks(renormalise=False), SwapKeys(PICKED, first=(0, 1), second=(4, 5))],
+        [swapped(0, 4, 1.0, PICKED), scaled(0.0, False, at(0, 1), None)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_composed_they_are_the_dense_edits_one_after_the_other(llama: LanguageModel, name: str) -> None:
+    """Grouped key/value heads and left padding; in one block and in one block each."""
+    edits, hands = PAIRS[name]
+    ids, mask = tokens()
+
+    def hand(layer: int, p: Tensor) -> Tensor:
+        for one in hands:
+            p = one(layer, p)
+        return p
+
+    with by_hand(hand):
+        expected = logits(eager_copy(llama.model), ids, mask)[mask.bool()]
+    with apply(llama, Composed(edits)):
+        found = logits(llama.model, ids, mask)[mask.bool()]
+    scale = float(expected.abs().max())
+    assert float((found - expected).abs().max()) <= 1e-5 * scale
+    with apply(llama, *edits):
+        assert torch.equal(logits(llama.model, ids, mask)[mask.bool()], found)
+    for edit in edits:
+        with apply(llama, edit):
+            assert float((logits(llama.model, ids, mask)[mask.bool()] - expected).abs().max()) > 1e-2 * scale
 
 
 @pytest.mark.parametrize("name", ["sinks lost", "swapped", "forced by half", "recent", "recent, rescaled"])
