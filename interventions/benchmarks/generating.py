@@ -1,6 +1,6 @@
 """What an edit of heads' outputs costs in generation, on SmolLM2-135M, a token.
 
-Run: python interventions/benchmarks/generating.py --out interventions/benchmarks/results.json
+Run: python interventions/benchmarks/generating.py --out interventions/benchmarks/results/generating.json
 
 Greedy generation behind a prompt, with each edit and without, in turn (in the other order every second round); the
 prompt's own pass is left out, and layers that an edit names none of run the model's own attention. Two measurements, as
