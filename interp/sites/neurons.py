@@ -24,7 +24,7 @@ def down_projection(layer: StreamLayer, model: PreTrained) -> nn.Module:
     """
     named = [(name, part) for name, part in layer.module.named_modules() if part is not layer.module]
     attention = [name for name, part in named if "att" in type(part).__name__.lower()]
-    found = [
+    found: list[nn.Module] = [
         part
         for name, part in named
         if (name.rpartition(".")[2] in NAMES or name.endswith(NESTED))

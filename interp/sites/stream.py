@@ -44,8 +44,9 @@ def streaming(model: ModelLike, attachment: Attachment) -> Iterator[None]:
         known = ", ".join(PLACES + NEURONS)
         raise HeadscopeError(f"no place {unknown[0]!r} in the residual stream: name one of ({known})")
     if origin(model) == "transformer_lens":
+        own = {"mlp_post": "mlp.out.hook_in", "mlp_down": "mlp.out.hook_out"}.get(places[0], f"hook_{places[0]}")
         raise HeadscopeError(
-            f"a TransformerBridge has hook points of its own for the stream (blocks.0.hook_{places[0]}); use those, or "
+            f"a TransformerBridge has hook points of its own for the stream (blocks.0.{own}); use those, or "
             "give the model that load_model or transformers loads"
         )
     inner = bare_model(model)

@@ -124,7 +124,7 @@ def _gain(norm: nn.Module, lm: LanguageModel) -> Tensor:
     with torch.no_grad():
         weight = next(norm.parameters(), signs)
         up, down = (norm((x * 1e3 * signs).to(weight.dtype)).float() for x in (1.0, -1.0))
-    gain: torch.Tensor = (up - down) / 2 * signs
+    gain: Tensor = (up - down) / 2 * signs
     return gain
 
 

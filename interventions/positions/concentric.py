@@ -13,7 +13,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.spans import by_example
 from headscope.interventions.positions.documents import Documents
-from headscope.interventions.positions.position_edit import PositionEdit, require_causal
+from headscope.interventions.positions.position_edit import BEHIND_WINDOWS, IN_PIECES, PositionEdit, require_causal
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class ConcentricPositions(PositionEdit):
     source: ClassVar[str] = "Xing et al. 2024, arXiv 2410.15926; xing0047/cca-llava @ 8b5bb61"
     unit: ClassVar[str] = "share of the change of scores"
     nothing: ClassVar[str] = "no row that was meant is of an image, or after one"
+    refused: ClassVar[dict[str, str]] = PositionEdit.refused | BEHIND_WINDOWS | IN_PIECES
 
     def __post_init__(self) -> None:
         grid = tuple(self.grid)

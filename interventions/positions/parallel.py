@@ -11,7 +11,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interventions.positions.documents import Documents, listed
-from headscope.interventions.positions.position_edit import PositionEdit, require_causal
+from headscope.interventions.positions.position_edit import BEHIND_WINDOWS, PositionEdit, require_causal
 
 MODES = tuple(size + place for size in "MAH" for place in "ELR") + ("order",)
 
@@ -49,6 +49,7 @@ class ParallelContexts(PositionEdit):
     source: ClassVar[str] = "arXiv 2412.16545; zzsfornlp/parallel_context_encoding_analysis @ fb284f3"
     unit: ClassVar[str] = "share of the change of scores"
     nothing: ClassVar[str] = "no row that was meant is of a context, or after one"
+    refused: ClassVar[dict[str, str]] = PositionEdit.refused | BEHIND_WINDOWS
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

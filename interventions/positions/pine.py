@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interventions.positions.documents import Documents, listed
-from headscope.interventions.positions.position_edit import PositionEdit, require_causal
+from headscope.interventions.positions.position_edit import BEHIND_WINDOWS, IN_PIECES, PositionEdit, require_causal
 from headscope.interventions.positions.rescored import Rescored
 from headscope.interventions.positions.rotary import Rotation
 from headscope.kernels.attention import attend
@@ -55,6 +55,7 @@ class Pine(PositionEdit):
     source: ClassVar[str] = "Wang et al. 2024, arXiv 2407.01100; wzq016/PINE @ 5c2e9de"
     unit: ClassVar[str] = "share of the change of scores"
     nothing: ClassVar[str] = "no row that was meant is of two documents or more, or after them"
+    refused: ClassVar[dict[str, str]] = PositionEdit.refused | BEHIND_WINDOWS | IN_PIECES
 
     def __post_init__(self) -> None:
         if not isinstance(self.documents, str):

@@ -26,6 +26,10 @@ from headscope.kernels.score_edits import ScoreEdit
 
 UNSEEN = -(2**40)  # of an example of which no token was read yet
 
+# what edits that say anew which tokens see which refuse beside what every edit of positions does, and why
+BEHIND_WINDOWS = {"layers with a window": "a row would see keys that the layer hides from it"}
+IN_PIECES = {"chunked prefill": "a token of the pass before cannot see one of the next"}
+
 
 @dataclass(frozen=True, eq=False)
 class PositionEdit(PatternEdit):

@@ -99,6 +99,9 @@ class SelectContexts(ScoresEdit):
         for number in range(docs.first.shape[1]):
             held = docs.of_keys == number
             at = held.any(0).nonzero()[:, 0]
+            if not len(at):  # behind a window whose cache does not hold it any more
+                found.append(torch.zeros_like(total))
+                continue
             keys = slice(int(at[0]), int(at[-1]) + 1)
             bias = torch.where(held[:, None, keys], 0.0, -torch.inf)
             part = cut(call, whole, rows, keys).with_(sinks=None).with_key_bias(bias)

@@ -436,7 +436,10 @@ def test_every_cache_gives_the_same(shared: Any, kind: str, name: str, given: di
     lm, edit = shared(kind), made(name, given)
     if kind == "mistral" and "answer" in edit.phases:
         edit = edit.with_settings(during="answer")
-    expected = generated(lm, edit, use_cache=False)
+    expected = unless_refused(edit, "layers with a window", lambda: generated(lm, edit, use_cache=False))
+    if expected is None:
+        assert kind == "mistral"
+        return
     for options in ({"cache_implementation": "static"}, {"use_cache": True}):
         found = generated(lm, edit, **options)
         assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
@@ -460,8 +463,9 @@ def test_a_prompt_in_chunks(shared: Any, kind: str, name: str, given: dict[str, 
         return torch.cat(found, 1)[mask.bool()]
 
     with apply(lm, edit), prompt_boundary(ids.shape[1], padded=True):
-        whole = logits(lm.model, ids, mask)[mask.bool()]
-        found = unless_refused(edit, "chunked prefill", in_chunks)
+        whole = unless_refused(edit, "layers with a window", lambda: logits(lm.model, ids, mask)[mask.bool()])
+        found = None if whole is None else unless_refused(edit, "chunked prefill", in_chunks)
+    assert whole is not None or kind == "mistral"
     assert found is None or float((found - whole).abs().max()) <= 1e-5 * float(whole.abs().max())
 
 

@@ -30,7 +30,7 @@ MEASURE = """
 import json, torch
 from pathlib import Path
 from headscope.interp.attention.call import AttentionCall, Mask
-from headscope.interventions import EmphasizeSpan, KnockOut
+from headscope.interventions import EmphasizeSpan, KnockOut, ScaleSinks
 
 def mebibytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -46,8 +46,10 @@ def added(edit, queries, keys):
     return mebibytes("VmHWM") - before
 
 bias, edit = EmphasizeSpan(span=(100, 200), inside=3.0), KnockOut(span=(100, 200), positions=(32000, 32500))
-added(bias, 64, 256), added(edit, 64, 256)  # everything imported
-print(json.dumps([added(bias, 2048, 32768), added(edit, 2048, 32768)]))
+moved = ScaleSinks(sinks=4) + ScaleSinks(sinks=(2, 300), factor=0.5, renormalise=False)
+for one in (bias, edit, moved):
+    added(one, 64, 256)  # everything imported
+print(json.dumps([added(one, 2048, 32768) for one in (bias, edit, moved)]))
 """
 
 
