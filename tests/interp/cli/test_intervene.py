@@ -41,6 +41,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "raise_span_logits": ("span=passage", "amount=0.9"),
     "head_temperature": ("temperature=[0.5,2]",),
     "decay_beyond_window": ("window=2", "factor=0.1", "bands=[[4,5,0.5]]"),
+    "pine": ("documents=[[1,4],[4,7]]",),
+    "rescale_rope": ("linear=2", "truncate=40"),
+    "concentric_positions": ("span=[1,5]", "grid=[2,2]"),
+    "parallel_contexts": ("contexts=[[1,4],[4,7]]", "mode=HR"),
+    "select_contexts": ("contexts=[[1,3],[3,5],[5,7]]", "keep=1", "top=2"),
 }
 
 
