@@ -21,7 +21,7 @@ from headscope.interp.models import load_model
 from headscope.interp.runs.provenance import provenance
 from headscope.interventions import AblateHeads, NeedleTask, TextLoss, evaluate
 
-DOSES = "1,2,5,10,20"
+DOSES = "1,2,5,10"
 
 
 def numbers(text: str) -> list[int]:

@@ -172,3 +172,10 @@ def test_two_methods_of_one_name_are_refused(lm: LanguageModel) -> None:
         discover([method, method], lm)
     with pytest.raises(HeadscopeError, match="at least one"):
         discover([], lm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_its_defaults_fit_together_on_a_real_model(smollm2, name: str) -> None:
+    """Trials of a default size can be made: what is bundled suffices for them."""
+    assert heads.METHODS[name]().trials(smollm2)
