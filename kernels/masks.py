@@ -64,8 +64,8 @@ class Mask:
 
     @property
     def _only_band(self) -> bool:
-        rules = (self.start, self.end, self.chunk, self.segments, self.rule)
-        return all(rule is None for rule in rules)
+        padded = self.start is not None or self.end is not None  # asked in every call of every layer: no loop
+        return not padded and self.chunk is None and self.segments is None and self.rule is None
 
     def select_batch(self, first: int, stop: int) -> Mask:
         """The same mask for examples ``first:stop``; a ``rule`` is told the absolute example index."""

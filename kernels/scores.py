@@ -54,7 +54,7 @@ class Scores:
     @property
     def is_plain(self) -> bool:
         """Whether nothing but a mask and a scale stands between q.k and softmax."""
-        return all(x is None for x in (self.softcap, self.sinks, self.bias, self.edit))
+        return self.softcap is None and self.sinks is None and self.bias is None and self.edit is None
 
     @property
     def device_arguments(self) -> dict[str, Any]:
