@@ -39,7 +39,7 @@ class ContextMethod(Measured):
         texts: documents for the prompts made here (by default passages of the bundled prose with a needle in each).
         question: what is asked about ``texts``.
         length: tokens of a bundled document, which ends with the sentence that they end in.
-        samples: prompts to measure; as many as there are bundled needles for the prompts made here.
+        samples: prompts to measure; for the prompts made here there are ten bundled needles.
     """
 
     samples: int = 10
