@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from headscope.interventions.attention.temperature import HeadTemperature as HeadTemperature
     from headscope.interventions.attention.visual import RedistributeSinks as RedistributeSinks
     from headscope.interventions.base import Composed as Composed
-    from headscope.interventions.base import Edit as Edit
     from headscope.interventions.base import Intervention as Intervention
+    from headscope.interventions.declared import Edit as Edit
     from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
     from headscope.interventions.evaluation.masking import masking as masking
@@ -77,7 +77,7 @@ _HOME = {
     "HeadTemperature": "attention.temperature",
     "RedistributeSinks": "attention.visual",
     "Composed": "base",
-    "Edit": "base",
+    "Edit": "declared",
     "EditValueVectors": "neurons.value_vectors",
     "Evaluation": "evaluation",
     "HeadEdit": "head_edit",

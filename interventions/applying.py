@@ -13,7 +13,7 @@ from headscope.interp.sites.sizes import TowerSize, tower_size
 from headscope.interp.sites.towers import TOWERS, tower_of
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.tracing.generation import GenerationBoundary, watching_generate
-from headscope.interventions.base import Intervention
+from headscope.interventions.base import Intervention, parts_of
 from headscope.interventions.files import require_model
 
 
@@ -55,7 +55,8 @@ def apply(
         if not isinstance(intervention, Intervention):
             raise HeadscopeError(f"{intervention!r:.60} is no intervention: give one, such as AblateHeads('L18H6')")
         _check(intervention, found)
-        require_model(intervention.made_for, model, intervention.name)
+        for part in parts_of(intervention):
+            require_model(part.made_for, model, part.name)
     _check_phases(interventions, found.tower if found.tower in TOWERS else tower_of(found.tower, bare_model(model)))
     with ExitStack() as stack:
         if any(intervention.bounded for intervention in interventions):

@@ -1,32 +1,24 @@
 """What every intervention is: a handler with a name, a description and, where it is head-driven, a head set.
 
-``Edit`` is the base of the published ones: a frozen dataclass whose fields say everything, so that describing, copying,
-comparing and saving are the same for all. ``Composed`` is several in their order.
+``Composed`` is several in their order; ``declared.Edit`` is the base of the published ones.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, Field, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.registry import make, settings
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites.given import ModelLike
 from headscope.interventions import files
 from headscope.interventions.chained import Chained
-from headscope.interventions.edits import EDITS
-from headscope.interventions.phases import PHASES, During, Rows, chosen_rows
-from headscope.interventions.words import check_number, described, is_default, listed, short, told
+
+Changed = TypeVar("Changed", bound="Intervention")
 
 
 class Intervention(Handler):
@@ -107,112 +99,32 @@ class Intervention(Handler):
             f"{self.name} cannot be saved: make it a dataclass derived from Edit, with a line in EDITS"
         )
 
+    def for_its_model(self, made: Changed) -> Changed:
+        """``made``, a changed copy of this edit, for the model that this one was saved for, if it was."""
+        if self.made_for is not None:
+            object.__setattr__(made, "made_for", self.made_for)
+        return made
+
     def __add__(self, other: Intervention) -> Composed:
+        if not isinstance(other, Intervention):
+            raise HeadscopeError(f"{self.name} + {other!r:.60}: only interventions are composed")
         return Composed((*parts_of(self), *parts_of(other)))
 
-
-@dataclass(frozen=True, eq=False)
-class Edit(Intervention):
-    """Base of the edits that are declarations: frozen dataclasses whose fields are their settings.
-
-    Args:
-        during: ``"always"``, ``"prefill"`` (the prompt's rows), ``"decode"`` (rows of generated tokens) or ``"answer"``
-            (the prompt's last row too, which chooses the first token of the answer; the protocol of Wu et al. 2024).
-        strength: from 0 (the unedited model, to the bit) to 1 (the edit).
-        positions: only queries at these positions, a span as statistics take it, or the name of a published one.
-    """
-
-    _: KW_ONLY
-    during: During = "always"
-    strength: float = 1.0
-    positions: Any = None
-
-    strengths: ClassVar[tuple[float, float]] = (0.0, 1.0)  # which ones mean something
-    phases: ClassVar[tuple[str, ...]] = PHASES
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        for name in {"__eq__", "__hash__", "__repr__"} - {*vars(cls)}:  # else dataclass's own, which tensors break
-            setattr(cls, name, getattr(Edit, name))
-
-    def __post_init__(self) -> None:
-        kind, (least, most) = type(self).__name__, self.strengths
-        if self.during not in self.phases:
-            raise HeadscopeError(f"{kind}: during must be {listed(self.phases)}, not {self.during!r}")
-        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
-        if not number or not math.isfinite(self.strength) or not least <= self.strength <= most:
-            bounds = f"between {least:g} and {most:g}" if math.isfinite(most) else "a finite number"
-            raise HeadscopeError(f"{kind}: strength must be {bounds}, not {self.strength!r}")
-        for one in fields(self):
-            if one.type == "float":
-                check_number(f"{kind}: {one.name}", getattr(self, one.name))
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        """What results call it: its kind, its heads, and the settings that say more than the defaults."""
-        kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", type(self).__name__).lower()
-        if self.heads is not None:
-            count = f"{len(self.heads)} heads"
-            kind = kind.removesuffix("heads") + count if kind.endswith("heads") else f"{kind} of {count}"
-        shown = ", ".join(told(field, getattr(self, field.name)) for field in fields(self) if self._shows(field))
-        return f"{kind} ({shown})" if shown else kind
-
-    def _shows(self, field: Field[Any]) -> bool:
-        value = getattr(self, field.name)
-        return isinstance(value, str | int | float) and (not field.kw_only or value != field.default)
-
-    def with_settings(self, **given: Any) -> Edit:
-        """The same edit with other settings, checked like new ones."""
-        held = {name: getattr(self, name) for name in settings(type(self))}
-        return make(type(self), type(self).__name__, {**held, **given})
-
-    def describe(self) -> dict[str, Any]:
-        """Every field, tensors by their hash; weights of heads where they have any."""
-        own = {field.name: described(getattr(self, field.name)) for field in fields(self) if field.name != "heads"}
-        if self.heads is not None and set(self.heads.weights) - {1.0}:
-            own["weights"] = list(self.heads.weights)
-        return {**super().describe(), "kind": type(self).__name__, **own}
-
-    def document(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-        """Its name in the registry and its settings; refused where it has none, or a file cannot hold a setting."""
-        here = f"{type(self).__module__}:{type(self).__qualname__}"
-        kind = next((name for name, place in EDITS.places.items() if place == here), None)
-        if kind is None:
-            raise HeadscopeError(
-                f"{type(self).__name__} is in no registry, so a file could not name it: add a line to EDITS, or an "
-                "entry point of the group headscope.edits"
-            )
-        held = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-        return {"kind": kind, "settings": {n: files.encode(x, prefix + n, tensors) for n, x in held.items()}}
-
-    def concerns(self, module: str, layer: int) -> bool:
-        """Not with strength 0: the layers then run the model's own attention."""
-        return self.strength != 0
-
-    def rows(self, call: AttentionCall) -> Rows:
-        """The query rows of ``call`` that are meant, by phase and positions."""
-        return chosen_rows(call, self.during, self.positions)
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> str:
-        return json.dumps(self.describe(), sort_keys=True)
-
-    def __repr__(self) -> str:
-        held = [(field, getattr(self, field.name)) for field in fields(self)]
-        given = [f"{f.name}={short(x)}" for f, x in held if f.name == "heads" or not is_default(f, x)]
-        return f"{type(self).__name__}({', '.join(given)})"
+    def __radd__(self, other: object) -> Intervention:
+        if isinstance(other, int) and other == 0:  # where sum() begins
+            return self
+        raise HeadscopeError(f"{other!r:.60} + {self.name}: only interventions are composed")
 
 
 class Composed(Chained, Intervention):
     """Several interventions in a stated order: ``parts[0]`` first, at every place where they act.
 
-    Inside attention all parts change the call one after the other: its scores first, then, where parts move mass after
-    softmax, the pattern by each of these in turn. What heads give is then changed by all parts one after the other.
+    Inside attention there are three stages, each in the order of the parts: positions, keys and scores, whose softmax
+    is the pattern; mass that is moved between keys of the pattern (``ScaleSinks``, ``CalibrateAttention``,
+    ``RedistributeSinks``); what heads give. So an edit of scores acts before one that moves mass also where it is named
+    after it (``ForcePattern`` and ``SwapKeys`` are edits of scores, too). An edit that looks for keys (sinks of a head,
+    say) looks at the pattern as the parts before it made it, and moves mass of the pattern that all scores made. Among
+    edits of scores, a factor on weights added to the scores (``EmphasizeSpan``) comes before any function of them.
     """
 
     def __init__(self, parts: Sequence[Intervention]) -> None:
@@ -222,6 +134,11 @@ class Composed(Chained, Intervention):
         self.name = " + ".join(part.name for part in self.parts)
         named = dict.fromkeys(head for part in self.parts for head in part.heads or ())
         self.heads = HeadSet(tuple(named)) if named else None
+
+    @property
+    def made_for(self) -> Mapping[str, Any] | None:  # type: ignore[override]
+        """The model that the first of its loaded parts was saved for."""
+        return next((part.made_for for part in self.parts if part.made_for is not None), None)
 
     @property
     def phased(self) -> bool:

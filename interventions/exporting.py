@@ -28,7 +28,8 @@ from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.towers import numbered, selects
 from headscope.interventions.applying import apply, size
-from headscope.interventions.base import Edit, Intervention, parts_of
+from headscope.interventions.base import Intervention, parts_of
+from headscope.interventions.declared import Edit
 from headscope.interventions.files import require_model
 from headscope.interventions.head_edit import HeadEdit
 
@@ -51,7 +52,8 @@ def export(model: Loadable, edit: Intervention, out: str | Path) -> Path:
             room for a bias; ``out`` holds something; or the checkpoint's logits are not the edited model's.
     """
     lm = load_model(model)
-    require_model(edit.made_for, lm, edit.name)
+    for part in parts_of(edit):
+        require_model(part.made_for, lm, part.name)
     edit.check(*size(lm))
     if lm.inner.config.is_encoder_decoder or lm.inner.get_output_embeddings() is None:
         raise HeadscopeError(f"{lm.name} is no decoder-only language model, and only those are exported")

@@ -12,7 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
-from headscope.interventions.base import Edit
+from headscope.interventions.declared import Edit
 from headscope.interventions.phases import as_mask, is_every, is_none
 
 
@@ -41,7 +41,7 @@ class HeadEdit(Edit):
 
     def with_heads(self, heads: HeadSet) -> HeadEdit:
         """The same edit of other heads."""
-        return replace(self, heads=heads)
+        return self.for_its_model(replace(self, heads=heads))
 
     def concerns(self, module: str, layer: int) -> bool:
         """The layers that hold a head of the set."""

@@ -12,7 +12,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.registry import make
 from headscope.interp.sites.given import ModelLike
 from headscope.interventions import files
-from headscope.interventions.base import Composed, Intervention
+from headscope.interventions.base import Composed, Intervention, parts_of
 from headscope.interventions.edits import EDITS
 
 
@@ -38,7 +38,8 @@ def load_intervention(path: str | Path, model: ModelLike | None = None, *, any_m
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise files.not_saved(path, error) from error
     if made_for is not None and not any_model:
-        object.__setattr__(found, "made_for", made_for)
+        for part in parts_of(found):
+            object.__setattr__(part, "made_for", made_for)
         if model is not None:
             files.require_model(made_for, model, found.name)
     return found

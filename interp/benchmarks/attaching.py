@@ -1,4 +1,6 @@
-"""What attaching costs where nothing is read, on SmolLM2-135M. tracing.py includes it; run it alone for a quick look.
+"""What attaching costs where nothing is read, on SmolLM2-135M.
+
+Run: python interp/benchmarks/attaching.py --out interp/benchmarks/results/attaching.json
 
 Two measurements, because the cost is far below a forward pass's own variation:
 
@@ -16,10 +18,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics as stats
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,7 +156,13 @@ def main() -> None:
     """Measure and print as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=40)
-    print(json.dumps(attach(load_model(MODEL).model, parser.parse_args().rounds), indent=1))
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    text = json.dumps({"device": device, **attach(load_model(MODEL).model, asked.rounds)}, indent=1)
+    print(text)
+    if asked.out:
+        asked.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

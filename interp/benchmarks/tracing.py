@@ -4,8 +4,7 @@
    generated tokens with and without tracing.
 2. Time: traced forward passes against untraced SDPA and eager ``output_attentions``, alternating in one process;
    medians and their ratios. The language-model head runs on the last position only.
-3. Attaching where nothing is read: see attaching.py.
-4. Memory: peak resident size of a fresh process over its size with the model loaded, traced and untraced. glibc's
+3. Memory: peak resident size of a fresh process over its size with the model loaded, traced and untraced. glibc's
    heap keeps freed blocks below later ones, which moves the peak by hundreds of MiB from run to run; the allocator is
    therefore told to give every block above 64 KiB back at once (MALLOC_MMAP_THRESHOLD_), and both are reported.
 """
@@ -30,7 +29,6 @@ import torch
 from torch import Tensor
 
 from headscope.interp import load_model, trace
-from headscope.interp.benchmarks.attaching import attach
 from headscope.interp.prompts import load_haystack
 from headscope.interp.statistics import BlockMap, Distance, Entropy, KeyMass, LogSumExp, SinkMass, Statistic
 
@@ -160,7 +158,6 @@ def main() -> None:
         f"seconds at {chosen.length} tokens": seconds,
         "ratio to untraced": {name: value / seconds["untraced"] for name, value in seconds.items()},
         "ratio to eager with weights": {name: seconds[name] / seconds["eager with weights"] for name in SETS},
-        "attaching without statistics": attach(load_model(MODEL).model),
         f"MiB added at {chosen.memory_length} tokens": peaks,
         "MiB above untraced": {
             title: {name: found[name] - found["untraced"] for name in SETS} for title, found in peaks.items()

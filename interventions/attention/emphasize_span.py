@@ -80,7 +80,8 @@ def pasta(
     sections are one span, their union [OURS]; with one section the weights are the authors'.
 
     Args:
-        span: the emphasised sections.
+        span: the emphasised sections: (first, stop) of every example, or one list of sections an example; a bare list
+            of pairs is one section an example each.
         heads: the steered heads, different ones in every layer; the paper takes those which, steered alone, solve most
             of a training set. None: every head of ``layers``.
         alpha: the factor on the other keys.

@@ -25,8 +25,9 @@ class ForcePattern(PatternEdit):
     which takes accuracy from 49.6 % to 93.7 %. Neither the paper's abstract nor its code says which weights: equal
     shares are [OURS], as is the mixture below strength 1. ``onto`` is given an example, because prompts differ.
 
-    t is shared among the keys of ``onto`` that a row sees; a row that sees none stays as it is, and the share of a sink
-    logit (gpt-oss) is kept. The paper edits the last row of a prompt: ``during="answer"`` is that row and those of
+    t is shared among the keys of ``onto`` that the mask shows to a row (one that an earlier edit of scores cut takes
+    its share and is still cut: do not name it); a row that sees none stays as it is, and the share of a sink logit
+    (gpt-oss) is kept. The paper edits the last row of a prompt: ``during="answer"`` is that row and those of
     generated tokens, ``positions`` any others. Memory is that of rows x keys of ``onto``.
 
     What it does not show: that the heads would have looked there; it says what follows if they do.

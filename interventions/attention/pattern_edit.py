@@ -15,7 +15,7 @@ from headscope.interp.results.headset import HeadSet
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.statistics.plan import Plan
 from headscope.interp.statistics.spans import members
-from headscope.interventions.base import Edit
+from headscope.interventions.declared import Edit
 from headscope.interventions.phases import as_mask, is_none, require_told
 
 
@@ -76,7 +76,7 @@ class PatternEdit(Edit):
         """The same edit of other heads; refused for an edit of all heads, which has no random-head control."""
         if self.heads is None:
             raise HeadscopeError(f"{self.name} is not driven by a head set, so it has no random-head control")
-        return replace(self, heads=heads)
+        return self.for_its_model(replace(self, heads=heads))
 
     def holds(self, layer: int) -> bool:
         """Whether it is of this layer."""

@@ -22,8 +22,10 @@ class RaiseSpanLogits(SpanEdit):
     """Raise the scores of a span's keys by a share of their size: Z' = Z + amount |Z|, before softmax.
 
     The edit of PAI and PAINT (Arif et al. 2025), for whichever span: negative scores shrink towards 0 and positive ones
-    grow, so the span's keys always gain. Theirs is the last query row of every pass, which is ``during="answer"``: the
-    prompt's last row and those of generated tokens. ``paint`` makes their pair of spans.
+    grow, so the span's keys always gain (with an amount below 0 they lose).
+
+    Theirs is the last query row of every pass, which is ``during="answer"``: the prompt's last row and those of
+    generated tokens. ``paint`` makes their pair of spans.
 
     It is not invariant to a constant added to a row's scores; in a model with softcap it acts after it. Every head gets
     the same amount, as in the released code; the paper speaks of amounts by head and does not say which.

@@ -36,7 +36,8 @@ class ScaleSinks(FindingEdit):
         renormalise: whether the row keeps its sum.
         detect: instead of ``sinks``: a head's own, the keys to which the prompt's rows, its last left out, pay more
             than this on average (alpha of Gu et al.; ``CalibrateAttention`` says under which passes). Later ones are
-            none.
+            none. A plain forward that nobody told where its prompt ends (``prompt_boundary``) has its last row counted
+            too, so its last logits are not the first ones of ``generate``.
     """
 
     _: KW_ONLY

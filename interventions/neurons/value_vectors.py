@@ -14,7 +14,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.stream import NEURONS, StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.given import ModelLike
-from headscope.interventions.base import Edit
+from headscope.interventions.declared import Edit
 from headscope.interventions.phases import as_mask
 
 Neuron = tuple[int, int]  # layer, neuron

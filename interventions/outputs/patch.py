@@ -93,6 +93,8 @@ class PatchHeads(TableEdit):
         Raises:
             HeadscopeError: the prompt has no such tokens, or a text came with a model without tokenizer.
         """
+        if named := sorted({"positions", "z", "length", "taken", "prompt"} & set(settings)):
+            raise HeadscopeError(f"PatchHeads.from_prompt takes span= and to=, and measures {', '.join(named)} itself")
         lm = load_model(model)
         ids = lm.encode(prompt)["input_ids"] if isinstance(prompt, str) else torch.tensor([list(prompt)])
         length = int(ids.shape[1])

@@ -149,8 +149,8 @@ def _parameters(module: nn.Module, kind: str) -> Mapping[str, Any]:
 def _fitting(query: Tensor, offered: list[Rotation], layer: Layer) -> Rotation:
     """The rotation that the queries (1, head, position, d) of one token at several positions show.
 
-    Half of the digits of the model's precision is what they may be off by; with another base, layout or place they are
-    off by their size.
+    Half of the digits of the model's precision is what they may be off by, of float32's in float64 (transformers makes
+    cosines and sines in float32); with another base, layout or place they are off by their size.
 
     Raises:
         HeadscopeError: none of those that are offered.
@@ -163,7 +163,7 @@ def _fitting(query: Tensor, offered: list[Rotation], layer: Layer) -> Rotation:
         tried += [replace(one, interleaved=way, first=place) for place in sorted(places) for way in (False, True)]
     at = torch.arange(query.shape[2], device=query.device)
     error, best = min((_off(query, one, at), i) for i, one in enumerate(tried))
-    if error > torch.finfo(query.dtype).eps ** 0.5:
+    if error > max(torch.finfo(query.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5:
         raise HeadscopeError(
             f"layer {layer[1]} of {layer[0]} does not turn its queries as its rotary module says (off by {error:.2g} "
             "of their size), so positions cannot be edited there: name other layers, or report the architecture"

@@ -14,6 +14,7 @@ from safetensors.torch import save as save_tensors
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.results.headset import HeadSet
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interventions import AblateHeads, HeadEdit, Intervention, ScaleHeads, apply, files, load_intervention
 
@@ -162,3 +163,34 @@ def test_it_says_what_it_is_in_a_line() -> None:
         "ScaleHeads(heads='L0H1', factor=2.0) + ScaleHeads(heads='L0H1', factor=0.5)"
     )
     assert ScaleHeads([(0, 1)], 2.0, strength=0.5).name == "scale 1 heads (strength=0.5, factor=2.0)"
+
+
+def test_a_changed_or_composed_copy_is_still_for_its_model(tmp_path: Path) -> None:
+    one, other = (LanguageModel.wrap(tiny_model("llama"), name=name) for name in ("one", "other"))
+    with torch.no_grad():
+        for weights in other.model.parameters():
+            weights.mul_(1.5)
+    edit = ScaleHeads([(0, 1)], 0.5)
+    loaded = load_intervention(edit.save(tmp_path / "one.edit", one), one)
+    both = load_intervention((edit + edit).save(tmp_path / "two.edit", one), one)
+    changed = loaded.with_settings(strength=0.5)
+    again = load_intervention(changed.save(tmp_path / "again.edit"))
+    copies = [
+        changed,
+        loaded.with_heads(HeadSet.of([(1, 1)])),
+        loaded + edit,
+        edit + loaded,
+        sum([edit, loaded]),
+        again,
+    ]
+    for copy in [loaded, both, both.with_settings(strength=0.5), *copies]:
+        with apply(one, copy):
+            pass
+        with pytest.raises(HeadscopeError, match="was saved for one"), apply(other, copy):
+            raise AssertionError("entered")
+
+
+def test_what_is_no_intervention_is_not_added() -> None:
+    for adding in (lambda: ScaleHeads([(0, 1)], 0.5) + 1, lambda: sum([ScaleHeads([(0, 1)], 0.5)], start=2)):
+        with pytest.raises(HeadscopeError, match="only interventions are composed"):
+            adding()

@@ -396,6 +396,8 @@ def test_from_prompt_takes_the_sources_rows(lm: LanguageModel) -> None:
     for bad in ((5, 8), (3, 3), (-1, 2)):
         with pytest.raises(HeadscopeError, match="the source prompt has tokens 0 to 6|is no span"):
             PatchHeads.from_prompt(lm, SOURCE, PICKED, bad)
+    with pytest.raises(HeadscopeError, match="takes span= and to=, and measures positions itself"):
+        PatchHeads.from_prompt(lm, SOURCE, PICKED, positions=(2, 4))
 
 
 def logits_outside(lm: LanguageModel, text: str) -> Tensor:

@@ -53,6 +53,17 @@ def test_it_is_the_model_configured_so(model: Any, dense: Any, given: dict[str, 
     assert off(torch.stack(said.logits), torch.stack(right.logits)) <= 1e-5
 
 
+def test_a_model_in_double_precision(model: Any, dense: Any) -> None:
+    """transformers makes its cosines in float32 also there, so that frequencies are read to half of float32's digits."""
+    ids, mask = ids_and_mask()
+    other = dense.tiny(rope_parameters=CONFIGURED[0][1])
+    other.load_state_dict(model.state_dict())
+    model.double()
+    with apply(model, RescaleRoPE(linear=4.0)):
+        found = dense.logits(model, ids, mask)
+    assert off(found[mask.bool()], dense.logits(other.double(), ids, mask)[mask.bool()]) <= 1e-6
+
+
 def test_a_cache_that_the_model_filled_is_turned_too(model: Any, dense: Any) -> None:
     """Keys read before the block, at the old frequencies; one layer, so that their states are the same."""
     ids, _ = ids_and_mask()
