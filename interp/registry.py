@@ -18,6 +18,7 @@ from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module, metadata
+from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
 
 from headscope.interp.errors import HeadscopeError
@@ -134,6 +135,21 @@ def make(cls: type[T], name: str, given: Mapping[str, Any]) -> T:
     if missing:
         raise HeadscopeError(f"{name} needs {' and '.join(missing)}: give {', '.join(f'{key}=...' for key in missing)}")
     return cls(**given)
+
+
+def check_numbers(made: Any, name: str) -> None:
+    """Refuse settings of ``made``, a dataclass, that are declared as numbers and are none.
+
+    Raises:
+        HeadscopeError: names the setting.
+    """
+    for one in fields(made):
+        kinds, value = set(str(one.type).split(" | ")), getattr(made, one.name)
+        if not kinds <= {"int", "float", "None"} or (value is None and "None" in kinds):
+            continue
+        whole = "float" not in kinds
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+            raise HeadscopeError(f"{name}: {one.name} must be a {'whole ' if whole else ''}number, not {value!r:.60}")
 
 
 def shared_out(classes: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

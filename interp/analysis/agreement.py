@@ -24,6 +24,7 @@ NULLS: dict[str, tuple[Kind, Kind]] = {
     "all heads": ("all heads", "whole layers"),
 }
 TOP = 20
+SHUFFLES, SHUFFLES_A_PAIR = 2000, 50
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,7 +45,7 @@ class Agreement:
 
     def __repr__(self) -> str:
         best = self.pairs[self.pairs["measure"] == "jaccard"].sort_values("shared", ascending=False).iloc[0]
-        closest = f"{best['a']!r:.24} and {best['b']!r:.24} share {best['shared']} of their top {self.k}"
+        closest = f"{best['a']!r:.24} and {best['b']!r:.24} share {best['shared']:g} of their top {self.k}"
         return f"Agreement({len(self.names)} methods, {self.heads} heads, {closest})"
 
     @property
@@ -92,10 +93,10 @@ class Agreement:
         return {f"{a} & {b}": [f"L{layer}H{head}" for layer, head in self.shared(a, b)] for a, b in pairs}
 
     def ranks(self, each: int = 5) -> pd.DataFrame:
-        """The ``each`` best heads of every method with their rank (1 the highest) by all methods, best ones first."""
+        """The ``each`` best heads of every method with their rank (1 the highest) by all methods; ties share one."""
         kept = self._kept()
         flat = self.values[:, kept].reshape(len(self.names), -1)
-        ranks = np.stack([np.argsort(np.argsort(-row, kind="stable"), kind="stable") + 1 for row in flat])
+        ranks = rankdata(-flat, method="min", axis=1).astype(int)
         chosen = np.flatnonzero((ranks <= each).any(axis=0))
         chosen = chosen[np.lexsort((ranks[:, chosen].sum(axis=0), ranks[:, chosen].min(axis=0)))]
         layer, head = kept[chosen // self.values.shape[2]], chosen % self.values.shape[2]
@@ -111,16 +112,18 @@ def agree(
     *,
     names: Sequence[str] | None = None,
     k: int | None = None,
-    permutations: int = 2000,
+    permutations: int | None = None,
     seed: int = 0,
 ) -> Agreement:
     """Whether methods rank the heads of a model alike, and share their best ones, more than shuffled scores would.
 
     For every two methods Spearman's rank correlation over heads, and the Jaccard index of their ``k`` highest heads
-    (ties in model order, as ``HeadScores.top``). Each stands beside two permutation nulls [OURS; no paper fixes one]:
-    one method's scores are shuffled *within layers*, so that what two methods share through depth alone (both high in
-    late layers) is part of the null, or over *all heads*. A null has a mean, a 95 % interval and a two-sided p, which
-    Holm's method adjusts over the pairs. Without depth, k^2 / heads shared heads are expected of chance.
+    (where several heads tie for the last places, these are drawn by lot, and the number shared is its mean [OURS]: a
+    sparse method, with 0 for most heads, has no k best ones). Each stands beside two permutation nulls [OURS; no paper
+    fixes one]: one method's scores are shuffled *within layers*, so that what two methods share through depth alone
+    (both high in late layers) is part of the null, or over *all heads*. A null has a mean, a 95 % interval and a
+    two-sided p, which Holm's method adjusts over the pairs. Without depth, k^2 / heads shared heads are expected of
+    chance.
 
     Of a method whose score is its layer's (``provenance["per"]``), whole layers are shuffled instead of all heads, for
     its heads are not so many observations; within layers there is nothing to shuffle, and p is 1.
@@ -133,7 +136,8 @@ def agree(
         scores: of one model, or of models whose heads correspond (checkpoints of one run).
         names: what to call them (default: their methods).
         k: how many of the highest heads are compared; by default 20, and at most a quarter of the heads.
-        permutations: shuffles of each null; no p is below 2 / (1 + permutations).
+        permutations: shuffles of each null; no p is below 2 / (1 + permutations), so by default 2,000, and 50 a pair
+            where that is more: with fewer no p that is adjusted over all pairs could be small.
         seed: of the shuffles.
 
     Raises:
@@ -144,13 +148,14 @@ def agree(
     values, left_out = _common(scores, names)
     layers, heads = values.shape[1] - len(left_out), values.shape[2]
     k = min(TOP, max(1, layers * heads // 4)) if k is None else k
-    if not 0 < k < layers * heads or permutations < 1:
-        raise HeadscopeError(
-            f"k={k}, permutations={permutations}: of {layers * heads} heads compare the top 1 to {layers * heads - 1}, "
-            "with at least 1 shuffle"
-        )
+    if not 0 < k < layers * heads:
+        raise HeadscopeError(f"k={k}: of {layers * heads} heads compare the top 1 to {layers * heads - 1}")
     flat = np.delete(values, left_out, axis=1).reshape(len(names), -1)
-    ranks, top = _standard_ranks(flat), _members(flat, k)
+    pairs = len(names) * (len(names) - 1) // 2
+    permutations = max(SHUFFLES, SHUFFLES_A_PAIR * pairs) if permutations is None else permutations
+    if permutations < 1:
+        raise HeadscopeError(f"permutations={permutations}: a null takes at least 1 shuffle")
+    ranks, top = _standard_ranks(flat), members(flat, k)
     per_layer = [one.provenance.get("per") == "layer" for one in scores]
     rows = []
     for null, kinds in NULLS.items():
@@ -158,9 +163,9 @@ def agree(
         for a, b in combinations(range(len(names)), 2):
             moved, still = (b, a) if per_layer[b] and not per_layer[a] else (a, b)
             order = shuffles[per_layer[moved]]
-            both = {"a": names[a], "b": names[b], "null": null, "shared": int(top[a] @ top[b])}
-            drawn = top[moved][order] @ top[still]
-            rows.append(both | {"measure": "jaccard"} | _against(_jaccard(top[a] @ top[b], k), _jaccard(drawn, k)))
+            shared, drawn = (np.round(x @ top[still], 9) for x in (top[moved], top[moved][order]))  # equal are equal
+            both = {"a": names[a], "b": names[b], "null": null, "shared": round(float(shared), 1)}
+            rows.append(both | {"measure": "jaccard"} | _against(_jaccard(shared, k), _jaccard(drawn, k)))
             correlations = ranks[moved][order] @ ranks[still]
             rows.append(both | {"measure": "spearman"} | _against(float(ranks[a] @ ranks[b]), correlations))
     return Agreement(names, values, _table(rows), k, left_out, permutations, seed)
@@ -188,11 +193,12 @@ def _standard_ranks(flat: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(ranks / np.linalg.norm(ranks, axis=1, keepdims=True))
 
 
-def _members(flat: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """1 for the ``k`` highest of each row, else 0."""
-    found = np.zeros(flat.shape)
-    np.put_along_axis(found, np.argsort(-flat, axis=1, kind="stable")[:, :k], 1.0, axis=1)
-    return found
+def members(flat: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """1 for the ``k`` highest of each row, else 0; those that tie for the last places have an equal share of them."""
+    last = np.sort(flat, axis=1)[:, -k, None]
+    above, level = flat > last, flat == last
+    share = (k - above.sum(axis=1, keepdims=True)) / level.sum(axis=1, keepdims=True)
+    return np.asarray(above + level * share)
 
 
 def _jaccard(shared: NDArray[np.float64], k: int) -> NDArray[np.float64]:
@@ -219,7 +225,7 @@ def found_alike(found: Agreement) -> Iterator[str]:
     rows = found.pairs[(found.pairs["measure"] == "jaccard") & (found.pairs["null"] == "within layers")]
     for _, row in rows[(rows["p_holm"] < 0.05) & (rows["observed"] > rows["null_mean"])].iterrows():
         yield (
-            f"{row['a']} and {row['b']} share {row['shared']} of their top {found.k} heads "
+            f"{row['a']} and {row['b']} share {row['shared']:g} of their top {found.k} heads "
             f"(Jaccard {row['observed']:.2f}; {row['null_mean']:.2f} on average when shuffled within layers, "
             f"Holm-adjusted p {row['p_holm']:.2g})"
         )

@@ -108,7 +108,7 @@ class Comparison:
 
 
 def compare(
-    runs: Mapping[str, Sequence[HeadScores]], *, k: int | None = None, permutations: int = 2000, seed: int = 0
+    runs: Mapping[str, Sequence[HeadScores]], *, k: int | None = None, permutations: int | None = None, seed: int = 0
 ) -> Comparison:
     """Compare what ``discover`` found in several runs.
 

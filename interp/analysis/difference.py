@@ -15,6 +15,8 @@ from headscope.interp.results.bootstrap import bootstrap_mean, percentile_interv
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 
+ENOUGH = 20  # trials from which on a percentile interval of a mean covers about what it says
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Difference:
@@ -22,7 +24,8 @@ class Difference:
 
     ``before``, ``after``, ``change``, ``low`` and ``high`` are (layer, head): the two scores, second minus first, and
     its interval of ``level``. ``paired``: over ``trials`` trials that both runs have, else both runs' own (first,
-    second). ``agreement``: rank correlation and shared top heads of the two, beside their nulls.
+    second). ``unlike``: the method's settings that the runs do not share. ``agreement``: rank correlation and shared
+    top heads of the two, beside their nulls.
     """
 
     method: str
@@ -36,6 +39,7 @@ class Difference:
     trials: tuple[int, int]
     level: float
     agreement: Agreement
+    unlike: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Difference({self.method!r:.40}, {self.words()})"
@@ -57,8 +61,13 @@ class Difference:
             if self.paired
             else f"unpaired, {self.trials[0]} and {self.trials[1]} trials"
         )
-        chance = (1 - self.level) * self.tested
-        return f"{int(self.apart.sum())} of {self.tested} heads differ (about {chance:.3g} would by chance), {over}"
+        over += f"; but their settings differ: {', '.join(self.unlike)}" if self.unlike else ""
+        chance = f"about {(1 - self.level) * self.tested:.3g} would by chance"
+        if min(self.trials) < ENOUGH:
+            chance = (
+                f"more than {(1 - self.level) * self.tested:.3g} would by chance: intervals of so few are too narrow"
+            )
+        return f"{int(self.apart.sum())} of {self.tested} heads differ ({chance}), {over}"
 
     def heads(self) -> HeadSet:
         """The heads whose interval excludes 0, the largest change first, weighted by it (second minus first)."""
@@ -105,7 +114,7 @@ def contrast(
     *,
     names: tuple[str, str] = ("first", "second"),
     k: int | None = None,
-    permutations: int = 2000,
+    permutations: int | None = None,
     seed: int = 0,
 ) -> Difference:
     """How far every head's score changes from one run of a method to another, with a bootstrap interval [OURS].
@@ -153,7 +162,14 @@ def contrast(
         low, high = percentile_interval(draws[1] - draws[0], level)
         change, counts = second.mean - first.mean, (len(first.trials), len(second.trials))
     runs = first.mean, second.mean
-    return Difference(first.method, names, *runs, change, low, high, both is not None, counts, level, found)
+    told = _unlike(first, second)
+    return Difference(first.method, names, *runs, change, low, high, both is not None, counts, level, found, told)
+
+
+def _unlike(first: HeadScores, second: HeadScores) -> tuple[str, ...]:
+    one, other = (dict(run.provenance.get("parameters") or {}) for run in (first, second))
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return tuple(f"{key} ({one.get(key)!r:.30} and {other.get(key)!r:.30})" for key in keys)
 
 
 def same_trials(first: HeadScores, second: HeadScores) -> tuple[list[int], list[int]] | None:

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from headscope.interp.analysis.agreement import TOP
+from headscope.interp.analysis.agreement import TOP, members
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.scores import HeadScores
 
@@ -21,8 +21,8 @@ class Reliability:
     ``pearson`` and ``spearman`` are corrected to the full number of trials, ``half_pearson`` and ``half_spearman`` are
     of halves; ``low`` and ``high`` hold 95 % of the splits' corrected Pearson coefficients (a spread, no confidence
     interval: all splits divide the same trials). ``overlap`` is the share of the ``k`` highest heads of one half that
-    are among those of the other, and ``overlap_by_chance`` what random heads share (k / heads). ``groups`` were
-    divided, which hold ``trials``; NaN: every head has one and the same score.
+    are among those of the other (ties for the last places by lot), and ``overlap_by_chance`` what random heads share
+    (k / heads). ``groups`` were divided, which hold ``trials``; NaN: every head has one and the same score.
     """
 
     method: str
@@ -147,8 +147,8 @@ def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 def _shared(a: NDArray[np.float64], b: NDArray[np.float64], k: int) -> float:
     if len(a) < k:
         return float("nan")
-    best = [set(np.argsort(-x, kind="stable")[:k].tolist()) for x in (a, b)]
-    return len(best[0] & best[1]) / k
+    one, other = members(np.stack([a, b]), k)
+    return float(one @ other) / k
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -21,7 +21,9 @@ def compare(
     k: Annotated[
         int | None, typer.Option("--k", help="Highest heads to compare (default: 20, at most a quarter of all).")
     ] = None,
-    permutations: Annotated[int, typer.Option("--permutations", help="Shuffles of every null.")] = 2000,
+    permutations: Annotated[
+        int | None, typer.Option("--permutations", help="Shuffles of every null (default: 2,000, or 50 a pair).")
+    ] = None,
     top: Top = 10,
     seed: Seed = 0,
     as_json: Json = False,

@@ -49,7 +49,7 @@ def discover(
 
     METHODS.check(methods)  # before anything slow is imported
     from headscope.interp.cli import console
-    from headscope.interp.cli.settings import for_methods
+    from headscope.interp.cli.settings import for_methods, left_out
     from headscope.interp.heads.discovery import discover as run_discovery
     from headscope.interp.registry import make
     from headscope.interp.runs import estimate
@@ -59,6 +59,8 @@ def discover(
     classes = {name: METHODS[name] for name in methods}
     settings = for_methods(classes, given)
     chosen = [make(cls, name, settings[name]) for name, cls in classes.items()]
+    for line in left_out(classes, given):
+        console.note(line)
     lm = run.load()
     if dry_run:
         with estimate.dry_run() as work:

@@ -42,7 +42,19 @@ def asked(given: Mapping[str, Any]) -> dict[str, Any]:
         found["depths"] = numbers(given["depths"], float, "--depths")
     if given.get("samples") is not None:
         found["samples"] = given["samples"]
-    return found | assignments(given.get("set") or ())
+    more = assignments(given.get("set") or ())
+    if twice := sorted(found.keys() & more.keys()):
+        raise HeadscopeError(f"--{twice[0]} and --set {twice[0]}= say the same setting: give one of them")
+    return found | more
+
+
+def left_out(classes: Mapping[str, type], given: Mapping[str, Any]) -> list[str]:
+    """One line for every setting that some of several methods were given and others do not have."""
+    lines = []
+    for key in asked(given):
+        without = [name for name, cls in classes.items() if key not in settings(cls)]
+        lines += [f"{', '.join(without)} takes no {key} and runs as it is"] if without else []
+    return lines
 
 
 def numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:

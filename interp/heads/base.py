@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.sequences import Sample
+from headscope.interp.registry import check_numbers
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.provenance import hash_texts
 from headscope.interp.statistics import Statistic
@@ -58,6 +59,9 @@ class HeadMethod:
     unlisted: ClassVar[tuple[str, ...]] = ()  # settings that change no number, only memory and time
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, self.name)
 
     @property
     def resample_by(self) -> str | None:
@@ -101,6 +105,7 @@ class Measured(HeadMethod):
     batch: int = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch < 1:
             raise HeadscopeError(f"batch={self.batch}: run at least 1 sample in a forward pass")
 

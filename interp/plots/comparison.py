@@ -72,7 +72,7 @@ def _beside_nulls(found: Agreement, measure: Measure) -> tuple[NDArray[np.object
         a, b = at[row["a"]], at[row["b"]]
         if not hover[a, b]:
             hover[a, b] = f"<b>{style.show_text(row['a'])} and {style.show_text(row['b'])}</b>: {row['observed']:.3f}"
-            hover[a, b] += f"<br>{row['shared']} of the top {found.k} shared"
+            hover[a, b] += f"<br>{row['shared']:g} of the top {found.k} shared"
         hover[a, b] += f"<br>shuffled {row['null']}: {row['null_mean']:.3f} "
         hover[a, b] += f"{style.interval_text(row['null_low'], row['null_high'])}, p = {row['p_holm']:.2g}"
         stars[a, b] |= bool(row["null"] == "within layers" and row["p_holm"] < 0.05)

@@ -219,15 +219,19 @@ def find_all(folder: Path) -> dict[str, HeadScores]:
     probes' controls, are none.
 
     Raises:
-        HeadscopeError: a file among them that was changed.
+        HeadscopeError: a file among them that was changed, or has lost its table.
     """
+    tables = [p for p in folder.rglob("*.parquet") if p.name != "evaluation.parquet"]
+    alone = [p for p in folder.rglob("*.json") if not p.with_suffix(".parquet").exists() and _names_heads(p)]
     return {
-        str(path.relative_to(folder)): HeadScores.load(path.with_suffix(".json"))
-        for path in sorted(folder.rglob("*.parquet"))
-        if path.name != "evaluation.parquet"
-        and not path.name.startswith(COMPARED)
-        and path.relative_to(folder).parent.name != "control"
+        str(path.relative_to(folder).with_suffix(".parquet")): HeadScores.load(path.with_suffix(".json"))
+        for path in sorted([*tables, *alone])
+        if not path.name.startswith(COMPARED) and path.relative_to(folder).parent.name != "control"
     }
+
+
+def _names_heads(path: Path) -> bool:
+    return b'"heads_per_layer"' in path.read_bytes()
 
 
 def _plain(value: Any) -> Any:

@@ -41,6 +41,7 @@ class ImportanceMethod(HeadMethod):
     pairs: Sequence[Pair] | str | Path | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.texts is not None and self.pairs is not None:
             raise HeadscopeError("give texts or pairs, not both")
         if self.samples < 1:

@@ -56,6 +56,7 @@ class GateMethod(HeadMethod):
     clip: float = 4.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.size not in self.SIZES:
             raise HeadscopeError(f"size is 'small' or 'published', not {self.size!r}")
         numbers = [*self.sizes.values(), self.together, self.examples]

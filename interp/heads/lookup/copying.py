@@ -75,6 +75,7 @@ class Copying(HeadMethod):
     bos: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.top < 1:
             raise HeadscopeError(f"top={self.top}: a token is among 1 logit or more")
 

@@ -52,6 +52,7 @@ class NeedleMethod(HeadMethod):
     stem: Callable[[str], str] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.group not in ("needle", "text", None):
             raise HeadscopeError(f"group is 'needle', 'text' or None, not {self.group!r}")
         if self.size not in ("small", "published"):

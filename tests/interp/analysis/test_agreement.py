@@ -149,3 +149,23 @@ def test_what_cannot_be_compared_is_one_line(drawn) -> None:
         with pytest.raises(HeadscopeError, match=says):
             agree(given, **options)
     assert len(repr(agree([a, b]))) < 120 and agree([a, a], names=["x", "y"]).names == ("x", "y")
+
+
+def test_ties_for_the_last_places_are_nothing_shared() -> None:
+    """Two sparse methods without a head in common: of K places, the rest is drawn from the heads that score 0."""
+    a, b = np.zeros((2, LAYERS, HEADS))
+    a[0, :3], b[5, 3:6] = 1.0, 1.0
+    found, heads = agree([scores("a", a), scores("b", b)], k=K, permutations=DRAWS), LAYERS * HEADS
+    share = (K - 3) / (heads - 3)  # of a place, each head that scores 0 has
+    expected = 2 * 3 * share + (heads - 6) * share**2
+    assert row(found, "jaccard", "all heads")["shared"] == pytest.approx(expected, abs=0.05)
+    assert row(found, "jaccard", "all heads")["p"] > 0.05 and not list(found_alike(found))
+    constant = agree([scores("a", a), scores("c", np.zeros_like(a))], k=K, permutations=99)
+    assert row(constant, "jaccard", "all heads")["p"] == 1
+    assert found.ranks(1)["a"].tolist().count(1) == 3
+
+
+def test_an_adjusted_p_can_be_small_whatever_the_number_of_methods() -> None:
+    same = np.random.default_rng(0).random((LAYERS, HEADS))
+    found = agree([scores(str(i), same) for i in range(12)], k=K)
+    assert len(list(found_alike(found))) == 66

@@ -54,7 +54,7 @@ def test_it_is_the_model_configured_so(model: Any, dense: Any, given: dict[str, 
 
 
 def test_a_model_in_double_precision(model: Any, dense: Any) -> None:
-    """transformers makes its cosines in float32 also there, so that frequencies are read to half of float32's digits."""
+    """transformers makes its cosines in float32 also there, so they are read to half of float32's digits."""
     ids, mask = ids_and_mask()
     other = dense.tiny(rope_parameters=CONFIGURED[0][1])
     other.load_state_dict(model.state_dict())
