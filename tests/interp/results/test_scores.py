@@ -14,7 +14,7 @@ from scipy import stats
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.bootstrap import bootstrap_mean
-from headscope.interp.results.scores import HeadScores
+from headscope.interp.results.scores import HeadScores, find_all
 
 NAN = float("nan")
 
@@ -282,3 +282,12 @@ def test_other_damage_is_refused(tmp_path: Path) -> None:
     table.unlink()
     with pytest.raises(HeadscopeError, match="is not a head-score file"):
         HeadScores.load(path)
+
+
+def test_a_folder_says_which_scores_have_lost_their_table(tmp_path: Path) -> None:
+    random_scores().save(tmp_path / "kept")
+    random_scores().save(tmp_path / "lost")
+    (tmp_path / "lost" / "method.parquet").unlink()
+    assert list(find_all(tmp_path / "kept")) == ["method.parquet"]
+    with pytest.raises(HeadscopeError, match=r"lost.method\.json"):
+        find_all(tmp_path)
