@@ -191,7 +191,7 @@ def test_strengths_below_0_and_above_1(llama: LanguageModel, name: str, strength
     with apply(llama, edit.with_settings(strength=strength)):
         assert_equal(logits(llama.model, ids), expected, logits(llama.model, ids) * 0)
     for other in ("project", "clamp", "patch", "resample"):
-        with pytest.raises(HeadscopeError, match="strength must be between 0 and 1"):
+        with pytest.raises(HeadscopeError, match="strength must be a Python number between 0 and 1"):
             BY_HAND[other][0].with_settings(strength=strength)
 
 
