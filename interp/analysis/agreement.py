@@ -76,15 +76,16 @@ class Agreement:
         return found
 
     def top(self, name: str) -> HeadSet:
-        """A method's ``k`` highest heads among those compared."""
+        """A method's ``k`` highest heads among those compared; fewer where others tie for the last places."""
         kept, heads = self._kept(), self.values.shape[2]
         scores = self.values[self.names.index(name), kept].ravel()
         best = np.argsort(-scores, kind="stable")[: self.k]
+        best = best[members(scores[None], self.k)[0, best] == 1]
         pairs = tuple((int(kept[i // heads]), int(i % heads)) for i in best)
         return HeadSet(pairs, tuple(float(scores[i]) for i in best), f"{name} top {self.k}")
 
     def shared(self, a: str, b: str) -> HeadSet:
-        """The heads that are in the top k of both, in ``a``'s order."""
+        """The heads that are in the top k of both for sure, in ``a``'s order."""
         return self.top(a) & self.top(b)
 
     def shared_names(self) -> dict[str, list[str]]:

@@ -164,8 +164,8 @@ def taxonomy(
 
     What it does not show: that there are kinds. Any features with little noise are sorted alike twice, also where heads
     differ by degrees. ``shuffled``, where features are shuffled over heads, is a low bar: a continuum of correlated
-    features is above it, too (two Gaussian factors without any kinds: 0.29 beside 0.06). Nor what heads write, or need,
-    or do with other kinds of texts; a name is about the mean head of its cluster.
+    features is above it, too. Nor what heads write, or need, or do with other kinds of texts; a name is about the mean
+    head of its cluster.
 
     Args:
         lm: load_model's result, or what load_model takes.

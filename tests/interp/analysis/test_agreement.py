@@ -163,6 +163,7 @@ def test_ties_for_the_last_places_are_nothing_shared() -> None:
     constant = agree([scores("a", a), scores("c", np.zeros_like(a))], k=K, permutations=99)
     assert row(constant, "jaccard", "all heads")["p"] == 1
     assert found.ranks(1)["a"].tolist().count(1) == 3
+    assert list(found.top("a")) == [(0, 0), (0, 1), (0, 2)] and not len(found.shared("a", "b"))
 
 
 def test_an_adjusted_p_can_be_small_whatever_the_number_of_methods() -> None:

@@ -45,6 +45,15 @@ def test_the_same_trials_are_paired_and_others_are_not(drawn) -> None:
     assert not contrast(HeadScores("m", drawn[0]), HeadScores("m", drawn[1])).paired  # nothing is known of their trials
 
 
+def test_other_settings_and_few_trials_are_said(drawn) -> None:
+    first, other = run(drawn[0]), run(drawn[1], parameters={"samples": 30, "length": 20})
+    assert "but their settings differ: length (None and 20)" in contrast(first, other).words()
+    assert "settings" not in contrast(first, run(drawn[1])).words()
+    few = contrast(run(drawn[0][:4]), run(drawn[1][:4])).words()
+    assert "more than 100 would by chance: intervals of so few are too narrow" in few
+    assert "about 100 would by chance" in contrast(first, run(drawn[1])).words()
+
+
 @pytest.mark.parametrize("paired", [True, False])
 def test_intervals_cover_as_often_as_they_can(drawn, paired: bool) -> None:
     """A percentile interval of n normal trials is 1.96 times a deviation that divides by n: it misses 0 with the

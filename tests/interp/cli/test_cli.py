@@ -376,3 +376,12 @@ def test_a_place_that_cannot_be_written_is_one_line(
     (tmp_path / "file").write_text("mine")
     code, _, err = run(capsys, "trace", "-m", model, "-p", "one two", "--out", str(tmp_path / "file" / "r"))
     assert code == 2 and err.startswith("error: cannot write ") and err.count("\n") == 1
+
+
+def test_a_setting_that_some_methods_lack_is_said(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
+) -> None:
+    command = ("discover", "sinks", "retrieval", "--samples", "2", "--lengths", "300", "--model", model, "--dry-run")
+    code, _, err = run(capsys, *command, "--json")
+    assert code == 0 and "retrieval takes no samples and runs as it is" in err
+    assert "sinks takes no lengths and runs as it is" in err
