@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_numbers
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.provenance import describe, hash_texts
 
@@ -30,6 +31,9 @@ class Task:
     unit: ClassVar[str] = ""
     higher_is_better: ClassVar[bool | None] = None
     source: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, self.name)
 
     def trials(self, lm: LanguageModel) -> list[Trial]:
         """The trials for this model, JSON-able, the same at every call."""

@@ -302,6 +302,8 @@ def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model
         (("discover", "sinks", "--samples", "4", "--set", "samples=3"), "say the same setting: give one of them"),
         (("discover", "induction", "--set", "colour"), "NAME=VALUE"),
         (("discover", "retrieval", "--lengths", "many"), "comma-separated numbers"),
+        (("evaluate", "needle", "--set", "max_new_tokens=2.5"), "max_new_tokens must be a whole number, not 2.5"),
+        (("evaluate", "text_loss", "--set", "passages=many"), "passages must be a whole number, not 'many'"),
         (("evaluate", "sums"), "there is no task 'sums'"),
         (("evaluate", "needle,text_loss", "--set", "lenght=8"), "none of needle, text_loss has a setting 'lenght'"),
         (("evaluate", "needle", "--set", "depth=8"), "(did you mean 'depths'?)"),
