@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[dev,sites,triton]'
+	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e '.[dev,sites,triton,evaluation]'
 	touch $@
 
 # discover, ablate, re-evaluate, show: needles that were not used to find the heads judge the ablation
