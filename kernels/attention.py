@@ -65,8 +65,7 @@ def attend(
 def output(scores: Scores, v: Tensor) -> Tensor:
     """The attention output alone (batch, head, query, d_value), by PyTorch's own kernel wherever it has one."""
     scores.check(v)
-    _, _, queries, keys = scores.shape
-    if scores.is_plain and (library.covers(scores.mask, queries, keys) or not _triton_takes(scores.q, v)):
+    if scores.is_plain and (not _triton_takes(scores.q, v) or library.covers(scores.mask, *scores.shape[2:])):
         return library.attention(scores, v)
     out = attend(scores, v, request=Request()).output
     assert out is not None
@@ -117,8 +116,10 @@ def uses_triton(engine: str, scores: Scores) -> bool:
 
 
 def _triton_takes(q: Tensor, v: Tensor) -> bool:
+    if not q.is_cuda:
+        return False
     fits = q.dtype in _HALF_TO_SINGLE and q.dtype == v.dtype and max(q.shape[-1], v.shape[-1]) <= 256
-    return q.is_cuda and fits and find_spec("triton") is not None
+    return fits and find_spec("triton") is not None
 
 
 @torch.no_grad()

@@ -74,21 +74,19 @@ class Scores:
 
     def check(self, v: Tensor | None = None) -> None:
         """Raise ValueError where these inputs, and values ``v``, do not belong together."""
-        q, k, v, sinks, bias = self.q, self.k, self.k if v is None else v, self.sinks, self.bias
-        if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-            raise ValueError(
-                f"q, k and v must be (batch, head, position, d); got {[tuple(x.shape) for x in (q, k, v)]}"
-            )
-        if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-            raise ValueError(f"q, k and v do not belong together: {[tuple(x.shape) for x in (q, k, v)]}")
-        if q.shape[1] % k.shape[1]:
-            raise ValueError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key/value heads evenly")
-        if sinks is not None and sinks.shape != (q.shape[1],):
-            raise ValueError(f"sinks must have one logit a head, shape ({q.shape[1]},); got {tuple(sinks.shape)}")
-        sizes = ((1, q.shape[0]), (1, q.shape[1]), (k.shape[2],))
+        q, k, sinks, bias = self.q.shape, self.k.shape, self.sinks, self.bias  # asked once: of every layer's call
+        v = k if v is None else v.shape
+        if len(q) != 4 or len(k) != 4 or len(v) != 4:
+            raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x) for x in (q, k, v)]}")
+        (batch, heads, _, width), (_, kv_heads, keys, _) = q, k
+        if batch != k[0] or k[:3] != v[:3] or width != k[3]:
+            raise ValueError(f"q, k and v do not belong together: {[tuple(x) for x in (q, k, v)]}")
+        if heads % kv_heads:
+            raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
+        if sinks is not None and sinks.shape != (heads,):
+            raise ValueError(f"sinks must have one logit a head, shape ({heads},); got {tuple(sinks.shape)}")
+        sizes = ((1, batch), (1, heads), (keys,))
         if bias is not None and (
             bias.dim() != 3 or any(n not in fit for n, fit in zip(bias.shape, sizes, strict=True))
         ):
-            raise ValueError(
-                f"bias must be ({q.shape[0]} or 1, {q.shape[1]} or 1, {k.shape[2]}); got {tuple(bias.shape)}"
-            )
+            raise ValueError(f"bias must be ({batch} or 1, {heads} or 1, {keys}); got {tuple(bias.shape)}")

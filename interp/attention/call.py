@@ -77,7 +77,8 @@ class AttentionCall:
             return z
         scores = self.inputs()
         v = self.value if self.position_bias is None else self.value.to(scores.dtype)
-        return kernels.output(scores, v).to(self.value.dtype)
+        z = kernels.output(scores, v)
+        return z if z.dtype == self.value.dtype else z.to(self.value.dtype)
 
     def pattern(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """One exact tile of the pattern (batch, head, row, key), float32."""

@@ -94,21 +94,18 @@ def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None =
 
     ``z`` (batch, head, query, d_value) is what the call gives where the site has computed it already.
     """
-    requests = [handler.request(call) for handler in handlers]
-    results: list[Reduced | None] = []
-    for request in requests:
-        if request is None:
-            results.append(None)
-            continue
-        result = call.attend(replace(request, output=z is None))
-        z = result.output if z is None else z
-        results.append(result)
+    results: list[tuple[Handler, Reduced]] = []
+    for handler in handlers:
+        request = handler.request(call)
+        if request is not None:
+            result = call.attend(replace(request, output=z is None))
+            z = result.output if z is None else z
+            results.append((handler, result))
     if z is None:
         z = call.output()
     for handler in handlers:
         z = handler.edit_output(call, z)
-    for handler, reduced in zip(handlers, results, strict=True):
-        if reduced is not None:
-            reduced.output = z
-            handler.observe(call, reduced)
+    for handler, reduced in results:
+        reduced.output = z
+        handler.observe(call, reduced)
     return z

@@ -42,7 +42,7 @@ class Attachment(Handler):
         self.layers = named
         own = ("edit", "request", "edit_output", "observe")
         self._attends = any(getattr(type(inner), name) is not getattr(Handler, name) for name in own)
-        self._shown: dict[str, bool] = {}
+        self._mine: dict[tuple[str, int], bool] = {}
         self._follows: dict[str, bool] = {}
         self._heads: dict[int, int] = {}
         self._now: set[int] = set()
@@ -66,21 +66,17 @@ class Attachment(Handler):
         return cls(model, handler, getattr(handler, "tower", None), layers)
 
     def _is_mine(self, module: str, layer: int) -> bool:
-        if module not in self._shown:
-            self._shown[module] = selects(self.size.tower, module, self._model)
-            self._follows[module] = tower_of(module, self._model) in self.inner.follows and not self._shown[module]
-        return self._shown[module] and (self.layers is None or layer in self.layers)
+        found = self._mine.get((module, layer))  # asked three times a call: found once
+        if found is None:
+            shown = selects(self.size.tower, module, self._model)
+            self._follows[module] = tower_of(module, self._model) in self.inner.follows and not shown
+            found = self._mine[module, layer] = shown and (self.layers is None or layer in self.layers)
+        return found
 
-    def _is_here(self, call: AttentionCall) -> bool:
-        here = self._is_mine(call.module, call.layer)
-        heads = call.query.shape[1]
-        if here and self._heads.get(call.layer) != heads:
-            if self.size.heads.get(call.layer) != heads:  # what the modules did not say, or said otherwise
-                self.inner.check(max(self.size.depth, 1 + call.layer), heads)
-            self._heads[call.layer] = heads
-        if here:
-            self._now.add(call.layer)
-        return here
+    def _check_heads(self, layer: int, heads: int) -> None:
+        if self.size.heads.get(layer) != heads:  # what the modules did not say, or said otherwise
+            self.inner.check(max(self.size.depth, 1 + layer), heads)
+        self._heads[layer] = heads
 
     def saw(self, layer: int) -> None:
         """Note that the stream of a layer was shown."""
@@ -96,7 +92,14 @@ class Attachment(Handler):
         return mine or self._follows[module]
 
     def edit(self, call: AttentionCall) -> AttentionCall:
-        return self.inner.edit(call) if self._is_here(call) else call
+        layer = call.layer
+        if not self._is_mine(call.module, layer):
+            return call
+        heads = call.query.shape[1]
+        if self._heads.get(layer) != heads:
+            self._check_heads(layer, heads)
+        self._now.add(layer)
+        return self.inner.edit(call)
 
     def request(self, call: AttentionCall) -> Request | None:
         if self._is_mine(call.module, call.layer):

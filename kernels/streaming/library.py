@@ -19,8 +19,8 @@ def attention(scores: Scores, v: Tensor) -> Tensor:
     q, k, mask, scale = scores.q, scores.k, scores.mask, scores.scale
     if scale <= 0:  # the library hides keys, and takes a row's maximum, before it scales
         q, scale = (-q, -scale) if scale else (q * 0.0, 1.0)
-    gqa = q.shape[1] != k.shape[1]
-    queries, keys = q.shape[2], k.shape[2]
+    (_, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
+    gqa = heads != kv_heads
     if covers(mask, queries, keys) and keys:
         if mask.is_full or (queries == 1 and mask.query_offset > mask.key_offset):
             return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=gqa)

@@ -83,16 +83,12 @@ def _mask_of(
     queries, keys = query.shape[2], key.shape[2]
     eager = place.implementation == "eager"
     if isinstance(mask, LazyMask):
-        if mask.shape[-1] != keys:
-            raise HeadscopeError(
-                f"this model attends over {keys} keys under a mask made for {mask.shape[-1]}; it cannot be traced as "
-                "masks-by-rule; please report the architecture"
-            )
-        if cross:
-            return Dense(_of_keys_only(mask.rule), None, mask.gaps)
-        if queries > 1 and mask.is_left_out(place.implementation):
-            return Dense(mask.by_causality(_is_causal(module, kwargs, eager)), None, mask.gaps)
-        return Dense(_continuing(mask.rule, place, queries, keys), None, mask.gaps)
+        causal = queries > 1 and not cross and _is_causal(module, kwargs, eager)
+        asked = (place.implementation, place.tower, causal, queries, keys)
+        if asked not in mask.read:  # once for all layers
+            mask.read[asked] = Dense(_of_lazy(mask, place, queries, keys, causal, cross), None, mask.gaps)
+        read: Dense = mask.read[asked]
+        return read
     if mask is not None:
         made: Dense = place.route.dense.of(mask, query, keys, eager=eager, cross=cross)
         return made
@@ -101,6 +97,20 @@ def _mask_of(
     if queries == 1:
         return Dense(Mask(query_offset=keys - 1, right=None))
     return Dense(Mask.causal(keys - queries))
+
+
+def _of_lazy(mask: LazyMask, place: Any, queries: int, keys: int, causal: bool, cross: bool) -> Mask:
+    """The rule of a mask that was made as a rule, as the function of ``place`` would have attended under it."""
+    if mask.shape[-1] != keys:
+        raise HeadscopeError(
+            f"this model attends over {keys} keys under a mask made for {mask.shape[-1]}; it cannot be traced as "
+            "masks-by-rule; please report the architecture"
+        )
+    if cross:
+        return _of_keys_only(mask.rule)
+    if queries > 1 and mask.is_left_out(place.implementation):
+        return mask.by_causality(causal)
+    return _continuing(mask.rule, place, queries, keys)
 
 
 def _continuing(rule: Mask, place: Any, queries: int, keys: int) -> Mask:

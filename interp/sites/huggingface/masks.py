@@ -31,6 +31,8 @@ class LazyMask(Tensor):
     originals: dict[str, Tensor | None]
     left_out: dict[str, bool]
     causal: dict[bool, Mask]
+    read: dict[tuple[Any, ...], Any]  # what layers found that it says of their calls, by what they asked
+    __torch_function__ = torch._C._disabled_torch_function_impl  # or asking for its shape takes longer than attention
 
     @staticmethod
     def __new__(
@@ -38,7 +40,7 @@ class LazyMask(Tensor):
     ) -> LazyMask:
         made: LazyMask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         made.rule, made.gaps, made.arguments, made.originals, made.elsewhere = rule, False, arguments or {}, {}, {}
-        made.left_out, made.causal = {}, {}
+        made.left_out, made.causal, made.read = {}, {}, {}
         return made
 
     def on(self, device: torch.device) -> LazyMask:
@@ -97,7 +99,7 @@ class LazyMask(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias):
             made = LazyMask(tuple(args[0].shape), args[0].device, args[0].rule, args[0].arguments)
-            for name in ("gaps", "originals", "elsewhere", "left_out", "causal"):
+            for name in ("gaps", "originals", "elsewhere", "left_out", "causal", "read"):
                 setattr(made, name, getattr(args[0], name))
             return made
         to = kwargs or {}
