@@ -12,9 +12,9 @@ from headscope.kernels.masks import Mask
 from headscope.kernels.score_edits import ScoreEdit
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # made in every call of every layer: a frozen one takes three times as long to make
 class Scores:
-    """Scores (batch, head, query, key) that are never built.
+    """Scores (batch, head, query, key) that are never built. Nothing changes one after it was made.
 
     1. s = ``scale`` q.k of the queries ``q`` (batch, head, query, d_head) and keys ``k`` (batch, kv_head, key, d_head),
        after position embedding and any normalisation; query head ``h`` reads ``kv_head = h // (head / kv_head)``.
@@ -78,8 +78,8 @@ class Scores:
         v = k if v is None else v.shape
         if len(q) != 4 or len(k) != 4 or len(v) != 4:
             raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x) for x in (q, k, v)]}")
-        (batch, heads, _, width), (_, kv_heads, keys, _) = q, k
-        if batch != k[0] or k[:3] != v[:3] or width != k[3]:
+        (batch, heads, _, width), (k_batch, kv_heads, keys, k_width) = q, k
+        if batch != k_batch or width != k_width or (v is not k and v[:3] != k[:3]):
             raise ValueError(f"q, k and v do not belong together: {[tuple(x) for x in (q, k, v)]}")
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")

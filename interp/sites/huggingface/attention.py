@@ -45,8 +45,7 @@ def attention_function(
             return left[0], left[1]
     if not known:
         return _around(module, place, tensors, attention_mask, options)
-    kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(kind := query.device.type):
         return _answer(module, place, tensors, attention_mask, options)
     dtype = torch.get_autocast_dtype(kind)  # attention itself would cast them to it
     with torch.autocast(kind, enabled=False):
