@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from dataclasses import KW_ONLY, Field, dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
@@ -18,13 +20,15 @@ from headscope.interp.registry import make, settings
 from headscope.interventions import files
 from headscope.interventions.base import Intervention
 from headscope.interventions.edits import EDITS
-from headscope.interventions.phases import PHASES, During, Rows, chosen_rows
+from headscope.interventions.phases import PHASES, During, Rows, chosen_rows, is_none
 from headscope.interventions.words import check_number, described, is_default, listed, short, told
 
 
 @dataclass(frozen=True, eq=False)
 class Edit(Intervention):
     """Base of the edits that are declarations: frozen dataclasses whose fields are their settings.
+
+    A block in which no row was meant, by phase and positions, ends with a warning.
 
     Args:
         during: ``"always"``, ``"prefill"`` (the prompt's rows), ``"decode"`` (rows of generated tokens) or ``"answer"``
@@ -57,6 +61,7 @@ class Edit(Intervention):
         for one in fields(self):
             if one.type == "float":
                 check_number(f"{kind}: {one.name}", getattr(self, one.name))
+        object.__setattr__(self, "_met", [])
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -101,8 +106,34 @@ class Edit(Intervention):
         return self.strength != 0
 
     def rows(self, call: AttentionCall) -> Rows:
-        """The query rows of ``call`` that are meant, by phase and positions."""
-        return chosen_rows(call, self.during, self.positions)
+        """The query rows of ``call`` that are meant, by phase and positions; in a block it is kept whether any was."""
+        found, held = chosen_rows(call, self.during, self.positions), self._meant
+        if held != [True]:
+            if isinstance(found, Tensor):  # not looked into now: that would wait for a GPU
+                earlier = [x.to(found.device) for x in held if isinstance(x, Tensor)]
+                held[:] = [torch.stack([found.any(), *earlier]).any()]
+            elif not is_none(found):
+                held[:] = [True]
+            elif not held:
+                held[:] = [False]
+        return found
+
+    @property
+    def _meant(self) -> list[bool | Tensor]:
+        """Whether a row was meant so far; empty where nobody asked yet."""
+        held: list[bool | Tensor] = vars(self)["_met"]
+        return held
+
+    def finish(self) -> None:
+        """Say so where passes came to an end and none of their rows was meant."""
+        if self._meant and not bool(self._meant[0]):
+            where = "" if self.positions is None else f" at positions {self.positions!r:.60}"
+            warnings.warn(
+                f"{self.name} changed nothing in this block: no row of its passes was meant (during={self.during!r}"
+                f"{where})",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self._key() == other._key()

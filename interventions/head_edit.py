@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.sites.given import ModelLike
 from headscope.interventions.declared import Edit
 from headscope.interventions.phases import as_mask, is_every, is_none
 
@@ -42,6 +44,12 @@ class HeadEdit(Edit):
     def with_heads(self, heads: HeadSet) -> HeadEdit:
         """The same edit of other heads."""
         return self.for_its_model(replace(self, heads=heads))
+
+    def in_force(self, model: ModelLike, tower: str | None) -> HeadEdit:
+        """A copy that counts for itself, and shares what it made of tables."""
+        made = copy(self)
+        object.__setattr__(made, "_met", [])
+        return made
 
     def concerns(self, module: str, layer: int) -> bool:
         """The layers that hold a head of the set."""

@@ -40,7 +40,8 @@ class TableEdit(HeadEdit):
                 self._check_table(field.name)
             elif field.name in self.tables and (value is not None or field.default is MISSING):
                 if not ("float" in str(field.type) and isinstance(value, int | float)):
-                    raise HeadscopeError(f"{type(self).__name__}: {field.name} must be a tensor, not {value!r:.60}")
+                    held = type(value).__name__ if hasattr(value, "shape") else f"{value!r:.60}"
+                    raise HeadscopeError(f"{type(self).__name__}: {field.name} must be a torch tensor, not {held}")
 
     def _check_table(self, name: str) -> None:
         """Refuse a tensor of another form.

@@ -101,6 +101,12 @@ class AttentionCall:
             q, k, scale = torch.cat([q.to(wide) * scale, bias], -1), torch.cat([k.to(wide), unit], -1), 1.0
         return Scores(q, k, self.mask, scale, self.softcap, self.sinks, self.key_bias, self.score_edit)
 
+    def either(self, held: Tensor, one: Tensor | float, other: Tensor | float) -> Tensor:
+        """``one`` where ``held`` is True and ``other`` elsewhere, in float32 or the layer's wider precision."""
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        this, that = (torch.as_tensor(x, dtype=dtype, device=held.device) for x in (one, other))
+        return torch.where(held, this, that)
+
     def with_(self, **changes: Any) -> AttentionCall:
         """A copy with some fields changed."""
         return replace(self, **changes)

@@ -40,7 +40,7 @@ def intervene(
     from headscope.interp.cli.settings import assignments, passages
     from headscope.interp.errors import HeadscopeError
     from headscope.interp.registry import make
-    from headscope.interventions.applying import size
+    from headscope.interventions.applying import apply
     from headscope.interventions.edits import EDITS
     from headscope.interventions.tensors import with_tensors
 
@@ -50,10 +50,13 @@ def intervene(
         given["heads"] = head_set(heads, top)[0]
     if out.is_dir():
         raise HeadscopeError(f"{out} is a folder; --out names the file to write")
+    if out.exists():
+        raise HeadscopeError(f"{out} exists already: name another file, or remove it first")
     texts = passages(reference)
     lm = Run(model, None, as_json, False, device, dtype).load()
     edit = make(cls, kind, {**given, **cls.measured(lm, given, texts)})
-    edit.check(*size(lm))
+    with apply(lm, edit):  # what the model lacks is refused now, not when it is evaluated
+        pass
     path = edit.save(out, lm)
     if as_json:
         console.show_json({"file": str(path), **edit.describe()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, get_args
 
-import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
@@ -104,5 +103,5 @@ class CalibrateAttention(FindingEdit):
         if not bool(own.any()):
             return call
         self.note(own)
-        keep = torch.where(mine, 1.0 - self.strength * (1.0 - self.beta), 1.0)
+        keep = call.either(mine, 1.0 - self.strength * (1.0 - self.beta), 1.0)
         return call.with_redistribution(Redistribution(keys, keep))

@@ -75,10 +75,10 @@ class DecayBeyondWindow(SpanEdit):
 
         def decayed(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             apart = (q - k).abs()
-            factor = torch.where(apart > self.window, self._moved(self.factor), 1.0)
+            factor = torch.where(apart > self.window, s.new_tensor(self._moved(self.factor)), 1.0)
             for lowest, highest, own in self.bands:
-                factor = torch.where((apart >= lowest) & (apart <= highest), self._moved(own), factor)
-            new = s * factor.to(s.dtype)
+                factor = torch.where((apart >= lowest) & (apart <= highest), s.new_tensor(self._moved(own)), factor)
+            new = s * factor
             return torch.where(s < 0, s, new) if self.positive_only else new
 
         return self.only(call, mine, decayed, keys)

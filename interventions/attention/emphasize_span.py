@@ -6,7 +6,6 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
@@ -57,10 +56,10 @@ class EmphasizeSpan(SpanEdit):
 
     def change_keys(self, call: AttentionCall, mine: Tensor, keys: Tensor) -> AttentionCall:
         """The logarithms of the factors, as a key bias."""
-        bias = torch.where(keys, self.strength * math.log(self.inside), 0.0)
+        bias = call.either(keys, self.strength * math.log(self.inside), 0.0)
         if self.outside != 1:
             outside = self.strength * math.log(self.outside)
-            bias = bias + torch.where(prompt_keys(call, "EmphasizeSpan with outside") & ~keys, outside, 0.0)
+            bias = bias + call.either(prompt_keys(call, "EmphasizeSpan with outside") & ~keys, outside, 0.0)
         return self.add_to_keys(call, mine, bias)
 
 

@@ -81,4 +81,4 @@ def visible(call: AttentionCall, keys: Tensor) -> Tensor:
     seen = call.mask.tile(rows, at, of_rule)
     held = keys[:, at][:, None, None]
     held = held.expand(-1, -1, len(rows), -1) if seen is None else held & seen
-    return held.sum(-1).float()
+    return held.sum(-1).to(torch.promote_types(call.query.dtype, torch.float32))

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
@@ -39,4 +38,4 @@ class KnockOut(SpanEdit):
     def change_keys(self, call: AttentionCall, mine: Tensor, keys: Tensor) -> AttentionCall:
         """-inf, or the logarithm of what is left."""
         bias = -math.inf if self.strength == 1 else math.log1p(-self.strength)
-        return self.add_to_keys(call, mine, torch.where(keys, bias, 0.0))
+        return self.add_to_keys(call, mine, call.either(keys, bias, 0.0))

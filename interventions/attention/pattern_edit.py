@@ -49,10 +49,11 @@ class PatternEdit(Edit):
         by_layer = None if self.heads is None else self.heads.by_layer()
         if by_layer is not None and self.layers is not None:
             by_layer = {layer: mine for layer, mine in by_layer.items() if layer in self.layers}
-        if by_layer == {} or self.layers == ():
+        if self.layers == ():
+            raise HeadscopeError(f"{kind}: layers is empty; name layers, or leave layers out for all")
+        if by_layer == {}:
             raise HeadscopeError(f"{kind} was given no heads: name heads of its layers, or leave heads out for all")
         object.__setattr__(self, "_by_layer", by_layer)
-        object.__setattr__(self, "_meant", False)
         object.__setattr__(self, "_done", [])
         super().__post_init__()
 
@@ -94,7 +95,6 @@ class PatternEdit(Edit):
         rows = self.rows(call)
         if is_none(rows):
             return call
-        object.__setattr__(self, "_meant", True)
         mine = self._heads(call)[None, :, None] & as_mask(rows, call)[:, None]
         return self.change(call, mine)
 
@@ -108,9 +108,10 @@ class PatternEdit(Edit):
         held[:] = [done.any() if not held else held[0].to(done.device) | done.any()]
 
     def finish(self) -> None:
-        """Say so where rows were meant and nothing was changed."""
+        """Say so where no row was meant, or nothing was changed in those that were."""
+        super().finish()
         held: list[Tensor] = vars(self)["_done"]
-        if vars(self)["_meant"] and not (held and bool(held[0])):
+        if self._meant and bool(self._meant[0]) and not (held and bool(held[0])):
             warnings.warn(f"{self.name} changed nothing in this block: {self.nothing}", UserWarning, stacklevel=2)
 
     def _heads(self, call: AttentionCall) -> Tensor:

@@ -101,7 +101,7 @@ class BoostRecent(PatternEdit):
         assert mass is not None
         grown = 1.0 / (1.0 - (1.0 - 1.0 / gamma) * mass.sum(-1))  # Z' / Z of the boosted normaliser and the model's
         every = torch.ones(call.key.shape[2], dtype=torch.bool, device=at.device)
-        return boosted.with_redistribution(Redistribution(every, torch.where(mine, grown, 1.0), freed="lost"))
+        return boosted.with_redistribution(Redistribution(every, call.either(mine, grown, 1.0), freed="lost"))
 
     def _first(self, call: AttentionCall) -> Tensor:
         """The first position that may be boosted, padding counted: (batch or 1,)."""

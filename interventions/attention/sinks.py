@@ -6,11 +6,11 @@ import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.statistics.plan import Plan
 from headscope.interventions.attention.finding import FindingEdit
 from headscope.kernels.redistribution import Freed, Redistribution
 
@@ -83,8 +83,12 @@ class ScaleSinks(FindingEdit):
         else:
             span = (0, self.sinks) if isinstance(self.sinks, int) else self.sinks
             keys = self.keys(call, span, "sinks")[:, None]
-        self.note(keys)
+        self.note(keys if not self.renormalise else keys & self._others(call, keys))
         factor = 1.0 + self.strength * (self.factor - 1.0)
-        keep = torch.where(mine, factor, 1.0)
+        keep = call.either(mine, factor, 1.0)
         freed: Freed = "rescaled" if self.renormalise else "lost"
         return call.with_redistribution(Redistribution(keys, keep, freed=freed))
+
+    def _others(self, call: AttentionCall, keys: Tensor) -> Tensor:
+        """Whether an example holds a token that is no sink, which could take up the mass: bool (batch or 1, head, 1)."""
+        return (~keys & (Plan(call).key_positions >= 0)[:, None]).any(-1, keepdim=True)

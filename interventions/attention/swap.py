@@ -47,14 +47,15 @@ class SwapKeys(PatternEdit):
     source: ClassVar[str] = "arXiv 2405.03205"
     unit: ClassVar[str] = "share of two weights exchanged"
 
-    nothing: ClassVar[str] = "no row that was meant sees both keys"
+    nothing: ClassVar[str] = "no row that was meant sees both keys, or they are one"
 
     def change(self, call: AttentionCall, mine: Tensor) -> AttentionCall:
         """The scores of both keys exchanged on the rows that are meant."""
         require_told(call, "the two keys")
         one, two = (self._place(call, span, name) for span, name in ((self.first, "first"), (self.second, "second")))
         at_one, at_two = scores_at(call, one), scores_at(call, two)
-        mine = mine & (at_one > -torch.inf) & (at_two > -torch.inf)  # (batch, head, query)
+        seen = (at_one > -torch.inf) & (at_two > -torch.inf)  # (batch, head, query)
+        mine = mine & seen & (one != two)[:, None, None]
         self.note(mine)
         stays, goes = (math.log(x) if x else -math.inf for x in (1.0 - self.strength, self.strength))
         new_one = torch.logaddexp(at_one + stays, at_two + goes)

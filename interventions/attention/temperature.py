@@ -54,7 +54,7 @@ class HeadTemperature(ScoresEdit):
     def change(self, call: AttentionCall, mine: Tensor) -> AttentionCall:
         """The queries divided, or the scores."""
         self.note(mine)
-        factor = torch.where(mine, self._factors(call)[None, :, None], 1.0)  # (batch or 1, head, query)
+        factor = call.either(mine, self._factors(call)[None, :, None], 1.0)  # (batch or 1, head, query)
         edited = (call.softcap, call.position_bias, call.key_bias, call.score_edit)
         if all(each is None for each in edited):
             return call.with_(query=call.query * factor[..., None].to(call.query.dtype))
@@ -63,10 +63,10 @@ class HeadTemperature(ScoresEdit):
         return self.only(call, mine, lambda s, b, h, q, k: s * each[b, h, q - first].to(s.dtype))
 
     def _factors(self, call: AttentionCall) -> Tensor:
-        """1 / T of every head of the layer: (head,)."""
-        count, device = call.query.shape[1], call.query.device
+        """1 / T of every head of the layer: (head,), float64 on the CPU."""
+        count = call.query.shape[1]
         if not isinstance(self.temperature, Sequence):
-            return torch.full((count,), self.temperature**-self.strength, device=device)
+            return torch.full((count,), self.temperature**-self.strength, dtype=torch.float64)
         given = zip(self.heads or (), self.temperature, strict=True)
         mine = {head: value for (layer, head), value in given if layer == call.layer}
-        return torch.tensor([mine.get(head, 1.0) ** -self.strength for head in range(count)], device=device)
+        return torch.tensor([mine.get(head, 1.0) ** -self.strength for head in range(count)], dtype=torch.float64)

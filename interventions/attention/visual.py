@@ -222,7 +222,7 @@ class RedistributeSinks(FindingEdit):
         self.note(mine)
         if not bool(mine.any()):
             return call
-        keep = torch.where(mine, 1.0 - self.moved, 1.0)
+        keep = call.either(mine, 1.0 - self.moved, 1.0)
         return call.with_redistribution(Redistribution(sinks[:, None], keep, onto=span[:, None]))
 
     def _in_span(self, call: AttentionCall) -> Tensor:

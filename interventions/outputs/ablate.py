@@ -95,7 +95,7 @@ class AblateHeads(TableEdit):
                 "a zeroed query does not attend uniformly in a model that adds a position bias to its scores; "
                 "use how='zero' or how='mean'"
             )
-        keep = torch.where(self.head_rows(call), 1.0 - self.strength, 1.0).to(call.query.dtype)
+        keep = call.either(self.head_rows(call), 1.0 - self.strength, 1.0).to(call.query.dtype)
         return call.with_(query=call.query * keep[..., None])
 
     def write(self, call: AttentionCall, z: Tensor, heads: list[int]) -> Tensor | None:

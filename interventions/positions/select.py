@@ -26,16 +26,17 @@ class SelectContexts(ScoresEdit):
     Put it after ``ParallelContexts``, or alone: then it selects among contexts that were read one after the other. With
     no more than ``keep`` contexts nothing changes.
 
-    What differs from the authors' code: sums of weights below 1e-5 are not clamped, contexts of a batch may stand in
-    different places, and its choice over all rows of a pass ("head,seq") is not offered, for it would differ between a
-    text that is read at once and in pieces; ``over="heads"`` is one choice for all heads of a layer, by the sum of the
-    5 largest scores among them, a row at a time [OURS].
+    What differs from the authors' code: sums of weights below 1e-5 are not clamped, and contexts of a batch may stand
+    in different places. Its two ways to choose are ``over="head"`` (theirs for language modelling) and ``over="pass"``
+    (theirs for tasks, "head,seq"): one choice for all heads and rows of a layer's call, by the sum of the 5 largest
+    scores among them, so that rows also follow later ones, and a text that is read in pieces may get other choices
+    than one that is read at once. ``over="heads"`` is one for all heads, a row at a time [OURS].
 
     Args:
         contexts: as ``ParallelContexts`` takes them.
         keep: how many contexts a row keeps.
         top: how many weights of a context count.
-        over: ``"head"`` or ``"heads"``.
+        over: ``"head"``, ``"heads"`` or ``"pass"``.
         strength: 1 takes the other contexts away, s < 1 leaves 1 - s of their weight before renormalisation.
     """
 
@@ -43,7 +44,7 @@ class SelectContexts(ScoresEdit):
     contexts: Any = "document"
     keep: int = 2
     top: int = 5
-    over: Literal["head", "heads"] = "head"
+    over: Literal["head", "heads", "pass"] = "head"
 
     source: ClassVar[str] = "arXiv 2412.16545; zzsfornlp/parallel_context_encoding_analysis @ fb284f3"
     unit: ClassVar[str] = "share of a context's weight removed"
@@ -54,8 +55,8 @@ class SelectContexts(ScoresEdit):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise HeadscopeError(f"SelectContexts: {name} must be a whole number of 1 or more, not {value!r}")
-        if self.over not in ("head", "heads"):
-            raise HeadscopeError(f"SelectContexts: over must be 'head' or 'heads', not {self.over!r}")
+        if self.over not in ("head", "heads", "pass"):
+            raise HeadscopeError(f"SelectContexts: over must be 'head', 'heads' or 'pass', not {self.over!r}")
         if not isinstance(self.contexts, str):
             listed(self.contexts, "contexts")
         super().__post_init__()
@@ -72,13 +73,11 @@ class SelectContexts(ScoresEdit):
         after = torch.arange(call.query.shape[2], device=mine.device) + call.mask.query_offset >= docs.end[:, None]
         mine = mine & (after & ((docs.length > 0).sum(1) > self.keep)[:, None])[:, None]
         self.note(mine)
-        score = self._scores(call, docs, first)
+        score = self._together(self._scores(call, docs, first), after[:, first:])
         score = score.masked_fill((docs.length == 0)[:, None, None], -1.0)
-        if self.over == "heads":
-            score = score.topk(min(5, score.shape[1]), 1).values.sum(1, keepdim=True)
         order = score.argsort(dim=-1, descending=True, stable=True)
         dropped = torch.ones_like(score, dtype=torch.bool).scatter(-1, order[..., : self.keep], False)
-        dropped = dropped.expand(-1, call.query.shape[1], -1, -1)
+        dropped = dropped.expand(-1, call.query.shape[1], after.shape[1] - first, -1)
         bias = -math.inf if self.strength == 1 else math.log1p(-self.strength)
         row, key, of_keys = call.mask.query_offset + first, call.mask.key_offset, docs.of_keys
 
@@ -88,6 +87,15 @@ class SelectContexts(ScoresEdit):
             return torch.where(gone, s + bias, s)
 
         return self.only(call, mine, selected)
+
+    def _together(self, score: Tensor, after: Tensor) -> Tensor:
+        """Scores (batch, head or 1, row or 1, context) that share a choice, from those of each head and row."""
+        if self.over == "heads":
+            return score.topk(min(5, score.shape[1]), 1).values.sum(1, keepdim=True)
+        if self.over == "pass":
+            each = score.masked_fill(~after[:, None, :, None], 0.0).flatten(1, 2)  # (batch, head * row, context)
+            return each.topk(min(5, each.shape[1]), 1).values.sum(1)[:, None, None]
+        return score
 
     def _scores(self, call: AttentionCall, docs: Documents, first: int) -> Tensor:
         """The largest weights of each context, summed, of the rows from ``first`` on: (batch, head, row, context)."""

@@ -18,14 +18,17 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts import prompt_boundary, published_spans
 from headscope.interp.statistics import Entropy, SpanMass
 from headscope.interventions import (
+    AblateHeads,
     DecayBeyondWindow,
     EmphasizeSpan,
     HeadTemperature,
     Intervention,
     KnockOut,
     RaiseSpanLogits,
+    ScaleSinks,
     ScaleSpanLogits,
     SpotLight,
+    SwapKeys,
     adaptive_factors,
     apply,
     paint,
@@ -130,7 +133,12 @@ NOTHING = [
     (SpotLight(span=(20, 30)), "no row that was meant sees a key of its span"),
     (RaiseSpanLogits(span=(3, 5), positions=(2, 3)), "no row that was meant sees a key of its span"),
     (DecayBeyondWindow(window=9), "beyond the window or in a band"),
-    (HeadTemperature(temperature=2.0, positions=(50, 60)), "no row that was meant"),
+    (HeadTemperature(temperature=2.0, positions=(50, 60)), "no row of its passes was meant"),
+    (KnockOut(span=(0, 2), during="decode"), "no row of its passes was meant"),
+    (AblateHeads([(0, 1)], positions=(50, 60)), "no row of its passes was meant"),
+    (AblateHeads([(0, 1)], during="decode"), "no row of its passes was meant"),
+    (ScaleSinks(sinks=10), "sees the keys that are meant"),
+    (SwapKeys(first=(1, 2), second=(1, 2)), "or they are one"),
 ]
 
 
@@ -144,8 +152,16 @@ def test_what_finds_nothing_says_so(llama: LanguageModel, edit: Intervention, sa
     longer = torch.cat([IDS, IDS, IDS, IDS, IDS, IDS], 1)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
-        with apply(llama, edit.with_settings(positions=None, **({"span": (1, 3)} if "span=[" in repr(edit) else {}))):
+        given = {"during": "always", "positions": None, **({"span": (1, 3)} if "span=[" in repr(edit) else {})}
+        with apply(llama, edit.with_settings(**given, **({"second": (3, 4)} if isinstance(edit, SwapKeys) else {}))):
             llama.model(longer)
+
+
+def test_what_acts_in_one_pass_of_a_block_says_nothing(llama: LanguageModel) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with apply(llama, AblateHeads([(0, 1)], during="decode"), KnockOut(span=(0, 2), positions=(3, 5))):
+            llama.generate("w1 w2 w3 w4 w5", max_new_tokens=3)
 
 
 def test_a_window_hides_a_span() -> None:

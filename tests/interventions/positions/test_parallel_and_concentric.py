@@ -97,7 +97,7 @@ def test_one_context_alone_is_as_it_was(model: Any, dense: Any) -> None:
             assert off(dense.logits(model, ids), plain) <= 1e-5
 
 
-@pytest.mark.parametrize("over", ["head", "heads"])
+@pytest.mark.parametrize("over", ["head", "heads", "pass"])
 def test_selected_contexts_are_the_specification(model: Any, dense: Any, over: str) -> None:
     """After parallel encoding: the largest weights of each context, the best two kept, the row normalised again."""
     ids = tokens()
@@ -106,6 +106,9 @@ def test_selected_contexts_are_the_specification(model: Any, dense: Any, over: s
         scores = torch.stack([p[..., a:b].topk(min(2, b - a)).values.sum(-1) for a, b in CONTEXTS], -1)
         if over == "heads":
             scores = scores.topk(4, 1).values.sum(1, keepdim=True).expand_as(scores)
+        if over == "pass":
+            after = scores[:, :, CONTEXTS[-1][1] :].flatten(1, 2)
+            scores = after.topk(5, 1).values.sum(1)[:, None, None].expand_as(scores)
         lost, new = scores.argmin(-1), p.clone()
         for number, (a, b) in enumerate(CONTEXTS):
             rows = (lost == number) & (torch.arange(LENGTH) >= CONTEXTS[-1][1])
