@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
     from headscope.interventions.evaluation.masking import masking as masking
     from headscope.interventions.exporting import export as export
+    from headscope.interventions.fitted import FITS as FITS
+    from headscope.interventions.fitted.base import Fit as Fit
+    from headscope.interventions.fitted.iti import ITI as ITI
+    from headscope.interventions.fitted.lofit import LoFiT as LoFiT
+    from headscope.interventions.fitted.lora import lora as lora
     from headscope.interventions.head_edit import HeadEdit as HeadEdit
     from headscope.interventions.load import load_intervention as load_intervention
     from headscope.interventions.neurons.anchored import anchored_neurons as anchored_neurons
@@ -78,6 +83,11 @@ _HOME = {
     "RedistributeSinks": "attention.visual",
     "Composed": "base",
     "Edit": "declared",
+    "FITS": "fitted",
+    "Fit": "fitted.base",
+    "ITI": "fitted.iti",
+    "LoFiT": "fitted.lofit",
+    "lora": "fitted.lora",
     "EditValueVectors": "neurons.value_vectors",
     "Evaluation": "evaluation",
     "HeadEdit": "head_edit",

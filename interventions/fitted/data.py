@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def read_rows(data: str | Path | Sequence[Any], form: str) -> tuple[list[dict[st
     Raises:
         HeadscopeError: no such file, a line that is no JSON object, or no row.
     """
-    name, rows = "the data", data
+    name, rows = "the data", cast("Sequence[Any]", data)
     if isinstance(data, str | Path):
         name = str(data)
         try:

@@ -145,11 +145,11 @@ class LoFiT(Fit):
         count = how_many("lofit", tuned["top"], self.share, len(every)) if given is None else len(given)
         with frozen(lm):
             if given is None:
-                scales, curves["scales"] = self._step(lm, rows, HeadSet(tuple(every)), "A", progress)
+                scales, curves["scales"] = self._step(lm, rows, HeadSet(tuple(every)), scaling=True, progress=progress)
                 norms = _norms(scales, size(lm))
                 given = norms.top(count)
-            edit, curves["offsets"] = self._step(lm, rows, given, "v", progress)
-        width = edit.v.shape[-1]  # type: ignore[union-attr]
+            edit, curves["offsets"] = self._step(lm, rows, given, scaling=False, progress=progress)
+        width = edit.v.shape[-1]
         trained = {step: (len(every) if step == "scales" else count) * width for step in curves}
         rates = {"scales": tuned["scale_rate"], "offsets": tuned["offset_rate"]}
         steps = {step: told(self.schedule(rates[step]), len(rows), trained[step]) for step in curves}
@@ -157,9 +157,11 @@ class LoFiT(Fit):
         made = provenance(lm, seed=self.seed, prompts=texts, **tuned, beta=self.beta, reference=self.reference)
         return LoFiTResult(edit=edit, provenance={**made, "steps": steps}, norms=norms, curves=curves, trained=trained)
 
-    def _step(self, lm: LanguageModel, rows: Rows, heads: HeadSet, what: str, progress: bool) -> tuple[Any, Curve]:
+    def _step(
+        self, lm: LanguageModel, rows: Rows, heads: HeadSet, *, scaling: bool, progress: bool
+    ) -> tuple[AffineHeads, Curve]:
         """One of the two: a table of ``heads``, by place, from its draw to its end."""
-        tuned, scaling = self.tuned, what == "A"
+        tuned = self.tuned
         ids = torch.tensor([[*rows[0][0][0], *rows[0][0][1]]])
         width = head_outputs(lm, ids, (-1,)).shape[-1]
         drawn = torch.randn(len(heads), width, generator=torch.Generator().manual_seed(self.seed)) * self.spread
@@ -167,7 +169,7 @@ class LoFiT(Fit):
         unedited = None
         if tuned["loss"] == "dpo" and self.reference == "unedited":
             unedited = reference_of(lm, rows, self.batch)
-        with apply(lm, AffineHeads(HeadSet(heads.heads), **{what: table}), grad=True):
+        with apply(lm, _affine(heads, scaling, table), grad=True):
             objective = sft_objective(lm, rows)
             if tuned["loss"] == "dpo":
                 reference = reference_of(lm, rows, self.batch) if unedited is None else unedited
@@ -182,7 +184,7 @@ class LoFiT(Fit):
                 what=f"LoFiT, {'scales of all heads' if scaling else f'offsets of {len(heads)} heads'}",
                 progress=progress,
             )
-        return AffineHeads(heads, **{what: table.detach().cpu().clone()}), curve
+        return _affine(heads, scaling, table.detach().cpu().clone()), curve
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,6 +221,10 @@ class LoFiTResult(Fitted):
         """With the curves, and every head's norm."""
         norms = None if self.norms is None else self.norms.mean.tolist()
         return {**super().record(), "trained": self.trained, "norms": norms, "curves": self.curves}
+
+
+def _affine(heads: HeadSet, scaling: bool, table: Tensor) -> AffineHeads:
+    return AffineHeads(heads, A=table) if scaling else AffineHeads(heads, v=table)
 
 
 def _norms(scales: AffineHeads, shape: tuple[int, int]) -> HeadScores:
