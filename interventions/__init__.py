@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Intervention as Intervention
     from headscope.interventions.declared import Edit as Edit
+    from headscope.interventions.decoding.sgrs import SaliencyRejection as SaliencyRejection
     from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
     from headscope.interventions.evaluation.masking import masking as masking
@@ -84,6 +85,7 @@ _HOME = {
     "Composed": "base",
     "Edit": "declared",
     "FITS": "fitted",
+    "SaliencyRejection": "decoding.sgrs",
     "Fit": "fitted.base",
     "ITI": "fitted.iti",
     "LoFiT": "fitted.lofit",

@@ -149,6 +149,7 @@ class LoFiT(Fit):
                 norms = _norms(scales, size(lm))
                 given = norms.top(count)
             edit, curves["offsets"] = self._step(lm, rows, given, scaling=False, progress=progress)
+        assert edit.v is not None
         width = edit.v.shape[-1]
         trained = {step: (len(every) if step == "scales" else count) * width for step in curves}
         rates = {"scales": tuned["scale_rate"], "offsets": tuned["offset_rate"]}
