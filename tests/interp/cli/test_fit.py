@@ -30,7 +30,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_every_fit_gives_an_edit_to_evaluate(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
-    assert set(DATA) == set(FITS)
+    assert set(DATA) == set(FITS) and all(FITS[kind].source and FITS[kind].unit for kind in FITS)
     edits = []
     for kind, rows in DATA.items():
         data, out = tmp_path / f"{kind}.jsonl", tmp_path / "edits" / kind
