@@ -28,10 +28,16 @@ if TYPE_CHECKING:
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Intervention as Intervention
     from headscope.interventions.declared import Edit as Edit
+    from headscope.interventions.decoding.sgrs import SaliencyRejection as SaliencyRejection
     from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
     from headscope.interventions.evaluation.masking import masking as masking
     from headscope.interventions.exporting import export as export
+    from headscope.interventions.fitted import FITS as FITS
+    from headscope.interventions.fitted.base import Fit as Fit
+    from headscope.interventions.fitted.iti import ITI as ITI
+    from headscope.interventions.fitted.lofit import LoFiT as LoFiT
+    from headscope.interventions.fitted.lora import lora as lora
     from headscope.interventions.head_edit import HeadEdit as HeadEdit
     from headscope.interventions.load import load_intervention as load_intervention
     from headscope.interventions.neurons.anchored import anchored_neurons as anchored_neurons
@@ -78,6 +84,12 @@ _HOME = {
     "RedistributeSinks": "attention.visual",
     "Composed": "base",
     "Edit": "declared",
+    "FITS": "fitted",
+    "SaliencyRejection": "decoding.sgrs",
+    "Fit": "fitted.base",
+    "ITI": "fitted.iti",
+    "LoFiT": "fitted.lofit",
+    "lora": "fitted.lora",
     "EditValueVectors": "neurons.value_vectors",
     "Evaluation": "evaluation",
     "HeadEdit": "head_edit",

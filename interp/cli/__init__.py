@@ -22,6 +22,7 @@ COMMANDS = (
     "taxonomy",
     "probe",
     "intervene",
+    "fit",
     "export",
     "evaluate",
     "masking",

@@ -62,6 +62,25 @@ def gradients(model: ModelLike, *, on: bool) -> Iterator[None]:
         mode.leave()
 
 
+@contextmanager
+def frozen(model: ModelLike) -> Iterator[None]:
+    """Inside the block no parameter asks for a gradient and every module evaluates (no dropout); then all is as it was,
+    also after an exception."""
+    inner = bare_model(model)
+    asked, trained = [p for p in inner.parameters() if p.requires_grad], [m for m in inner.modules() if m.training]
+    try:
+        for p in asked:
+            p.requires_grad_(False)
+        for part in trained:
+            part.training = False
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+        for part in trained:
+            part.training = True
+
+
 def _refuse(model: ModelLike) -> None:
     if torch.is_inference_mode_enabled():
         raise HeadscopeError("grad=True does nothing under torch.inference_mode(); leave that block first")

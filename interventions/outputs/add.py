@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
+from headscope.interp.errors import HeadscopeError
 from headscope.interventions.head_tables import D_HEAD, TableEdit
+from headscope.interventions.phases import Rows, as_mask, is_none, prompt_stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +27,9 @@ class AddToHeads(TableEdit):
 
     Which rows: ITI's generation shifts the row that chooses a token, ``during="answer"``. Their released pyvene path
     shifts position -1 of each forward pass only, which cannot move log-probabilities of a given answer; their legacy
-    code shifts every row from the answer on (``positions``), which can. Their ``edit_weight.py`` bakes the offset into
-    the output projection's bias without multiplying it by W_O; ``headscope export`` multiplies.
+    code shifts every row from the question's end plus 4 tokens on (``during="decode", after=4``, the question being the
+    prompt), which can. Their ``edit_weight.py`` bakes the offset into the output projection's bias without multiplying
+    it by W_O; ``headscope export`` multiplies.
 
     A vector of zeros changes nothing. What it does not show: that the model holds what the direction was found for;
     compare with random directions of the same length and, by ``with_heads``, with other heads.
@@ -34,17 +37,34 @@ class AddToHeads(TableEdit):
     Args:
         vectors: (layer, head, d_head), or (chosen head, d_head) in the order of ``heads``.
         sigma: numbers that multiply the vectors: (layer, head), or (chosen head,). None: 1.
+        after: with ``during="decode"``: leave the first so many rows after the prompt as they are.
         strength: alpha, any finite number: 0 is the unedited model, negative ones push the other way.
     """
 
     vectors: Tensor = field()
     _: KW_ONLY
     sigma: Tensor | None = None
+    after: int = 0
 
     source: ClassVar[str] = "ITI, arXiv 2306.03341"
     unit: ClassVar[str] = "alpha: sigmas along the direction"
     strengths: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     tables: ClassVar[Mapping[str, tuple[str, ...]]] = {"vectors": (D_HEAD,), "sigma": ()}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.after, bool) or not isinstance(self.after, int) or self.after < 0:
+            raise HeadscopeError(f"AddToHeads: after counts rows, 0 or more; got {self.after!r}")
+        if self.after and self.during != "decode":
+            raise HeadscopeError("AddToHeads: after counts from the prompt's end; give during='decode' with it")
+
+    def rows(self, call: AttentionCall) -> Rows:
+        """Those of the phase, less the first ``after``."""
+        rows = super().rows(call)
+        if not self.after or is_none(rows):
+            return rows
+        at = torch.arange(call.query.shape[2], device=call.query.device)[None] + call.mask.query_offset
+        return as_mask(rows, call) & (at >= prompt_stop(call, "after")[:, None] + self.after)
 
     def write(self, call: AttentionCall, z: Tensor, heads: list[int]) -> Tensor:
         """z + sigma * vector."""

@@ -159,25 +159,26 @@ def _directions(
     fit = fit_heads(features, dataset.labels, everything, settings, jobs)
     x = features.astype(np.float64)
     theta = x[dataset.labels == 1].mean(axis=0) - x[dataset.labels == 0].mean(axis=0)
-    unit, weight_unit = _unit(theta), _unit(fit.weight)
+    along, weight_along = unit(theta), unit(fit.weight)
     arrays = {
-        "mass_mean": unit.reshape(*shape, -1),
+        "mass_mean": along.reshape(*shape, -1),
         "mass_mean_norm": np.linalg.norm(theta, axis=-1).reshape(shape),
-        "mass_mean_sigma": _spread(x, unit).reshape(shape),
+        "mass_mean_sigma": spread(x, along).reshape(shape),
         "probe_weight": fit.weight.reshape(*shape, -1),
         "probe_bias": fit.bias.reshape(shape),
-        "probe_sigma": _spread(x, weight_unit).reshape(shape),
+        "probe_sigma": spread(x, weight_along).reshape(shape),
     }
     return Directions(**{name: array.astype(np.float32) for name, array in arrays.items()})
 
 
-def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+def unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
     """Vectors (head, d) of length 1; a zero vector stays zero."""
     norm = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(norm > 0, norm, 1.0)
 
 
-def _spread(x: NDArray[np.float64], direction: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard deviation (head,) over the examples of x (example, head, d) along each head's direction."""
+def spread(x: NDArray[np.float64], direction: NDArray[np.float64], ddof: int = 1) -> NDArray[np.float64]:
+    """Standard deviation (n - ``ddof``; (head,)) over the examples of x (example, head, d) along each head's
+    direction."""
     along = np.einsum("nhd,hd->nh", x, direction)
-    return np.asarray(along.std(axis=0, ddof=1))
+    return np.asarray(along.std(axis=0, ddof=ddof))

@@ -150,6 +150,7 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("ablate_heads", "samples"): {"how": "resample", "samples": SAMPLES + 1},
     ("add_to_heads", "vectors"): {"vectors": MEANS + 1},
     ("add_to_heads", "sigma"): {"sigma": MEANS[..., 0]},
+    ("add_to_heads", "after"): {"during": "decode", "after": 2},
     ("affine_heads", "A"): {"A": MEANS + 1},
     ("affine_heads", "v"): {"v": MEANS + 1},
     ("project_heads", "directions"): {"directions": MEANS + 1},

@@ -16,6 +16,7 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.sites import attached
+from headscope.interp.sites.gradients import frozen
 from headscope.interp.sites.unwrap import bare_model, takes
 
 Tokens = tuple[list[int], list[int]]  # of a prompt, and of what should follow it
@@ -66,18 +67,10 @@ class Stage:
 
 @contextmanager
 def gated(lm: LanguageModel, gates: Gates | None = None) -> Iterator[Gates]:
-    """Gates (or ``gates``) on a frozen model inside the block, with gradients towards them alone; parameters are then
-    as before."""
+    """Gates (or ``gates``) on a frozen model inside the block, with gradients towards them alone."""
     gates = Gates() if gates is None else gates
-    held = [p for p in bare_model(lm).parameters() if p.requires_grad]
-    try:
-        for p in held:
-            p.requires_grad_(False)
-        with attached(lm, gates, grad=True):
-            yield gates
-    finally:
-        for p in held:
-            p.requires_grad_(True)
+    with frozen(lm), attached(lm, gates, grad=True):
+        yield gates
 
 
 def fit(gates: Gates, theta: Tensor, objective: Objective, stage: Stage, rng: np.random.Generator) -> Tensor:
@@ -102,7 +95,19 @@ def fit(gates: Gates, theta: Tensor, objective: Objective, stage: Stage, rng: np
 
 def log_probabilities(lm: LanguageModel, gates: Gates, batch: Sequence[Tokens]) -> Tensor:
     """Mean log-probability of each target's tokens under every mask: (mask, example)."""
-    masks = 1 if gates.values is None else len(gates.values)
+    said = token_log_probabilities(lm, batch, 1 if gates.values is None else len(gates.values))
+    return torch.stack([one.mean(-1) for one in said], dim=1)
+
+
+def token_log_probabilities(lm: LanguageModel, batch: Sequence[Tokens], copies: int = 1) -> list[Tensor]:
+    """Log-probability of every token of each example's target after its prompt: (copy, token of the target), float32
+    or wider.
+
+    Examples are padded to the right and pass together, ``copies`` times; gradients are kept where they are on.
+
+    Raises:
+        HeadscopeError: logits that are not numbers.
+    """
     width = max(len(x) + len(y) for x, y in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     real = torch.zeros_like(ids)
@@ -115,14 +120,14 @@ def log_probabilities(lm: LanguageModel, gates: Gates, batch: Sequence[Tokens]) 
     if takes(model, "logits_to_keep"):
         options["logits_to_keep"] = width - first
     inputs = {"input_ids": ids, "attention_mask": real}
-    moved = {name: x.repeat(masks, 1).to(lm.device) for name, x in inputs.items()}
-    logits = lm.model(**moved, **options).logits[:, -(width - first) :].float()
+    moved = {name: x.repeat(copies, 1).to(lm.device) for name, x in inputs.items()}
+    logits = lm.model(**moved, **options).logits[:, -(width - first) :]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not bool(logits.detach().isfinite().all()):
         raise HeadscopeError(f"{lm.name} gives logits that are not numbers: load it with dtype='float32'")
     log_p = logits.log_softmax(-1)[:, :-1]  # (row, position - first, vocabulary)
-    said = log_p.gather(-1, moved["input_ids"][:, first + 1 :, None]).squeeze(-1).view(masks, len(batch), -1)
-    rows = [said[:, b, len(x) - 1 - first :][:, : len(y)].mean(-1) for b, (x, y) in enumerate(batch)]
-    return torch.stack(rows, dim=1)
+    said = log_p.gather(-1, moved["input_ids"][:, first + 1 :, None]).squeeze(-1).view(copies, len(batch), -1)
+    return [said[:, b, len(x) - 1 - first :][:, : len(y)] for b, (x, y) in enumerate(batch)]
 
 
 def shuffled(count: int, batch: int) -> Callable[[np.random.Generator], list[int]]:
