@@ -90,5 +90,5 @@ class ScaleSinks(FindingEdit):
         return call.with_redistribution(Redistribution(keys, keep, freed=freed))
 
     def _others(self, call: AttentionCall, keys: Tensor) -> Tensor:
-        """Whether an example holds a token that is no sink, which could take up the mass: bool (batch or 1, head, 1)."""
+        """Whether an example holds a token that is no sink, to take up the mass: bool (batch or 1, head or 1, 1)."""
         return (~keys & (Plan(call).key_positions >= 0)[:, None]).any(-1, keepdim=True)
