@@ -12,9 +12,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from headscope.interp.analysis.shuffles import Kind, holm, orders, two_sided
+from headscope.interp.analysis.shuffles import Kind, orders, two_sided
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.results.multiple import holm
 from headscope.interp.results.scores import HeadScores
 
 Measure = Literal["spearman", "jaccard"]
