@@ -30,6 +30,9 @@ def evaluate(
     ] = None,
     during: Annotated[str, typer.Option("--during", help="With --ablate: always, prefill, decode, answer.")] = "always",
     controls: Annotated[int, typer.Option("--controls", help="Layer-matched random head sets.")] = 10,
+    vectors: Annotated[
+        int | None, typer.Option("--vectors", help="Random vectors of an edit that adds some (default: --controls).")
+    ] = None,
     out: Out = None,
     lengths: Lengths = None,
     depths: Depths = None,
@@ -40,7 +43,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Evaluate with edits, beside no edit and layer-matched random heads."""
+    """Evaluate with edits, beside no edit, layer-matched random heads and, where an edit adds vectors, random ones."""
     from headscope.interp.cli import console
     from headscope.interp.cli.settings import asked, passages
     from headscope.interp.errors import HeadscopeError
@@ -71,15 +74,19 @@ def evaluate(
             found.append(AblateHeads(heads, how, during=during, **own))  # type: ignore[arg-type]
         return found if values is None else swept(found, *values)
 
+    drawn: dict[str, Any] = {"controls": controls, "vectors": vectors, "seed": seed, "out": out}
     if dry_run:
         with estimate.dry_run() as work:
             as_many = edits("zero" if texts else how, ())  # passes, without means
-            run_evaluate(lm, tasks, as_many, controls=controls, seed=seed, out=out)
+            run_evaluate(lm, tasks, as_many, **drawn)
         work.passes += [(int(lm.encode(text)["input_ids"].shape[1]), 0) for text in texts]
         return run.show_estimate(lm, work)
-    result = run_evaluate(lm, tasks, edits(how, texts), controls=controls, seed=seed, out=out)
+    result = run_evaluate(lm, tasks, edits(how, texts), **drawn)
     kept = {"with": edit, "sweep": sweep, "ablate": ablate, "top": top, "how": how, "during": during}
-    run.save_config(f"evaluate {task}", {**kept, "reference": reference, **given, "controls": controls, "seed": seed})
+    run.save_config(
+        f"evaluate {task}",
+        {**kept, "reference": reference, **given, "controls": controls, "vectors": vectors, "seed": seed},
+    )
     show_evaluation(result, as_json)
 
 
