@@ -105,17 +105,29 @@ def _sweep(given: str | None) -> tuple[str, list[Any]] | None:
 
 
 def show_evaluation(result: Evaluation, as_json: bool) -> None:
-    """The conditions and, against their random heads, the interventions."""
+    """The conditions, the interventions against their random controls, and dose and response."""
     from headscope.interp.cli import console
+    from headscope.interp.reports.evaluation import few
+    from headscope.interp.reports.readable import readable
+    from headscope.interp.results.doses import doses
 
     summary, contrasts = result.summary(), result.contrasts()
     if as_json:
-        console.show_json({"summary": summary.to_dict("records"), "contrasts": contrasts.to_dict("records")})
+        console.show_json(
+            {name: one.to_dict("records") for name, one in (("summary", summary), ("contrasts", contrasts))}
+        )
         return
-    shown = summary[summary["kind"] != "control"].drop(columns=["of"])
-    console.show_rows(shown.to_dict("records"), "evaluation, 95 % paired bootstrap intervals", False)
+    shown = summary[summary["kind"] != "control"].drop(columns=["kind", "of", "groups", "higher_is_better"])
+    title = "evaluation: 95 % bootstrap intervals, paired permutation p, Holm over the tasks of a condition"
+    console.show_rows(readable(shown).to_dict("records"), title, False)
     if len(contrasts):
         least = float(contrasts["p_least"].max())
-        table = contrasts.drop(columns=["rank", "p_least", "p_worse", "higher_is_better"])
-        title = f"against layer-matched random heads (no tail can be below {least:.2g} with so many controls)"
-        console.show_rows(table.to_dict("records"), title, False)
+        table = contrasts.drop(columns=["rank", "p_least", "p_worse", "higher_is_better", "intervention", "p_holm"])
+        title = f"against random controls (no tail can be below {least:.2g} with so many)"
+        console.show_rows(readable(table).to_dict("records"), title, False)
+    found = doses(result)
+    if len(found):
+        table = found.drop(columns=["condition", "p_permutation", "delta_low", "delta_high"])
+        console.show_rows(readable(table).to_dict("records"), "dose and response", False)
+    for line in few(summary):
+        console.note(f"note: {line}")

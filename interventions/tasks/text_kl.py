@@ -30,8 +30,9 @@ class TextKL(TextLoss):
     The unedited model reads each passage once more, and its logits (token, vocabulary) stay in the model's dtype while
     the passage's conditions run: one passage at a time.
 
-    What it does not show: whether the change is for the worse. A passage is a prompt, so that edits that act while
-    decoding change nothing here.
+    What it does not show: whether the change is for the worse. It is never negative, so that its p against no edit only
+    says that there was an edit: compare it with that of random heads or vectors. A passage is a prompt, so that edits
+    that act while decoding change nothing here.
     """
 
     name: ClassVar[str] = "text_kl"
