@@ -37,6 +37,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], set[str], dict[str, Any]]] = {
             "max_new_tokens": 3,
             "newline_stop": True,
             "stem": str.lower,
+            "grouped": True,
         },
     ),
     "text_loss": (
@@ -94,6 +95,17 @@ def test_trials_are_plain_and_the_same_every_time(reader: LanguageModel, name: s
         result = task.run(reader, ready)
         assert isinstance(result["score"], float) and json.loads(json.dumps(result)) == result
         assert task.run(reader, ready) == result, "a trial is not repeatable"
+
+
+def test_a_needle_may_be_a_group(reader: LanguageModel) -> None:
+    """Of its trials at all lengths and depths; they are otherwise the same."""
+    task = made("needle")
+    grouped = replace(task, grouped=True)
+    trials = grouped.trials(reader)
+    assert [trial.pop("group") for trial in trials] == ["train"] * 2 + ["prize"] * 2
+    assert trials == task.trials(reader)
+    summary = evaluate(reader, [grouped], progress=False).summary()
+    assert list(summary["n"]) == [4] and list(summary["groups"]) == [2]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,6 +27,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(stopped.value.code or 0), printed.out, printed.err
 
 
+SETTING = {"name", "type", "required", "default", "meaning"}
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     code = "import sys; sys.argv = ['headscope', '--help']\nfrom headscope.interp.cli import main\n"
     code += "try: main()\nexcept SystemExit: pass\nassert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
@@ -90,7 +93,12 @@ def test_exemplars_are_swept_and_shown(capsys: pytest.CaptureFixture[str], model
     before = sorted((tmp_path / "r" / "record").glob("part-*"))
     assert run(capsys, *command, "--out", str(tmp_path / "r"))[0] == 0  # the sweep is not run again
     assert sorted((tmp_path / "r" / "record").glob("part-*")) == before
-    for wrong, says in ((("--statistic", "entropy,distance"), "of one statistic"), (("--heads", "L7H0"), "L7H0")):
+    (empty := tmp_path / "empty.txt").write_text("\n \n")
+    for wrong, says in (
+        (("--statistic", "entropy,distance"), "of one statistic"),
+        (("--heads", "L7H0"), "L7H0"),
+        (("--data", str(empty)), "empty.txt holds no prompts: give a line of text"),
+    ):
         code, _, err = run(capsys, *command, *wrong, "--out", str(tmp_path / "other"))
         assert code == 2 and says in err and err.count("\n") == 1 and not (tmp_path / "other").exists()
     code, out, _ = run(capsys, *command, "--out", str(tmp_path / "other"), "--dry-run", "--json")
@@ -309,6 +317,8 @@ def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model
         (("evaluate", "needle", "--set", "depth=8"), "(did you mean 'depths'?)"),
         (("evaluate", "text_loss", "--sweep", "strength=0,1"), "give one by --with or --ablate"),
         (("evaluate", "text_loss", "--with", "nowhere.safetensors"), "cannot read nowhere.safetensors"),
+        (("evaluate", "text_loss", "--ablate", "L0H1", "--sweep", "factor=0,1"), "AblateHeads has no setting 'factor'"),
+        (("evaluate", "text_loss", "--ablate", "L0H1", "--sweep", "strength"), "--sweep takes NAME=a,b,c"),
         (("intervene", "scale_head", "--out", "x"), "(did you mean 'scale_heads'?)"),
         (("intervene", "scale-heads", "--out", "x"), "needs heads: give heads=..."),
         (("intervene", "scale_heads", "--out", "x", "--heads", "L0H1", "--set", "faktor=2"), "has no setting 'faktor'"),
@@ -365,6 +375,23 @@ def test_interrupt_and_kill_resume(model: str, tmp_path: Path) -> None:
         assert not (tmp_path / "induction.json").exists()
     done = journal.read_bytes().count(b"\n") - 1
     assert 0 < done < 4000
+
+
+@pytest.mark.parametrize("what", ["methods", "statistics", "edits", "tasks"])
+def test_lists_say_every_setting_with_its_default(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    code, printed, _ = run(capsys, "list", what, "--json")
+    rows = {row["name"]: row["settings"] for row in json.loads(printed)[what]}
+    assert code == 0 and all(set(one) == SETTING for found in rows.values() for one in found)
+    name, setting, default = {
+        "methods": ("induction", "samples", 20),
+        "statistics": ("sink_mass", "first", 4),
+        "edits": ("scale_heads", "factor", 1.0),
+        "tasks": ("text_kl", "length", 512),
+    }[what]
+    told = {one["name"]: one for one in rows[name]}
+    assert told[setting]["default"] == default and not told[setting]["required"]
+    if what == "edits":
+        assert told["heads"]["required"] and told["heads"]["default"] is None and "during" in told
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
