@@ -114,7 +114,7 @@ class TableEdit(HeadEdit):
 
     def with_random_vectors(self, rng: np.random.Generator) -> TableEdit:
         """Every vector that is added replaced by one of its norm, in a direction that is uniform on the sphere."""
-        drawn = {name: random_like(getattr(self, name), rng) for name in self._added()}
+        drawn: dict[str, Any] = {name: random_like(getattr(self, name), rng) for name in self._added()}
         return self.for_its_model(replace(self, **drawn))
 
     def _added(self) -> list[str]:
@@ -132,7 +132,8 @@ def random_like(vectors: Tensor, rng: np.random.Generator) -> Tensor:
     """Random vectors of the norms of ``vectors`` (..., width), each independent of the others."""
     norms = vectors.detach().double().norm(dim=-1, keepdim=True)
     drawn = torch.from_numpy(rng.standard_normal(tuple(vectors.shape))).to(norms.device)
-    return (drawn * (norms / drawn.norm(dim=-1, keepdim=True))).to(vectors.dtype)
+    found: Tensor = drawn * (norms / drawn.norm(dim=-1, keepdim=True))
+    return found.to(vectors.dtype)
 
 
 def _more(names: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ def doses(result: Evaluation) -> pd.DataFrame:
     random (the mean of its random heads, or vectors, at this value; NaN without).
     """
     summary, contrasts = result.summary(), result.contrasts()
-    found = []
+    found: list[dict[str, Any]] = []
     names: dict[str, int] = {}
     for (setting, _), held in _alike(result.provenance.get("conditions") or ()).items():
         if len(set(held.values())) < 2:

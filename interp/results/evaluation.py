@@ -62,8 +62,10 @@ class Evaluation:
         if "group" not in part or part["group"].isna().all():
             return None
         named = part.drop_duplicates("trial").set_index("trial")["group"].sort_index()
-        labels = pd.factorize(named)[0]
-        return np.where(labels < 0, labels.max() + 1 + np.arange(len(labels)), labels)
+        labels: NDArray[np.int64] = pd.factorize(named)[0].astype(np.int64)
+        alone = np.flatnonzero(labels < 0)
+        labels[alone] = labels.max() + 1 + np.arange(len(alone))
+        return labels
 
     def summary(self, family: Family = "tasks") -> pd.DataFrame:
         """One row a condition: mean score, its difference from no edit, both with 95 % intervals (``mean_interval``).

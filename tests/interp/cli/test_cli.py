@@ -160,12 +160,16 @@ def test_intervene_then_evaluate_with(capsys: pytest.CaptureFixture[str], model:
     command = ("evaluate", "text_loss", "--model", model, "--controls", "1", "--json")
     small = ("--set", "length=16", "--set", "passages=2", "--sweep", "strength=0,0.5,1")
     both = ("--with", str(tmp_path / "half"), "--with", str(tmp_path / "mean"))
-    code, printed, err = run(capsys, *command, *small, *both, "--ablate", "L0H1,L1H3")
+    out = ("--out", str(tmp_path / "evaluation"))
+    code, printed, err = run(capsys, *command, *small, *both, "--ablate", "L0H1,L1H3", *out)
     assert code == 0, err
     rows = json.loads(printed)["summary"]
     edits = [row for row in rows if row["kind"] == "intervention"]
     assert len(edits) == 3 * 3 and [row["delta"] for row in edits[::3]] == [0, 0, 0]  # strength 0
     assert len({row["condition"] for row in rows}) == 1 + 9 + 9
+    assert run(capsys, "report", str(tmp_path / "evaluation"))[0] == 0
+    page = (tmp_path / "evaluation" / "report.html").read_text()
+    assert "text_loss: score against strength" in page and "Dose and response" in page and "Trials that changed" in page
     half, zero = edits[2], edits[7]  # half of everything, and half of zero ablation: the same edit by two names
     assert half["delta"] == pytest.approx(zero["delta"], abs=1e-6) and abs(half["delta"]) > 1e-4
 
@@ -207,14 +211,19 @@ def test_intervene_with_tensors_and_what_is_measured_then_export(
     assert isinstance(made["patch_heads"], PatchHeads) and torch.equal(made["patch_heads"].z, patch.z)
     assert (made["patch_heads"].prompt, made["patch_heads"].length) == ("one two three four", None)
 
+    command = ("evaluate", "text_kl", "--model", model, "--with", str(tmp_path / "add-to-heads"), "--controls", "1")
+    code, printed, err = run(capsys, *command, "--vectors", "2", "--set", "length=8", "--json")
+    found = [(row["control"], row["controls"]) for row in json.loads(printed)["contrasts"]]
+    assert code == 0 and found == [("random heads", 1), ("random vectors", 2)], err
+
     command = ("export", str(tmp_path / "add-to-heads"), str(tmp_path / "project_heads"), "--model", model)
     code, printed, err = run(capsys, *command, "--out", str(tmp_path / "baked"), "--json")
     assert code == 0 and json.loads(printed)["folder"] == str(tmp_path / "baked"), err
     ids = torch.arange(5, 25)[None]
     with apply(lm, made["add-to-heads"] + made["project_heads"]):
         wanted = lm.forward(ids).logits
-    found = load_model(str(tmp_path / "baked")).forward(ids).logits
-    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    baked = load_model(str(tmp_path / "baked")).forward(ids).logits
+    assert float((baked - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     for arguments, says in (
         (("export", str(tmp_path / "clamp_heads"), "--out", str(tmp_path / "no")), "clamp 2 heads"),
         (("intervene", "add_to_heads", "--set", f"vectors={two}x", "--out", "no"), "holds no tensor 'mass_meanx'"),
