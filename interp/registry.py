@@ -89,7 +89,10 @@ class Registry(Mapping[str, type[T]], Generic[T]):
                 raise UnknownNameError(f"there is no {self.kind} {name!r}{close}; known: {', '.join(self)}")
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row an entry, for tables: name, class, file, summary, unit, higher_is_better, source, refused."""
+        """One row an entry, for tables: name, class, file, summary, unit, higher_is_better, source, refused, settings.
+
+        A setting has name, type, required, default (None where it is required) and meaning.
+        """
         return [_row(name, self[name]) for name in self]
 
 
@@ -198,7 +201,14 @@ def _row(name: str, cls: type) -> dict[str, Any]:
         "higher_is_better": getattr(cls, "higher_is_better", None),
         "source": getattr(cls, "source", ""),
         "refused": dict(getattr(cls, "refused", None) or {}),
+        "settings": [_setting(one) for one in settings(cls).values()],
     }
+
+
+def _setting(one: Setting) -> dict[str, Any]:
+    required = one.default is MISSING
+    default = None if required else one.default
+    return {"name": one.name, "type": one.type, "required": required, "default": default, "meaning": one.meaning}
 
 
 def meant(name: str, known: Mapping[str, Any]) -> str:

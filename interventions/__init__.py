@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from headscope.interventions.tasks import TASKS as TASKS
     from headscope.interventions.tasks.base import Task as Task
     from headscope.interventions.tasks.needle import NeedleTask as NeedleTask
+    from headscope.interventions.tasks.text_kl import TextKL as TextKL
     from headscope.interventions.tasks.text_loss import TextLoss as TextLoss
 
 _HOME = {
@@ -104,6 +105,7 @@ _HOME = {
     "ProjectHeads": "outputs.project",
     "ScaleHeads": "outputs.scale",
     "Task": "tasks.base",
+    "TextKL": "tasks.text_kl",
     "TextLoss": "tasks.text_loss",
     "apply": "applying",
     "evaluate": "evaluation.evaluate",

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from headscope.interp.attention.handler import Handler
@@ -55,6 +56,16 @@ class Intervention(Handler):
     def with_heads(self, heads: HeadSet) -> Intervention:
         """The same edit driven by other heads."""
         raise HeadscopeError(f"{self.name} is not driven by a head set, so it has no random-head control")
+
+    @property
+    def adds_vectors(self) -> bool:
+        """Whether it adds vectors to what heads write, so that random ones in their place are a control."""
+        return False
+
+    def with_random_vectors(self, rng: np.random.Generator) -> Intervention:
+        """The same edit with a random direction of the same norm in place of every vector that it adds; one that adds
+        none as it is."""
+        return self
 
     def with_settings(self, **given: Any) -> Intervention:
         """The same edit with other settings; refused where it has no such setting."""
@@ -175,6 +186,15 @@ class Composed(Chained, Intervention):
             raise HeadscopeError(f"{self.name} names {len(self.heads)} heads; give as many, not {len(heads)}")
         instead = dict(zip(self.heads, heads, strict=True))
         return Composed([moved(part, instead, heads.name) for part in self.parts])
+
+    @property
+    def adds_vectors(self) -> bool:
+        """Whether one of them does."""
+        return any(part.adds_vectors for part in self.parts)
+
+    def with_random_vectors(self, rng: np.random.Generator) -> Composed:
+        """Every part with vectors of its own from ``rng``, in their order."""
+        return Composed([part.with_random_vectors(rng) for part in self.parts])
 
     def with_settings(self, **given: Any) -> Composed:
         """Every part with these settings."""

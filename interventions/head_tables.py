@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,10 +25,12 @@ class TableEdit(HeadEdit):
     With a table of all heads ``with_heads`` makes the edit of other heads with what those heads have; with one of the
     chosen heads, each new head takes the numbers of the one in whose place it stands.
 
-    A subclass names its tables, and what their further dimensions are, in ``tables``.
+    A subclass names its tables, and what their further dimensions are, in ``tables``; those whose rows are vectors that
+    it adds to z, in ``added``.
     """
 
     tables: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    added: ClassVar[tuple[str, ...]] = ()
     made_with: ClassVar[Mapping[str, str]] = {}  # table -> what makes one, for messages
 
     def __post_init__(self) -> None:
@@ -105,12 +108,33 @@ class TableEdit(HeadEdit):
         rows: Tensor = held[[places[layer, head] for head in heads]] if self._by_place(name) else held[layer, heads]
         return rows
 
+    @property
+    def adds_vectors(self) -> bool:
+        """Whether a table of vectors that are added is there and not all 0."""
+        return any(bool(getattr(self, name).any()) for name in self._added())
+
+    def with_random_vectors(self, rng: np.random.Generator) -> TableEdit:
+        """Every vector that is added replaced by one of its norm, in a direction that is uniform on the sphere."""
+        drawn: dict[str, Any] = {name: random_like(getattr(self, name), rng) for name in self._added()}
+        return self.for_its_model(replace(self, **drawn))
+
+    def _added(self) -> list[str]:
+        return [name for name in self.added if getattr(self, name) is not None]
+
     def _by_place(self, name: str) -> bool:
         held: Tensor = getattr(self, name)
         return held.dim() == 1 + len(self.tables[name])
 
     def _again(self, name: str) -> str:
         return f"; make them with {self.made_with[name]} on this model" if name in self.made_with else ""
+
+
+def random_like(vectors: Tensor, rng: np.random.Generator) -> Tensor:
+    """Random vectors of the norms of ``vectors`` (..., width), each independent of the others."""
+    norms = vectors.detach().double().norm(dim=-1, keepdim=True)
+    drawn = torch.from_numpy(rng.standard_normal(tuple(vectors.shape))).to(norms.device)
+    found: Tensor = drawn * (norms / drawn.norm(dim=-1, keepdim=True))
+    return found.to(vectors.dtype)
 
 
 def _more(names: tuple[str, ...]) -> str:

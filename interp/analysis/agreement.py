@@ -12,9 +12,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from headscope.interp.analysis.shuffles import Kind, holm, orders, two_sided
+from headscope.interp.analysis.shuffles import Kind, orders, two_sided
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.results.multiple import holm
 from headscope.interp.results.scores import HeadScores
 
 Measure = Literal["spearman", "jaccard"]
@@ -23,6 +24,8 @@ NULLS: dict[str, tuple[Kind, Kind]] = {
     "within layers": ("within layers", "nothing"),
     "all heads": ("all heads", "whole layers"),
 }
+# of rows: what is shown first
+ORDER = {name: place for place, name in enumerate(("jaccard", "spearman", *NULLS))}
 TOP = 20
 SHUFFLES, SHUFFLES_A_PAIR = 2000, 50
 
@@ -219,6 +222,12 @@ def _table(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
     frame["p_holm"] = family.transform(lambda p: holm(p.to_numpy()))
     columns = ["a", "b", "measure", "null", "observed", "null_mean", "null_low", "null_high", "p", "p_holm", "shared"]
     return frame[columns]
+
+
+def closest_first(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Rows of ``to_frame`` for a reader: by measure and null, and in each of these those that agree most first."""
+    ranked = pairs.sort_values("observed", ascending=False, kind="stable")
+    return ranked.sort_values(["measure", "null"], key=lambda names: names.map(ORDER), kind="stable", ignore_index=True)
 
 
 def found_alike(found: Agreement) -> Iterator[str]:

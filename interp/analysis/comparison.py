@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from headscope.interp.analysis.agreement import Agreement, agree
+from headscope.interp.analysis.agreement import Agreement, agree, closest_first
 from headscope.interp.analysis.depth import by_depth, distribution_distance
 from headscope.interp.analysis.difference import Difference, contrast
 from headscope.interp.errors import HeadscopeError
@@ -47,13 +47,14 @@ class Comparison:
         return f"Comparison({', '.join(parts)})"
 
     def pairs(self) -> pd.DataFrame:
-        """Every pair beside its nulls: the rows of ``Agreement.to_frame``, led by the method where there is one."""
+        """Every pair beside its nulls, those that agree most first: the rows of ``Agreement.to_frame``, led by the
+        method where there is one."""
         found = [] if self.agreement is None else [self.agreement.to_frame()]
         for one in self.differences:
             frame = one.agreement.to_frame()
             frame.insert(0, "method", one.method)
             found.append(frame)
-        return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+        return closest_first(pd.concat(found, ignore_index=True)) if found else pd.DataFrame()
 
     def heads(self) -> pd.DataFrame:
         """A row a head: the change of every method that was run twice, or the ranks of all heads by every method."""

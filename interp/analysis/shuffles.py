@@ -35,15 +35,3 @@ def two_sided(observed: float, drawn: NDArray[np.float64]) -> float:
         return float("nan")
     above, below = (int((side >= -1e-12).sum()) for side in (drawn - observed, observed - drawn))
     return min(1.0, 2 * (1 + min(above, below)) / (1 + len(drawn)))
-
-
-def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """p-values adjusted for being several (Holm 1979): the family-wise error of rejecting below alpha is alpha.
-
-    NaN is left out and stays.
-    """
-    adjusted, known = np.full(len(p), np.nan), np.flatnonzero(~np.isnan(p))
-    ordered = known[np.argsort(p[known], kind="stable")]
-    steps = p[ordered] * np.arange(len(ordered), 0, -1)
-    adjusted[ordered] = np.minimum(1.0, np.maximum.accumulate(steps))
-    return adjusted

@@ -30,6 +30,9 @@ def evaluate(
     ] = None,
     during: Annotated[str, typer.Option("--during", help="With --ablate: always, prefill, decode, answer.")] = "always",
     controls: Annotated[int, typer.Option("--controls", help="Layer-matched random head sets.")] = 10,
+    vectors: Annotated[
+        int | None, typer.Option("--vectors", help="Random vectors of an edit that adds some (default: --controls).")
+    ] = None,
     out: Out = None,
     lengths: Lengths = None,
     depths: Depths = None,
@@ -40,7 +43,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Evaluate with edits, beside no edit and layer-matched random heads."""
+    """Evaluate with edits, beside no edit, layer-matched random heads and, where an edit adds vectors, random ones."""
     from headscope.interp.cli import console
     from headscope.interp.cli.settings import asked, passages
     from headscope.interp.errors import HeadscopeError
@@ -71,15 +74,19 @@ def evaluate(
             found.append(AblateHeads(heads, how, during=during, **own))  # type: ignore[arg-type]
         return found if values is None else swept(found, *values)
 
+    drawn: dict[str, Any] = {"controls": controls, "vectors": vectors, "seed": seed, "out": out}
     if dry_run:
         with estimate.dry_run() as work:
             as_many = edits("zero" if texts else how, ())  # passes, without means
-            run_evaluate(lm, tasks, as_many, controls=controls, seed=seed, out=out)
+            run_evaluate(lm, tasks, as_many, **drawn)
         work.passes += [(int(lm.encode(text)["input_ids"].shape[1]), 0) for text in texts]
         return run.show_estimate(lm, work)
-    result = run_evaluate(lm, tasks, edits(how, texts), controls=controls, seed=seed, out=out)
+    result = run_evaluate(lm, tasks, edits(how, texts), **drawn)
     kept = {"with": edit, "sweep": sweep, "ablate": ablate, "top": top, "how": how, "during": during}
-    run.save_config(f"evaluate {task}", {**kept, "reference": reference, **given, "controls": controls, "seed": seed})
+    run.save_config(
+        f"evaluate {task}",
+        {**kept, "reference": reference, **given, "controls": controls, "vectors": vectors, "seed": seed},
+    )
     show_evaluation(result, as_json)
 
 
@@ -98,17 +105,29 @@ def _sweep(given: str | None) -> tuple[str, list[Any]] | None:
 
 
 def show_evaluation(result: Evaluation, as_json: bool) -> None:
-    """The conditions and, against their random heads, the interventions."""
+    """The conditions, the interventions against their random controls, and dose and response."""
     from headscope.interp.cli import console
+    from headscope.interp.reports.evaluation import few
+    from headscope.interp.reports.readable import readable
+    from headscope.interp.results.doses import doses
 
     summary, contrasts = result.summary(), result.contrasts()
     if as_json:
-        console.show_json({"summary": summary.to_dict("records"), "contrasts": contrasts.to_dict("records")})
+        console.show_json(
+            {name: one.to_dict("records") for name, one in (("summary", summary), ("contrasts", contrasts))}
+        )
         return
-    shown = summary[summary["kind"] != "control"].drop(columns=["of"])
-    console.show_rows(shown.to_dict("records"), "evaluation, 95 % paired bootstrap intervals", False)
+    shown = summary[summary["kind"] != "control"].drop(columns=["kind", "of", "groups", "higher_is_better"])
+    title = "evaluation: 95 % bootstrap intervals, paired permutation p, Holm over the tasks of a condition"
+    console.show_rows(readable(shown).to_dict("records"), title, False)
     if len(contrasts):
         least = float(contrasts["p_least"].max())
-        table = contrasts.drop(columns=["rank", "p_least", "p_worse", "higher_is_better"])
-        title = f"against layer-matched random heads (no tail can be below {least:.2g} with so many controls)"
-        console.show_rows(table.to_dict("records"), title, False)
+        table = contrasts.drop(columns=["rank", "p_least", "p_worse", "higher_is_better", "intervention", "p_holm"])
+        title = f"against random controls (no tail can be below {least:.2g} with so many)"
+        console.show_rows(readable(table).to_dict("records"), title, False)
+    found = doses(result)
+    if len(found):
+        table = found.drop(columns=["condition", "p_permutation", "delta_low", "delta_high"])
+        console.show_rows(readable(table).to_dict("records"), "dose and response", False)
+    for line in few(summary):
+        console.note(f"note: {line}")

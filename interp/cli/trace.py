@@ -94,6 +94,8 @@ def read_prompts(given: list[str], file: Path | None) -> list[Any]:
             found.append(json.loads(line) if file is not None and file.suffix == ".jsonl" else line)
         except ValueError as error:
             raise HeadscopeError(f"line {number} of {file} is not JSON ({error})") from error
+    if not found and file is not None:
+        raise HeadscopeError(f"{file} holds no prompts: give a line of text (.jsonl: of JSON) for each")
     if not found:
         raise HeadscopeError("give a file of prompts (.txt or .jsonl), or at least one --prompt")
     return found

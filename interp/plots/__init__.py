@@ -2,6 +2,7 @@
 
 from headscope.interp.plots.blocks import block_map
 from headscope.interp.plots.comparison import agreement_map, score_scatter
+from headscope.interp.plots.doses import dose_response
 from headscope.interp.plots.maps import head_map, ranked, statistic_map
 from headscope.interp.plots.pattern import pattern
 from headscope.interp.plots.profile import statistic_profile
@@ -12,6 +13,7 @@ from headscope.interp.plots.tasks import evaluation, needle_grid
 __all__ = [
     "agreement_map",
     "block_map",
+    "dose_response",
     "evaluation",
     "head_map",
     "head_on_prompt",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from headscope.interp import plots
-from headscope.interp.analysis.agreement import Agreement, agree, found_alike
+from headscope.interp.analysis.agreement import Agreement, agree, closest_first, found_alike
 from headscope.interp.analysis.comparison import Comparison, model_of
 from headscope.interp.analysis.difference import Difference
 from headscope.interp.analysis.reliability import split_half
@@ -75,7 +75,7 @@ def add_agreement(page: Report, found: Agreement, title: str = "Agreement of met
     page.figure(plots.score_scatter(found), "Every head by two methods; the menu chooses them.")
     each = 5 if len(found.names) > 2 else 10
     page.table(found.ranks(each), f"The {each} best heads of every method, with their rank by all of them")
-    page.table(readable(found.to_frame()), CAPTION)
+    page.table(readable(closest_first(found.to_frame())), CAPTION)
 
 
 def _add_difference(page: Report, found: Difference) -> None:

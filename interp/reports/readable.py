@@ -8,6 +8,7 @@ import pandas as pd
 INTERVALS = (
     ("ci_low", "ci_high", "interval"),
     ("low", "high", "interval"),
+    ("delta_low", "delta_high", "interval of the difference"),
     ("null_low", "null_high", "95 % of the null"),
 )
 

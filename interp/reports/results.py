@@ -16,6 +16,7 @@ from headscope.interp.analysis.reliability import split_half
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.record import MANIFEST, load_record
 from headscope.interp.reports.comparison import add_agreements
+from headscope.interp.reports.evaluation import add_evaluation
 from headscope.interp.reports.page import Report
 from headscope.interp.reports.readable import readable
 from headscope.interp.results.evaluation import Evaluation
@@ -81,7 +82,7 @@ class Results:
             _add_scores(page, found)
         add_agreements(page, self.scores)
         for place, result in self.evaluations.items():
-            _add_evaluation(page, result, place)
+            add_evaluation(page, result, place)
         for place, record in self.records.items():
             page.heading(f"Record {place}")
             for variable in record.data_vars:
@@ -140,28 +141,6 @@ def _add_scores(page: Report, found: HeadScores) -> None:
             plots.needle_grid(grid.rename(columns={"recall": "score"})),
             "Needle recall of the unedited model by prompt length and needle depth.",
         )
-
-
-def _add_evaluation(page: Report, result: Any, place: str) -> None:
-    page.heading("Evaluation" if place in ("", ".") else f"Evaluation: {place}")
-    page.text(
-        "Every condition ran the same trials; differences are paired. Random heads are drawn from the same layers."
-    )
-    page.figure(
-        plots.evaluation(result.summary(), result.metrics),
-        "Scores and differences from no edit, 95 % bootstrap intervals.",
-    )
-    contrasts = result.contrasts()
-    if len(contrasts):
-        page.table(readable(contrasts), "Each intervention against its layer-matched random heads")
-    trials = result.trials
-    for task in result.metrics:
-        part = trials[trials["task"] == task]
-        if not {"length", "depth"} <= set(part.columns) or part["length"].isna().any():
-            continue
-        for condition in part.loc[part["kind"] != "control", "condition"].unique():
-            grid = part.loc[part["condition"] == condition, ["length", "depth", "score"]]
-            page.figure(plots.needle_grid(grid), f"{task}, {condition}: score by prompt length and needle depth")
 
 
 def _add_patterns(page: Report, scores: dict[str, HeadScores], prompt: str, model: str) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+HELD = 2**24  # draws held at a time
+
 
 def bootstrap_mean(
     trials: NDArray[np.float64],
@@ -42,9 +44,12 @@ def resampled_means(
     means = np.full((resamples, flat.shape[1]), np.nan)
     known = (sizes > 0).sum(axis=0) >= 2
     if known.any():
-        draws = stats.multinomial(count, np.full(count, 1.0 / count), seed=np.random.default_rng(seed)).rvs(resamples)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means[:, known] = (draws @ sums[:, known]) / (draws @ sizes[:, known])
+        drawn = stats.multinomial(count, np.full(count, 1.0 / count), seed=np.random.default_rng(seed))
+        step = max(1, HELD // count)
+        for first in range(0, resamples, step):
+            draws = np.atleast_2d(drawn.rvs(min(step, resamples - first)))
+            with np.errstate(invalid="ignore", divide="ignore"):
+                means[first : first + step, known] = (draws @ sums[:, known]) / (draws @ sizes[:, known])
     return means.reshape(resamples, *trials.shape[1:])
 
 

@@ -13,22 +13,24 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.results.bootstrap import bootstrap_mean
+from headscope.interp.results.multiple import Family, with_holm
+from headscope.interp.results.paired import crossed_interval, mean_interval, permutation_p
 from headscope.interp.runs.sealed import read_beside, unsealed, write_results
 
 FORMAT = 2
 TRIALS = "evaluation.parquet"
 COLUMNS = ("task", "condition", "kind", "of", "trial", "score")
-LEVEL, RESAMPLES = 0.95, 4000
+RANDOM_HEADS, RANDOM_VECTORS = "random heads", "random vectors"  # kinds of control
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Per-trial scores of every condition.
 
-    ``trials``: a table with task, condition, kind (baseline, intervention, control), of, trial, score and whatever the
-    task said of a trial. ``metrics``: what each task's score means; ``higher_is_better``: its direction (None where a
-    task does not say). Trials are paired: every condition ran the same ones.
+    ``trials``: a table with task, condition, kind (baseline, intervention, control), of, control (which kind), trial,
+    score and whatever the task said of a trial (``group``: which trials are not independent of each other).
+    ``metrics``: what each task's score means; ``higher_is_better``: its direction (None where a task does not say).
+    Trials are paired: every condition ran the same ones.
     """
 
     trials: pd.DataFrame
@@ -53,56 +55,79 @@ class Evaluation:
         order = list(dict.fromkeys(part["condition"]))
         return part.pivot(index="trial", columns="condition", values="score")[order]
 
-    def summary(self) -> pd.DataFrame:
-        """One row a condition: mean score, its difference from no edit, both with paired 95 % bootstrap intervals.
+    def groups(self, task: str) -> NDArray[np.int64] | None:
+        """A label for every trial of a task, in the order of ``scores``: trials of one ``group`` (a column that a task
+        may give: orders of one question, depths of one needle) are not independent of each other. None: all are."""
+        part = self.trials[self.trials["task"] == task]
+        if "group" not in part or part["group"].isna().all():
+            return None
+        named = part.drop_duplicates("trial").set_index("trial")["group"].sort_index()
+        labels: NDArray[np.int64] = pd.factorize(named)[0].astype(np.int64)
+        alone = np.flatnonzero(labels < 0)
+        labels[alone] = labels.max() + 1 + np.arange(len(alone))
+        return labels
 
-        Columns: task, condition, kind, of, mean, ci_low, ci_high, delta, delta_low, delta_high, n, higher_is_better.
+    def summary(self, family: Family = "tasks") -> pd.DataFrame:
+        """One row a condition: mean score, its difference from no edit, both with 95 % intervals (``mean_interval``).
+
+        ``p_permutation`` tests the difference (``permutation_p``); ``p_holm`` adjusts it by Holm's method over the
+        tasks of one condition, or with ``family="tasks and conditions"`` over all rows of a kind (all interventions).
+        Where a task names its trials' groups, these are resampled and turned as wholes.
+
+        Columns: task, condition, kind, of, mean, ci_low, ci_high, delta, delta_low, delta_high, p_permutation, p_holm,
+        n (trials), groups (independent ones), higher_is_better.
         """
         rows = []
         kinds = self.trials.drop_duplicates("condition").set_index("condition")
         for task in self.metrics:
-            scores = self.scores(task)
-            base = scores.iloc[:, 0].to_numpy(dtype=np.float64)
-            for condition in scores:
-                values = scores[condition].to_numpy(dtype=np.float64)
-                low, high = _interval(values)
-                delta_low, delta_high = _interval(values - base)
+            scores, groups = self.scores(task), self.groups(task)
+            values = scores.to_numpy(dtype=np.float64)  # (trial, condition)
+            deltas = values - values[:, :1]
+            (low, high), (delta_low, delta_high) = mean_interval(values, groups), mean_interval(deltas, groups)
+            p = permutation_p(deltas, groups)
+            for at, condition in enumerate(scores):
                 rows.append(
                     {
                         "task": task,
                         "condition": condition,
                         "kind": kinds.loc[condition, "kind"],
                         "of": kinds.loc[condition, "of"],
-                        "mean": values.mean(),
-                        "ci_low": low,
-                        "ci_high": high,
-                        "delta": (values - base).mean(),
-                        "delta_low": delta_low,
-                        "delta_high": delta_high,
+                        "mean": values[:, at].mean(),
+                        "ci_low": low[at],
+                        "ci_high": high[at],
+                        "delta": deltas[:, at].mean(),
+                        "delta_low": delta_low[at],
+                        "delta_high": delta_high[at],
+                        "p_permutation": p[at] if at else float("nan"),
                         "n": len(values),
+                        "groups": len(values) if groups is None else len(np.unique(groups)),
                         "higher_is_better": self.higher_is_better.get(task),
                     }
                 )
-        return pd.DataFrame(rows)
+        by = ["condition"] if family == "tasks" else ["kind"]
+        return with_holm(pd.DataFrame(rows), "p_permutation", by, after="p_permutation")
 
-    def contrasts(self) -> pd.DataFrame:
-        """Each intervention against its random-head controls.
+    def contrasts(self, family: Family = "tasks") -> pd.DataFrame:
+        """Each intervention against its random controls, each kind of ``control`` apart: random heads of the same
+        layers, or random vectors of the same norms in the same heads.
 
         ``difference`` is the mean over trials of (intervention - mean of the controls); its interval resamples trials
-        and control sets together (both are samples). ``rank`` is how many of the ``controls`` sets score at or below
-        the intervention. ``p_lower`` = (1 + rank) / (1 + controls) is the Monte-Carlo probability of a random set
+        and control sets together (``crossed_interval``). ``rank`` is how many of the ``controls`` sets score at or
+        below the intervention. ``p_lower`` = (1 + rank) / (1 + controls) is the Monte-Carlo probability of a random set
         scoring as low, ``p_higher`` that of one scoring as high, ``p_two_sided`` twice the smaller (at most 1), and
         ``p_worse`` the tail on the metric's bad side (NaN where its direction is not known). The +1 counts the
         intervention itself (Phipson and Smyth 2010, arXiv 1603.05766), so that no tail is below ``p_least`` =
-        1 / (1 + controls), and no ``p_two_sided`` below twice that: more controls show smaller ones.
+        1 / (1 + controls), and no ``p_two_sided`` below twice that: more controls show smaller ones. ``p_holm``
+        adjusts ``p_two_sided`` over the tasks of one condition, or with ``family="tasks and conditions"`` over all
+        rows of a kind of control.
         """
         rows = []
         for task in self.metrics:
-            scores = self.scores(task)
-            for condition, columns in self._controls().items():
+            scores, groups = self.scores(task), self.groups(task)
+            for (condition, control), columns in self._controls().items():
                 edit = scores[condition].to_numpy(dtype=np.float64)
                 drawn = scores[columns].to_numpy(dtype=np.float64)  # (trial, control)
-                low, high = _two_way_interval(edit[:, None] - drawn)
+                low, high = crossed_interval(edit[:, None] - drawn, groups)
                 rank, above = (int(side.sum()) for side in (drawn.mean(0) <= edit.mean(), drawn.mean(0) >= edit.mean()))
                 least = 1 / (1 + drawn.shape[1])
                 lower, higher = (1 + rank) * least, (1 + above) * least
@@ -111,6 +136,7 @@ class Evaluation:
                     {
                         "task": task,
                         "condition": condition,
+                        "control": control,
                         "intervention": edit.mean(),
                         "random": drawn.mean(),
                         "difference": (edit[:, None] - drawn).mean(),
@@ -127,13 +153,17 @@ class Evaluation:
                         "higher_is_better": better,
                     }
                 )
-        return pd.DataFrame(rows)
+        by = ["condition", "control"] if family == "tasks" else ["control"]
+        return with_holm(pd.DataFrame(rows), "p_two_sided", by, after="p_two_sided")
 
-    def _controls(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+    def _controls(self) -> dict[tuple[str, str], list[str]]:
+        """The controls of every intervention, by the intervention and the kind of control."""
+        found: dict[tuple[str, str], list[str]] = {}
         controls = self.trials[self.trials["kind"] == "control"].drop_duplicates("condition")
         for _, row in controls.iterrows():
-            found.setdefault(row["of"], []).append(row["condition"])
+            kind = row.get("control")
+            kind = kind if isinstance(kind, str) and kind else RANDOM_HEADS  # tables of before there were others
+            found.setdefault((row["of"], kind), []).append(row["condition"])
         return found
 
     def save(self, folder: str | Path) -> Path:
@@ -181,22 +211,3 @@ class Evaluation:
             return cls(trials, dict(document["metrics"]), dict(document["provenance"]), directions)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise HeadscopeError(f"{folder} holds no evaluation ({error}); run `headscope evaluate` first") from error
-
-
-def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    low, high = bootstrap_mean(values[:, None], level=LEVEL, resamples=RESAMPLES)
-    return float(low[0]), float(high[0])
-
-
-def _two_way_interval(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap of the grand mean of (trial, control), resampling both axes; NaN below two trials."""
-    trials, controls = differences.shape
-    if trials < 2:
-        return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    rows = rng.multinomial(trials, np.full(trials, 1 / trials), size=RESAMPLES) / trials
-    columns = rng.multinomial(controls, np.full(controls, 1 / controls), size=RESAMPLES) / controls
-    means = np.einsum("rt,tc,rc->r", rows, differences, columns)
-    tail = 50.0 * (1.0 - LEVEL)
-    low, high = np.percentile(means, [tail, 100.0 - tail])
-    return float(low), float(high)

@@ -112,8 +112,8 @@ def exemplars(
         window: tokens that are kept of a prompt, around its largest value.
 
     Raises:
-        HeadscopeError: a variable, layer or head that the record has not or has no value of, a setting below 1; and as
-            of ``load_record``.
+        HeadscopeError: a record without prompts; a variable, layer or head that the record has not or has no value of;
+            a setting below 1; and as of ``load_record``.
     """
     chosen = HeadSet.of(heads)
     if per not in ("max", "mean") or min(top, each, window, sample, len(chosen)) < 1:
@@ -123,6 +123,8 @@ def exemplars(
         values = _values(part, variable, chosen)
         reduced = np.nanmax(values, -1) if per == "max" else np.nanmean(values, -1, dtype=np.float64)
         kept.add(part["example"].to_numpy(), np.asarray(reduced, dtype=np.float64))
+    if not kept.count:
+        raise HeadscopeError(f"{record} holds no prompts, so there is nothing to rank: sweep some first")
     picked = [kept.of_head(at, each) for at in range(len(chosen))]
     wanted: dict[int, set[int]] = {}
     for at, (best, tenths) in enumerate(picked):

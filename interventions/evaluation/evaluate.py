@@ -1,4 +1,4 @@
-"""Re-evaluation of an edited model, always beside no edit and layer-matched random heads."""
+"""Re-evaluation of an edited model, always beside no edit and random heads or vectors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.results.evaluation import Evaluation
+from headscope.interp.results.evaluation import RANDOM_HEADS, RANDOM_VECTORS, Evaluation
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.journal import Trial
@@ -19,7 +21,7 @@ from headscope.interp.runs.provenance import provenance
 from headscope.interventions.applying import apply, size
 from headscope.interventions.base import Composed, Intervention, moved, parts_of
 from headscope.interventions.tasks import resolve
-from headscope.interventions.tasks.base import Task
+from headscope.interventions.tasks.base import Task, prepares
 
 FILES = ("evaluation.json", "evaluation.parquet", "evaluation.trials.jsonl")
 BASELINE, EDIT, CONTROL = "baseline", "intervention", "control"
@@ -27,16 +29,21 @@ BASELINE, EDIT, CONTROL = "baseline", "intervention", "control"
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """One way to run the tasks: no edit, an intervention, or an intervention's random-head control ``of`` it."""
+    """One way to run the tasks: no edit, an intervention, or a random control ``of`` one, with which ``control``."""
 
     name: str
     kind: str
     edits: tuple[Intervention, ...] = ()
     of: str = ""
+    control: str = ""
 
     def describe(self) -> dict[str, Any]:
         """JSON-able settings."""
-        return {"name": self.name, "kind": self.kind, "of": self.of, "edits": [e.describe() for e in self.edits]}
+        return {**self.labels(), "name": self.name, "edits": [e.describe() for e in self.edits]}
+
+    def labels(self) -> dict[str, str]:
+        """Its columns in a table of trials, beside its name."""
+        return {"kind": self.kind, "of": self.of, "control": self.control}
 
 
 def evaluate(
@@ -45,17 +52,23 @@ def evaluate(
     interventions: Intervention | Sequence[Intervention | Sequence[Intervention]] = (),
     *,
     controls: int = 10,
+    vectors: int | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Run ``tasks`` without edit, with each intervention, and with its layer-matched random-head controls.
+    """Run ``tasks`` without edit, with each intervention, and with its random controls.
+
+    Controls are the same edit on random heads of the same layers, and, of an edit that adds vectors to what heads write
+    (``AddToHeads``, the ``v`` of ``AffineHeads``), the same heads with random directions of the same norms. The first
+    asks whether these heads matter, the second whether these directions do.
 
     Args:
         model: load_model's result, or what load_model takes.
         tasks: names from ``interventions.tasks.TASKS`` or task objects.
         interventions: each item is one condition; a composed one (``a + b``), or a sequence, is applied as one.
         controls: random head sets (seeds ``seed`` .. ``seed + controls - 1``) for every head-driven condition.
+        vectors: sets of random vectors for every condition that adds vectors (None: as many as ``controls``).
         out: folder for ``evaluation.json``, the per-trial table and the journal that makes the run resumable.
 
     Raises:
@@ -64,24 +77,30 @@ def evaluate(
     """
     model, chosen = load_model(model), resolve(tasks)
     items = [interventions] if isinstance(interventions, Intervention) else interventions
-    conditions = plan(model, items, controls, seed)
+    conditions = plan(model, items, controls, seed, vectors)
     trials = {task.name: task.trials(model) for task in chosen}
-    made = provenance(model, seed=seed, tasks={task.name: task.parameters(model) for task in chosen}, controls=controls)
+    settings = {task.name: task.parameters(model) for task in chosen}
+    made = provenance(model, seed=seed, tasks=settings, controls=controls, vectors=vectors)
     config: dict[str, Any] = {key: made[key] for key in ("model", "parameters", "seed")}
     config |= {"conditions": [c.describe() for c in conditions], "trials": trials}
     work = _schedule(chosen, conditions, trials)
-    announce((task.tokens(model, trial) for task, _, trial in work), list(FILES) if out is not None else [])
+    passes = [task.tokens(model, trial) for task, _, trial in work]
+    passes += [task.tokens(model, trial) for task in chosen if prepares(task) for trial in trials[task.name]]
+    announce(passes, list(FILES) if out is not None else [])
     path = None if out is None else Path(out) / FILES[-1]
+
+    prepared = _Prepared(model)
 
     def step(index: int) -> dict[str, Any]:
         task, condition, trial = work[index]
+        trial = prepared(task, trial)
         with apply(model, *condition.edits):
             return task.run(model, trial)
 
     with opened(path, config) as journal:
         results = run_steps(journal, len(work), step, "evaluate", progress=progress)
     rows = [
-        row({"task": task.name, "condition": c.name, "kind": c.kind, "of": c.of, "trial": number}, trial, result)
+        row({"task": task.name, "condition": c.name, **c.labels(), "trial": number}, trial, result)
         for (task, c, trial), number, result in zip(work, _numbers(work), results, strict=True)
     ]
     made["conditions"] = config["conditions"]
@@ -93,11 +112,16 @@ def evaluate(
 
 
 def plan(
-    model: LanguageModel, interventions: Sequence[Intervention | Sequence[Intervention]], controls: int, seed: int
+    model: LanguageModel,
+    interventions: Sequence[Intervention | Sequence[Intervention]],
+    controls: int,
+    seed: int,
+    vectors: int | None = None,
 ) -> list[Condition]:
-    """The conditions: no edit first, then each intervention followed by its controls."""
+    """The conditions: no edit first, then each intervention followed by its controls, random heads before vectors."""
     conditions = [Condition("no edit", BASELINE)]
     layers, heads = size(model)
+    drawn = controls if vectors is None else vectors
     for item in interventions:
         edits = parts_of(item) if isinstance(item, Intervention) else parts_of(Composed(item))
         for edit in edits:
@@ -106,17 +130,35 @@ def plan(
         if name in {condition.name for condition in conditions}:
             name = f"{name} #{len(conditions)}"
         conditions.append(Condition(name, EDIT, edits))
-        if not any(edit.heads is not None for edit in edits):
-            continue
-        if controls < 1:
-            raise HeadscopeError("a head intervention is reported beside random heads; set controls to at least 1")
-        for number in range(controls):
-            drawn = _control(edits, heads, seed + number)
-            conditions.append(Condition(f"random for {name} (seed {seed + number})", CONTROL, drawn, of=name))
+        conditions += _controls(name, edits, heads, range(seed, seed + controls), range(seed, seed + drawn))
     return conditions
 
 
-def _control(edits: tuple[Intervention, ...], heads: int, seed: int) -> tuple[Intervention, ...]:
+def _controls(
+    name: str, edits: tuple[Intervention, ...], heads: int, of_heads: Sequence[int], of_vectors: Sequence[int]
+) -> list[Condition]:
+    """The controls of one condition: with random heads for the seeds ``of_heads``, where it has heads, and with random
+    vectors for those ``of_vectors``, where it adds some.
+
+    Raises:
+        HeadscopeError: none is left of a condition that could have some.
+    """
+    of_heads = of_heads if any(edit.heads is not None for edit in edits) else ()
+    of_vectors = of_vectors if any(edit.adds_vectors for edit in edits) else ()
+    if not of_heads and not of_vectors and any(edit.heads is not None for edit in edits):
+        raise HeadscopeError("a head intervention is reported beside random ones; set controls to at least 1")
+    found = []
+    for seed in of_heads:
+        moved_there = _random_heads(edits, heads, seed)
+        found.append(Condition(f"random for {name} (seed {seed})", CONTROL, moved_there, name, RANDOM_HEADS))
+    for seed in of_vectors:
+        rng = np.random.default_rng(seed)
+        turned = tuple(edit.with_random_vectors(rng) for edit in edits)
+        found.append(Condition(f"random vectors for {name} (seed {seed})", CONTROL, turned, name, RANDOM_VECTORS))
+    return found
+
+
+def _random_heads(edits: tuple[Intervention, ...], heads: int, seed: int) -> tuple[Intervention, ...]:
     """The same edits on random heads: each head that any of them names is replaced by one of its layer that none names.
 
     A head that several edits name is replaced by the same head in all of them, and different heads by different ones.
@@ -127,10 +169,33 @@ def _control(edits: tuple[Intervention, ...], heads: int, seed: int) -> tuple[In
     return tuple(moved(edit, instead, f"random (seed {seed})") for edit in edits)
 
 
+class _Prepared:
+    """Trials as their task prepared them without an edit; the last one is kept."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.last: tuple[Trial, Trial] | None = None
+
+    def __call__(self, task: Task, trial: Trial) -> Trial:
+        if not prepares(task):
+            return trial
+        if self.last is None or self.last[0] is not trial:
+            self.last = None  # before the next one is made
+            self.last = trial, task.prepare(self.model, trial)
+        return self.last[1]
+
+
 def _schedule(
     tasks: list[Task], conditions: list[Condition], trials: dict[str, list[Trial]]
 ) -> list[tuple[Task, Condition, Trial]]:
-    return [(task, condition, trial) for task in tasks for condition in conditions for trial in trials[task.name]]
+    """Condition by condition; of a task that prepares its trials, trial by trial, so that one is kept at a time."""
+    work = []
+    for task in tasks:
+        own = [(task, condition, trial) for condition in conditions for trial in trials[task.name]]
+        if prepares(task):
+            own = [(task, condition, trial) for trial in trials[task.name] for condition in conditions]
+        work += own
+    return work
 
 
 def _numbers(work: list[tuple[Task, Condition, Trial]]) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.results.evaluation import Evaluation
+from headscope.interp.results.evaluation import RANDOM_HEADS, Evaluation
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.estimate import announce
@@ -54,6 +54,10 @@ class Arm:
     def of(self) -> str:
         """Which arm it is the control of, if it is one."""
         return "" if self.draw is None else Arm(self.k).name
+
+    def labels(self) -> dict[str, str]:
+        """Its columns in a table of trials, beside its name."""
+        return {"kind": self.kind, "of": self.of, "control": RANDOM_HEADS if self.kind == CONTROL else ""}
 
 
 def needle_task(lm: LanguageModel, scale: Literal["small", "published"] = "small", **given: Any) -> NeedleTask:
@@ -145,7 +149,7 @@ def masking(
         results = run_steps(journal, len(work), step, "mask", progress=progress)
     rows = [
         row(
-            {"task": task.name, "condition": arm.name, "kind": arm.kind, "of": arm.of, "trial": index},
+            {"task": task.name, "condition": arm.name, **arm.labels(), "trial": index},
             trials[index],
             found,
         )

@@ -32,7 +32,7 @@ class AddToHeads(TableEdit):
     it by W_O; ``headscope export`` multiplies.
 
     A vector of zeros changes nothing. What it does not show: that the model holds what the direction was found for;
-    compare with random directions of the same length and, by ``with_heads``, with other heads.
+    ``evaluate`` compares with random directions of the same length in the same heads, and with other heads.
 
     Args:
         vectors: (layer, head, d_head), or (chosen head, d_head) in the order of ``heads``.
@@ -50,6 +50,7 @@ class AddToHeads(TableEdit):
     unit: ClassVar[str] = "alpha: sigmas along the direction"
     strengths: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     tables: ClassVar[Mapping[str, tuple[str, ...]]] = {"vectors": (D_HEAD,), "sigma": ()}
+    added: ClassVar[tuple[str, ...]] = ("vectors",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

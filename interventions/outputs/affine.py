@@ -41,6 +41,7 @@ class AffineHeads(TableEdit):
     unit: ClassVar[str] = "share of the fitted change"
     strengths: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     tables: ClassVar[Mapping[str, tuple[str, ...]]] = {"A": (D_HEAD,), "v": (D_HEAD,)}
+    added: ClassVar[tuple[str, ...]] = ("v",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

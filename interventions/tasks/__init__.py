@@ -16,6 +16,7 @@ TASKS: Registry[Task] = Registry(
     {
         "needle": "needle:NeedleTask",
         "text_loss": "text_loss:TextLoss",
+        "text_kl": "text_kl:TextKL",
     },
 )
 

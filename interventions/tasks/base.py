@@ -47,6 +47,12 @@ class Task:
         """Run one trial on the model as it is now (interventions included); at least ``{"score": float}``."""
         raise NotImplementedError
 
+    def prepare(self, lm: LanguageModel, trial: Trial) -> Trial:
+        """The trial with what the unedited model has to say of it, where ``run`` compares with that: called before the
+        trial's conditions, with no edit in force. What it adds need not be JSON-able and is kept until they have run.
+        """
+        return trial
+
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
         """The settings, JSON-able: two runs with equal settings have equal trials. Texts are hashed."""
         return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
@@ -68,6 +74,11 @@ def check_task(task: Any) -> None:
         except TypeError as error:
             called = f"{name}(lm)" if count == 1 else f"{name}(lm, trial)"
             raise HeadscopeError(f"{what}: evaluate calls {called}; make it a method that takes these") from error
+
+
+def prepares(task: Any) -> bool:
+    """Whether a task compares with the unedited model."""
+    return getattr(type(task), "prepare", Task.prepare) is not Task.prepare
 
 
 def _described(value: Any) -> Any:

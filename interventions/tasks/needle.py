@@ -22,10 +22,15 @@ class NeedleTask(NeedlePrompts, Task):
 
     The settings of ``NeedlePrompts``, small by default: 600 tokens, three depths, and three needles that
     ``discover retrieval`` does not use by itself, so that heads are not judged on what they were found with.
+
+    Args:
+        grouped: count a needle's trials as one, so that intervals and p speak of other needles and not only of other
+            places for these; that takes six needles or more.
     """
 
     depths: int | Sequence[float] = (0, 50, 100)
     needles: Needles = HELD_OUT
+    grouped: bool = False
 
     name: ClassVar[str] = "needle"
     metric: ClassVar[str] = "ROUGE-1 recall"
@@ -33,6 +38,15 @@ class NeedleTask(NeedlePrompts, Task):
     higher_is_better: ClassVar[bool | None] = True
     source: ClassVar[str] = "Wu et al. 2024, arXiv 2404.15574"
     usual_lengths: ClassVar[tuple[int, ...]] = (600,)
+
+    def trials(self, lm: LanguageModel) -> list[Trial]:
+        """Every needle at every length and depth; where ``grouped``, its ``group`` is the needle."""
+        found = super().trials(lm)
+        return [{**trial, "group": trial["needle"]} for trial in found] if self.grouped else found
+
+    def parameters(self, lm: LanguageModel) -> dict[str, Any]:
+        """Those of the prompts, and ``grouped``."""
+        return {**super().parameters(lm), "grouped": self.grouped}
 
     def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
         """A trial's prompt tokens and the most that are generated."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
@@ -47,10 +48,10 @@ class TextLoss(Task):
     def trials(self, lm: LanguageModel) -> list[Trial]:
         """One trial a passage: its token ids."""
         if self.passages < 1 or self.length < 2:
-            raise HeadscopeError("text_loss needs at least 1 passage of at least 2 tokens")
+            raise HeadscopeError(f"{self.name} needs at least 1 passage of at least 2 tokens")
         ids = lm.required_tokenizer()(self._text(), verbose=False)["input_ids"]
         if len(ids) < self.length:
-            raise HeadscopeError(f"text_loss needs {self.length} tokens of text and was given {len(ids)}")
+            raise HeadscopeError(f"{self.name} needs {self.length} tokens of text and was given {len(ids)}")
         count = min(self.passages, len(ids) // self.length)
         step = len(ids) // count
         return [{"passage": i, "ids": ids[i * step : i * step + self.length]} for i in range(count)]
@@ -60,8 +61,14 @@ class TextLoss(Task):
         return len(trial["ids"]), 0
 
     def run(self, lm: LanguageModel, trial: Trial) -> dict[str, Any]:
-        """Mean cross-entropy of every token after the first; publishes the span ``passage``."""
+        """Mean cross-entropy of every token after the first."""
+        logits = self.logits(lm, trial)[:-1].float()
+        following = torch.tensor(trial["ids"][1:], device=logits.device)
+        return {"score": float(torch.nn.functional.cross_entropy(logits, following))}
+
+    def logits(self, lm: LanguageModel, trial: Trial) -> Tensor:
+        """The passage's logits (token, vocabulary) by the model as it is; publishes the span ``passage``."""
         ids = torch.tensor([trial["ids"]], device=lm.device)
         with torch.no_grad(), published_spans({"passage": (0, ids.shape[1])}), prompt_boundary(ids.shape[1]):
-            logits = lm.model(input_ids=ids).logits[0, :-1].float()
-        return {"score": float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))}
+            found: Tensor = lm.model(input_ids=ids).logits[0]
+        return found

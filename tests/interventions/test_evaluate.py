@@ -17,8 +17,8 @@ from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.results.evaluation import _interval, _two_way_interval
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.results.multiple import holm
 from headscope.interp.runs.estimate import dry_run
 from headscope.interp.runs.journal import Journal
 from headscope.interp.sites import is_attached
@@ -215,7 +215,7 @@ def test_a_tasks_own_keys_do_not_replace_the_tables(llama: LanguageModel) -> Non
 
 
 def test_tasks_by_name_and_errors(llama: LanguageModel) -> None:
-    assert [task.name for task in resolve(["needle", "text_loss"])] == list(TASKS)
+    assert [task.name for task in resolve(list(TASKS))] == list(TASKS)
     assert [task.name for task in resolve("needle")] == ["needle"]
     with pytest.raises(HeadscopeError, match=r"'nedle' \(did you mean 'needle'\?\); known: needle, text_loss"):
         resolve(["nedle"])
@@ -274,14 +274,18 @@ def test_summary_is_means_and_paired_differences() -> None:
         assert row["delta"] == pytest.approx(sum(values) / 6 - sum(BASE) / 6)
         assert row["n"] == 6
     assert (summary.loc["no edit", ["delta", "delta_low", "delta_high"]] == 0).all()
-    # All 6^6 resamples are the bootstrap's exact distribution. A bound drawn from 4,000 resamples has, in it, a
-    # probability below it of 2.5 % with a standard error of sqrt(0.025 * 0.975 / 4000) = 0.25 %; 4 of those are 1 %.
+    # All 6^6 resamples are the bootstrap's exact distribution. A tail of ``expanded`` is 0.24 % at n = 6; drawn from
+    # 4,000 resamples its bound has, in it, a probability beyond it with a standard error of sqrt(0.0024 / 4000) =
+    # 0.078 %: 3 of those are 0.23 %.
     draws = np.array(list(itertools.product(range(6), repeat=6)))
     for column, values in {"ci": np.array(EDIT), "delta": np.array(EDIT) - np.array(BASE)}.items():
         means = values[draws].mean(1)
         low, high = summary.loc["edit", f"{column}_low"], summary.loc["edit", f"{column}_high"]
-        assert np.quantile(means, 0.015) - 1e-9 <= low <= np.quantile(means, 0.035) + 1e-9
-        assert np.quantile(means, 0.965) - 1e-9 <= high <= np.quantile(means, 0.985) + 1e-9
+        assert np.quantile(means, 0.0001) - 1e-9 <= low <= np.quantile(means, 0.0047) + 1e-9
+        assert np.quantile(means, 0.9953) - 1e-9 <= high <= np.quantile(means, 0.9999) + 1e-9
+    # four trials differ, all downwards: of 16 signs, these and the opposite ones are as far from 0
+    assert summary.loc["edit", "p_permutation"] == pytest.approx(2 / 16)
+    assert np.isnan(summary.loc["no edit", "p_permutation"])
 
 
 def test_differences_are_paired_not_of_independent_samples() -> None:
@@ -354,6 +358,53 @@ def test_contrasts_of_each_intervention_use_its_own_controls(llama: LanguageMode
         assert row["rank"] == int((own.mean() <= scores[row["condition"]].mean()).sum())
 
 
+def test_trials_of_a_group_count_as_one() -> None:
+    """Three questions in two orders each; trials without a group are alone in theirs."""
+    made = table({"no edit": BASE, "edit": EDIT, "random 0": RANDOM["random 0"], "random 1": RANDOM["random 1"]})
+    named = ["a", "a", "b", "b", "c", "c"]
+    found = Evaluation(made.trials.assign(group=named * 4), made.metrics, {})
+    labels = found.groups("made up")
+    assert made.groups("made up") is None and labels is not None and labels.tolist() == [0, 0, 1, 1, 2, 2]
+    row = found.summary().set_index("condition").loc["edit"]
+    assert (row["n"], row["groups"]) == (6, 3) and row["delta"] == pytest.approx(np.mean(EDIT) - np.mean(BASE))
+    assert row["p_permutation"] == pytest.approx(2 / 8)  # every question lost
+    sums = (np.array(EDIT) - np.array(BASE)).reshape(3, 2).mean(1)
+    assert row["delta_low"] == pytest.approx(sums.min()) and row["delta_high"] == pytest.approx(sums.max())
+    whole, single = found.contrasts().iloc[0], made.contrasts().iloc[0]
+    assert whole["difference"] == single["difference"] and whole["low"] != single["low"]
+    alone = Evaluation(made.trials.assign(group=["a", "a", None, None, "c", "c"] * 4), made.metrics, {})
+    assert list(alone.summary()["groups"]) == [4] * 4
+
+
+def test_holm_is_over_the_tasks_of_a_condition_or_over_everything() -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for task, effect in {"a": 1.0, "b": 0.4, "c": 0.0}.items():
+        for condition, kind in {"no edit": "baseline", "one": "intervention", "two": "intervention"}.items():
+            scores = rng.normal(size=10) + (effect if kind == "intervention" else 0.0)
+            made = {"task": task, "condition": condition, "kind": kind, "of": "", "score": scores}
+            rows += [{**made, "trial": i, "score": x} for i, x in enumerate(scores)]
+            rows += [
+                {**made, "condition": f"{control} {condition}", "kind": "control", "of": condition, "control": control}
+                | {"trial": i, "score": x + shift}
+                for control, shift in (("random heads", -1.0), ("random vectors", 1.0))
+                for i, x in enumerate(scores)
+                if kind == "intervention"
+            ]
+    found = Evaluation.from_rows(rows, {"a": "points", "b": "points", "c": "points"}, {})
+    for frame, p, by in ((found.summary(), "p_permutation", "condition"), (found.contrasts(), "p_two_sided", "")):
+        for _, family in frame.groupby(by or ["condition", "control"]):
+            assert len(family) == 3
+            np.testing.assert_allclose(family["p_holm"], holm(family[p].to_numpy()))
+    wider = found.summary("tasks and conditions")
+    edits = wider[wider["kind"] == "intervention"]
+    assert len(edits) == 6 and edits["p_permutation"].min() < 0.05
+    np.testing.assert_allclose(edits["p_holm"], holm(edits["p_permutation"].to_numpy()))
+    contrasts = found.contrasts("tasks and conditions")
+    assert list(contrasts["control"]) == ["random heads", "random vectors"] * 6
+    assert (np.sign(contrasts["difference"]) == [1, -1] * 6).all(), "the kinds of control were mixed"
+
+
 def test_one_trial_has_no_interval() -> None:
     result = table({"no edit": [0.5], "edit": [0.2], "random 0": [0.4]})
     assert result.summary()[["ci_low", "ci_high", "delta_low", "delta_high"]].isna().all(axis=None)
@@ -364,42 +415,6 @@ def test_no_intervention_is_a_plain_evaluation(llama: LanguageModel, tmp_path: P
     result = evaluate(llama, [Alive()], [], out=tmp_path, progress=False)
     assert len(result.summary()) == 1 and len(result.contrasts()) == 0
     assert len(Evaluation.load(tmp_path).trials) == 3
-
-
-def test_paired_intervals_cover_the_true_difference() -> None:
-    """Of 300 samples of 40 trials, the 95 % interval holds the true mean difference in about 95 %.
-
-    The percentile bootstrap of a mean of 40 covers about 94 %; the number of hits then has a standard deviation of
-    sqrt(300 * 0.94 * 0.06) = 4.1, so [267, 297] is 282 -15/+15, over 3.5 of them.
-    """
-    rng = np.random.default_rng(0)
-    hits = 0
-    for _ in range(300):
-        base = rng.normal(0, 5, 40)
-        edited = base - 0.3 + rng.normal(0, 1, 40)
-        low, high = _interval(edited - base)
-        hits += low <= -0.3 <= high
-    assert 267 <= hits <= 297
-
-
-def test_contrast_intervals_cover_where_controls_and_trials_vary() -> None:
-    """The interval for (edit - control) resamples trials and control sets: both vary here, by known amounts.
-
-    Differences are mu + trial effect + control effect + noise. Resampling two crossed factors is conservative where
-    noise dominates and close to nominal where the factors do (Owen 2007, arXiv 0711.1598, "pigeonhole bootstrap"); with
-    20 control sets it covers about 93 %. Of 150, at least 135 must hold mu, and resampling trials only must not.
-    """
-    rng = np.random.default_rng(1)
-    both = trials_only = 0
-    for _ in range(150):
-        differences = -0.2 + rng.normal(0, 1, (40, 1)) + rng.normal(0, 1, (1, 20)) + rng.normal(0, 0.5, (40, 20))
-        low, high = _two_way_interval(differences)
-        both += low <= -0.2 <= high
-        means = differences.mean(1)
-        error = 1.96 * means.std(ddof=1) / np.sqrt(len(means))
-        trials_only += means.mean() - error <= -0.2 <= means.mean() + error
-    assert both >= 135
-    assert trials_only < 120, "the case does not tell the two apart"
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from headscope.interp.runs.estimate import dry_run
 from headscope.interp.statistics import spans
 from headscope.interventions import AblateHeads, Intervention, ScaleHeads, apply, evaluate
 from headscope.interventions.tasks import TASKS
-from headscope.interventions.tasks.base import Task
+from headscope.interventions.tasks.base import Task, prepares
 
 # name -> (settings for a tiny model, the spans that its prompts publish, another value of every field)
 EXAMPLES: dict[str, tuple[dict[str, Any], set[str], dict[str, Any]]] = {
@@ -37,9 +37,15 @@ EXAMPLES: dict[str, tuple[dict[str, Any], set[str], dict[str, Any]]] = {
             "max_new_tokens": 3,
             "newline_stop": True,
             "stem": str.lower,
+            "grouped": True,
         },
     ),
     "text_loss": (
+        {"passages": 2, "length": 16},
+        {"passage"},
+        {"passages": 3, "length": 17, "text": "Some other text that is long enough to be read. " * 9},
+    ),
+    "text_kl": (
         {"passages": 2, "length": 16},
         {"passage"},
         {"passages": 3, "length": 17, "text": "Some other text that is long enough to be read. " * 9},
@@ -85,9 +91,21 @@ def test_trials_are_plain_and_the_same_every_time(reader: LanguageModel, name: s
     for trial in trials:
         prompt, new = task.tokens(reader, trial)
         assert prompt > 0 and new >= 0
-        result = task.run(reader, trial)
+        ready = task.prepare(reader, trial)
+        result = task.run(reader, ready)
         assert isinstance(result["score"], float) and json.loads(json.dumps(result)) == result
-        assert task.run(reader, trial) == result, "a trial is not repeatable"
+        assert task.run(reader, ready) == result, "a trial is not repeatable"
+
+
+def test_a_needle_may_be_a_group(reader: LanguageModel) -> None:
+    """Of its trials at all lengths and depths; they are otherwise the same."""
+    task = made("needle")
+    grouped = replace(task, grouped=True)
+    trials = grouped.trials(reader)
+    assert [trial.pop("group") for trial in trials] == ["train"] * 2 + ["prize"] * 2
+    assert trials == task.trials(reader)
+    summary = evaluate(reader, [grouped], progress=False).summary()
+    assert list(summary["n"]) == [4] and list(summary["groups"]) == [2]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,8 +139,9 @@ class Looks(Intervention):
 def test_prompts_publish_their_spans_and_their_end(reader: LanguageModel, name: str) -> None:
     task, looks = made(name), Looks()
     for trial in task.trials(reader):
+        ready = task.prepare(reader, trial)
         with apply(reader, looks):
-            task.run(reader, trial)
+            task.run(reader, ready)
     assert looks.names == EXAMPLES[name][1]
     assert looks.ends == {Boundary((task.tokens(reader, trial)[0],)) for trial in task.trials(reader)}
     assert not spans._PUBLISHED.get() and known_boundary() is None, "something is published after the task"
@@ -136,7 +155,7 @@ def test_it_is_evaluated(reader: LanguageModel, name: str, tmp_path: Any) -> Non
     edits = [AblateHeads([(0, 1), (1, 2)]), ScaleHeads([(0, 1)], 3.0, strength=0.0)]
     with dry_run() as work:
         evaluate(reader, [task], edits, controls=1)
-    assert len(work.passes) == count * (1 + 2 * 2)
+    assert len(work.passes) == count * (1 + 2 * 2 + prepares(task))
     result = evaluate(reader, [task], edits, controls=1, out=tmp_path, progress=False)
     assert result.higher_is_better == {name: TASKS[name].higher_is_better}
     scores = result.scores(name)

@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from headscope.interp.analysis.agreement import Agreement, agree, found_alike
-from headscope.interp.analysis.shuffles import holm, orders, two_sided
+from headscope.interp.analysis.shuffles import orders, two_sided
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.results.multiple import holm
 from headscope.interp.results.scores import HeadScores
 
 LAYERS, HEADS, K, DRAWS = 6, 8, 10, 4000

@@ -27,6 +27,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return int(stopped.value.code or 0), printed.out, printed.err
 
 
+SETTING = {"name", "type", "required", "default", "meaning"}
+
+
 def test_help_is_quick_and_imports_no_torch() -> None:
     code = "import sys; sys.argv = ['headscope', '--help']\nfrom headscope.interp.cli import main\n"
     code += "try: main()\nexcept SystemExit: pass\nassert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
@@ -90,7 +93,12 @@ def test_exemplars_are_swept_and_shown(capsys: pytest.CaptureFixture[str], model
     before = sorted((tmp_path / "r" / "record").glob("part-*"))
     assert run(capsys, *command, "--out", str(tmp_path / "r"))[0] == 0  # the sweep is not run again
     assert sorted((tmp_path / "r" / "record").glob("part-*")) == before
-    for wrong, says in ((("--statistic", "entropy,distance"), "of one statistic"), (("--heads", "L7H0"), "L7H0")):
+    (empty := tmp_path / "empty.txt").write_text("\n \n")
+    for wrong, says in (
+        (("--statistic", "entropy,distance"), "of one statistic"),
+        (("--heads", "L7H0"), "L7H0"),
+        (("--data", str(empty)), "empty.txt holds no prompts: give a line of text"),
+    ):
         code, _, err = run(capsys, *command, *wrong, "--out", str(tmp_path / "other"))
         assert code == 2 and says in err and err.count("\n") == 1 and not (tmp_path / "other").exists()
     code, out, _ = run(capsys, *command, "--out", str(tmp_path / "other"), "--dry-run", "--json")
@@ -152,12 +160,16 @@ def test_intervene_then_evaluate_with(capsys: pytest.CaptureFixture[str], model:
     command = ("evaluate", "text_loss", "--model", model, "--controls", "1", "--json")
     small = ("--set", "length=16", "--set", "passages=2", "--sweep", "strength=0,0.5,1")
     both = ("--with", str(tmp_path / "half"), "--with", str(tmp_path / "mean"))
-    code, printed, err = run(capsys, *command, *small, *both, "--ablate", "L0H1,L1H3")
+    out = ("--out", str(tmp_path / "evaluation"))
+    code, printed, err = run(capsys, *command, *small, *both, "--ablate", "L0H1,L1H3", *out)
     assert code == 0, err
     rows = json.loads(printed)["summary"]
     edits = [row for row in rows if row["kind"] == "intervention"]
     assert len(edits) == 3 * 3 and [row["delta"] for row in edits[::3]] == [0, 0, 0]  # strength 0
     assert len({row["condition"] for row in rows}) == 1 + 9 + 9
+    assert run(capsys, "report", str(tmp_path / "evaluation"))[0] == 0
+    page = (tmp_path / "evaluation" / "report.html").read_text()
+    assert "text_loss: score against strength" in page and "Dose and response" in page and "Trials that changed" in page
     half, zero = edits[2], edits[7]  # half of everything, and half of zero ablation: the same edit by two names
     assert half["delta"] == pytest.approx(zero["delta"], abs=1e-6) and abs(half["delta"]) > 1e-4
 
@@ -199,14 +211,19 @@ def test_intervene_with_tensors_and_what_is_measured_then_export(
     assert isinstance(made["patch_heads"], PatchHeads) and torch.equal(made["patch_heads"].z, patch.z)
     assert (made["patch_heads"].prompt, made["patch_heads"].length) == ("one two three four", None)
 
+    command = ("evaluate", "text_kl", "--model", model, "--with", str(tmp_path / "add-to-heads"), "--controls", "1")
+    code, printed, err = run(capsys, *command, "--vectors", "2", "--set", "length=8", "--json")
+    found = [(row["control"], row["controls"]) for row in json.loads(printed)["contrasts"]]
+    assert code == 0 and found == [("random heads", 1), ("random vectors", 2)], err
+
     command = ("export", str(tmp_path / "add-to-heads"), str(tmp_path / "project_heads"), "--model", model)
     code, printed, err = run(capsys, *command, "--out", str(tmp_path / "baked"), "--json")
     assert code == 0 and json.loads(printed)["folder"] == str(tmp_path / "baked"), err
     ids = torch.arange(5, 25)[None]
     with apply(lm, made["add-to-heads"] + made["project_heads"]):
         wanted = lm.forward(ids).logits
-    found = load_model(str(tmp_path / "baked")).forward(ids).logits
-    assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    baked = load_model(str(tmp_path / "baked")).forward(ids).logits
+    assert float((baked - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
     for arguments, says in (
         (("export", str(tmp_path / "clamp_heads"), "--out", str(tmp_path / "no")), "clamp 2 heads"),
         (("intervene", "add_to_heads", "--set", f"vectors={two}x", "--out", "no"), "holds no tensor 'mass_meanx'"),
@@ -309,6 +326,8 @@ def test_dry_run_counts_forward_passes(capsys: pytest.CaptureFixture[str], model
         (("evaluate", "needle", "--set", "depth=8"), "(did you mean 'depths'?)"),
         (("evaluate", "text_loss", "--sweep", "strength=0,1"), "give one by --with or --ablate"),
         (("evaluate", "text_loss", "--with", "nowhere.safetensors"), "cannot read nowhere.safetensors"),
+        (("evaluate", "text_loss", "--ablate", "L0H1", "--sweep", "factor=0,1"), "AblateHeads has no setting 'factor'"),
+        (("evaluate", "text_loss", "--ablate", "L0H1", "--sweep", "strength"), "--sweep takes NAME=a,b,c"),
         (("intervene", "scale_head", "--out", "x"), "(did you mean 'scale_heads'?)"),
         (("intervene", "scale-heads", "--out", "x"), "needs heads: give heads=..."),
         (("intervene", "scale_heads", "--out", "x", "--heads", "L0H1", "--set", "faktor=2"), "has no setting 'faktor'"),
@@ -365,6 +384,23 @@ def test_interrupt_and_kill_resume(model: str, tmp_path: Path) -> None:
         assert not (tmp_path / "induction.json").exists()
     done = journal.read_bytes().count(b"\n") - 1
     assert 0 < done < 4000
+
+
+@pytest.mark.parametrize("what", ["methods", "statistics", "edits", "tasks"])
+def test_lists_say_every_setting_with_its_default(capsys: pytest.CaptureFixture[str], what: str) -> None:
+    code, printed, _ = run(capsys, "list", what, "--json")
+    rows = {row["name"]: row["settings"] for row in json.loads(printed)[what]}
+    assert code == 0 and all(set(one) == SETTING for found in rows.values() for one in found)
+    name, setting, default = {
+        "methods": ("induction", "samples", 20),
+        "statistics": ("sink_mass", "first", 4),
+        "edits": ("scale_heads", "factor", 1.0),
+        "tasks": ("text_kl", "length", 512),
+    }[what]
+    told = {one["name"]: one for one in rows[name]}
+    assert told[setting]["default"] == default and not told[setting]["required"]
+    if what == "edits":
+        assert told["heads"]["required"] and told["heads"]["default"] is None and "during" in told
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

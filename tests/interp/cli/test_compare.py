@@ -49,6 +49,11 @@ def test_methods_on_one_model(capsys: pytest.CaptureFixture[str], tmp_path: Path
     alike = rows["induced", "induction", "spearman", "within layers"]
     assert len(rows) == 3 * 2 * 2 and alike["observed"] > 0.9 and alike["p_holm"] < 0.01
     assert rows["induced", "sinks", "jaccard", "all heads"]["p_holm"] > 0.05
+    for measure in ("jaccard", "spearman"):  # what agrees most comes first
+        for null in ("within layers", "all heads"):
+            shown = [r["observed"] for r in document["pairs"] if (r["measure"], r["null"]) == (measure, null)]
+            assert len(shown) == 3 and shown == sorted(shown, reverse=True)
+    assert [r["measure"] for r in document["pairs"]] == ["jaccard"] * 6 + ["spearman"] * 6
     assert len(document["shared"]["induced & induction"]) == alike["shared"] >= 3
     names = {
         "compare.json",

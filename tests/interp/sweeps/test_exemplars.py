@@ -165,3 +165,9 @@ def test_smollm2_exemplars_are_those_of_eager_weights(smollm2, tmp_path) -> None
         smollm2.model.set_attn_implementation(before)
     assert [x.example for x in top] == np.argsort(scores)[::-1][:10].tolist()
     np.testing.assert_allclose([x.score for x in top], sorted(scores)[::-1][:10], rtol=0, atol=1e-4)
+
+
+def test_a_record_without_prompts_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headscope.interp.sweeps.exemplars.each_part", lambda record: iter(()))
+    with pytest.raises(HeadscopeError, match="runs/none holds no prompts, so there is nothing to rank"):
+        exemplars("runs/none", "entropy", "L0H0", lambda ids: [str(i) for i in ids])
