@@ -178,6 +178,12 @@ class Bench:
         return found
 
 
+def _short(row: Row) -> Row:
+    """A row for the file: an item is one digit, and its group is left out (the tasks make the same items again)."""
+    kept = {name: value for name, value in row.items() if name != "groups"}
+    return {**kept, "right": "".join(str(int(one)) for one in row["right"])}
+
+
 def _losses(summary: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in summary.items() if "loss" in name}
 
@@ -213,7 +219,7 @@ def main() -> None:
         settings = {name: value for name, value in vars(given).items() if name not in ("out", "model")}
         device = torch.cuda.get_device_name() if lm.device.type == "cuda" else str(lm.device)
         chosen = {f"{task}, {method}": value for (task, method), value in bench.chosen.items()}
-        document = {"device": device, "summary": summary, "chosen": chosen, "rows": bench.rows}
+        document = {"device": device, "summary": summary, "chosen": chosen, "rows": [_short(row) for row in bench.rows]}
         given.out.parent.mkdir(parents=True, exist_ok=True)
         made = provenance(lm, **settings)
         given.out.write_text(json.dumps({**document, "provenance": made}, indent=1, default=str) + "\n")

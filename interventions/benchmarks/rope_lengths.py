@@ -1,10 +1,10 @@
 """What rescaled RoPE does to a model without training: loss, attention distance and needle recall, by length of text.
 
     python interventions/benchmarks/rope_lengths.py --lengths 1024 --out ...results/rope-lengths-1024.json
-    python interventions/benchmarks/rope_lengths.py --lengths 9216 --settings unedited "linear 2" "ntk 2" --out ...
+    python interventions/benchmarks/rope_lengths.py --lengths 8000 9216 12288 --needle 12288 --depths 0 50 100 --out ...
 
 Loss is of the last ``--scored`` tokens of one passage of the bundled prose, and distance the mean over heads, layers
-and these rows of sum_j A_ij (i - j); recall is the needle task's, at one depth and three needles, up to ``--needle``
+and these rows of sum_j A_ij (i - j); recall is the needle task's, at ``--depths`` and three needles, up to ``--needle``
 tokens. Positions are trained up to the model's context, 8,192 tokens for SmolLM2; the results are one passage's.
 """
 
@@ -50,25 +50,28 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 9216])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--scored", type=int, default=256)
-    parser.add_argument("--needle", type=int, default=1024)
+    parser.add_argument("--needle", type=int, default=1024, help="the longest text in which needles are asked for")
+    parser.add_argument("--depths", type=float, nargs="+", default=[50])
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     lm = load_model(given.model)
-    text = torch.tensor([lm.required_tokenizer()(load_haystack(None), verbose=False)["input_ids"]])
+    text = torch.tensor([lm.required_tokenizer()(load_haystack(None), verbose=False)["input_ids"]], device=lm.device)
     rows = []
     for length in given.lengths:
-        task = NeedleTask(lengths=(length,), depths=(50,))
+        task = NeedleTask(lengths=(length,), depths=tuple(given.depths))
         for name in given.settings:
             row: dict[str, Any] = {"length": length, "setting": name}
             with apply(lm, RescaleRoPE(**SETTINGS[name])):
                 row |= measured(lm, text[:, :length], given.scored)
                 if length <= given.needle:
                     recalls = [task.run(lm, trial)["score"] for trial in task.trials(lm)]
-                    row["recall"] = round(sum(recalls) / len(recalls), 3)
+                    row |= {"recall": round(sum(recalls) / len(recalls), 3), "trials": len(recalls)}
             print(json.dumps(row), flush=True)
             rows.append(row)
     if given.out:
-        document = {"rows": rows, "provenance": provenance(lm, scored=given.scored)}
+        device = torch.cuda.get_device_name() if lm.device.type == "cuda" else str(lm.device)
+        made = provenance(lm, scored=given.scored, depths=given.depths)
+        document = {"device": device, "rows": rows, "provenance": made}
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
 
