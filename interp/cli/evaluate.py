@@ -100,10 +100,12 @@ def _sweep(given: str | None) -> tuple[str, list[Any]] | None:
 def show_evaluation(result: Evaluation, as_json: bool) -> None:
     """The conditions and, against their random heads, the interventions."""
     from headscope.interp.cli import console
+    from headscope.interp.results.details import tables as detail_tables
 
     summary, contrasts = result.summary(), result.contrasts()
     if as_json:
-        console.show_json({"summary": summary.to_dict("records"), "contrasts": contrasts.to_dict("records")})
+        tables = {"summary": summary.to_dict("records"), "contrasts": contrasts.to_dict("records")}
+        console.show_json({**tables, "details": result.details})
         return
     shown = summary[summary["kind"] != "control"].drop(columns=["of"])
     console.show_rows(shown.to_dict("records"), "evaluation, 95 % paired bootstrap intervals", False)
@@ -112,3 +114,5 @@ def show_evaluation(result: Evaluation, as_json: bool) -> None:
         table = contrasts.drop(columns=["rank", "p_least", "p_worse", "higher_is_better"])
         title = f"against layer-matched random heads (no tail can be below {least:.2g} with so many controls)"
         console.show_rows(table.to_dict("records"), title, False)
+    for task, table in detail_tables(result.details).items():
+        console.show_rows(table.to_dict("records"), f"{task}, beside its mean", False)

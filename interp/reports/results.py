@@ -18,6 +18,7 @@ from headscope.interp.records.record import MANIFEST, load_record
 from headscope.interp.reports.comparison import add_agreements
 from headscope.interp.reports.page import Report
 from headscope.interp.reports.readable import readable
+from headscope.interp.results import details
 from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.scores import HeadScores, find_all
 
@@ -154,6 +155,8 @@ def _add_evaluation(page: Report, result: Any, place: str) -> None:
     contrasts = result.contrasts()
     if len(contrasts):
         page.table(readable(contrasts), "Each intervention against its layer-matched random heads")
+    for task, table in details.tables(result.details).items():
+        page.table(table, f"{task}: what it says beside its mean; random heads: the mean over their sets")
     trials = result.trials
     for task in result.metrics:
         part = trials[trials["task"] == task]
