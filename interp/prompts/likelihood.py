@@ -71,7 +71,8 @@ def _logits(lm: LanguageModel, cache: Any, ids: Sequence[int]) -> Tensor:
     with said_boundary(int(cache.get_seq_length()) + 1):
         logits = lm.forward(torch.tensor([list(ids)]), cache=cache).logits[0]
     check_finite(lm, logits)
-    return logits.double()
+    exact: Tensor = logits.double()
+    return exact
 
 
 def _likelihood(logits: Tensor, option: Sequence[int]) -> Likelihood:

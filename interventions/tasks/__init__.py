@@ -16,7 +16,7 @@ TASKS: Registry[Task] = Registry(
     {
         "needle": "needle:NeedleTask",
         "multiple_choice": "multiple_choice:MultipleChoice",
-        "documents": "documents:Documents",
+        "documents": "documents:DocumentsTask",
         "arithmetic": "arithmetic:Arithmetic",
         "facts": "facts:Facts",
         "few_shot": "few_shot:FewShot",

@@ -34,7 +34,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Documents(Task):
+class DocumentsTask(Task):
     """A question about one of k documents, with that document at each of the k places; 1 where the greedy answer holds
     the answer's words, else 0.
 

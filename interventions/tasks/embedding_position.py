@@ -128,7 +128,7 @@ class EmbeddingPosition(Task):
         states = getattr(output, "hidden_states", None)
         if states is None:
             raise HeadscopeError(f"{self.name}: {lm.name} gives no hidden states; use an encoder or a language model")
-        last = states[-1][0].double()
+        last: Tensor = states[-1][0].double()
         return {"mean": last.mean(0), "first": last[0], "last": last[-1]}[self.pool]
 
     def summarise(self, trials: pd.DataFrame) -> dict[str, float]:

@@ -6,7 +6,9 @@ Imports ``lm_eval``, so that only who needs it imports this file.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ FEWSHOT_SEED = 1234  # lm-evaluation-harness's own
 
 
 @register_model("headscope")
-class HeadscopeLM(HFLM):
+class HeadscopeLM(HFLM):  # type: ignore[misc] # the harness has no types
     """A model for lm-evaluation-harness that ``load_model`` reads, with a saved edit in force.
 
     Log-likelihoods and generations are those of ``HFLM``, which also says where a prompt ends: for edits that go by
@@ -54,7 +56,8 @@ class HeadscopeLM(HFLM):
         loaded = load_model(pretrained, device=device, dtype=dtype) if isinstance(pretrained, str) else pretrained
         self.loaded: LanguageModel = load_model(loaded)
         self.edits = () if edit is None else (load_intervention(edit, self.loaded),)
-        super().__init__(pretrained=self.loaded.model, tokenizer=self.loaded.required_tokenizer(), **options)
+        with _quiet():
+            super().__init__(pretrained=self.loaded.model, tokenizer=self.loaded.required_tokenizer(), **options)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         with apply(self.loaded, *self.edits):
@@ -86,12 +89,26 @@ class HeadscopeLM(HFLM):
         return [found[place] for place in range(len(requests))]
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without HFLM's warnings that a model was given, not a name: that is what is meant."""
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def read_tasks(name: str, include_path: str | None, num_fewshot: int | None) -> dict[str, Any]:
     """The tasks of lm-evaluation-harness that a name (of a task, group or tag) or a YAML file means, by name.
 
     Raises:
         HeadscopeError: an unknown name, or a task whose data cannot be loaded.
     """
+    if name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+        raise HeadscopeError(f"there is no file {name}: give a YAML file of lm-evaluation-harness, or a task's name")
     try:
         found = _manager(name, include_path).load([name])["tasks"]
     except Exception as error:  # a task's YAML and its data raise anything
@@ -137,8 +154,8 @@ class Runner:
         for own in self.requests.values():
             own.sort(key=lambda request: request.idx)
 
-    def metrics(self, name: str, document: int) -> tuple[dict[str, Any], Any]:
-        """What a document's metrics are on the model as it is now, before they are aggregated, and its response."""
+    def metrics(self, name: str, document: int) -> tuple[dict[str, Any], list[Any]]:
+        """What a document's metrics are on the model as it is now, before they are aggregated, and every response."""
         task, own = self.tasks[name], self.requests[name, document]
         for request in own:
             request.resps, request.filtered_resps = [], {}
@@ -150,26 +167,25 @@ class Runner:
             each.apply(own)
         chosen = next(iter(own[0].filtered_resps))
         kept = [request.filtered_resps[chosen] for request in own]
-        return task.process_results(own[0].doc, kept), kept[0]
+        return task.process_results(own[0].doc, kept), kept
 
     def size(self, name: str, document: int) -> tuple[int, int]:
         """Tokens that a document's requests read, and the most that they generate."""
         read = new = 0
         for request in self.requests[name, document]:
-            text, *more = request.args
-            own = [part for part in more if isinstance(part, str)]
-            read += len(self.harness.tok_encode("".join([text, *own])))
-            new += sum(
-                int(part.get("max_gen_toks", self.harness.max_gen_toks)) for part in more if isinstance(part, dict)
-            )
+            read += len(self.harness.tok_encode("".join(part for part in request.args if isinstance(part, str))))
+            if request.request_type == "generate_until":
+                new += int(request.args[1].get("max_gen_toks", self.harness.max_gen_toks))
         return read, new
 
 
 def plain(value: Any) -> Any:
     """A metric's value as JSON has it."""
-    return json.loads(
-        json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other))
-    )
+
+    def known(other: Any) -> Any:
+        return other.tolist() if hasattr(other, "tolist") else str(other)
+
+    return json.loads(json.dumps(value, default=known))
 
 
 def score(metric: str, value: Any) -> float:

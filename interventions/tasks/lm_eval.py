@@ -108,15 +108,16 @@ class LmEval(Task):
 
         Returns:
             score, every metric that is a number of a document under its name, values (all metrics, as JSON) and
-            response (what was generated; else the first request's log-likelihood).
+            response (what was generated; else the log-likelihood of every request, as JSON).
         """
         from headscope.interventions.tasks.harness import plain, score
 
-        metrics, response = self.runner(lm).metrics(trial["subtask"], trial["document"])
+        metrics, said = self.runner(lm).metrics(trial["subtask"], trial["document"])
         values = plain(metrics)
         numbers = {key: float(value) for key, value in values.items() if isinstance(value, bool | int | float)}
         found = score(self.metric, values[self.metric])
-        return {**numbers, "score": found, "values": json.dumps(values), "response": str(plain(response))}
+        response = said[0] if isinstance(said[0], str) else json.dumps(plain(said))
+        return {**numbers, "score": found, "values": json.dumps(values), "response": response}
 
     def summarise(self, trials: pd.DataFrame) -> dict[str, float]:
         """Every metric of every task as lm-evaluation-harness aggregates it."""

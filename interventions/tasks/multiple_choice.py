@@ -21,12 +21,7 @@ from headscope.interventions.tasks.lines import json_lines, told
 
 BUNDLED = "questions.jsonl"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-DIVIDERS = {
-    "sum": lambda text, likelihood: 1,
-    "token": lambda text, likelihood: len(likelihood.each),
-    "character": lambda text, likelihood: len(text),
-    "byte": lambda text, likelihood: len(text.encode()),
-}
+NORMALISED = ("sum", "token", "character", "byte")
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class MultipleChoice(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_least(self, questions=1, orders=1)
-        check_among(self, scoring=("letter", "cloze"), normalise=tuple(DIVIDERS))
+        check_among(self, scoring=("letter", "cloze"), normalise=NORMALISED)
         if self.scoring == "letter" and (self.normalise != "sum" or self.listed is False):
             raise HeadscopeError(f"{self.name}: letters are listed and not normalised: give scoring='cloze' with that")
 
@@ -181,7 +176,8 @@ class MultipleChoice(Task):
         }
 
     def _value(self, text: str, likelihood: Likelihood) -> float:
-        return likelihood.total / DIVIDERS[self.normalise](text, likelihood)
+        counts = {"sum": 1, "token": len(likelihood.each), "character": len(text), "byte": len(text.encode())}
+        return likelihood.total / counts[self.normalise]
 
     def summarise(self, trials: pd.DataFrame) -> dict[str, float]:
         """Share of each letter, accuracy by the right option's letter, and consistency over orders."""

@@ -10,13 +10,9 @@ from tempfile import mkdtemp
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.prompts import load_haystack, load_needles
 from headscope.interp.prompts.boundary import Boundary, known_boundary
 from headscope.interp.registry import make, settings
 from headscope.interp.runs.estimate import dry_run
@@ -170,23 +166,6 @@ if find_spec("lm_eval") is not None:  # an extra
     )
 NAMES = list(EXAMPLES)
 SEVERAL = {"embedding_position", "lm_eval"}  # read several texts a trial
-
-
-@pytest.fixture(scope="module")
-def reader() -> LanguageModel:
-    """A tiny llama that reads bytes and common pieces."""
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<eos>"])
-    needles = [" ".join([n.needle, n.question]) for n in load_needles(10)]
-    inner.train_from_iterator([load_haystack()[:20_000], *needles], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
-    config = LlamaConfig(vocab_size=600, num_hidden_layers=2, initializer_range=0.3, eos_token_id=0, **sizes)
-    return LanguageModel.wrap(LlamaForCausalLM(config).eval(), tokenizer, name="tiny", revision="seed 0")
 
 
 def made(name: str) -> Task:
