@@ -25,12 +25,13 @@ FIELDS = ("question", "answer", "documents", "gold")
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, its answer, the document that holds it, and the others."""
+    """A question, its answer, the document that holds it, the others, and how the answer is begun."""
 
     question: str
     answer: str
     gold: str
     others: tuple[str, ...]
+    begun: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,16 @@ class DocumentsTask(Task):
     but their order changes.
 
     The bundled documents are two sentences each, the first about an invented person, so that the answer is in no
-    model's memory. What it does not show: a flat curve may be flat because the model finds nothing, so read it with the
-    accuracy; places closer than a document are not told apart.
+    model's memory; that sentence begins the answer, so that its log-probability is that of the fact alone. What it does
+    not show: a flat curve may be flat because the model finds nothing, so read it with the accuracy; places closer than
+    a document are not told apart.
 
     Args:
-        data: JSON lines of question, answer, documents and gold, the place of the right one from 0 (None: made from
-            invented people).
+        data: JSON lines of question, answer, documents and gold, the place of the right one from 0, and if need be
+            begun, words that begin the answer (None: made from invented people).
         questions: how many, from the first.
         documents: k; of a file the first k - 1 others are read.
-        chat: ask through the chat template; the assistant's turn begins with ``Answer:``.
+        chat: ask through the chat template; the assistant's turn begins with ``Answer:`` and what is begun.
         max_new_tokens: of an answer, which also ends at a newline.
         seed: of the invented people.
     """
@@ -65,7 +67,7 @@ class DocumentsTask(Task):
     questions: int = 8
     documents: int = 5
     chat: bool = False
-    max_new_tokens: int = 12
+    max_new_tokens: int = 8
     seed: int = 0
 
     name: ClassVar[str] = "documents"
@@ -98,7 +100,8 @@ class DocumentsTask(Task):
             f"{relation.say(name, value)} {aside}"
             for name, value, aside in zip(people, told_of, pick(rng, ASIDES, self.documents), strict=True)
         ]
-        return Asked(relation.question.format(name=people[0]), told_of[0], texts[0], tuple(texts[1:]))
+        question, begun = relation.question.format(name=people[0]), relation.begin(people[0])
+        return Asked(question, told_of[0], texts[0], tuple(texts[1:]), begun)
 
     def _read(self, number: int, made: dict[str, Any]) -> Asked:
         texts, gold = made["documents"], made["gold"]
@@ -112,7 +115,8 @@ class DocumentsTask(Task):
             raise HeadscopeError(
                 f"question {number} has {len(texts)} documents and {self.documents} are asked for: set documents lower"
             )
-        return Asked(str(made["question"]), str(made["answer"]), texts[gold], tuple(others[: self.documents - 1]))
+        rest, begun = tuple(others[: self.documents - 1]), str(made.get("begun", "")).strip()
+        return Asked(str(made["question"]), str(made["answer"]), texts[gold], rest, begun)
 
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
         """The settings, and a file by its SHA-256."""
@@ -133,7 +137,8 @@ class DocumentsTask(Task):
         parts: list[Piece] = [(f"document_{number}", f"{text}\n") for number, text in enumerate(texts)]
         pieces: list[Piece] = [(None, "Read these notes.\n"), *parts, (None, "Question:")]
         pieces += [("question", f" {asked.question}"), (None, "\n")]
-        prompt = assembled(lm, pieces, "Answer:", chat=self.chat, room=self.max_new_tokens)
+        cue = f"Answer: {asked.begun}".rstrip()
+        prompt = assembled(lm, pieces, cue, chat=self.chat, room=self.max_new_tokens)
         spans = {**prompt.spans, "gold": prompt.spans[f"document_{place}"]}
         return TextPrompt(prompt.text, prompt.ids, spans).covering("documents", [str(name) for name, _ in parts])
 

@@ -28,10 +28,10 @@ class Facts(Task):
     """The last word of a sentence that states a fact; 1 where the greedy continuation begins with it, else 0.
 
     With ``where="context"`` the prompt first says where every one of some invented people lives, works and what they
-    like, in random order, and then begins one of these sentences again. Names and their facts are made up, so that
-    memory does not help. With ``where="memory"`` there is no context: the sentence is about the world (capitals,
-    languages, continents, opposites; see ``tasks/data``). One edit evaluated with both tells recall from the prompt
-    from recall from the weights.
+    like, in random order, and then, after ``To sum up:``, begins one of these sentences again. Names and their facts
+    are made up, so that memory does not help. With ``where="memory"`` there is no context: the sentence is about the
+    world (capitals, languages, continents, opposites; see ``tasks/data``). One edit evaluated with both tells recall
+    from the prompt from recall from the weights.
 
     Beside accuracy: that of every relation, and the means of the rank of the answer's first token (0: the greedy
     choice) and of the answer's log-probability.
@@ -119,7 +119,8 @@ class Facts(Task):
         if not sentences:
             return assembled(lm, [("question", begun)], room=self.max_new_tokens)
         pieces: list[Piece] = [(f"sentence_{place}", f"{text}\n") for place, text in enumerate(sentences)]
-        prompt = assembled(lm, [*pieces, ("question", begun)], room=self.max_new_tokens)
+        asked: list[Piece] = [(None, "To sum up:"), ("question", f" {begun}")]
+        prompt = assembled(lm, [*pieces, *asked], room=self.max_new_tokens)
         prompt = prompt.covering("context", [str(name) for name, _ in pieces])
         fact = next(place for place, text in enumerate(sentences) if text.startswith(begun))
         spans = {

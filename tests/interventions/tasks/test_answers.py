@@ -72,7 +72,10 @@ def test_the_gold_document_moves_and_nothing_else(reader: LanguageModel) -> None
         assert [text for i, text in enumerate(texts) if i != trial["place"]] == [f"{text}\n" for text in asked.others]
         assert prompt.spans["gold"] == prompt.spans[f"document_{trial['place']}"]
         assert prompt.spans["documents"] == (prompt.spans["document_0"][0], prompt.spans["document_3"][1])
-        assert asked.answer in asked.gold and not any(asked.answer in text for text in asked.others)
+        assert prompt.text.endswith(f"Question: {asked.question}\nAnswer: {asked.begun}")
+        assert asked.gold.startswith(f"{asked.begun} {asked.answer}.") and not any(
+            asked.answer in text for text in asked.others
+        )
     assert len({asked.gold for asked in task.loaded}) == 3
 
 
@@ -103,6 +106,11 @@ def test_an_answer_counts_where_its_words_occur(
     task = DocumentsTask(data=file, documents=2)
     response(monkeypatch, documents, said)
     assert [trial["place"] for trial in task.trials(reader)] == [0, 1]
+    assert task.build(reader, task.trials(reader)[0]).text.endswith("three\none\nQuestion: q?\nAnswer:")
+    begun = json.loads(file.read_text()) | {"begun": "It is"}
+    file.write_text(json.dumps(begun))
+    task = DocumentsTask(data=file, documents=2)
+    assert task.build(reader, task.trials(reader)[0]).text.endswith("\nAnswer: It is")
     assert "three\none\n" in task.build(reader, task.trials(reader)[0]).text
     assert task.run(reader, task.trials(reader)[0])["score"] == score
 
@@ -189,8 +197,8 @@ def test_a_context_tells_the_fact_once(reader: LanguageModel) -> None:
         prompt = task.build(reader, trial)
         spans = {name: reader.tokenizer.decode(prompt.ids[slice(*span)]) for name, span in prompt.spans.items()}
         assert spans["fact"] == f"{trial['begun']} {trial['object']}.\n" and prompt.text.count(trial["begun"]) == 2
-        assert spans["question"] == trial["begun"] and spans["context"].count("\n") == 12
-        assert prompt.text.endswith(trial["begun"])
+        assert spans["question"] == f" {trial['begun']}" and spans["context"].count("\n") == 12
+        assert prompt.text.endswith(f".\nTo sum up: {trial['begun']}")
     assert {trial["relation"] for trial in task.trials(reader)} == {"city", "job", "colour"}
 
 
