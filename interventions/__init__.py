@@ -58,7 +58,14 @@ if TYPE_CHECKING:
     from headscope.interventions.positions.rescale import RescaleRoPE as RescaleRoPE
     from headscope.interventions.positions.select import SelectContexts as SelectContexts
     from headscope.interventions.tasks import TASKS as TASKS
+    from headscope.interventions.tasks.arithmetic import Arithmetic as Arithmetic
     from headscope.interventions.tasks.base import Task as Task
+    from headscope.interventions.tasks.documents import DocumentsTask as DocumentsTask
+    from headscope.interventions.tasks.embedding_position import EmbeddingPosition as EmbeddingPosition
+    from headscope.interventions.tasks.facts import Facts as Facts
+    from headscope.interventions.tasks.few_shot import FewShot as FewShot
+    from headscope.interventions.tasks.lm_eval import LmEval as LmEval
+    from headscope.interventions.tasks.multiple_choice import MultipleChoice as MultipleChoice
     from headscope.interventions.tasks.needle import NeedleTask as NeedleTask
     from headscope.interventions.tasks.text_kl import TextKL as TextKL
     from headscope.interventions.tasks.text_loss import TextLoss as TextLoss
@@ -96,6 +103,13 @@ _HOME = {
     "HeadEdit": "head_edit",
     "Intervention": "base",
     "NeedleTask": "tasks.needle",
+    "Arithmetic": "tasks.arithmetic",
+    "DocumentsTask": "tasks.documents",
+    "EmbeddingPosition": "tasks.embedding_position",
+    "Facts": "tasks.facts",
+    "FewShot": "tasks.few_shot",
+    "LmEval": "tasks.lm_eval",
+    "MultipleChoice": "tasks.multiple_choice",
     "PatchHeads": "outputs.patch",
     "ConcentricPositions": "positions.concentric",
     "ParallelContexts": "positions.parallel",

@@ -109,13 +109,13 @@ def show_evaluation(result: Evaluation, as_json: bool) -> None:
     from headscope.interp.cli import console
     from headscope.interp.reports.evaluation import few
     from headscope.interp.reports.readable import readable
+    from headscope.interp.results.details import tables as detail_tables
     from headscope.interp.results.doses import doses
 
     summary, contrasts = result.summary(), result.contrasts()
     if as_json:
-        console.show_json(
-            {name: one.to_dict("records") for name, one in (("summary", summary), ("contrasts", contrasts))}
-        )
+        tables = {"summary": summary.to_dict("records"), "contrasts": contrasts.to_dict("records")}
+        console.show_json({**tables, "details": result.details})
         return
     shown = summary[summary["kind"] != "control"].drop(columns=["kind", "of", "groups", "higher_is_better"])
     title = "evaluation: 95 % bootstrap intervals, paired permutation p, Holm over the tasks of a condition"
@@ -125,6 +125,8 @@ def show_evaluation(result: Evaluation, as_json: bool) -> None:
         table = contrasts.drop(columns=["rank", "p_least", "p_worse", "higher_is_better", "intervention", "p_holm"])
         title = f"against random controls (no tail can be below {least:.2g} with so many)"
         console.show_rows(readable(table).to_dict("records"), title, False)
+    for task, table in detail_tables(result.details).items():
+        console.show_rows(table.to_dict("records"), f"{task}, beside its mean", False)
     found = doses(result)
     if len(found):
         table = found.drop(columns=["condition", "p_permutation", "delta_low", "delta_high"])

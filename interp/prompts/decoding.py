@@ -23,7 +23,7 @@ def prefill(lm: LanguageModel, ids: Any) -> Any:
     """
     if not len(ids):
         raise HeadscopeError("a prompt needs at least two tokens")
-    with _boundary(len(ids) + 1):
+    with said_boundary(len(ids) + 1):
         output = lm.forward(torch.tensor([list(ids)]), logits=1, cache=True)
     cache = getattr(output, "past_key_values", None)
     if cache is None:
@@ -43,7 +43,7 @@ def decode(lm: LanguageModel, cache: Any, last: int, max_new_tokens: int, *, new
     stops, emitted, fed = stop_tokens(lm), list[int](), int(last)
     length = int(cache.get_seq_length()) + 1
     while len(emitted) < max_new_tokens:
-        with _boundary(length):
+        with said_boundary(length):
             output = lm.forward(torch.tensor([[fed]]), cache=cache)
         check_finite(lm, output.logits[:, -1])
         fed = int(output.logits[0, -1].argmax())
@@ -53,7 +53,7 @@ def decode(lm: LanguageModel, cache: Any, last: int, max_new_tokens: int, *, new
     return emitted
 
 
-def _boundary(length: int) -> AbstractContextManager[None]:
+def said_boundary(length: int) -> AbstractContextManager[None]:
     """Says where the prompt ends, unless whoever built it does."""
     return prompt_boundary(length) if known_boundary() is None else nullcontext()
 

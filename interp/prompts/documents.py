@@ -47,7 +47,7 @@ def document_prompt(lm: LanguageModel, documents: Sequence[str], query: str) -> 
     Raises:
         HeadscopeError: a tokenizer that does not say which characters a token holds, or too long a prompt.
     """
-    before, after = _around(lm)
+    before, after = around(lm)
     text, places = before + INSTRUCTION, []
     for number, document in enumerate(documents, 1):
         text += SEPARATOR
@@ -119,7 +119,7 @@ def _question(held: Mapping[str, Any]) -> Question:
     return Question(str(held["question"]), tuple(texts), tuple(names.index(gold) for gold in held["gt_docs"]))
 
 
-def _around(lm: LanguageModel) -> tuple[str, str]:
+def around(lm: LanguageModel) -> tuple[str, str]:
     """What the chat template writes before and after a user's words; nothing without one."""
     if not getattr(lm.tokenizer, "chat_template", None):
         return "", ""

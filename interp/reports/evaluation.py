@@ -7,6 +7,7 @@ import pandas as pd
 from headscope.interp import plots
 from headscope.interp.reports.page import Report
 from headscope.interp.reports.readable import readable
+from headscope.interp.results import details
 from headscope.interp.results.changed import changed
 from headscope.interp.results.doses import doses
 from headscope.interp.results.evaluation import Evaluation
@@ -33,6 +34,8 @@ def add_evaluation(page: Report, result: Evaluation, place: str) -> None:
     page.table(readable(table), "Every condition beside no edit")
     if len(contrasts):
         page.table(readable(contrasts), "Each intervention against its random controls")
+    for task, beside in details.tables(result.details).items():
+        page.table(beside, f"{task}: what it says beside its mean; random controls: the mean over their sets")
     _add_doses(page, result, summary)
     _add_changed(page, result, summary)
     _add_needles(page, result)

@@ -30,13 +30,15 @@ class Evaluation:
     ``trials``: a table with task, condition, kind (baseline, intervention, control), of, control (which kind), trial,
     score and whatever the task said of a trial (``group``: which trials are not independent of each other).
     ``metrics``: what each task's score means; ``higher_is_better``: its direction (None where a task does not say).
-    Trials are paired: every condition ran the same ones.
+    Trials are paired: every condition ran the same ones. ``details``: what tasks say of a condition beside its mean,
+    one dict a task and condition (see ``details.tables``).
     """
 
     trials: pd.DataFrame
     metrics: dict[str, str]
     provenance: dict[str, Any]
     higher_is_better: dict[str, bool | None] = field(default_factory=dict)
+    details: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_rows(
@@ -181,6 +183,7 @@ class Evaluation:
             "higher_is_better": {task: self.higher_is_better.get(task) for task in self.metrics},
             "summary": json.loads(self.summary().to_json(orient="records")),
             "contrasts": json.loads(self.contrasts().to_json(orient="records")),
+            "details": self.details,
             "provenance": self.provenance,
         }
         path = folder / "evaluation.json"
@@ -208,6 +211,7 @@ class Evaluation:
                 raise ValueError("a task has no trials")
             trials = trials.astype({"score": np.float64})
             directions = {task: document["higher_is_better"][task] for task in document["metrics"]}
-            return cls(trials, dict(document["metrics"]), dict(document["provenance"]), directions)
+            details = [dict(one) for one in document.get("details", ())]
+            return cls(trials, dict(document["metrics"]), dict(document["provenance"]), directions, details)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             raise HeadscopeError(f"{folder} holds no evaluation ({error}); run `headscope evaluate` first") from error

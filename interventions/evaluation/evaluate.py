@@ -20,6 +20,7 @@ from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
 from headscope.interventions.applying import apply, size
 from headscope.interventions.base import Composed, Intervention, moved, parts_of
+from headscope.interventions.evaluation.summaries import summarised
 from headscope.interventions.tasks import resolve
 from headscope.interventions.tasks.base import Task, prepares
 
@@ -106,6 +107,7 @@ def evaluate(
     made["conditions"] = config["conditions"]
     directions = {task.name: getattr(task, "higher_is_better", None) for task in chosen}
     result = Evaluation.from_rows(rows, {task.name: task.metric for task in chosen}, made, directions)
+    result.details.extend(summarised(chosen, result.trials))
     if out is not None:
         result.save(out)
     return result

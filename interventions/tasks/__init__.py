@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.registry import Registry
+from headscope.interp.registry import Registry, make
 from headscope.interventions.tasks.base import Task, check_task
 
 TASKS: Registry[Task] = Registry(
@@ -15,8 +15,15 @@ TASKS: Registry[Task] = Registry(
     "headscope.interventions.tasks",
     {
         "needle": "needle:NeedleTask",
+        "multiple_choice": "multiple_choice:MultipleChoice",
+        "documents": "documents:DocumentsTask",
+        "arithmetic": "arithmetic:Arithmetic",
+        "facts": "facts:Facts",
+        "few_shot": "few_shot:FewShot",
+        "embedding_position": "embedding_position:EmbeddingPosition",
         "text_loss": "text_loss:TextLoss",
         "text_kl": "text_kl:TextKL",
+        "lm_eval": "lm_eval:LmEval",
     },
 )
 
@@ -28,7 +35,7 @@ def resolve(tasks: str | Task | Sequence[str | Task]) -> list[Task]:
         HeadscopeError: an unknown name, an object that is no task, two of one name, or none.
     """
     given: Sequence[Any] = tasks if isinstance(tasks, list | tuple) else [tasks]
-    found: list[Task] = [TASKS[task]() if isinstance(task, str) else task for task in given]
+    found: list[Task] = [make(TASKS[task], task, {}) if isinstance(task, str) else task for task in given]
     for task in found:
         check_task(task)
     if not found:

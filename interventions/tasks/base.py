@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
+
+import pandas as pd
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
@@ -53,9 +56,45 @@ class Task:
         """
         return trial
 
+    def summarise(self, trials: pd.DataFrame) -> dict[str, float]:
+        """What a condition's trials say beside their mean score, by name: none, unless a task has something.
+
+        ``trials`` has one row a trial: its scalars and what ``run`` returned.
+        """
+        return {}
+
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
         """The settings, JSON-able: two runs with equal settings have equal trials. Texts are hashed."""
         return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+
+
+def check_least(task: Task, **least: int) -> None:
+    """Refuse numbers, or one of several, below the least that they may be; None is left alone.
+
+    Raises:
+        HeadscopeError: names the setting.
+    """
+    for setting, low in least.items():
+        given = getattr(task, setting)
+        each = given if isinstance(given, list | tuple) else [given]
+        whole = all(
+            isinstance(one, int) and not isinstance(one, bool) and one >= low for one in each if one is not None
+        )
+        if not whole or not each:
+            raise HeadscopeError(f"{task.name}: {setting} is at least {low}, a whole number, not {given!r:.60}")
+
+
+def check_among(task: Task, **choices: Sequence[str]) -> None:
+    """Refuse a setting, or one of several, that is none of its choices.
+
+    Raises:
+        HeadscopeError: names the setting and the choices.
+    """
+    for setting, known in choices.items():
+        given = getattr(task, setting)
+        each = given if isinstance(given, list | tuple) else [given]
+        if not each or any(one not in known for one in each):
+            raise HeadscopeError(f"{task.name}: {setting} is one of {', '.join(known)}; got {given!r:.60}")
 
 
 def check_task(task: Any) -> None:

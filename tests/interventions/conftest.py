@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.prompts import load_haystack, load_needles
 
 WORDS = 60
 LAYERS, HEADS, D_HEAD = 2, 4, 8
@@ -66,3 +67,20 @@ def wide_lm(request: pytest.FixtureRequest) -> LanguageModel:
 def llama() -> LanguageModel:
     """The llama alone, where the architecture does not matter."""
     return build("llama")
+
+
+@pytest.fixture(scope="session")
+def reader() -> LanguageModel:
+    """A tiny llama that reads bytes and common pieces."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<eos>"])
+    needles = [" ".join([n.needle, n.question]) for n in load_needles(10)]
+    inner.train_from_iterator([load_haystack()[:20_000], *needles], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    config = LlamaConfig(vocab_size=600, num_hidden_layers=2, initializer_range=0.3, eos_token_id=0, **sizes)
+    return LanguageModel.wrap(LlamaForCausalLM(config).eval(), tokenizer, name="tiny", revision="seed 0")
