@@ -75,12 +75,12 @@ class Scores:
     def check(self, v: Tensor | None = None) -> None:
         """Raise ValueError where these inputs, and values ``v``, do not belong together."""
         q, k, sinks, bias = self.q.shape, self.k.shape, self.sinks, self.bias  # asked once: of every layer's call
-        v = k if v is None else v.shape
-        if len(q) != 4 or len(k) != 4 or len(v) != 4:
-            raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x) for x in (q, k, v)]}")
+        shapes = (q, k, k if v is None else v.shape)
+        if any(len(x) != 4 for x in shapes):
+            raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x) for x in shapes]}")
         (batch, heads, _, width), (k_batch, kv_heads, keys, k_width) = q, k
-        if batch != k_batch or width != k_width or (v is not k and v[:3] != k[:3]):
-            raise ValueError(f"q, k and v do not belong together: {[tuple(x) for x in (q, k, v)]}")
+        if batch != k_batch or width != k_width or shapes[2][:3] != k[:3]:
+            raise ValueError(f"q, k and v do not belong together: {[tuple(x) for x in shapes]}")
         if heads % kv_heads:
             raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
         if sinks is not None and sinks.shape != (heads,):

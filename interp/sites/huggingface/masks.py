@@ -32,7 +32,8 @@ class LazyMask(Tensor):
     left_out: dict[str, bool]
     causal: dict[bool, Mask]
     read: dict[tuple[Any, ...], Any]  # what layers found that it says of their calls, by what they asked
-    __torch_function__ = torch._C._disabled_torch_function_impl  # or asking for its shape takes longer than attention
+    # else asking for its shape takes longer than attention
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
