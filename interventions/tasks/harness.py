@@ -6,9 +6,7 @@ Imports ``lm_eval``, so that only who needs it imports this file.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.boundary import prompt_boundary
+from headscope.interp.sites.quiet import errors_only
 from headscope.interventions.applying import apply
 from headscope.interventions.load import load_intervention
 
@@ -56,7 +55,7 @@ class HeadscopeLM(HFLM):  # type: ignore[misc] # the harness has no types
         loaded = load_model(pretrained, device=device, dtype=dtype) if isinstance(pretrained, str) else pretrained
         self.loaded: LanguageModel = load_model(loaded)
         self.edits = () if edit is None else (load_intervention(edit, self.loaded),)
-        with _quiet():
+        with errors_only(HFLM.__module__):
             super().__init__(pretrained=self.loaded.model, tokenizer=self.loaded.required_tokenizer(), **options)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
@@ -87,18 +86,6 @@ class HeadscopeLM(HFLM):  # type: ignore[misc] # the harness has no types
                 answers = super()._loglikelihood_tokens(own, disable_tqdm=True, override_bs=batch)
             found.update(zip(places, answers, strict=True))
         return [found[place] for place in range(len(requests))]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without HFLM's warnings that a model was given, not a name: that is what is meant."""
-    logger = logging.getLogger(HFLM.__module__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def read_tasks(name: str, include_path: str | None, num_fewshot: int | None) -> dict[str, Any]:
