@@ -1,4 +1,4 @@
-"""What heads encode: linear probes on their outputs, with controls, and what they write towards the next token.
+"""What heads encode and do: linear probes on their outputs, what they write towards the next token, patching.
 
 Names are imported on first use (PEP 562), so that the command line starts without importing torch.
 """
@@ -19,14 +19,24 @@ if TYPE_CHECKING:
     from headscope.probes.linear.heads import probe_heads as probe_heads
     from headscope.probes.linear.result import Directions as Directions
     from headscope.probes.linear.result import ProbeResult as ProbeResult
+    from headscope.probes.patching.activation import patch_heads as patch_heads
+    from headscope.probes.patching.activation import patch_places as patch_places
+    from headscope.probes.patching.attribution import attribution_patching as attribution_patching
+    from headscope.probes.patching.causal_trace import causal_trace as causal_trace
+    from headscope.probes.patching.pairs import Pairs as Pairs
 
 _HOME = {
     "Directions": "linear.result",
     "Labelled": "linear.dataset",
+    "Pairs": "patching.pairs",
     "ProbeResult": "linear.result",
+    "attribution_patching": "patching.attribution",
+    "causal_trace": "patching.causal_trace",
     "head_outputs": "linear.activations",
     "load_labelled": "linear.dataset",
     "logit_attribution": "lenses.attribution",
+    "patch_heads": "patching.activation",
+    "patch_places": "patching.activation",
     "probe_activations": "linear.heads",
     "probe_heads": "linear.heads",
     "subject_number": "linear.dataset",
