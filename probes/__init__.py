@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from headscope.probes.patching.attribution import attribution_patching as attribution_patching
     from headscope.probes.patching.causal_trace import causal_trace as causal_trace
     from headscope.probes.patching.pairs import Pairs as Pairs
+    from headscope.probes.patching.path import path_effect as path_effect
+    from headscope.probes.patching.path import path_patching as path_patching
 
 _HOME = {
     "Directions": "linear.result",
@@ -37,6 +39,8 @@ _HOME = {
     "logit_attribution": "lenses.attribution",
     "patch_heads": "patching.activation",
     "patch_places": "patching.activation",
+    "path_effect": "patching.path",
+    "path_patching": "patching.path",
     "probe_activations": "linear.heads",
     "probe_heads": "linear.heads",
     "subject_number": "linear.dataset",

@@ -20,7 +20,7 @@ from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, measure, share
-from headscope.probes.patching.places import COMPONENTS, Place, Places, chunks, layers_of, put
+from headscope.probes.patching.places import COMPONENTS, Place, Places, chunks, in_turn, layers_of, put
 
 Direction = Literal["denoise", "noise"]
 Source = Literal["prompt", "mean", "random"]
@@ -154,7 +154,7 @@ def patch_places(
         for layer in layers:
             for some in chunks(held, together):
                 puts = [put(given[place, layer], where, len(some), [(i, None)]) for i, where in enumerate(some)]
-                values.append(run.patched({(place, layer): _in_turn(puts)}, len(some)))
+                values.append(run.patched({(place, layer): in_turn(puts)}, len(some)))
         found.append(np.concatenate(values).T.reshape(len(part), len(layers), len(spans)))
         bases.append(run.base)
         others.append(run.other)
@@ -249,12 +249,3 @@ def _noised(x: Tensor, real: Tensor, draw: torch.Generator) -> Tensor:
     sigma = centred.pow(2).nanmean(1).sqrt()
     noise = torch.randn(x.shape, generator=draw).to(x)
     return x + 3 * (sigma[None, :, None, None] if x.ndim == 4 else sigma) * noise
-
-
-def _in_turn(changes: Sequence[Any]) -> Any:
-    def change(x: Tensor) -> Tensor:
-        for one in changes:
-            x = one(x)
-        return x
-
-    return change

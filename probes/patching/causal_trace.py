@@ -3,7 +3,6 @@ back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -17,7 +16,7 @@ from headscope.interp.runs.progress import track
 from headscope.interp.statistics.spans import Span
 from headscope.probes.patching.activation import numbers
 from headscope.probes.patching.pairs import Pairs, Token, measure, token_id
-from headscope.probes.patching.places import Change, Place, Places, chunks, layers_of, put
+from headscope.probes.patching.places import Change, Place, Places, chunks, in_turn, layers_of, put
 
 WINDOWED = ("mlp_out", "attn_out")
 
@@ -93,7 +92,7 @@ def causal_trace(
             if inside:
                 given = clean.kept[place, near].expand(samples, -1, -1)
                 puts = [put(given, rows.where(at), copies, [(c, None)]) for c, at in inside]
-                changes[place, near] = _after(changes.get((place, near)), puts)
+                changes[place, near] = in_turn([*([changes[place, near]] if (place, near) in changes else []), *puts])
         found += numbers(measure(lm, rows, rows.clean, Places(changes), _probability, copies=copies)).mean(1).tolist()
     low, restored = found[0], found[1:]
     words = lm.required_tokenizer().convert_ids_to_tokens(ids[0].tolist())
@@ -131,12 +130,3 @@ def _holds(layer: int, near: int, window: int) -> bool:
 
 def _instead(given: Tensor) -> Change:
     return lambda x: given.to(x)
-
-
-def _after(first: Change | None, puts: Sequence[Change]) -> Change:
-    def change(x: Tensor) -> Tensor:
-        for one in (*([] if first is None else [first]), *puts):
-            x = one(x)
-        return x
-
-    return change

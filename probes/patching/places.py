@@ -89,6 +89,17 @@ def put(source: Tensor, where: Tensor, copies: int, members: Sequence[tuple[int,
     return change
 
 
+def in_turn(changes: Sequence[Change]) -> Change:
+    """One change after the other."""
+
+    def change(x: Tensor) -> Tensor:
+        for one in changes:
+            x = one(x)
+        return x
+
+    return change
+
+
 def layers_of(kept: Mapping[Place, Tensor], site: str) -> list[int]:
     """The layers that a site was kept in."""
     return sorted(layer for name, layer in kept if name == site)
