@@ -9,6 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headscope.probes.circuits.circuit import Circuit as Circuit
+    from headscope.probes.circuits.circuit import compare_circuits as compare_circuits
+    from headscope.probes.circuits.coloured import coloured_objects as coloured_objects
+    from headscope.probes.circuits.evaluation import evaluate_circuit as evaluate_circuit
+    from headscope.probes.circuits.evaluation import faithfulness_curve as faithfulness_curve
+    from headscope.probes.circuits.figure import circuit_figure as circuit_figure
+    from headscope.probes.circuits.finding import find_circuit as find_circuit
+    from headscope.probes.circuits.finding import measure_edges as measure_edges
+    from headscope.probes.circuits.ioi import ioi as ioi
     from headscope.probes.lenses.attribution import logit_attribution as logit_attribution
     from headscope.probes.linear.activations import head_outputs as head_outputs
     from headscope.probes.linear.dataset import Labelled as Labelled
@@ -28,15 +37,24 @@ if TYPE_CHECKING:
     from headscope.probes.patching.path import path_patching as path_patching
 
 _HOME = {
+    "Circuit": "circuits.circuit",
     "Directions": "linear.result",
     "Labelled": "linear.dataset",
     "Pairs": "patching.pairs",
     "ProbeResult": "linear.result",
     "attribution_patching": "patching.attribution",
     "causal_trace": "patching.causal_trace",
+    "circuit_figure": "circuits.figure",
+    "coloured_objects": "circuits.coloured",
+    "compare_circuits": "circuits.circuit",
+    "evaluate_circuit": "circuits.evaluation",
+    "faithfulness_curve": "circuits.evaluation",
+    "find_circuit": "circuits.finding",
     "head_outputs": "linear.activations",
+    "ioi": "circuits.ioi",
     "load_labelled": "linear.dataset",
     "logit_attribution": "lenses.attribution",
+    "measure_edges": "circuits.finding",
     "patch_heads": "patching.activation",
     "patch_places": "patching.activation",
     "path_effect": "patching.path",

@@ -84,10 +84,10 @@ def path_patching(
 
     Merullo et al. 2024, "Circuit Component Reuse" (arXiv 2310.08744; jmerullo/circuit_reuse @ e7cc30e,
     ``patching_utils.py``), after Wang et al. 2022 (arXiv 2211.00593) and Goldowsky-Dill et al. 2023 (arXiv 2304.05969):
-    1. the clean and the corrupt run are kept; 2. for every sender in the clean run, its z at ``positions`` is the corrupt
-    one and all other heads' z are the clean ones, MLPs are computed anew (or clean: ``freeze_mlps``), and what the
-    receivers read (or write: z) is kept; 3. the clean run with these values of the receivers at ``positions`` gives D'.
-    The effect is (D' - D_clean) / (D_corrupt - D_clean): the share of the difference destroyed.
+    1. the clean and the corrupt run are kept; 2. for every sender in the clean run, its z at ``positions`` is the
+    corrupt one and all other heads' z are the clean ones, MLPs are computed anew (or clean: ``freeze_mlps``), and what
+    the receivers read (or write: z) is kept; 3. the clean run with these values of the receivers at ``positions`` gives
+    D'. The effect is (D' - D_clean) / (D_corrupt - D_clean): the share of the difference destroyed.
 
     What differs from their code: senders are in every layer below the *highest* receiver (theirs: up to the lowest, so
     that heads between receivers are left out), and those in a receiver's own layer, which cannot reach it, have no
@@ -152,9 +152,9 @@ def path_effect(
     """The effect of a set of senders together, heads and MLPs of any layers, through a set of receivers: (pair,).
 
     As ``path_patching``, for any senders and receivers: in step 2 all senders are corrupt at once, every other head
-    (and with ``freeze_mlps`` every other MLP) is clean, and each receiver takes what reaches it from the senders below it. A
-    receiver that has none below keeps its clean value. MLPs that are not frozen carry what they are given: a path from
-    a head through an MLP to a receiver counts as direct; freeze them where MLPs are nodes.
+    (and with ``freeze_mlps`` every other MLP) is clean, and each receiver takes what reaches it from the
+    senders below it. A receiver that has none below keeps its clean value. MLPs that are not frozen carry what they are
+    given: a path from a head through an MLP to a receiver counts as direct; freeze them where MLPs are nodes.
 
     Raises:
         HeadscopeError: no such node.
