@@ -87,20 +87,38 @@ class Circuit:
         mask = rng.permuted(self.mask, axis=1)
         return self.with_heads(mask, rng.permutation(self.mlp_mask))
 
-    def save(self, path: str | Path) -> Path:
-        """Write it as JSON that carries its own checksum, atomically."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """JSON-able; ``of`` reads it."""
+        return {
             "format": FORMAT,
             "kind": KIND,
             "name": self.name,
-            "size": self.size,
-            "heads": self.heads.heads,
-            "weights": self.heads.weights,
-            "mlps": self.mlps,
+            "size": list(self.size),
+            "heads": [list(pair) for pair in self.heads],
+            "weights": list(self.heads.weights),
+            "mlps": None if self.mlps is None else list(self.mlps),
             "edges": [asdict(edge) for edge in self.edges],
             "provenance": json.loads(json.dumps(self.provenance, default=str)),
         }
-        write_atomically(path, sealed(document))
+
+    @classmethod
+    def of(cls, held: dict[str, Any]) -> Circuit:
+        """The circuit of a ``document``.
+
+        Raises:
+            ValueError, KeyError, TypeError: something else.
+        """
+        if held["kind"] != KIND or held["format"] != FORMAT:
+            raise ValueError(f"it holds {held['kind']!r}, format {held['format']}")
+        heads = HeadSet(tuple((a, b) for a, b in held["heads"]), tuple(held["weights"]), str(held["name"]))
+        mlps = None if held["mlps"] is None else tuple(held["mlps"])
+        layers, width = held["size"]
+        edges = tuple(Edge(**edge) for edge in held["edges"])
+        return cls(heads, (layers, width), mlps, edges, str(held["name"]), dict(held["provenance"]))
+
+    def save(self, path: str | Path) -> Path:
+        """Write it as JSON that carries its own checksum, atomically."""
+        write_atomically(path, sealed(self.document()))
         return Path(path)
 
     @classmethod
@@ -111,14 +129,7 @@ class Circuit:
             HeadscopeError: no such file, something else, or a file that was changed.
         """
         try:
-            held = unsealed(json.loads(Path(path).read_bytes()))
-            if held["kind"] != KIND or held["format"] != FORMAT:
-                raise ValueError(f"it holds {held['kind']!r}, format {held['format']}")
-            heads = HeadSet(tuple((a, b) for a, b in held["heads"]), tuple(held["weights"]), str(held["name"]))
-            mlps = None if held["mlps"] is None else tuple(held["mlps"])
-            edges = tuple(Edge(**edge) for edge in held["edges"])
-            layers, width = held["size"]
-            return cls(heads, (layers, width), mlps, edges, str(held["name"]), dict(held["provenance"]))
+            return cls.of(unsealed(json.loads(Path(path).read_bytes())))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise HeadscopeError(
                 f"{path} is not a circuit of headscope ({error}); find one with `headscope circuit`"

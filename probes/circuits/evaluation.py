@@ -48,14 +48,14 @@ class CircuitEvaluation:
         return {
             "ablation": self.ablation,
             "metric": dict(self.metric),
-            "summary": self.summary.to_dict("records"),
+            "summary": _records(self.summary),
             "random": {
                 "n": len(self.random),
                 "mean": _mean(self.random),
                 "highest": _highest(self.random),
                 "p": self.p,
             },
-            "nodes": self.nodes.to_dict("records"),
+            "nodes": _records(self.nodes),
         }
 
 
@@ -89,7 +89,8 @@ def evaluate_circuit(
     - minimality of a node v: (F(C) - F(C without v)), as a share. Theirs searches a set K for every v; K is empty here.
       One run a node; ``minimality=False`` leaves it out.
 
-    Intervals are a bootstrap over pairs (95 %). What it does not show: that pairs the circuit was found on are like
+    Intervals are a bootstrap over pairs (95 %). A mean over a group of few pairs is little but the pair's own corrupt
+    prompt: give several pairs a group. What it does not show: that pairs the circuit was found on are like
     others (evaluate it on others), or anything beyond this ablation; shares above 1 and below 0 happen.
 
     Raises:
@@ -274,6 +275,12 @@ def _nodes(circuit: Circuit) -> list[tuple[str, Circuit]]:
         one[layer] = True
         found.append((f"L{layer}MLP", circuit.with_heads(none, one)))
     return found
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows for JSON, None where there is no number."""
+    rows: list[dict[str, Any]] = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return rows
 
 
 def _mean(values: NDArray[np.float64]) -> float:
