@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,24 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return found, round(time.perf_counter() - begin, 2)
 
 
-def estimates(lm: LanguageModel, pairs: Pairs, heads: int, passes: dict[str, int]) -> dict[str, Any]:
+def estimates(lm: LanguageModel, pairs: Pairs, heads: int, passes: dict[str, Any]) -> dict[str, Any]:
     """Attribution of z, plain and integrated, and of q with the QK fix, each beside true patching."""
-    first = attribution_patching(lm, pairs, progress=False, **passes_of(passes))
-    chosen = sampled(first.scores, heads, 0)
+    size = {"batch_size": passes["batch_size"]}
+    chosen = sampled(attribution_patching(lm, pairs, progress=False, **size).scores, heads, 0)
+    settings: dict[str, Any] = {"heads": chosen, "direction": "noise", "progress": False, **passes}
     found: dict[str, Any] = {}
     true = {}
     for component in ("z", "q"):
-        true[component], seconds = timed(
-            lambda c=component: patch_heads(lm, pairs, c, heads=chosen, direction="noise", progress=False, **passes)
-        )
+        true[component], seconds = timed(partial(patch_heads, lm, pairs, component, **settings))
         found[f"patching_{component}"] = {"heads": len(chosen), "forwards": 2 + len(chosen), "seconds": seconds}
-    asked = {
+    asked: dict[str, tuple[str, dict[str, Any]]] = {
         "z": ("z", {}),
         "z, 5 steps": ("z", {"steps": 5}),
         "q": ("q", {}),
         "q, QK fix": ("q", {"fix": "qk"}),
     }
-    for name, (component, settings) in asked.items():
-        one, seconds = timed(
-            lambda c=component, s=settings: attribution_patching(lm, pairs, c, progress=False, **s, **passes_of(passes))
-        )
+    for name, (component, more) in asked.items():
+        one, seconds = timed(partial(attribution_patching, lm, pairs, component, progress=False, **more, **size))
         found[name] = {
             "forwards": one.forwards,
             "backwards": one.backwards,
@@ -69,15 +67,10 @@ def estimates(lm: LanguageModel, pairs: Pairs, heads: int, passes: dict[str, int
     return found
 
 
-def passes_of(passes: dict[str, int]) -> dict[str, int]:
-    """What attribution takes of the sizes of a pass."""
-    return {"batch_size": passes["batch_size"]}
-
-
 def measure(lm: LanguageModel, small: bool) -> dict[str, Any]:
     """All numbers."""
     count, randoms, size = (8, 2, 5) if small else (64, 20, 20)
-    passes = {"batch_size": 8, "together": 4} if small else {"batch_size": 64, "together": 16}
+    passes: dict[str, Any] = {"batch_size": 8, "together": 4} if small else {"batch_size": 64, "together": 16}
     pairs, others = ioi(lm, count), ioi(lm, count, seed=1)
     found: dict[str, Any] = {"pairs": count}
     found["estimates"] = estimates(lm, pairs, 12 if small else lm.info.layers * lm.info.heads, passes)
@@ -94,7 +87,7 @@ def measure(lm: LanguageModel, small: bool) -> dict[str, Any]:
             lm, one, others, randoms=randoms, subsets=4, minimality=not small, progress=False, **passes
         )
         found[name] = {"heads": [f"L{a}H{b}" for a, b in one.heads], "edges": len(one.edges), **held.document()}
-    scores = attribution_patching(lm, pairs, progress=False, **passes_of(passes)).scores
+    scores = attribution_patching(lm, pairs, progress=False, batch_size=passes["batch_size"]).scores
     sizes = SIZES[:4] if small else SIZES
     curve = faithfulness_curve(lm, scores, others, sizes, randoms=randoms // 2, progress=False, **passes)
     found["curve"] = curve.to_dict("records")

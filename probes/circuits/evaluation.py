@@ -226,14 +226,16 @@ def _changes(circuits: Sequence[Circuit], put: Mapping[Place, Tensor]) -> dict[P
     """Everything outside of each copy's circuit replaced."""
     heads, mlps = (torch.from_numpy(np.stack(x)) for x in zip(*((c.mask, c.mlp_mask) for c in circuits), strict=True))
 
-    def change(x: Tensor, given: Tensor, keep: Tensor) -> Tensor:
-        copies = x.view(len(circuits), -1, *x.shape[1:])
-        keep = keep.to(x.device).view(len(circuits), 1, -1, *[1] * (x.ndim - 2))
-        return torch.where(keep, copies, given.to(x)).flatten(0, 1)
+    def change(given: Tensor, keep: Tensor) -> Change:
+        def kept(x: Tensor) -> Tensor:
+            copies = x.view(len(circuits), -1, *x.shape[1:])
+            inside = keep.to(x.device).view(len(circuits), 1, -1, *[1] * (x.ndim - 2))
+            return torch.where(inside, copies, given.to(x)).flatten(0, 1)
+
+        return kept
 
     return {
-        (site, layer): lambda x, g=given, k=(heads if site == "z" else mlps)[:, layer]: change(x, g, k)
-        for (site, layer), given in put.items()
+        (site, layer): change(given, (heads if site == "z" else mlps)[:, layer]) for (site, layer), given in put.items()
     }
 
 
@@ -264,17 +266,17 @@ def _half(circuit: Circuit, rng: np.random.Generator) -> Circuit:
 
 def _nodes(circuit: Circuit) -> list[tuple[str, Circuit]]:
     """Each node alone, by name."""
-    found = []
-    none, no_mlps = np.zeros(circuit.size, bool), np.zeros(circuit.size[0], bool)
-    for layer, head in circuit.heads:
-        one = none.copy()
-        one[layer, head] = True
-        found.append((f"L{layer}H{head}", circuit.with_heads(one, no_mlps)))
-    for layer in circuit.mlps or ():
-        one = no_mlps.copy()
-        one[layer] = True
-        found.append((f"L{layer}MLP", circuit.with_heads(none, one)))
-    return found
+
+    def alone(layer: int, head: int | None) -> Circuit:
+        heads, mlps = np.zeros(circuit.size, bool), np.zeros(circuit.size[0], bool)
+        if head is None:
+            mlps[layer] = True
+        else:
+            heads[layer, head] = True
+        return circuit.with_heads(heads, mlps)
+
+    found = [(f"L{layer}H{head}", alone(layer, head)) for layer, head in circuit.heads]
+    return found + [(f"L{layer}MLP", alone(layer, None)) for layer in circuit.mlps or ()]
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ def circuit_figure(circuit: Circuit, title: str = "") -> go.Figure:
         textposition="top center",
         hovertemplate="%{text}: %{customdata:.3f}<extra></extra>",
     )
-    others = [(width, layer, f"L{layer}MLP") for layer in circuit.mlps or ()]
+    others: list[tuple[float, int, str]] = [(width, layer, f"L{layer}MLP") for layer in circuit.mlps or ()]
     others += [(_end(circuit), layers, LOGITS)] if circuit.edges else []
     for x, y, name in others:
         fig.add_scatter(x=[x], y=[y], mode="markers+text", text=[name], textposition="top center",

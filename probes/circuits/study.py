@@ -72,8 +72,17 @@ def study_circuit(
     if task not in TASKS:
         raise HeadscopeError(f"no task {task!r}: name one of {', '.join(TASKS)}")
     pairs, others = (TASKS[task](lm, count, seed=s) for s in (seed, seed + 1))
-    settings = {"task": task, "count": count, "size": size, "method": method, "budget": budget, "edges": edges,
-                "ablation": ablation, "randoms": randoms, "seed": seed}  # fmt: skip
+    settings: dict[str, Any] = {
+        "task": task,
+        "count": count,
+        "size": size,
+        "method": method,
+        "budget": budget,
+        "edges": edges,
+        "ablation": ablation,
+        "randoms": randoms,
+        "seed": seed,
+    }
     folder = None if out is None else Path(out)
     config = {**settings, "model": lm.name, "weights": fingerprint(lm.inner)}
     held: list[dict[str, Any]] = []

@@ -177,6 +177,7 @@ class Linear:
         other = Places(keep=(*sites, *entering, *(recompute[:1] if recompute else ())))
         self.other = numbers(measure(lm, pairs, other_ids, other, metric))[0]
         self.given, self.grads, first = other.kept, dict[Place, Tensor](), 0
+        self.own: dict[Place, Tensor] = {}
         for j in range(steps):
             leaves = Leaves(sites, entering, self.given, recompute if j == 0 else None)
             if j:

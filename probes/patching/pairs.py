@@ -65,14 +65,14 @@ class Pairs:
             raise HeadscopeError(f"give one corrupt prompt, answer and other a clean prompt: {count} clean prompts")
         texts = lm.encode([*clean, *corrupt])
         ids, lengths = texts["input_ids"].cpu(), texts["attention_mask"].sum(1).cpu()
-        for i, (one, two) in enumerate(zip(lengths[:count].tolist(), lengths[count:].tolist(), strict=True)):
-            if one != two:
+        for i, (n, m) in enumerate(zip(lengths[:count].tolist(), lengths[count:].tolist(), strict=True)):
+            if n != m:
                 raise HeadscopeError(
-                    f"pair {i} does not align: {one} tokens clean, {two} corrupt; choose words of as many tokens"
+                    f"pair {i} does not align: {n} tokens clean, {m} corrupt; choose words of as many tokens"
                 )
-        said = [torch.tensor([token_id(lm, token) for token in tokens]) for tokens in (answers, others)]
+        one, other = (torch.tensor([token_id(lm, token) for token in tokens]) for tokens in (answers, others))
         group = torch.tensor([0] * count if groups is None else list(groups))
-        return cls(ids[:count], ids[count:], lengths[:count], *said, group, spans or {})
+        return cls(ids[:count], ids[count:], lengths[:count], one, other, group, spans or {})
 
     def __len__(self) -> int:
         return len(self.clean)
