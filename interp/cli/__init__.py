@@ -21,6 +21,7 @@ COMMANDS = (
     "compare",
     "taxonomy",
     "probe",
+    "circuit",
     "intervene",
     "fit",
     "export",

@@ -1,0 +1,126 @@
+"""A circuit from prompts to numbers, in steps that a killed run does not repeat: found, measured, evaluated, saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
+from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.loop import opened, run_steps
+from headscope.interp.runs.provenance import fingerprint, provenance
+from headscope.interp.runs.sealed import sealed
+from headscope.probes.circuits.circuit import Circuit
+from headscope.probes.circuits.coloured import coloured_objects
+from headscope.probes.circuits.evaluation import Ablation, evaluate_circuit, faithfulness_curve
+from headscope.probes.circuits.figure import circuit_figure
+from headscope.probes.circuits.finding import find_circuit, measure_edges
+from headscope.probes.circuits.ioi import ioi
+from headscope.probes.patching.attribution import attribution_patching
+from headscope.probes.patching.pairs import Pairs
+
+TASKS: dict[str, Callable[..., Pairs]] = {"ioi": ioi, "coloured_objects": coloured_objects}
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitStudy:
+    """The circuit, its ``evaluation`` (``CircuitEvaluation.document``) on pairs that it was not found on, and the
+    faithfulness ``curve`` on them of the heads that attribution ranks highest."""
+
+    circuit: Circuit
+    evaluation: dict[str, Any]
+    curve: pd.DataFrame
+
+
+def study_circuit(
+    lm: LanguageModel,
+    task: str = "ioi",
+    out: str | Path | None = None,
+    *,
+    count: int = 48,
+    size: int = 20,
+    method: Literal["attribution", "path"] = "attribution",
+    budget: int = 2000,
+    edges: bool = True,
+    ablation: Ablation = "mean",
+    randoms: int = 20,
+    seed: int = 0,
+    progress: bool = True,
+) -> CircuitStudy:
+    """Find a circuit on ``count`` pairs and evaluate it on ``count`` others (the next seed).
+
+    Args:
+        lm: load_model's result, or what load_model takes.
+        task: ``ioi`` or ``coloured_objects``.
+        out: folder for ``circuit.json``, ``evaluation.json`` and ``circuit.html``; a killed run resumes from it, a step
+            (finding, edges, evaluation, curve) at a time.
+        size, method, budget: as in ``find_circuit``.
+        edges: measure those among the circuit's heads (by attribution it has none otherwise).
+        ablation, randoms: as in ``evaluate_circuit``.
+
+    Raises:
+        HeadscopeError: no such task, as those functions, or a folder of another run.
+    """
+    lm = load_model(lm)
+    if task not in TASKS:
+        raise HeadscopeError(f"no task {task!r}: name one of {', '.join(TASKS)}")
+    pairs, others = (TASKS[task](lm, count, seed=s) for s in (seed, seed + 1))
+    settings: dict[str, Any] = {
+        "task": task,
+        "count": count,
+        "size": size,
+        "method": method,
+        "budget": budget,
+        "edges": edges,
+        "ablation": ablation,
+        "randoms": randoms,
+        "seed": seed,
+    }
+    folder = None if out is None else Path(out)
+    config = {**settings, "model": lm.name, "weights": fingerprint(lm.inner)}
+    held: list[dict[str, Any]] = []
+
+    def find() -> dict[str, Any]:
+        return find_circuit(lm, pairs, size, method, budget=budget, progress=progress).document()
+
+    def measure() -> dict[str, Any]:
+        found = Circuit.of(held[0])
+        return (measure_edges(lm, pairs, found, progress=progress) if edges else found).document()
+
+    def evaluate() -> dict[str, Any]:
+        found = Circuit.of(held[1])
+        return evaluate_circuit(
+            lm, found, others, ablation=ablation, randoms=randoms, seed=seed, progress=progress
+        ).document()
+
+    def curve() -> dict[str, Any]:
+        scores = attribution_patching(lm, pairs, progress=progress).scores
+        sizes = [n for n in (1, 2, 5, 10, 20, 40, 80, 160, 320) if n < scores.mean.size] + [int((scores.n > 0).sum())]
+        found = faithfulness_curve(
+            lm, scores, others, sizes, ablation=ablation, randoms=5, seed=seed, progress=progress
+        )
+        return {"rows": found.to_dict("records")}
+
+    steps = (find, measure, evaluate, curve)
+
+    def step(index: int) -> dict[str, Any]:
+        held[:] = [journal.entries[i] for i in range(index)]
+        return steps[index]()
+
+    with opened(None if folder is None else folder / "circuit.jsonl", config) as journal:
+        done = run_steps(journal, len(steps), step, "circuit", progress=False)
+    study = CircuitStudy(Circuit.of(done[1]), done[2], pd.DataFrame(done[3]["rows"]))
+    if folder is not None:
+        study.circuit.save(folder / "circuit.json")
+        made = {"evaluation": done[2], "curve": done[3]["rows"], "provenance": provenance(lm, **settings)}
+        write_atomically(folder / "evaluation.json", sealed(json.loads(json.dumps(made, default=str))))
+        page = circuit_figure(study.circuit, f"{task}: {lm.name}").to_html(include_plotlyjs="cdn")
+        write_atomically(folder / "circuit.html", page.encode())
+    return study

@@ -1,0 +1,205 @@
+"""Pairs of prompts that differ in one respect, token by token, and the number that is read off after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headscope.interp.attention.handler import Handler
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.sites import attached
+from headscope.interp.sites.unwrap import bare_model, takes
+from headscope.interp.statistics.spans import members
+
+Token = str | int
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """``clean`` and ``corrupt`` prompts as token ids (example, token), padded on the right, the same length in a pair.
+
+    ``lengths`` (example,) counts real tokens. ``answers`` and ``others`` (example,) are the tokens that the metric
+    compares, after both prompts of a pair alike: the answer to the clean one, and (usually) that to the corrupt one.
+    ``groups`` (example,) names prompts of one template, whose tokens mean the same position by position; a mean
+    over prompts is taken within a group. ``spans`` names positions, by example, as statistics take them.
+    """
+
+    clean: Tensor
+    corrupt: Tensor
+    lengths: Tensor
+    answers: Tensor
+    others: Tensor
+    groups: Tensor
+    spans: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sizes = {len(x) for x in (self.clean, self.corrupt, self.lengths, self.answers, self.others, self.groups)}
+        if len(sizes) != 1 or self.clean.shape != self.corrupt.shape or not len(self.clean):
+            raise HeadscopeError("pairs need as many clean as corrupt prompts, answers and others, and at least one")
+
+    @classmethod
+    def of(
+        cls,
+        lm: LanguageModel,
+        clean: Sequence[str],
+        corrupt: Sequence[str],
+        answers: Sequence[Token],
+        others: Sequence[Token],
+        groups: Sequence[int] | None = None,
+        spans: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    ) -> Pairs:
+        """Pairs of texts; an answer is one token, an id or a string (mind its leading space).
+
+        Raises:
+            HeadscopeError: a pair whose prompts differ in their number of tokens, or an answer that is not one token.
+        """
+        count = len(clean)
+        if not count or any(len(x) != count for x in (corrupt, answers, others)):
+            raise HeadscopeError(f"give one corrupt prompt, answer and other a clean prompt: {count} clean prompts")
+        texts = lm.encode([*clean, *corrupt])
+        ids, lengths = texts["input_ids"].cpu(), texts["attention_mask"].sum(1).cpu()
+        for i, (n, m) in enumerate(zip(lengths[:count].tolist(), lengths[count:].tolist(), strict=True)):
+            if n != m:
+                raise HeadscopeError(
+                    f"pair {i} does not align: {n} tokens clean, {m} corrupt; choose words of as many tokens"
+                )
+        one, other = (torch.tensor([token_id(lm, token) for token in tokens]) for tokens in (answers, others))
+        group = torch.tensor([0] * count if groups is None else list(groups))
+        return cls(ids[:count], ids[count:], lengths[:count], one, other, group, spans or {})
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    @property
+    def real(self) -> Tensor:
+        """Which entries are tokens, not padding: bool (example, token)."""
+        return torch.arange(self.clean.shape[1]) < self.lengths[:, None]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts' ids as text, to be hashed."""
+        rows = torch.cat([self.clean, self.corrupt]).tolist()
+        return [" ".join(map(str, row[:n])) for row, n in zip(rows, self.lengths.tolist() * 2, strict=True)]
+
+    def part(self, rows: slice | Sequence[int]) -> Pairs:
+        """Some of the pairs."""
+        index = torch.arange(len(self))[rows]
+        names = ("clean", "corrupt", "lengths", "answers", "others", "groups")
+        spans = {name: [span[i] for i in index.tolist()] for name, span in self.spans.items()}
+        return replace(self, **{name: getattr(self, name)[index] for name in names}, spans=spans)
+
+    def batches(self, size: int) -> list[Pairs]:
+        """The pairs in batches of at most ``size``."""
+        return [self.part(slice(first, first + size)) for first in range(0, len(self), size)]
+
+    def where(self, positions: Any = None) -> Tensor:
+        """Which tokens ``positions`` mean: bool (example, token).
+
+        None: all; a number: one, from the prompt's end if negative; a name of ``spans``; a span (first, stop), or one
+        an example, counted from the example's first token.
+
+        Raises:
+            HeadscopeError: no such span, or a prompt in which nothing is meant.
+        """
+        at, real = torch.arange(self.clean.shape[1]).expand(len(self), -1), self.real
+        if positions is None:
+            return real
+        if isinstance(positions, str):
+            if positions not in self.spans:
+                raise HeadscopeError(f"no span is called {positions!r}; these pairs have {list(self.spans)}")
+            positions = [tuple(span) for span in self.spans[positions]]
+        if isinstance(positions, int):
+            held = at == (self.lengths[:, None] + positions if positions < 0 else positions)
+        else:
+            held = members(positions, at, len(self))
+        held = (held & real).expand(len(self), -1)
+        if not bool(held.any(1).all()):
+            raise HeadscopeError(f"positions {positions!r:.60} are not in every prompt; give those of each example")
+        return held
+
+
+Metric = Callable[[Tensor, Pairs], Tensor]
+
+
+def logit_difference(logits: Tensor, pairs: Pairs) -> Tensor:
+    """logit[answer] - logit[other] of each example, from the logits (example, vocabulary) after its last token."""
+    index = torch.stack([pairs.answers, pairs.others], 1).to(logits.device)
+    both = logits.gather(1, index)
+    return both[:, 0] - both[:, 1]
+
+
+def token_id(lm: LanguageModel, token: Token) -> int:
+    """The id of a token.
+
+    Raises:
+        HeadscopeError: a string that is not one token.
+    """
+    if isinstance(token, int):
+        return token
+    ids = lm.required_tokenizer()(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise HeadscopeError(f"{token!r} is {len(ids)} tokens of {lm.name}: name one token, or give its id")
+    return int(ids[0])
+
+
+def measure(
+    lm: LanguageModel,
+    pairs: Pairs,
+    ids: Tensor,
+    handler: Handler,
+    metric: Metric = logit_difference,
+    *,
+    copies: int = 1,
+    grad: bool = False,
+) -> Tensor:
+    """The metric (copy, example) of one forward pass over ``copies`` of the prompts ``ids`` (example, token).
+
+    The rows of the pass are all examples of the first copy, then of the second ...; float32 or wider.
+
+    Raises:
+        HeadscopeError: logits that are not numbers.
+    """
+    width, first = ids.shape[1], int(pairs.lengths.min()) - 1
+    model = bare_model(lm)
+    options: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    if takes(model, "logits_to_keep"):
+        options["logits_to_keep"] = width - first
+    given = {"input_ids": ids, "attention_mask": pairs.real.long()}
+    with attached(lm, handler, grad=grad):
+        logits = lm.model(**{name: x.repeat(copies, 1).to(lm.device) for name, x in given.items()}, **options).logits
+    kept = logits.shape[1]
+    last = (pairs.lengths.repeat(copies) - 1 - (width - kept)).to(logits.device)
+    logits = logits[torch.arange(len(last), device=logits.device), last]  # (copy x example, vocabulary)
+    lm.check_finite(logits.detach())
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.stack([metric(one, pairs) for one in logits.view(copies, len(pairs), -1)])
+
+
+def share(
+    patched: NDArray[np.float64], base: NDArray[np.float64], source: NDArray[np.float64], *, normalize: bool
+) -> NDArray[np.float64]:
+    """(patched - base) / the mean over examples of (source - base); undivided unless ``normalize``.
+
+    ``patched`` is (example, ...), the others (example,). The mean over examples is a ratio of means, which one pair
+    whose prompts differ little cannot blow up as it does a mean of ratios [OURS].
+
+    Raises:
+        HeadscopeError: clean and corrupt prompts do not differ in the metric.
+    """
+    moved: NDArray[np.float64] = patched - base.reshape(-1, *[1] * (patched.ndim - 1))
+    if not normalize:
+        return moved
+    whole = float((source - base).mean())
+    if abs(whole) <= 1e-6 * max(1.0, float(np.abs(base).max()), float(np.abs(source).max())):
+        raise HeadscopeError(
+            "clean and corrupt prompts have the same metric on average, so there is no difference to restore: choose "
+            "other prompts, or normalize=False for the effect in the metric's own unit"
+        )
+    return moved / whole
