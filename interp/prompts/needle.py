@@ -72,6 +72,7 @@ class NeedlePrompts:
         newline_stop: end an answer at its first newline, as the authors do: models that begin with a newline then
             answer nothing.
         stem: goes to ``rouge1_recall``.
+        beyond: take lengths beyond the model's context too, for edits of positions that are to reach further.
 
     The needle is set as a line of its own at the sentence end at or before the depth (a clause's end within a very
     long sentence); depth 100 appends it. Each needle starts reading the haystack at another place, as the authors give
@@ -94,6 +95,7 @@ class NeedlePrompts:
     max_new_tokens: int = 50
     newline_stop: bool = False
     stem: Callable[[str], str] | None = None
+    beyond: bool = False
 
     usual_lengths: ClassVar[tuple[int, ...]] = PAPER_LENGTHS
 
@@ -145,7 +147,7 @@ class NeedlePrompts:
             HeadscopeError: a length that was asked for does not fit, or none of the usual ones does.
         """
         limit = lm.info.context_length
-        most = None if limit is None else limit - self.max_new_tokens
+        most = None if limit is None or self.beyond else limit - self.max_new_tokens
         if self.lengths is None:
             fitting = [n for n in self.usual_lengths if most is None or n <= most]
             if not fitting:
@@ -160,7 +162,7 @@ class NeedlePrompts:
         if most is not None and max(lengths) > most:
             raise HeadscopeError(
                 f"a prompt of {max(lengths)} tokens and {self.max_new_tokens} new ones exceed the context of {lm.name} "
-                f"({limit} tokens): ask for lengths up to {most}"
+                f"({limit} tokens): ask for lengths up to {most}, or give beyond=True"
             )
         return lengths
 

@@ -58,7 +58,7 @@ def main() -> None:
     text = torch.tensor([lm.required_tokenizer()(load_haystack(None), verbose=False)["input_ids"]], device=lm.device)
     rows = []
     for length in given.lengths:
-        task = NeedleTask(lengths=(length,), depths=tuple(given.depths))
+        task = NeedleTask(lengths=(length,), depths=tuple(given.depths), beyond=True)
         for name in given.settings:
             row: dict[str, Any] = {"length": length, "setting": name}
             with apply(lm, RescaleRoPE(**SETTINGS[name])):

@@ -76,6 +76,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], set[str], dict[str, Any]]] = {
             "newline_stop": True,
             "stem": str.lower,
             "grouped": True,
+            "beyond": True,
         },
     ),
     "text_loss": (
