@@ -82,6 +82,13 @@ def test_needles_read_different_parts_of_the_haystack(tokenizers, tiny_lm):
     assert len(set(begins)) == 3 and begins[0].startswith("Sir Walter Elliot")
 
 
+def test_beyond_the_context_where_that_is_meant(tokenizers, tiny_lm):
+    lm = tiny_lm(tokenizers["byte_bpe"])
+    task = NeedlePrompts(lengths=[lm.info.context_length + 100], depths=[50], needles=1, beyond=True)
+    (trial,) = task.trials(lm)
+    assert len(task.build(lm, trial).ids) == lm.info.context_length + 100
+
+
 def test_any_text_file_and_own_needles(tokenizers, tmp_path, tiny_lm):
     lm = tiny_lm(tokenizers["byte_bpe"])
     book, facts = tmp_path / "book.txt", tmp_path / "facts.jsonl"
