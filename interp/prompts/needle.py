@@ -212,6 +212,7 @@ class NeedlePrompts:
             "max_new_tokens": self.max_new_tokens,
             "newline_stop": self.newline_stop,
             "stem": None if self.stem is None else getattr(self.stem, "__qualname__", repr(self.stem)),
+            **({"beyond": True} if self.beyond else {}),  # so that runs from before it was a setting are the same
         }
 
     def _check(self, needle: Needle) -> None:
