@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headscope.probes.lenses.attribution import logit_attribution as logit_attribution
+    from headscope.probes.lenses.attribution import logit_shares as logit_shares
+    from headscope.probes.lenses.logit_lens import logit_lens as logit_lens
+    from headscope.probes.lenses.neurons import neuron_attribution as neuron_attribution
+    from headscope.probes.lenses.spans import span_attribution as span_attribution
     from headscope.probes.linear.activations import head_outputs as head_outputs
     from headscope.probes.linear.dataset import Labelled as Labelled
     from headscope.probes.linear.dataset import load_labelled as load_labelled
@@ -27,8 +31,12 @@ _HOME = {
     "head_outputs": "linear.activations",
     "load_labelled": "linear.dataset",
     "logit_attribution": "lenses.attribution",
+    "logit_lens": "lenses.logit_lens",
+    "logit_shares": "lenses.attribution",
+    "neuron_attribution": "lenses.neurons",
     "probe_activations": "linear.heads",
     "probe_heads": "linear.heads",
+    "span_attribution": "lenses.spans",
     "subject_number": "linear.dataset",
     "truth": "linear.dataset",
 }
