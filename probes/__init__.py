@@ -9,6 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headscope.probes.gradients.information_flow import information_flow as information_flow
+    from headscope.probes.gradients.integrated import integrated_attention as integrated_attention
+    from headscope.probes.gradients.saliency import attention_saliency as attention_saliency
+    from headscope.probes.gradients.saliency import saliency_scores as saliency_scores
     from headscope.probes.lenses.attribution import logit_attribution as logit_attribution
     from headscope.probes.lenses.attribution import logit_shares as logit_shares
     from headscope.probes.lenses.logit_lens import logit_lens as logit_lens
@@ -28,7 +32,10 @@ _HOME = {
     "Directions": "linear.result",
     "Labelled": "linear.dataset",
     "ProbeResult": "linear.result",
+    "attention_saliency": "gradients.saliency",
     "head_outputs": "linear.activations",
+    "information_flow": "gradients.information_flow",
+    "integrated_attention": "gradients.integrated",
     "load_labelled": "linear.dataset",
     "logit_attribution": "lenses.attribution",
     "logit_lens": "lenses.logit_lens",
@@ -36,6 +43,7 @@ _HOME = {
     "neuron_attribution": "lenses.neurons",
     "probe_activations": "linear.heads",
     "probe_heads": "linear.heads",
+    "saliency_scores": "gradients.saliency",
     "span_attribution": "lenses.spans",
     "subject_number": "linear.dataset",
     "truth": "linear.dataset",

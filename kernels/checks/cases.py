@@ -35,7 +35,7 @@ MASKS = (
 WIDTHS = ((16, 16), (60, 60), (64, 64), (80, 80), (96, 128), (128, 128), (128, 64), (256, 256))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class Case(Scores):
     """One attention call: scores and values; shapes as in ``headscope.kernels.attention.attend``.
 
