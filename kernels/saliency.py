@@ -1,7 +1,7 @@
 """Attention times its gradient, A * dL/dA, summed over queries or keys without either of the two maps.
 
-1. z_i = sum_j A_ij v_j, so dL/dA_ij = dL/dz_i . v_j: the gradient of a weight needs the output's gradient and the values
-   only, whatever made the scores (softcap, sinks, bias, edit, mask).
+1. z_i = sum_j A_ij v_j, so dL/dA_ij = dL/dz_i . v_j: the gradient of a weight needs the output's gradient and the
+   values only, whatever made the scores (softcap, sinks, bias, edit, mask).
 2. With lse known, A_ij = exp(s_ij - lse_i): tiles of w = A * dL/dA follow from a tile of scores and one product more.
 3. Signed sums over a span of keys are dL/dz_i . (what the head wrote from the span); absolute ones need the tiles.
 4. Rows whose gradient is 0 add nothing and are not read: of the last layer, under a loss at the last token, one row is.

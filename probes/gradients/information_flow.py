@@ -57,10 +57,10 @@ def information_flow(
 ) -> Flow:
     """How much the loss of ``target`` depends on what the span ``into`` reads of every token of ``source``.
 
-    I_l = |sum_h A_hl * dL/dA_hl| (Wang et al. 2023, "Label Words are Anchors", arXiv 2305.14160, Eq. 1), summed over the
-    rows of ``into``, a number for each token of ``source``; as Xing et al. 2024 (CCA, arXiv 2410.15926) show it from
-    image tokens into instruction tokens, as a grid. What differs: they have no code for it, so whether heads are summed
-    before the absolute value is taken from Wang et al. [OURS]. No map is built (``kernels.saliency``).
+    I_l = |sum_h A_hl * dL/dA_hl| (Wang et al. 2023, "Label Words are Anchors", arXiv 2305.14160, Eq. 1), summed over
+    the rows of ``into``, a number for each token of ``source``; as Xing et al. 2024 (CCA, arXiv 2410.15926) show it
+    from image tokens into instruction tokens, as a grid. What differs: we know no code of theirs for it, so that heads
+    are summed before the absolute value is taken from Wang et al. [OURS]. No map is built (``kernels.saliency``).
 
     What it does not show: what reaches the answer through other tokens than ``into``.
 

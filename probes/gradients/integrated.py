@@ -37,11 +37,11 @@ def integrated_attention(
 ) -> HeadScores:
     """Heads by the sum over queries and keys of their attribution: A * integral over a in [0, 1] of dF(a A)/dA.
 
-    Hao et al. 2021, "Self-Attention Attribution" (arXiv 2004.11207, Eq. 3 and 4; 20 steps): the weights of one layer at
-    a time go from 0 to what they are, all heads together; F is the target's probability after the text. As z = A v,
-    weights times a are outputs times a, and dF/dA = v . dF/dz: the sum over a head's weights is z . (the mean over steps
-    of dF/dz), from forward and backward passes alone. A layer's heads sum to F - F(no attention there), up to the steps.
-    What differs: the integral is taken at the middles of the steps, not at their ends, where it converges faster [OURS].
+    Hao et al. 2021, "Self-Attention Attribution" (arXiv 2004.11207): the weights of one layer at a time go from 0 to
+    what they are, all heads together; F is the target's probability after the text. As z = A v, weights times a are
+    outputs times a, and dF/dA = v . dF/dz: the sum over a head's weights is z . (the mean over steps of dF/dz), from
+    forward and backward passes alone. A layer's heads sum to F - F(no attention there), up to the steps. What differs:
+    the integral is taken at the middles of the steps, where it converges faster than at their ends [OURS].
 
     What it does not show: what one head does while the others attend (they are scaled together), and later layers' own
     part in what the layer's weights change.
@@ -79,7 +79,7 @@ def integrated_attention(
 
 
 def _pass(lm: LanguageModel, text: str, target: int, layer: int, factor: float) -> tuple[Tensor, Tensor]:
-    """z of a layer's own weights (1, head, query, d_value), and dF/dz where the weights are multiplied by ``factor``."""
+    """z of a layer's own weights (1, head, query, d_value), and dF/dz where the weights are times ``factor``."""
     kept = Outputs([layer], (layer, factor))
     given = dict(lm.encode(text))
     options: dict[str, Any] = {"use_cache": False} if takes(lm.inner, "use_cache") else {}

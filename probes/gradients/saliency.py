@@ -119,8 +119,8 @@ def saliency_scores(
     progress: bool = True,
 ) -> HeadScores:
     """Heads by the saliency of a span while a token is predicted: the mean over the span's keys of |A * dL/dA| in the
-    row that predicts it, in nats [OURS: the authors average over heads]. A trial is a prompt; trials whose span holds no
-    key say nothing.
+    row that predicts it, in nats [OURS: the authors average over heads]. A trial is a prompt; one whose span holds no
+    key says nothing.
 
     Args:
         span: of keys, for every prompt alike (``(35, OPEN)``: from token 35 on) or one a prompt.
