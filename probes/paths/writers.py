@@ -65,11 +65,13 @@ class Writer:
 
 @dataclass(frozen=True, eq=False)
 class LayerPath:
-    """One layer: its ``module``, its query ``heads`` and their way to the stream (0 and None: it does not attend), and
-    the module whose output its MLP adds to the stream (None: nothing adds up with it)."""
+    """One layer: its ``module``, the ``mixer`` in it that attends, its query ``heads`` and their way to the stream (None,
+    0 and None: it does not attend), and the module whose output its MLP adds to the stream (None: nothing adds up with
+    it)."""
 
     layer: int
     module: nn.Module
+    mixer: nn.Module | None
     heads: int
     attention: Writer | None
     mlp: nn.Module | None
@@ -108,7 +110,9 @@ def find_paths(lm: LanguageModel) -> Paths:
             projection = _whole(modules, *own[0], seen)
             writer = Writer(projection, _norm_after(lm, own[0][0], projection, layer, seen), lm.device)
         heads = int(size.heads.get(layer.layer) or lm.info.heads) if own else 0
-        found.append(LayerPath(layer.layer, layer.module, heads, writer, layer.writers.get("mlp_out"), layer))
+        mixer = modules[own[0][0]] if own else None
+        mlp = layer.writers.get("mlp_out")
+        found.append(LayerPath(layer.layer, layer.module, mixer, heads, writer, mlp, layer))
     return Paths(found, norm, head)
 
 
