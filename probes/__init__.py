@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headscope.probes.attribution.composition import composition_scores as composition_scores
+    from headscope.probes.attribution.eigen import eigen_scores as eigen_scores
+    from headscope.probes.attribution.qk import qk_attribution as qk_attribution
     from headscope.probes.gradients.information_flow import information_flow as information_flow
     from headscope.probes.gradients.integrated import integrated_attention as integrated_attention
     from headscope.probes.gradients.saliency import attention_saliency as attention_saliency
@@ -33,6 +36,8 @@ _HOME = {
     "Labelled": "linear.dataset",
     "ProbeResult": "linear.result",
     "attention_saliency": "gradients.saliency",
+    "composition_scores": "attribution.composition",
+    "eigen_scores": "attribution.eigen",
     "head_outputs": "linear.activations",
     "information_flow": "gradients.information_flow",
     "integrated_attention": "gradients.integrated",
@@ -43,6 +48,7 @@ _HOME = {
     "neuron_attribution": "lenses.neurons",
     "probe_activations": "linear.heads",
     "probe_heads": "linear.heads",
+    "qk_attribution": "attribution.qk",
     "saliency_scores": "gradients.saliency",
     "span_attribution": "lenses.spans",
     "subject_number": "linear.dataset",

@@ -50,20 +50,34 @@ class Reader:
             shift = frozen.shift.reshape(1, -1).to(zero)
             with torch.no_grad():
                 read = self.norm(x)[0].to(whole)
-        query, key, leaves = self._run(read, at)
+        (query, key, _), leaves = self._run(read, at)
         with self._still(leaves):
-            q, k, _ = self._run(torch.cat([lines, shift, zero]), at)
+            (q, k, _), _ = self._run(torch.cat([lines, shift, zero]), at)
         q[:-2], k[:-2] = q[:-2] - q[-1], k[:-2] - k[-1]
         return q[:-1], k[:-1], query[0], key[0]
 
-    def _run(self, rows: Tensor, at: int) -> tuple[Tensor, Tensor, dict[nn.Module, tuple[Tensor, Tensor]]]:
-        """Queries and keys (row, head, d_head) of ``rows`` (row, d_model), each as the only token, at that place; and
-        what went in and out of the module's leaves."""
+    def matrices(self, fold: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """W_Q (head, d_head, d_model), W_K and W_V (kv_head, ·, d_model), where positions turn nothing (at place 0):
+        with ``fold`` the gain (and centring) of the layer's norm on their right. Of QK-norm the gain is in W_Q and W_K;
+        its scale, a number for each vector, is left out."""
+        unit = torch.eye(self.given.shape[-1], device=self.given.device, dtype=self.given.dtype)
+        lines = unit
+        if fold and self.norm is not None:
+            lines = FrozenNorm.of(self.norm, unit[None, :1]).linear(unit[None], unit.new_ones(1))[0].to(unit)
+        _, leaves = self._run(lines[:1], 0)
+        with self._still(leaves, plain=True):
+            whole, _ = self._run(torch.cat([lines, torch.zeros_like(unit[:1])]), 0)
+        q, k, v = ((x[:-1] - x[-1]).permute(1, 2, 0) for x in whole)
+        return q, k, v
+
+    def _run(self, rows: Tensor, at: int) -> tuple[tuple[Tensor, ...], dict[nn.Module, tuple[Tensor, Tensor]]]:
+        """Queries, keys and values (row, head, ·) of ``rows`` (row, d_model), each as the only token, at that place;
+        and what went in and out of the module's leaves."""
         seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[tuple[Tensor, ...]] = []
 
         def attend(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any) -> Any:
-            kept.append((query[:, :, 0], key[:, :, 0]))
+            kept.append((query[:, :, 0], key[:, :, 0], value[:, :, 0]))
             return value.new_zeros(len(query), 1, query.shape[1], value.shape[3]), None
 
         def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -81,17 +95,17 @@ class Reader:
             stack.enter_context(torch.no_grad())
             self.module(*args, **kwargs)
         wide = torch.promote_types(kept[0][0].dtype, torch.float32)
-        return kept[0][0].to(wide), kept[0][1].to(wide), seen
+        return tuple(x.to(wide) for x in kept[0]), seen
 
     @contextmanager
-    def _still(self, leaves: Mapping[nn.Module, tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Norms inside the module keep the scale that they had on the whole stream."""
+    def _still(self, leaves: Mapping[nn.Module, tuple[Tensor, Tensor]], plain: bool = False) -> Iterator[None]:
+        """Norms inside the module keep the scale that they had on the whole stream (``plain``: a scale of 1)."""
         with ExitStack() as stack:
             for leaf, (x, out) in leaves.items():
                 if is_linear(leaf, x, out):
                     continue
                 norm = FrozenNorm.of(leaf, x)
-                scale = norm.scale(x)
+                scale = x.new_ones(()) if plain else norm.scale(x)
 
                 def hold(_: Any, args: Any, output: Tensor, norm: FrozenNorm = norm, scale: Tensor = scale) -> Tensor:
                     return (norm.linear(args[0], scale) + norm.shift).to(output.dtype)

@@ -65,9 +65,9 @@ class Writer:
 
 @dataclass(frozen=True, eq=False)
 class LayerPath:
-    """One layer: its ``module``, the ``mixer`` in it that attends, its query ``heads`` and their way to the stream (None,
-    0 and None: it does not attend), and the module whose output its MLP adds to the stream (None: nothing adds up with
-    it)."""
+    """One layer: its ``module``, the ``mixer`` in it that attends, its query ``heads`` and their way to the stream
+    (None, 0 and None: it does not attend), and the module whose output its MLP adds to the stream (None: nothing adds
+    up with it)."""
 
     layer: int
     module: nn.Module
