@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from headscope.probes.lenses.logit_lens import logit_lens as logit_lens
     from headscope.probes.lenses.neurons import neuron_attribution as neuron_attribution
     from headscope.probes.lenses.spans import span_attribution as span_attribution
+    from headscope.probes.lenses.tuned_lens import TunedLens as TunedLens
+    from headscope.probes.lenses.tuned_lens import fit_tuned_lens as fit_tuned_lens
     from headscope.probes.linear.activations import head_outputs as head_outputs
     from headscope.probes.linear.dataset import Labelled as Labelled
     from headscope.probes.linear.dataset import load_labelled as load_labelled
@@ -35,9 +37,11 @@ _HOME = {
     "Directions": "linear.result",
     "Labelled": "linear.dataset",
     "ProbeResult": "linear.result",
+    "TunedLens": "lenses.tuned_lens",
     "attention_saliency": "gradients.saliency",
     "composition_scores": "attribution.composition",
     "eigen_scores": "attribution.eigen",
+    "fit_tuned_lens": "lenses.tuned_lens",
     "head_outputs": "linear.activations",
     "information_flow": "gradients.information_flow",
     "integrated_attention": "gradients.integrated",

@@ -81,7 +81,7 @@ def composition_scores(
     """
     lm = load_model(model)
     tower_size(lm).check_layers(layers or ())
-    chosen = [one for one in head_matrices(lm, fold=fold) if layers is None or one.layer in layers]
+    chosen = head_matrices(lm, fold=fold, layers=layers)
     if len(chosen) < 2:
         raise HeadscopeError("composition_scores: name two layers that attend, or more")
     heads = max(len(one.q) for one in chosen)

@@ -17,7 +17,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.info import text_config
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.models.unembedding import to_logits
+from headscope.interp.models.unembedding import final_modules
 from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.layout import output_of, stream_layers, stream_of
@@ -146,9 +146,15 @@ def final_logits(lm: LanguageModel) -> Callable[[Tensor], Tensor]:
 
 
 def _finish(lm: LanguageModel, last: Tensor, said: Tensor) -> Callable[[Tensor], Tensor]:
-    read = to_logits(lm)
+    norm, head = final_modules(lm)
+
+    def read(x: Tensor) -> Tensor:
+        logits: Tensor = head(norm(x.to(last)))
+        return logits
+
     few = slice(max(0, len(last) - 8), None)
-    raw, own = _wide(read(last[few])), _wide(said[few]).to(last.device)
+    with torch.no_grad():
+        raw, own = _wide(read(last[few])), _wide(said[few]).to(last.device)
     config = text_config(lm.inner.config)
     cap = getattr(config, "final_logit_softcapping", None)
     factor = float((raw.to(own) * own).sum() / raw.to(own).pow(2).sum())

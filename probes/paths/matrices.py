@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,16 +32,18 @@ class HeadMatrices:
         return x.repeat_interleave(len(self.q) // len(x), 0)
 
 
-def head_matrices(lm: LanguageModel, *, fold: bool = True) -> list[HeadMatrices]:
-    """Of every layer that attends. Scores are x W_Q^T W_K x without the rotation of positions, and a head moves
-    W_O W_V x. ``fold``: norms' gains are in them (before attention in q, k and v, after it in o); scales are left out.
+def head_matrices(lm: LanguageModel, *, fold: bool = True, layers: Sequence[int] | None = None) -> list[HeadMatrices]:
+    """Of every layer that attends (or of ``layers``). Scores are x W_Q^T W_K x without the rotation of positions, and
+    a head moves W_O W_V x. ``fold``: norms' gains are in them (before attention in q, k and v, after it in o); scales
+    are left out.
 
     Raises:
         HeadscopeError: what stands between the stream and the heads is not linear beside norms, or heads do not reach
             the stream as they are or through a norm.
     """
     with frozen(lm):
-        found = [_of(lm, path, fold) for path in find_paths(lm).layers if path.attention is not None]
+        paths = [path for path in find_paths(lm).layers if path.attention is not None]
+        found = [_of(lm, path, fold) for path in paths if layers is None or path.layer in layers]
     if not found:
         raise HeadscopeError(f"{lm.name} has no layer whose heads can be read")
     return found
