@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from headscope.probes.gradients.integrated import integrated_attention as integrated_attention
     from headscope.probes.gradients.saliency import attention_saliency as attention_saliency
     from headscope.probes.gradients.saliency import saliency_scores as saliency_scores
+    from headscope.probes.lenses.anchored import anchor_lens as anchor_lens
+    from headscope.probes.lenses.anchored import anchored_neurons as anchored_neurons
+    from headscope.probes.lenses.anchored import away_from_anchor as away_from_anchor
     from headscope.probes.lenses.attribution import logit_attribution as logit_attribution
     from headscope.probes.lenses.attribution import logit_shares as logit_shares
     from headscope.probes.lenses.logit_lens import logit_lens as logit_lens
@@ -38,7 +41,10 @@ _HOME = {
     "Labelled": "linear.dataset",
     "ProbeResult": "linear.result",
     "TunedLens": "lenses.tuned_lens",
+    "anchor_lens": "lenses.anchored",
+    "anchored_neurons": "lenses.anchored",
     "attention_saliency": "gradients.saliency",
+    "away_from_anchor": "lenses.anchored",
     "composition_scores": "attribution.composition",
     "eigen_scores": "attribution.eigen",
     "fit_tuned_lens": "lenses.tuned_lens",

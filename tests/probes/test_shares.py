@@ -11,6 +11,7 @@ import torch
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.statistics.spans import OPEN
+from headscope.probes.lenses.anchored import anchor_lens
 from headscope.probes.lenses.attribution import logit_shares
 from headscope.probes.lenses.neurons import neuron_attribution
 from headscope.probes.lenses.spans import span_attribution
@@ -123,3 +124,28 @@ def test_on_smollm2_the_shares_sum_to_the_logit_difference(smollm2: LanguageMode
     found = logit_shares(smollm2, texts, [" Paris", " Mary"], [" London", " John"], progress=False)
     np.testing.assert_allclose(found.total, found.logits, atol=1e-4 * np.abs(found.heads).sum())
     assert (found.logits > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_anchor_lens_is_the_final_norm_of_each_part_alone(tiny: Any, kind: str) -> None:
+    lm = tiny(kind)
+    found = anchor_lens(lm, [TEXTS[1]], [5], [6])
+    seen: dict[str, torch.Tensor] = {}
+    base = lm.model.transformer if kind == "gpt2" else lm.model.model
+    block = (base.h if kind == "gpt2" else base.layers)[1]
+    projection = block.attn.c_proj if kind == "gpt2" else block.self_attn.o_proj
+    hooks = [
+        block.mlp.register_forward_hook(lambda m, a, o: seen.update(mlp=o[0, -1])),
+        projection.register_forward_pre_hook(lambda m, a: seen.update(z=a[0][0, -1])),
+    ]
+    lm([TEXTS[1]])
+    for hook in hooks:
+        hook.remove()
+    w = projection.weight if kind == "gpt2" else projection.weight.T  # (head * d_value, d_model)
+    with torch.no_grad():
+        heads = torch.stack([seen["z"][8 * h : 8 * h + 8] @ w[8 * h : 8 * h + 8] for h in range(4)])
+        norm = base.ln_f if kind == "gpt2" else base.norm
+        logits = lm.model.lm_head(norm(torch.cat([heads, seen["mlp"][None]])))
+    expected = (logits[:, 5] - logits[:, 6]).numpy()
+    np.testing.assert_allclose(found.heads.mean[1], expected[:4], atol=1e-4)
+    np.testing.assert_allclose(found.mlps[0, 1], expected[4], atol=1e-4)
