@@ -1,4 +1,5 @@
-"""What heads encode: linear probes on their outputs, with controls, and what they write towards the next token.
+"""What heads encode, what they write towards the next token, and why they attend: linear probes with controls, lenses,
+shares of logits and of scores, gradients of attention without maps.
 
 Names are imported on first use (PEP 562), so that the command line starts without importing torch.
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headscope.probes.attribution.composition import composition_scores as composition_scores
     from headscope.probes.attribution.eigen import eigen_scores as eigen_scores
+    from headscope.probes.attribution.mlp_decomposition import mlp_decomposition as mlp_decomposition
     from headscope.probes.attribution.qk import qk_attribution as qk_attribution
     from headscope.probes.gradients.information_flow import information_flow as information_flow
     from headscope.probes.gradients.integrated import integrated_attention as integrated_attention
@@ -55,6 +57,7 @@ _HOME = {
     "logit_attribution": "lenses.attribution",
     "logit_lens": "lenses.logit_lens",
     "logit_shares": "lenses.attribution",
+    "mlp_decomposition": "attribution.mlp_decomposition",
     "neuron_attribution": "lenses.neurons",
     "probe_activations": "linear.heads",
     "probe_heads": "linear.heads",

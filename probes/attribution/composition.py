@@ -128,7 +128,7 @@ def _scores(first: _Factors, later: _Factors) -> dict[str, Tensor]:
         ("k", later.rq, later.at.k, later.qk),
         ("v", later.ro, later.at.v, later.ov),
     ):
-        middle = (reads.flatten(0, 1) @ wrote).unflatten(0, (len(reads), -1)).unflatten(2, (len(first.at.o), -1))
+        middle = (reads.flatten(0, 1) @ wrote).view(*reads.shape[:2], len(first.at.o), -1)
         middle = later.at.each(middle.permute(0, 2, 1, 3))  # (later head, head, d, d_value): read of what is written
         norm = torch.linalg.matrix_norm(left[:, None] @ middle @ first.rv.mT[None])
         found[kind] = (norm / (first.ov[None] * size[:, None])).T

@@ -66,7 +66,8 @@ def _vocabulary(lm: LanguageModel, circuit: Circuit, fold: bool) -> Tensor:
     with fetched(embedding):
         e = embedding.weight.detach().float()
     if circuit == "qk":
-        return (e.T @ e).double()
+        alike: Tensor = (e.T @ e).double()
+        return alike
     with fetched(head):
         weight: Any = head.weight
         u = weight.detach().float().to(e.device)
@@ -75,4 +76,5 @@ def _vocabulary(lm: LanguageModel, circuit: Circuit, fold: bool) -> Tensor:
     if fold:
         frozen = FrozenNorm.of(norm, u[None, :1].to(lm.model.dtype))
         u = frozen.back(u[None], u.new_ones(1))[0]
-    return (e.T @ u).double()
+    found: Tensor = (e.T @ u).double()
+    return found

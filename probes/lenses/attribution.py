@@ -133,7 +133,8 @@ def logit_shares(
     whole = [np.concatenate(each) for each in zip(*found, strict=True)]
     details = tuple({"example": i, "target": ids} for i, ids in enumerate(pairs))
     made = provenance(lm, prompts=texts, against=against is not None) | {"unit": "logits"}
-    return LogitShares(*whole, provenance=made, details=details)
+    heads, mlps, rest, embedding, constant, logits = whole
+    return LogitShares(heads, mlps, rest, embedding, constant, logits, made, details)
 
 
 def read_last(lm: LanguageModel, paths: Paths, texts: Sequence[str]) -> Rows:
@@ -162,7 +163,7 @@ def _attribute(
             rest[:, at] = _share(added, direction) - mlps[:, at]
         if path.attention is not None:
             back, beside = before_heads(path, found, direction)
-            z = found.z[path.layer][:, 0].unflatten(-1, (path.heads, -1)).to(back)
+            z = found.z[path.layer][:, 0].reshape(back.shape).to(back)
             heads[:, at, : path.heads] = (z * back).sum(-1).double().cpu().numpy()
             rest[:, at] = (
                 rest[:, at] - np.nansum(heads[:, at], 1) if path.mlp is None else beside.double().cpu().numpy()

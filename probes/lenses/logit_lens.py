@@ -105,9 +105,9 @@ def logit_lens(
     else:
         following = torch.full((len(at),), token_ids(lm, [target])[0])
     rows = [x[0, at.to(x.device)] for x in held]
-    found = _read(rows, finish, following, translate)
+    entropy, kl, top, log_p, rank = _read(rows, finish, following, translate)
     made = provenance(lm, prompts=[text], lens="logit" if translate is None else "translated")
-    return LensReading(at.numpy(), *found, following.numpy(), made)
+    return LensReading(at.numpy(), entropy, kl, top, log_p, rank, following.numpy(), made)
 
 
 @contextmanager

@@ -158,7 +158,7 @@ def _own(writer: Writer, m: Tensor, norm: nn.Module, u: Tensor) -> tuple[NDArray
         raise HeadscopeError("scale='own' is not defined where a norm follows the MLP: use scale='stream'")
     shares = []
     with torch.no_grad():
-        for part in torch.arange(m.shape[-1], device=m.device).split(256):
+        for part in torch.split(torch.arange(m.shape[-1], device=m.device), 256):
             alone = m.new_zeros(len(part), 1, m.shape[-1])
             alone[torch.arange(len(part)), 0, part] = m[0, part]
             shares.append((norm(writer.projection(alone)[:, 0]).to(u) * u).sum(-1))

@@ -84,4 +84,4 @@ def before_heads(path: LayerPath, found: Rows, direction: Tensor) -> tuple[Tenso
         beside = (norm.shift.reshape(-1) * direction.to(x.device)).sum(-1)
         direction = norm.back(direction[:, None].to(x.device), norm.scale(x))[:, 0]
     beside = beside + (writer.bias(width).to(direction.device) * direction).sum(-1)
-    return writer.back(direction, width).unflatten(-1, (path.heads, -1)), beside
+    return writer.back(direction, width).reshape(len(direction), path.heads, -1), beside

@@ -171,5 +171,5 @@ def _kl(x: Tensor, last: Tensor, w: Tensor, b: Tensor, finish: Read) -> Tensor:
 
 @torch.no_grad()
 def _loss(x: Tensor, last: Tensor, w: Tensor, b: Tensor, finish: Read, batch: int) -> float:
-    pairs = zip(x.split(batch), last.split(batch), strict=True)
+    pairs = zip(torch.split(x, batch), torch.split(last, batch), strict=True)
     return float(torch.cat([_kl(one, other, w, b, finish) for one, other in pairs]).mean())

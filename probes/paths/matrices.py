@@ -62,4 +62,4 @@ def _of(lm: LanguageModel, path: LayerPath, fold: bool) -> HeadMatrices:
     if fold and path.attention.norm is not None:
         norm = FrozenNorm.of(path.attention.norm, o[None, :1])
         o = norm.linear(o[None], o.new_ones(1))[0]
-    return HeadMatrices(path.layer, q, k, v, o.double().unflatten(0, (path.heads, -1)).transpose(1, 2))
+    return HeadMatrices(path.layer, q, k, v, o.double().reshape(path.heads, -1, o.shape[-1]).transpose(1, 2))

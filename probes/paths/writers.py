@@ -51,7 +51,7 @@ class Writer:
         """W z of each head alone (batch, head, d_model), of heads side by side ``z`` (batch, width); no bias."""
         alone = z.new_zeros(len(z), heads, heads, z.shape[-1] // heads)
         index = torch.arange(heads, device=z.device)
-        alone[:, index, index] = z.unflatten(-1, (heads, -1))
+        alone[:, index, index] = z.reshape(len(z), heads, -1)
         with torch.no_grad():
             written: Tensor = self.projection(alone.flatten(2)) - self.projection(self._zeros(1, z.shape[-1]))
         return written.to(torch.promote_types(written.dtype, torch.float32))
