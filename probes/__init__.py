@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from headscope.probes.linear.heads import probe_heads as probe_heads
     from headscope.probes.linear.result import Directions as Directions
     from headscope.probes.linear.result import ProbeResult as ProbeResult
+    from headscope.probes.tokens.fragmentation import fragmentation as fragmentation
 
 _HOME = {
     "Directions": "linear.result",
@@ -51,6 +52,7 @@ _HOME = {
     "eigen_scores": "attribution.eigen",
     "fit_tuned_lens": "lenses.tuned_lens",
     "head_outputs": "linear.activations",
+    "fragmentation": "tokens.fragmentation",
     "information_flow": "gradients.information_flow",
     "integrated_attention": "gradients.integrated",
     "load_labelled": "linear.dataset",
