@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from headscope.interventions.fitted.lora import lora as lora
     from headscope.interventions.head_edit import HeadEdit as HeadEdit
     from headscope.interventions.load import load_intervention as load_intervention
-    from headscope.interventions.neurons.anchored import anchored_neurons as anchored_neurons
-    from headscope.interventions.neurons.anchored import away_from_anchor as away_from_anchor
     from headscope.interventions.neurons.value_vectors import EditValueVectors as EditValueVectors
     from headscope.interventions.outputs.ablate import AblateHeads as AblateHeads
     from headscope.interventions.outputs.add import AddToHeads as AddToHeads
@@ -132,8 +130,6 @@ _HOME = {
     "paint": "attention.raise_span",
     "paint_tokens": "attention.raise_span",
     "adaptive_factors": "attention.scale_span",
-    "anchored_neurons": "neurons.anchored",
-    "away_from_anchor": "neurons.anchored",
 }
 
 __all__ = list(_HOME)

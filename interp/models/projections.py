@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,12 +118,24 @@ def _four_tokens(module: Any) -> dict[str, Any]:
 @contextlib.contextmanager
 def _probing(module: Any, watch: _Watch) -> Iterator[None]:
     """Route attention through the watch and hook every leaf; undo all of it on the way out."""
-    configs = _configs(module)
-    training = {part: part.training for part in module.modules()}
     # Dropout passes its input on in evaluation: it is never the projection.
     leaves = [m for m in module.modules() if not any(m.children()) and not isinstance(m, nn.Dropout | nn.Identity)]
     hooks = [leaf.register_forward_pre_hook(watch.look, with_kwargs=True) for leaf in leaves]
-    AttentionInterface.register(_NAME, watch.attend)
+    try:
+        with routed(module, watch.attend):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def routed(module: Any, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Inside the block every attention call of a Hugging Face model goes to ``attend``, which is called as transformers
+    calls an attention function; no mask is made, and modules evaluate. All of it is undone, also after an error."""
+    configs = _configs(module)
+    training = {part: part.training for part in module.modules()}
+    AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
     try:
         module.eval()
@@ -135,8 +147,6 @@ def _probing(module: Any, watch: _Watch) -> Iterator[None]:
             config._attn_implementation_internal = implementation
         for part, was in training.items():
             part.training = was
-        for hook in hooks:
-            hook.remove()
         # There is no public way to take a name out again.
         AttentionInterface._global_mapping.pop(_NAME, None)
         AttentionMaskInterface._global_mapping.pop(_NAME, None)

@@ -24,6 +24,7 @@ from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.gradients import frozen
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.statistics.spans import OPEN, by_example, members
+from headscope.kernels.saliency import slopes
 
 LAYERS, DEPTH = (6, 7, 8), 32  # the authors', of LLaVA-1.5-7B's
 
@@ -219,8 +220,7 @@ class _LastRows(Handler):
                 continue
             g = torch.zeros_like(z[0, :, -1]) if gradient is None else gradient[0, :, -1]
             v = call.value[0].detach()
-            shared = g.to(pattern.dtype).view(v.shape[0], -1, g.shape[-1])  # (kv_head, query head of it, d_value)
-            slope = (shared @ v.to(pattern.dtype).transpose(1, 2)).flatten(0, 1)  # dL/dA (head, key) = v . dL/dz
+            slope = slopes(g[None, :, None].to(pattern.dtype), v[None])[0, :, 0]  # dL/dA (head, key)
             row = (pattern * slope).abs().mean(0)
             scores.append(float((row / row.norm().clamp(min=1e-9))[inside].mean()))
         return sum(scores) / len(scores)

@@ -26,7 +26,7 @@ class EditValueVectors(Edit):
     MLP's last projection, so that it writes m v' at a token where its activation is m.
 
     The MLP edit of Li & Gao 2024, "Anchored Answers" (arXiv 2405.03205; demos/mitigate_mlp.ipynb, where W_out[i] gets
-    - 1 W_U[anchor] + 8 W_U[answer]): ``away_from_anchor`` makes that vector, ``anchored_neurons`` finds the neurons.
+    - 1 W_U[anchor] + 8 W_U[answer]): ``probes.away_from_anchor`` makes that vector, ``anchored_neurons`` finds them.
     A value vector in the sense of Geva et al. 2021 (arXiv 2012.14913). ``factor`` 0 takes the neuron away, 0 with
     ``add`` replaces its vector. The authors write into the weights, so at every token; here too unless ``during`` or
     ``positions`` say otherwise. Biases stay, and a norm behind the projection (Gemma 2 and 3) acts on the edited sum.

@@ -17,7 +17,8 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.sites.layout import stream_layers
 from headscope.interp.sites.neurons import down_projection, value_vectors
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interventions import EditValueVectors, anchored_neurons, apply, away_from_anchor
+from headscope.interventions import EditValueVectors, apply
+from headscope.probes import anchored_neurons, away_from_anchor
 
 NEURONS = [(1, 5), (0, 3), (1, 2)]
 FOUND = ["llama", "gpt2", "gpt_neox", "phi", "gemma2", "gemma3_text", "olmo2", "starcoder2", "bert"]

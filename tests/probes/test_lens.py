@@ -7,36 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
-from headscope.probes.lenses.attribution import logit_attribution
+from headscope.probes.lenses.attribution import logit_attribution, logit_shares
 
-SIZES = dict(
-    vocab_size=24,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    initializer_range=0.3,
-)
-WORDS = [f"w{i}" for i in range(22)]
 TEXTS = ["w1 w2 w3", "w4 w5 w6 w7 w8", "w9"]
-
-
-def tiny(kind: str, **changes: Any) -> LanguageModel:
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<pad>", "<unk>", *WORDS])}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**SIZES, **changes})).eval()
-    for name, parameter in model.named_parameters():  # gains and shifts that matter
-        if "norm" in name or "ln_" in name:
-            torch.nn.init.normal_(parameter, 1.0, 0.3)
-    return LanguageModel.wrap(model, tokenizer, name=kind)
 
 
 def written_out(lm: LanguageModel, text: str, layer: int, target: int, other: int) -> torch.Tensor:
@@ -57,7 +33,7 @@ def written_out(lm: LanguageModel, text: str, layer: int, target: int, other: in
     )
 
 
-def test_llama_shares_are_the_formula_written_out() -> None:
+def test_llama_shares_are_the_formula_written_out(tiny: Any) -> None:
     lm = tiny("llama", num_key_value_heads=2)
     found = logit_attribution(lm, TEXTS, ["w3", 5, "w7"], ["w4", 6, "w8"], batch_size=2, progress=False)
     assert found.trials.shape == (3, 2, 4)
@@ -71,7 +47,7 @@ def test_llama_shares_are_the_formula_written_out() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox"])
-def test_with_heads_as_the_only_difference_the_shares_add_up_to_the_logits(kind: str) -> None:
+def test_with_heads_as_the_only_difference_the_shares_add_up_to_the_logits(tiny: Any, kind: str) -> None:
     """MLPs of zeros and no attention biases: the logits are the embedding's share and the heads', nothing else."""
     lm = tiny(kind)
     for name, parameter in lm.model.named_parameters():
@@ -123,7 +99,7 @@ class Lora(torch.nn.Module):
 
 
 @pytest.mark.parametrize("size", [0.03, 1.0])
-def test_an_adapter_of_the_output_projection_counts(size: float) -> None:
+def test_an_adapter_of_the_output_projection_counts(tiny: Any, size: float) -> None:
     """The shares are those of the merged weights W + B A; small adapters were left out, large ones refused."""
     lm, merged = tiny("llama"), tiny("llama")
     for layer, plain in zip(lm.model.model.layers, merged.model.model.layers, strict=True):
@@ -139,7 +115,7 @@ def test_an_adapter_of_the_output_projection_counts(size: float) -> None:
             np.testing.assert_allclose(found.trials[example, layer], expected.numpy(), rtol=1e-4, atol=2e-5)
 
 
-def test_the_adapters_of_peft_count() -> None:
+def test_the_adapters_of_peft_count(tiny: Any) -> None:
     peft = pytest.importorskip("peft")
     lm = tiny("llama")
     config = peft.LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
@@ -150,13 +126,77 @@ def test_the_adapters_of_peft_count() -> None:
     np.testing.assert_allclose(found.trials, expected.trials, rtol=1e-3, atol=1e-4)
 
 
-def test_a_norm_after_the_heads_is_refused_by_name() -> None:
-    lm = tiny("gemma2", num_key_value_heads=2, head_dim=8)
-    with pytest.raises(HeadscopeError, match="gemma2.*does not add its heads' outputs"):
+def rms(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    return (x.pow(2).mean() + eps).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "olmo2"])
+def test_a_norm_after_the_heads_is_held_still(tiny: Any, kind: str) -> None:
+    """The formula written out: w . gain_final / rms(x) * (gain_after / rms(sum of W_O z)) * W_O z."""
+    lm = tiny(kind, num_key_value_heads=2, head_dim=8)
+    seen: dict[str, torch.Tensor] = {}
+    block, final = lm.model.model.layers[0], lm.model.model.norm
+    after = block.post_attention_layernorm
+    hooks = [
+        block.self_attn.o_proj.register_forward_hook(lambda m, a, o: seen.update(z=a[0][0, -1], mixed=o[0, -1])),
+        final.register_forward_hook(lambda m, a, o: seen.update(x=a[0][0, -1])),
+    ]
+    lm([TEXTS[1]])
+    for hook in hooks:
+        hook.remove()
+    plus = 0 if kind == "olmo2" else 1  # Gemma's gain is 1 + weight
+    with torch.no_grad():
+        u = (lm.model.get_output_embeddings().weight[5] - lm.model.get_output_embeddings().weight[6]) * (
+            final.weight + plus
+        )
+        u = u / rms(seen["x"]) * (after.weight + plus) / rms(seen["mixed"])
+        z = seen["z"].view(4, -1)
+        w = block.self_attn.o_proj.weight.view(32, 4, -1)
+        expected = torch.stack([u @ w[:, h] @ z[h] for h in range(4)])
+    found = logit_attribution(lm, [TEXTS[1]], [5], [6], progress=False)
+    # float32 sums of about 32 terms in another order: 2^-24 x 32 x terms of 10 and below
+    np.testing.assert_allclose(found.trials[0, 0], expected.numpy(), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"num_key_value_heads": 2}),
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}),
+        ("gemma3_text", {"num_key_value_heads": 2, "head_dim": 8}),
+        ("olmo2", {"num_key_value_heads": 2}),
+        ("phi", {}),
+    ],
+)
+def test_all_shares_sum_to_the_models_own_logits(tiny: Any, kind: str, changes: dict[str, Any]) -> None:
+    lm = tiny(kind, **changes)
+    for name, parameter in lm.model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    found = logit_shares(lm, TEXTS, [3, 5, 7], [4, 6, 8], batch_size=2, progress=False)
+    logits = [lm([text], **{}).logits[0, -1].double() for text in TEXTS]
+    own = [float(x[3 + 2 * i] - x[4 + 2 * i]) for i, x in enumerate(logits)]
+    cap = getattr(lm.model.config, "final_logit_softcapping", None)
+    if cap is not None:  # the shares are of the logits before it
+        raw = [cap * torch.atanh(x / cap) for x in logits]
+        own = [float(x[3 + 2 * i] - x[4 + 2 * i]) for i, x in enumerate(raw)]
+    # logits are of about 10, sums of some 100 float32 terms in another order
+    np.testing.assert_allclose(found.logits, own, atol=1e-4)
+    np.testing.assert_allclose(found.total, found.logits, atol=1e-4)
+    assert np.abs(found.heads).sum() > 1 and np.abs(found.mlps).sum() > 1
+    frame = found.to_frame()
+    np.testing.assert_allclose(frame.groupby("text")["share"].sum(), found.total, atol=1e-9)
+
+
+def test_a_factor_after_the_heads_is_refused_by_name(tiny: Any) -> None:
+    lm = tiny("granite", residual_multiplier=0.2)
+    with pytest.raises(HeadscopeError, match="granite.*does not add its heads' outputs"):
         logit_attribution(lm, TEXTS, [1, 2, 3], progress=False)
 
 
-def test_bad_targets_are_refused_and_nothing_stays_on_the_model() -> None:
+def test_bad_targets_are_refused_and_nothing_stays_on_the_model(tiny: Any) -> None:
     lm = tiny("llama")
     with pytest.raises(HeadscopeError, match="2 tokens"):
         logit_attribution(lm, TEXTS[:1], ["w1 w2"], progress=False)

@@ -1,26 +1,32 @@
-"""Neurons that favour an anchor token over the right answer, and the vector that turns them."""
+"""Anchored bias: heads, MLPs and neurons that favour an anchor token over the right answer, read by a lens of each
+alone, and the vector that turns such a neuron."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
-from headscope.interp.attention.handler import Handler
-from headscope.interp.attention.stream import StreamCall
-from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
-from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.unembedding import final_modules
+from headscope.interp.results.scores import HeadScores
+from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites import attached
 from headscope.interp.sites.given import Loadable
+from headscope.interp.sites.gradients import frozen
 from headscope.interp.sites.layout import stream_layers
 from headscope.interp.sites.neurons import down_projection, value_vectors
 from headscope.interp.sites.sizes import tower_size
-
-Token = str | int
+from headscope.probes.lenses.attribution import read_last
+from headscope.probes.lenses.neurons import Neurons
+from headscope.probes.lenses.targets import Token, target_pairs, token_ids, unembedded
+from headscope.probes.paths.norms import FrozenNorm
+from headscope.probes.paths.rows import wrote
+from headscope.probes.paths.writers import find_paths
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,50 @@ class AnchoredNeuron:
     activation: float
     size: float
     gap: float
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorLens:
+    """How far each part alone favours the anchor: ``mlps`` (prompt, layer) in logits, and ``heads`` as scores."""
+
+    mlps: NDArray[np.float64]
+    heads: HeadScores
+
+
+def anchor_lens(
+    model: Loadable, prompts: Sequence[str], anchors: Sequence[Token], answers: Sequence[Token]
+) -> AnchorLens:
+    """The logit lens of what each head and each MLP writes at the last token, anchor's logit minus the answer's.
+
+    Li & Gao 2024 (arXiv 2405.03205): the final norm acts on the part itself, with the scale that this gives it, not the
+    stream's (``logit_attribution`` uses that, and sums). For heads the paper's code is not published: the same lens of
+    W_O z without bias [OURS]. Layers late and large are the candidates for ``anchored_neurons`` and ``SwapKeys``.
+
+    What it does not show: shares of anything: a part that writes little has as large a lens as one that writes much.
+
+    Raises:
+        HeadscopeError: as ``logit_attribution``.
+    """
+    lm = load_model(model)
+    pairs = target_pairs(lm, prompts, anchors, answers)
+    paths = find_paths(lm)
+    mlps = np.full((len(prompts), len(paths.layers)), np.nan)
+    heads = np.full((*mlps.shape, max(path.heads for path in paths.layers)), np.nan)
+    with frozen(lm), torch.no_grad():
+        for i, prompt in enumerate(prompts):
+            found, (u, _) = read_last(lm, paths, [prompt]), unembedded(paths, [pairs[i]])
+
+            def gap(x: Tensor, u: Tensor = u) -> NDArray[np.float64]:
+                said: Tensor = paths.norm(x.to(lm.model.dtype))
+                return (said.to(u) * u).sum(-1).double().cpu().numpy()
+
+            for at, path in enumerate(paths.layers):
+                if path.mlp is not None:
+                    mlps[i, at] = gap(found.mlp[path.layer][0])[0]
+                if path.attention is not None:
+                    heads[i, at, : path.heads] = gap(wrote(path, found, 0)[0][0])
+    made = provenance(lm, prompts=prompts, tokens=pairs) | {"unit": "logits"}
+    return AnchorLens(mlps, HeadScores("anchor_lens", heads, made))
 
 
 def anchored_neurons(
@@ -62,15 +112,15 @@ def anchored_neurons(
     """
     lm = load_model(model)
     norm, head = final_modules(lm)
-    pair = torch.tensor(_ids(lm, (anchor, answer)), device=lm.device)
-    seen = _Activations()
+    pair = torch.tensor(token_ids(lm, (anchor, answer)), device=lm.device)
+    seen = Neurons()
     with attached(lm, seen):
         lm(prompt)
-    centred = _centres(norm, lm)
+    centred = FrozenNorm.of(norm, torch.zeros(1, lm.info.d_model, device=lm.device, dtype=lm.model.dtype)).centres
     found: list[AnchoredNeuron] = []
     for layer in reversed(stream_layers(lm.inner, tower_size(lm).tower)):
         projection = down_projection(layer, lm.inner)
-        v, m = value_vectors(projection), seen.at[layer.layer]
+        v, m = value_vectors(projection), seen.m[layer.layer][0]
         length = (v - v.mean(-1, keepdim=True) if centred else v).float().norm(dim=-1)
         size, index = (m.float().abs() * length).topk(min(top, len(m)))
         with torch.no_grad():
@@ -94,54 +144,10 @@ def away_from_anchor(model: Loadable, anchor: Token, answer: Token, *, less: flo
     """
     lm = load_model(model)
     norm, head = final_modules(lm)
-    anchor_id, answer_id = _ids(lm, (anchor, answer))
+    anchor_id, answer_id = token_ids(lm, (anchor, answer))
     weight = head.weight
     assert isinstance(weight, Tensor)
     u = weight.detach().float()
-    u = (u[[anchor_id, answer_id]] - u.mean(0)) * _gain(norm, lm)
+    gain = FrozenNorm.of(norm, torch.zeros(1, lm.info.d_model, device=lm.device, dtype=lm.model.dtype)).gain
+    u = (u[[anchor_id, answer_id]] - u.mean(0)) * gain.to(u.device)
     return (more * u[1] - less * u[0]).cpu()
-
-
-class _Activations(Handler):
-    """The neurons' activations at the last token of a prompt, by layer."""
-
-    streams = ("mlp_post",)
-    only_reads = True
-
-    def __init__(self) -> None:
-        self.at: dict[int, Tensor] = {}
-
-    def stream(self, call: StreamCall) -> Tensor:
-        self.at[call.layer] = call.x[0, -1].detach()
-        return call.x
-
-
-def _gain(norm: nn.Module, lm: LanguageModel) -> Tensor:
-    """The norm's factor on every dimension (d_model,), read off a vector of mean 0 and of +-1, large beside epsilon."""
-    width = lm.info.d_model
-    signs = torch.ones(width, device=lm.device)
-    signs[1::2] = -1.0
-    with torch.no_grad():
-        weight = next(norm.parameters(), signs)
-        up, down = (norm((x * 1e3 * signs).to(weight.dtype)).float() for x in (1.0, -1.0))
-    gain: Tensor = (up - down) / 2 * signs
-    return gain
-
-
-def _centres(norm: nn.Module, lm: LanguageModel) -> bool:
-    """Whether it takes the mean away: all-equal dimensions then come out as its shift alone."""
-    with torch.no_grad():
-        weight = next(norm.parameters(), torch.ones(1, device=lm.device))
-        flat = torch.full((lm.info.d_model,), 1e3, device=lm.device, dtype=weight.dtype)
-        apart = norm(flat) - norm(-flat)
-    return bool(apart.float().abs().max() < 1e-3)
-
-
-def _ids(lm: LanguageModel, tokens: Sequence[Token]) -> list[int]:
-    found = []
-    for token in tokens:
-        ids = [token] if isinstance(token, int) else lm.required_tokenizer()(token, add_special_tokens=False).input_ids
-        if len(ids) != 1:
-            raise HeadscopeError(f"{token!r} is {len(ids)} tokens of {lm.name}: name one token, or give its id")
-        found.append(int(ids[0]))
-    return found

@@ -1,0 +1,1 @@
+"""Attention times its gradient, without maps: which weights a loss depends on, at any length."""
