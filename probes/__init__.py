@@ -1,6 +1,7 @@
 """What heads encode, what they write towards the next token, why they attend, and which of them carry a behaviour.
 
-Linear probes with controls, lenses, shares of logits and scores, gradients of attention without maps, patching, circuits.
+Linear probes with controls, lenses, shares of logits and scores, gradients of attention without maps, patching,
+circuits.
 
 Names are imported on first use (PEP 562), so that the command line starts without importing torch.
 """

@@ -14,8 +14,9 @@ from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.runs.progress import track
 from headscope.interp.statistics.spans import Span
+from headscope.probes.lenses.targets import Token, token_ids
 from headscope.probes.patching.activation import numbers
-from headscope.probes.patching.pairs import Pairs, Token, measure, token_id
+from headscope.probes.patching.pairs import Pairs, measure
 from headscope.probes.patching.places import Change, Place, Places, chunks, in_turn, layers_of, put
 
 WINDOWED = ("mlp_out", "attn_out")
@@ -72,7 +73,7 @@ def causal_trace(
     clean = Places(keep=("resid_pre", place))
     one = _alone(ids, 0, 1)
     said = measure(lm, one, ids, clean, lambda logits, _: logits.argmax(-1).float())
-    target = int(said[0, 0]) if answer is None else token_id(lm, answer)
+    target = int(said[0, 0]) if answer is None else token_ids(lm, [answer])[0]
     rows, before = _alone(ids, target, samples), min(layers_of(clean.kept, "resid_pre"))
     entering = clean.kept["resid_pre", before]
     sigma = entering[0, first:stop].float().std()

@@ -17,8 +17,7 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.sites import attached
 from headscope.interp.sites.unwrap import bare_model, takes
 from headscope.interp.statistics.spans import members
-
-Token = str | int
+from headscope.probes.lenses.targets import Token, token_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +69,7 @@ class Pairs:
                 raise HeadscopeError(
                     f"pair {i} does not align: {n} tokens clean, {m} corrupt; choose words of as many tokens"
                 )
-        one, other = (torch.tensor([token_id(lm, token) for token in tokens]) for tokens in (answers, others))
+        one, other = (torch.tensor(token_ids(lm, tokens)) for tokens in (answers, others))
         group = torch.tensor([0] * count if groups is None else list(groups))
         return cls(ids[:count], ids[count:], lengths[:count], one, other, group, spans or {})
 
@@ -133,20 +132,6 @@ def logit_difference(logits: Tensor, pairs: Pairs) -> Tensor:
     index = torch.stack([pairs.answers, pairs.others], 1).to(logits.device)
     both = logits.gather(1, index)
     return both[:, 0] - both[:, 1]
-
-
-def token_id(lm: LanguageModel, token: Token) -> int:
-    """The id of a token.
-
-    Raises:
-        HeadscopeError: a string that is not one token.
-    """
-    if isinstance(token, int):
-        return token
-    ids = lm.required_tokenizer()(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise HeadscopeError(f"{token!r} is {len(ids)} tokens of {lm.name}: name one token, or give its id")
-    return int(ids[0])
 
 
 def measure(
