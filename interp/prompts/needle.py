@@ -160,10 +160,11 @@ class NeedlePrompts:
         if not lengths or len(set(lengths)) < len(lengths):
             raise HeadscopeError(f"lengths are different numbers of tokens, at least one; got {list(self.lengths)}")
         if most is not None and max(lengths) > most:
-            raise HeadscopeError(
-                f"a prompt of {max(lengths)} tokens and {self.max_new_tokens} new ones exceed the context of {lm.name} "
-                f"({limit} tokens): ask for lengths up to {most}, or give beyond=True"
+            asked = f"a prompt of {max(lengths)} tokens and {self.max_new_tokens} new ones"
+            text = (
+                f"exceed the context of {lm.name} ({limit} tokens): ask for lengths up to {most}, or give beyond=True"
             )
+            raise HeadscopeError(f"{asked} {text}")
         return lengths
 
     def build(self, lm: LanguageModel, trial: Trial) -> NeedlePrompt:
