@@ -146,8 +146,8 @@ class NeedlePrompts:
         Raises:
             HeadscopeError: a length that was asked for does not fit, or none of the usual ones does.
         """
-        limit = lm.info.context_length
-        most = None if limit is None or self.beyond else limit - self.max_new_tokens
+        limit = None if self.beyond else lm.info.context_length
+        most = None if limit is None else limit - self.max_new_tokens
         if self.lengths is None:
             fitting = [n for n in self.usual_lengths if most is None or n <= most]
             if not fitting:
@@ -160,11 +160,10 @@ class NeedlePrompts:
         if not lengths or len(set(lengths)) < len(lengths):
             raise HeadscopeError(f"lengths are different numbers of tokens, at least one; got {list(self.lengths)}")
         if most is not None and max(lengths) > most:
-            asked = f"a prompt of {max(lengths)} tokens and {self.max_new_tokens} new ones"
-            text = (
-                f"exceed the context of {lm.name} ({limit} tokens): ask for lengths up to {most}, or give beyond=True"
+            raise HeadscopeError(
+                f"a prompt of {max(lengths)} tokens and {self.max_new_tokens} new ones exceed the context of {lm.name} "
+                f"({limit} tokens): ask for lengths up to {most}, or give beyond=True"
             )
-            raise HeadscopeError(f"{asked} {text}")
         return lengths
 
     def build(self, lm: LanguageModel, trial: Trial) -> NeedlePrompt:
@@ -213,8 +212,7 @@ class NeedlePrompts:
             "max_new_tokens": self.max_new_tokens,
             "newline_stop": self.newline_stop,
             "stem": None if self.stem is None else getattr(self.stem, "__qualname__", repr(self.stem)),
-            **({"beyond": True} if self.beyond else {}),  # so that runs from before it was a setting are the same
-        }
+        } | ({"beyond": True} if self.beyond else {})
 
     def _check(self, needle: Needle) -> None:
         if needle.real_needle.casefold() in self.text.casefold():
