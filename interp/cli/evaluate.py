@@ -107,7 +107,7 @@ def _sweep(given: str | None) -> tuple[str, list[Any]] | None:
 def show_evaluation(result: Evaluation, as_json: bool) -> None:
     """The conditions, the interventions against their random controls, and dose and response."""
     from headscope.interp.cli import console
-    from headscope.interp.reports.evaluation import few
+    from headscope.interp.reports.evaluation import few, notes
     from headscope.interp.reports.readable import readable
     from headscope.interp.results.details import tables as detail_tables
     from headscope.interp.results.doses import doses
@@ -131,5 +131,5 @@ def show_evaluation(result: Evaluation, as_json: bool) -> None:
     if len(found):
         table = found.drop(columns=["condition", "p_permutation", "delta_low", "delta_high"])
         console.show_rows(readable(table).to_dict("records"), "dose and response", False)
-    for line in few(summary):
+    for line in [*few(summary), *notes(result)]:
         console.note(f"note: {line}")

@@ -25,7 +25,7 @@ def add_evaluation(page: Report, result: Evaluation, place: str) -> None:
     """The section of an evaluation that was found at ``place`` in a folder of results."""
     page.heading("Evaluation" if place in ("", ".") else f"Evaluation: {place}").text(METHOD)
     summary, contrasts = result.summary(), result.contrasts()
-    for line in few(summary):
+    for line in [*few(summary), *notes(result)]:
         page.text(line)
     page.figure(
         plots.evaluation(summary, result.metrics), "Scores and differences from no edit, 95 % bootstrap intervals."
@@ -39,6 +39,16 @@ def add_evaluation(page: Report, result: Evaluation, place: str) -> None:
     _add_doses(page, result, summary)
     _add_changed(page, result, summary)
     _add_needles(page, result)
+
+
+def notes(result: Evaluation) -> list[str]:
+    """A sentence for every task and condition in which an edit said that it changed nothing."""
+    trials = result.trials
+    if "note" not in trials:
+        return []
+    said = trials[trials["note"].notna() & (trials["kind"] != "control")]
+    each = said.groupby(["task", "condition", "note"], sort=False).size()
+    return [f"{task}, {condition}: {note} ({count} trials)" for (task, condition, note), count in each.items()]
 
 
 def few(summary: pd.DataFrame) -> list[str]:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from headscope.interp.results.evaluation import COLUMNS, Evaluation
 
-OWN = {*COLUMNS, "control", "group"}  # of a table of trials: not what a task says of one
+OWN = {*COLUMNS, "control", "group", "note"}  # of a table of trials: not what a task says of one
 LONG = 240  # characters of a text that are shown
 SAME = 1e-9  # scores that are as near as this are equal
 

@@ -102,7 +102,7 @@ class Bench:
             preset="truthfulqa",
             loss=self.given.loss,
             heads=heads,
-            share=self.given.share,
+            share=None if heads is not None else self.given.share,
             offset_rate=rate,
             epochs=self.given.epochs,
             seed=seed,

@@ -20,6 +20,7 @@ from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
 from headscope.interventions.applying import apply, size
 from headscope.interventions.base import Composed, Intervention, moved, parts_of
+from headscope.interventions.evaluation.notes import noted, unseen
 from headscope.interventions.evaluation.summaries import summarised
 from headscope.interventions.tasks import resolve
 from headscope.interventions.tasks.base import Task, prepares
@@ -89,14 +90,20 @@ def evaluate(
     passes += [task.tokens(model, trial) for task in chosen if prepares(task) for trial in trials[task.name]]
     announce(passes, list(FILES) if out is not None else [])
     path = None if out is None else Path(out) / FILES[-1]
+    if path is not None and not path.exists() and path.with_name(FILES[0]).exists():
+        raise HeadscopeError(
+            f"{path.with_name(FILES[0])} is there without its journal and would be lost: name another out"
+        )
 
     prepared = _Prepared(model)
 
     def step(index: int) -> dict[str, Any]:
         task, condition, trial = work[index]
         trial = prepared(task, trial)
-        with apply(model, *condition.edits):
-            return task.run(model, trial)
+        with noted() as notes, apply(model, *condition.edits):
+            result = task.run(model, trial)
+        notes += [why for why in (unseen(task, edit) for edit in condition.edits) if why]
+        return {**result, "note": "; ".join(dict.fromkeys(notes))} if notes else result
 
     with opened(path, config) as journal:
         results = run_steps(journal, len(work), step, "evaluate", progress=progress)
@@ -129,8 +136,9 @@ def plan(
         for edit in edits:
             edit.check(layers, heads)
         name = " + ".join(edit.name for edit in edits)
-        if name in {condition.name for condition in conditions}:
-            name = f"{name} #{len(conditions)}"
+        same = [one for one in conditions if one.kind == EDIT and one.name.partition(" #")[0] == name]
+        if same:
+            name = f"{name} #{len(same) + 1}"
         conditions.append(Condition(name, EDIT, edits))
         conditions += _controls(name, edits, heads, range(seed, seed + controls), range(seed, seed + drawn))
     return conditions

@@ -59,7 +59,7 @@ def answers(data: Labelled | str | Path | Sequence[Any]) -> Labelled:
         return load_labelled(data)
     rows, name = read_rows(data, "answers")
     found: list[tuple[str, Any, str]] = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, 1):
         choices = row.get("choices", row.get("answers"))
         if "text" in row and "label" in row:
             found.append((row["text"], row["label"], str(row.get("group", i))))
@@ -97,9 +97,9 @@ def responses(
     start = start_tokens(lm)
     stop = [lm.tokenizer.eos_token_id] if end and lm.tokenizer.eos_token_id is not None else []
     found = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, 1):
         if not all(isinstance(row.get(key), str) and row[key].strip() for key in KEYS[loss]):
-            raise HeadscopeError(f"{name}, row {i}: give strings {FORMS[loss]} for the loss {loss!r}")
+            raise HeadscopeError(f"{name}, row {i}: give strings {FORMS[loss]}, none empty, for the loss {loss!r}")
         prompt, *written = ([*body_tokens(lm, row[key])] for key in KEYS[loss])
         most = len(start) + len(prompt) + max(map(len, written)) + len(stop)
         if most > longest or not prompt or not all(written):

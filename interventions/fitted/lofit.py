@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -114,6 +114,8 @@ class LoFiT(Fit):
         for field, known in (("loss", ("sft", "dpo", None)), ("reference", ("initial", "unedited"))):
             if getattr(self, field) not in known:
                 raise HeadscopeError(f"lofit: {field} is {known[0]!r} or {known[1]!r}, not {getattr(self, field)!r}")
+        if self.heads is not None and (self.top is not None or self.share is not None):
+            raise HeadscopeError("lofit: heads are given, so that top or share have nothing to choose: leave them out")
         tuned = self.tuned
         positive = {**tuned, "epochs": self.epochs, "batch": self.batch, "clip": self.clip, "spread": self.spread}
         for field, value in positive.items():
@@ -155,8 +157,17 @@ class LoFiT(Fit):
         rates = {"scales": tuned["scale_rate"], "offsets": tuned["offset_rate"]}
         steps = {step: told(self.schedule(rates[step]), len(rows), trained[step]) for step in curves}
         texts = [_words(row) for row in rows]
-        made = provenance(lm, seed=self.seed, prompts=texts, **tuned, beta=self.beta, reference=self.reference)
+        made = provenance(lm, seed=self.seed, prompts=texts, **self._told(tuned))
         return LoFiTResult(edit=edit, provenance={**made, "steps": steps}, norms=norms, curves=curves, trained=trained)
+
+    def _told(self, tuned: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting as it was used: of given heads, nothing of the step that was left out."""
+        used = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seed"} | {**tuned}
+        if self.heads is not None:
+            return {k: x for k, x in used.items() if k not in ("top", "share", "scale_rate", "penalty")} | {
+                "heads": [list(head) for head in HeadSet.of(self.heads)]
+            }
+        return used
 
     def _step(
         self, lm: LanguageModel, rows: Rows, heads: HeadSet, *, scaling: bool, progress: bool

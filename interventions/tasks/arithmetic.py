@@ -57,6 +57,9 @@ class Arithmetic(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for setting in ("digits", "example_digits"):
+            if isinstance(getattr(self, setting), int):
+                object.__setattr__(self, setting, (getattr(self, setting),))
         check_least(self, digits=1, problems=1, examples=0, example_digits=1)
         check_among(self, forms=FORMS)
 

@@ -37,8 +37,9 @@ class Question:
 class MultipleChoice(Task):
     """Questions with options, each asked with its options in several orders; 1 where the right one is chosen, else 0.
 
-    The prompt is the question, its options as lines ``A. text``, and ``Answer:`` (the form of MMLU in
-    lm-evaluation-harness). ``scoring="letter"``, the default, chooses the letter that is likeliest next;
+    The prompt is ``Question:`` and the question, its options as lines ``A. text``, and ``Answer:``, each on a line
+    [OURS; MMLU in lm-evaluation-harness has no ``Question:``]. ``scoring="letter"``, the default, chooses the letter
+    that is likeliest next;
     ``"cloze"`` the option whose text is, divided as ``normalise`` says: with "sum", the default, accuracy is what
     lm-evaluation-harness calls acc, with "character" its acc_norm, with "byte" its acc_bytes; "token" is the mean a
     token. Cloze prompts do not list the options unless ``listed`` says so; then their order cannot matter, and one is
@@ -52,9 +53,10 @@ class MultipleChoice(Task):
     Prompts publish ``question``; where options are listed ``options``, ``option_0`` and so on in their shown order,
     ``letter_0`` and so on, ``anchor``, the first letter, and ``gold_letter``: what ``SwapKeys`` exchanges.
 
-    What it does not show: that the model knows an answer: a letter may be likely for its own sake. The bundled
-    questions are easy, so that a small model can be above chance, and were made from lists of words of eight kinds: one
-    word of the kind that is asked for, three of others (see ``tasks/data``).
+    What it does not show: that the model knows an answer: a letter may be likely for its own sake. Where one
+    letter is chosen in every trial, rotations make accuracy 1 / k exactly, whatever else an edit does: read the shares
+    of letters first, or score ``"cloze"`` (SmolLM2-135M always chooses A here). The bundled questions were made from
+    lists of words of eight kinds: one word of the kind that is asked for, three of others (see ``tasks/data``).
 
     Args:
         data: JSON lines of question, options, answer: a letter, or an index from 0 (None: 40 bundled questions).

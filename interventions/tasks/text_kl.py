@@ -31,8 +31,8 @@ class TextKL(TextLoss):
     the passage's conditions run: one passage at a time.
 
     What it does not show: whether the change is for the worse. It is never negative, so that its p against no edit only
-    says that there was an edit: compare it with that of random heads or vectors. A passage is a prompt, so that edits
-    that act while decoding change nothing here.
+    says that there was an edit: compare it with that of random heads or vectors. ``written`` is as in
+    ``text_loss``: without it edits that act while decoding change nothing here, and those of ``"answer"`` one row.
     """
 
     name: ClassVar[str] = "text_kl"

@@ -20,17 +20,22 @@ from headscope.interventions.tasks.base import Task
 class TextLoss(Task):
     """Next-token loss on prose, in nats a token: what an edit costs the model in general.
 
-    A passage is a prompt: nothing of it is generated, so that edits that act while decoding change nothing here.
+    A passage is a prompt: nothing of it is generated, so that edits that act while decoding (``"decode"``) change
+    nothing here, and those of ``"answer"`` only the last row, whose prediction is not scored. ``written=True`` takes
+    every token after the first for one that the model wrote, so that such edits act on all rows; ``evaluate`` says
+    where an edit needs it.
 
     Args:
         passages: how many.
         length: their tokens.
-        text: where they are from (None: the bundled haystack).
+        text: the prose itself (None: the bundled haystack).
+        written: the passage counts as generated after its first token.
     """
 
     passages: int = 4
     length: int = 512
     text: str | None = None
+    written: bool = False
 
     name: ClassVar[str] = "text_loss"
     metric: ClassVar[str] = "nats per token"
@@ -40,7 +45,8 @@ class TextLoss(Task):
 
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
         """Number and length of the passages, and the text's SHA-256."""
-        return {"passages": self.passages, "length": self.length, "text_sha256": hash_texts([self._text()])}
+        held = {"passages": self.passages, "length": self.length, "text_sha256": hash_texts([self._text()])}
+        return held | ({"written": True} if self.written else {})
 
     def _text(self) -> str:
         return self.text if self.text is not None else load_haystack(None)
@@ -56,6 +62,12 @@ class TextLoss(Task):
         step = len(ids) // count
         return [{"passage": i, "ids": ids[i * step : i * step + self.length]} for i in range(count)]
 
+    def unseen(self, during: str) -> str:
+        """Why an edit of this phase changes nothing of the score; empty where it may."""
+        if self.written or during not in ("decode", "answer"):
+            return ""
+        return f"{self.name} generates nothing: give written=True to count its passages as what the model wrote"
+
     def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
         """The passage's tokens; nothing is generated."""
         return len(trial["ids"]), 0
@@ -69,6 +81,7 @@ class TextLoss(Task):
     def logits(self, lm: LanguageModel, trial: Trial) -> Tensor:
         """The passage's logits (token, vocabulary) by the model as it is; publishes the span ``passage``."""
         ids = torch.tensor([trial["ids"]], device=lm.device)
-        with torch.no_grad(), published_spans({"passage": (0, ids.shape[1])}), prompt_boundary(ids.shape[1]):
+        read = 1 if self.written else ids.shape[1]
+        with torch.no_grad(), published_spans({"passage": (0, ids.shape[1])}), prompt_boundary(read):
             found: Tensor = lm.model(input_ids=ids).logits[0]
         return found

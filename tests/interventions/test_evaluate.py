@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -526,3 +527,35 @@ def test_the_journal_is_a_plain_journal(llama: LanguageModel, tmp_path: Path) ->
     path = tmp_path / "evaluation.trials.jsonl"
     config = json.loads(path.read_text().splitlines()[0])["headscope_run"]
     assert sorted(Journal(path, config).entries) == [0, 1, 2]
+
+
+def test_what_an_edit_says_of_itself_stands_in_the_results(llama: LanguageModel, tmp_path: Path) -> None:
+    """An edit that cannot change what prose scores is named, and acts where the passage counts as written."""
+    from headscope.interp.reports.evaluation import notes
+
+    edits = [AblateHeads([(0, 1)], during="decode"), AblateHeads([(0, 1)], during="answer")]
+    text = "w1 w2 w3 w4 w5 w6 w7 w8 " * 9
+    read, written = (TextLoss(passages=1, length=16, text=text, written=one) for one in (False, True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = evaluate(llama, read, edits, controls=1, out=tmp_path, progress=False)
+    lines = notes(Evaluation.load(tmp_path))
+    assert len(lines) == 2 and all("give written=True" in line for line in lines)
+    assert "no row of its passes was meant" in lines[0] and "no row" not in lines[1]
+    assert found.summary()["delta"].abs().max() == 0
+    found = evaluate(llama, written, edits, controls=1, progress=False)
+    assert not notes(found) and (found.summary().query("kind == 'intervention'")["delta"].abs() > 1e-4).all()
+
+
+def test_like_edits_are_counted_and_results_without_a_journal_are_kept(llama: LanguageModel, tmp_path: Path) -> None:
+    text = TextLoss(passages=1, length=16, text="w1 w2 w3 w4 w5 w6 w7 w8 " * 9)
+    names = list(evaluate(llama, text, [AblateHeads([(0, 1)])] * 3, controls=1, progress=False).scores("text_loss"))
+    assert [name for name in names if not name.startswith("random")][1:] == [
+        "ablate 1 heads (zero)",
+        "ablate 1 heads (zero) #2",
+        "ablate 1 heads (zero) #3",
+    ]
+    (tmp_path / "evaluation.json").write_text("mine")
+    with pytest.raises(HeadscopeError, match="without its journal"):
+        evaluate(llama, text, out=tmp_path, progress=False)
+    assert (tmp_path / "evaluation.json").read_text() == "mine"

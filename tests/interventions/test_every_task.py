@@ -82,12 +82,22 @@ EXAMPLES: dict[str, tuple[dict[str, Any], set[str], dict[str, Any]]] = {
     "text_loss": (
         {"passages": 2, "length": 16},
         {"passage"},
-        {"passages": 3, "length": 17, "text": "Some other text that is long enough to be read. " * 9},
+        {
+            "passages": 3,
+            "length": 17,
+            "text": "Some other text that is long enough to be read. " * 9,
+            "written": True,
+        },
     ),
     "text_kl": (
         {"passages": 2, "length": 16},
         {"passage"},
-        {"passages": 3, "length": 17, "text": "Some other text that is long enough to be read. " * 9},
+        {
+            "passages": 3,
+            "length": 17,
+            "text": "Some other text that is long enough to be read. " * 9,
+            "written": True,
+        },
     ),
     "multiple_choice": (
         {"questions": 2},

@@ -59,8 +59,8 @@ def test_what_is_refused_in_one_line(capsys: pytest.CaptureFixture[str], model: 
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n')
     for kind, options, words in (
-        ("lofit", (), "row 0"),
-        ("iti", (), "row 0"),
+        ("lofit", (), "row 1"),
+        ("iti", (), "row 1"),
         ("nothing", (), "there is no fit 'nothing'"),
         ("lofit", ("--set", "lr=1"), "no setting 'lr'"),
         ("lofit", ("--set", "top=x"), "top must be a whole number"),

@@ -179,8 +179,8 @@ def test_data_in_either_form(tmp_path: Path) -> None:
     train, held_out = question_split(asked, 42, 0.2)
     assert len(train) == 36 and len(held_out) == 9
     for bad, words in (
-        ([{"question": "w1", "choices": ["w2"], "labels": [1, 0]}], "row 0: give"),
-        ([{"question": "w1", "choices": "w2", "labels": [1]}], "row 0: give"),
+        ([{"question": "w1", "choices": ["w2"], "labels": [1, 0]}], "row 1: give"),
+        ([{"question": "w1", "choices": "w2", "labels": [1]}], "row 1: give"),
         ([{"text": "w1", "label": 2}], "labels must be 0 and 1"),
         ([{"text": "w1", "label": None}], "labels must be 0 and 1"),
         ([], "holds no rows"),

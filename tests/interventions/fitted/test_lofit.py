@@ -230,7 +230,7 @@ def test_seeds_heads_and_shares(llama: LanguageModel) -> None:
     assert one.edit == same.edit and one.curves == same.curves
     assert LoFiT(**SMALL, seed=1).fit(llama, ROWS, progress=False).edit != one.edit
     assert one.trained == {"scales": LAYERS * HEADS * D_HEAD, "offsets": 3 * D_HEAD}
-    given = LoFiT(**SMALL, heads="L1H2,L0H0").fit(llama, ROWS, progress=False)
+    given = LoFiT(batch=4, epochs=2, heads="L1H2,L0H0").fit(llama, ROWS, progress=False)
     assert given.norms is None and list(given.heads) == [(1, 2), (0, 0)] and given.trained == {"offsets": 2 * D_HEAD}
     assert len(LoFiT(share=0.49, epochs=1).fit(llama, ROWS, progress=False).heads) == 3  # int(3.92)
     with pytest.raises(HeadscopeError, match="top=32 is 32 of 8 heads"):
@@ -240,6 +240,7 @@ def test_seeds_heads_and_shares(llama: LanguageModel) -> None:
 def test_what_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
     for given, words in (
         ({"preset": "x"}, "no preset 'x'"),
+        ({"heads": "L0H0", "share": 0.5}, "nothing to choose"),
         ({"loss": "x"}, "loss is 'sft' or 'dpo'"),
         ({"epochs": 0}, "epochs must be above 0"),
         ({"penalty": -1.0}, "penalty is 0 or more"),
@@ -252,7 +253,7 @@ def test_what_is_refused(llama: LanguageModel, tmp_path: Path) -> None:
         ("", "holds no rows"),
         ("[1]", "holds no rows"),
         ("{", "cannot read"),
-        ('{"prompt": "w1"}', "row 0: give strings"),
+        ('{"prompt": "w1"}', "row 1: give strings"),
         ('{"prompt": "w1 w2", "response": "' + "w3 " * 500 + '"}', "502 tokens"),
     ):
         bad.write_text(text)
