@@ -34,7 +34,7 @@ class RescaleRoPE(PositionEdit):
     distances that were trained are read as others. SmolLM2-135M loses by it at 1,024 tokens (3.61 nats per token, 4.17
     with linear 2 and 3.63 with ntk 2), and did not gain at 9,216, beyond its 8,192 (3.93, 4.59 and 3.96). Of needles in
     8,000 tokens it recalls 0.51, and 0.63 with ntk 2 (nine trials), 0.09 with linear 2, 0.06 with ntk 8; of three in
-    9,216 tokens 0.10 as it is (``interventions/benchmarks/rope_lengths.py``).
+    9,216 tokens 0.10 as it is and 0.36 with ntk 2 (``interventions/benchmarks/rope_lengths.py``).
 
     Args:
         linear: position m becomes m / linear; 1 changes nothing.
