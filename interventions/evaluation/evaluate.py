@@ -89,12 +89,7 @@ def evaluate(
     passes = [task.tokens(model, trial) for task, _, trial in work]
     passes += [task.tokens(model, trial) for task in chosen if prepares(task) for trial in trials[task.name]]
     announce(passes, list(FILES) if out is not None else [])
-    path = None if out is None else Path(out) / FILES[-1]
-    if path is not None and not path.exists() and path.with_name(FILES[0]).exists():
-        raise HeadscopeError(
-            f"{path.with_name(FILES[0])} is there without its journal and would be lost: name another out"
-        )
-
+    path = journal_in(out)
     prepared = _Prepared(model)
 
     def step(index: int) -> dict[str, Any]:
@@ -118,6 +113,20 @@ def evaluate(
     if out is not None:
         result.save(out)
     return result
+
+
+def journal_in(out: str | Path | None) -> Path | None:
+    """Where the journal of a run into the folder ``out`` stands.
+
+    Raises:
+        HeadscopeError: results without a journal are there, which nobody could tell from another run's.
+    """
+    path = None if out is None else Path(out) / FILES[-1]
+    if path is not None and not path.exists() and path.with_name(FILES[0]).exists():
+        raise HeadscopeError(
+            f"{path.with_name(FILES[0])} is there without its journal and would be lost: name another out"
+        )
+    return path
 
 
 def plan(

@@ -21,7 +21,7 @@ from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites.given import Loadable
 from headscope.interventions.applying import apply, size
-from headscope.interventions.evaluation.evaluate import BASELINE, CONTROL, EDIT, FILES, row
+from headscope.interventions.evaluation.evaluate import BASELINE, CONTROL, EDIT, FILES, journal_in, row
 from headscope.interventions.outputs.ablate import AblateHeads
 from headscope.interventions.tasks.needle import NeedleTask
 
@@ -145,7 +145,7 @@ def masking(
         masked = _masked(arm, ranked, (layers, count), random, [seed, arm.k, arm.draw or 0, index])
         return {**_run(model, task, trials[index], masked), "masked": ",".join(masked)}
 
-    with opened(None if out is None else Path(out) / FILES[-1], config) as journal:
+    with opened(journal_in(out), config) as journal:
         results = run_steps(journal, len(work), step, "mask", progress=progress)
     rows = [
         row(

@@ -24,7 +24,7 @@ from headscope.interp.runs.estimate import dry_run
 from headscope.interp.runs.journal import Journal
 from headscope.interp.sites import is_attached
 from headscope.interventions import AblateHeads, Evaluation, Intervention, TextLoss, evaluate
-from headscope.interventions.evaluation.evaluate import plan
+from headscope.interventions.evaluation.evaluate import journal_in, plan
 from headscope.interventions.tasks import TASKS, resolve
 
 PICKED = [(0, 1), (1, 0), (1, 3)]
@@ -558,4 +558,6 @@ def test_like_edits_are_counted_and_results_without_a_journal_are_kept(llama: La
     (tmp_path / "evaluation.json").write_text("mine")
     with pytest.raises(HeadscopeError, match="without its journal"):
         evaluate(llama, text, out=tmp_path, progress=False)
+    with pytest.raises(HeadscopeError, match="without its journal"):
+        journal_in(tmp_path)  # where masking asks, too
     assert (tmp_path / "evaluation.json").read_text() == "mine"
