@@ -40,6 +40,7 @@ FLOORS = (
     "reports",
     "sweeps",
     "survey",
+    "laboratory",
     "cli",
 )
 NOT_PACKAGES = {"__pycache__", "data", "benchmarks"}

@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headscope.interp.models.available import AvailableModel, available_models
     from headscope.interp.models.info import ModelInfo
     from headscope.interp.models.language_model import LanguageModel
     from headscope.interp.models.load import load_model
-    from headscope.interp.models.packages import AvailableModel, available_models
     from headscope.interp.models.projections import output_projections
 
 _HOME = {
-    "AvailableModel": "packages",
+    "AvailableModel": "available",
     "LanguageModel": "language_model",
     "ModelInfo": "info",
-    "available_models": "packages",
+    "available_models": "available",
     "load_model": "load",
     "output_projections": "projections",
 }

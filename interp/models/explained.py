@@ -11,13 +11,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.available import known_names
 from headscope.interp.models.options import NEEDS_BITSANDBYTES
-from headscope.interp.models.packages import PACKAGED
-
-
-def known_names() -> str:
-    """The names that PyPI packages carry, for messages."""
-    return ", ".join(sorted(PACKAGED))
 
 
 @contextlib.contextmanager

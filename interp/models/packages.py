@@ -108,28 +108,6 @@ PACKAGED: dict[str, PackagedModel] = {
 }
 
 
-@dataclass(frozen=True)
-class AvailableModel:
-    """One line of ``headscope models``; sizes in bytes."""
-
-    name: str
-    title: str
-    license: str
-    download: int
-    size: int
-    source: str
-    cached: bool
-    folder: str
-
-
-def available_models() -> list[AvailableModel]:
-    """The models that ``load_model`` knows by name, and whether each is already converted in the cache."""
-    return [
-        AvailableModel(m.name, m.title, m.license, m.download, m.size, m.source, is_ready(m), str(model_folder(m)))
-        for m in PACKAGED.values()
-    ]
-
-
 def cache_root() -> Path:
     """The folder of converted models: ``$HEADSCOPE_CACHE``, or the user's cache folder."""
     return Path(os.environ.get("HEADSCOPE_CACHE") or platformdirs.user_cache_dir("headscope")) / "models"

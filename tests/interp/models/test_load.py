@@ -127,14 +127,14 @@ def test_not_a_language_model(tmp_path, says):
 def test_unknown_path(name, says):
     with pytest.raises(HeadscopeError) as error:
         load_model(name)
-    says(error, "no such file or folder", "gemma3-270m, smollm2-135m")
+    says(error, "no such file or folder", "gemma3-270m, llava-smollm2, smollm2-135m")
 
 
 def test_unknown_name_without_network(monkeypatch, says):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HeadscopeError) as error:
         load_model("smollm9-135m")
-    says(error, "hub cannot be reached", "gemma3-270m, smollm2-135m")
+    says(error, "hub cannot be reached", "gemma3-270m, llava-smollm2, smollm2-135m")
     with pytest.raises(HeadscopeError) as error:
         load_model("nobody/nothing", offline=True)
     says(error, "offline=True")

@@ -1,0 +1,1 @@
+"""Where models are made that show a phenomenon: small, by committed recipes, and watched while they learn."""
