@@ -25,6 +25,7 @@ class LanguageModel:
 
     ``revision`` names the weights: the hub's commit, or the SHA-256 of the source; None where nobody knows.
     ``bridge`` is the TransformerBridge whose inside ``model`` is: it computes the attention, and its hooks show it.
+    ``processor`` makes inputs of chats with pictures; where it is None, ``models.processors`` finds it.
     """
 
     model: PreTrained
@@ -33,6 +34,7 @@ class LanguageModel:
     revision: str | None
     info: ModelInfo
     bridge: Any = None
+    processor: Any = None
 
     @classmethod
     def wrap(
@@ -43,14 +45,16 @@ class LanguageModel:
         name: str | None = None,
         revision: str | None = None,
         bridge: Any = None,
+        processor: Any = None,
     ) -> LanguageModel:
         """Describe a model and give its tokenizer a padding token (an existing token) where it has none."""
+        tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
         if tokenizer is not None:
             _ensure_padding(tokenizer)
         inner = bare_model(model)
         info, config = ModelInfo.from_model(inner), inner.config
         name = name or getattr(config, "name_or_path", None) or info.architecture
-        return cls(model, tokenizer, name, revision or getattr(config, "_commit_hash", None), info, bridge)
+        return cls(model, tokenizer, name, revision or getattr(config, "_commit_hash", None), info, bridge, processor)
 
     def __repr__(self) -> str:
         i = self.info

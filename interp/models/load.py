@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def load_model(
     name_or_path_or_model: Loadable,
     *,
     tokenizer: Any = None,
+    processor: Any = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     device_map: DeviceMap | None = None,
@@ -58,7 +60,9 @@ def load_model(
     fast), as it is of an nnsight wrapper, DataParallel or another module around it; of a TransformerBridge,
     ``lm.model`` is the model inside, which computes and shows its attention through it. Their tokenizers are kept.
     ``tokenizer`` (an object, a path or a hub id) replaces the model's own; a live model without one is called as
-    ``lm.model(**inputs)``. Every failure is a HeadscopeError of one line.
+    ``lm.model(**inputs)``. ``processor`` (of ``transformers.AutoProcessor``) reads pictures for a model of images and
+    text; one that is loaded by name finds its own when pictures are read. Every failure is a HeadscopeError of one
+    line.
     """
     if isinstance(name_or_path_or_model, LanguageModel):
         return name_or_path_or_model
@@ -67,7 +71,8 @@ def load_model(
         options = Options.decide(
             dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own
         )
-        return _from_name(str(name_or_path_or_model), options, revision, offline)
+        found = _from_name(str(name_or_path_or_model), options, revision, offline)
+        return found if processor is None else replace(found, processor=processor)
     if not (isinstance(name_or_path_or_model, nn.Module) or origin(name_or_path_or_model)):
         raise HeadscopeError(f"cannot load a {type(name_or_path_or_model).__name__}: give a name, a path or a model")
     if any(option is not None for option in (dtype, device, device_map, quantize)):
@@ -75,10 +80,10 @@ def load_model(
             "dtype, device, device_map and quantize are for models that are loaded: move a live model with "
             "model.to(...), or give its name"
         )
-    return _from_live(name_or_path_or_model, own, revision)
+    return _from_live(name_or_path_or_model, own, revision, processor)
 
 
-def _from_live(given: Any, tokenizer: Any, revision: str | None) -> LanguageModel:
+def _from_live(given: Any, tokenizer: Any, revision: str | None, processor: Any) -> LanguageModel:
     """The model inside what a user holds, with the tokenizer that came with it unless another is given.
 
     A PEFT model stays what is called: prompts and prefixes are its own forward's work.
@@ -87,7 +92,7 @@ def _from_live(given: Any, tokenizer: Any, revision: str | None) -> LanguageMode
     model = held if hasattr(held, "get_base_model") and not package else bare_model(given)
     tokenizer = getattr(held, "tokenizer", None) if tokenizer is None and package else tokenizer
     bridge = held if package == "transformer_lens" else None
-    return LanguageModel.wrap(model, tokenizer, revision=revision, bridge=bridge)
+    return LanguageModel.wrap(model, tokenizer, revision=revision, bridge=bridge, processor=processor)
 
 
 def _from_name(name: str, options: Options, revision: str | None, offline: bool | None) -> LanguageModel:
