@@ -81,6 +81,8 @@ def discover(
     for scores in found:
         best, made = scores.to_frame().head(top).to_dict("records"), scores.provenance
         kept = f"{made['kept']} of {made['trials']} trials kept" + _reliability(scores)
+        if made.get("note"):
+            console.note(f"{scores.method}: {made['note']}")
         console.show_rows(best, f"{scores.method}: top {len(best)} of {scores.mean.size} heads, {kept}", False)
 
 

@@ -25,7 +25,7 @@ class PictureValues:
         grid: where the cells lie.
         picture: bytes (height, width, 3).
         unit: of a value.
-        marked: (layer, row, column) or (row, column) bool: cells to mark, such as sink tokens; None: none.
+        marked: (layer, row, column) bool: cells to mark, such as sink tokens; None: none.
         boxes: of named objects, in pixels.
         name: of the chat.
         title: what the values are.
@@ -56,6 +56,14 @@ class PictureValues:
             return replace(self, values=self.values.sel(**at))
         except KeyError as error:
             raise HeadscopeError(f"there are no values at {at}: {dict(self.values.sizes)}") from error
+
+    def mark(self, tokens: Mapping[int, Sequence[int]]) -> PictureValues:
+        """With the cells marked that hold these tokens of the prompt, by layer: a picture's sinks."""
+        layers = self.values["layer"].to_numpy().tolist() if "layer" in self.values.coords else []
+        if not layers:
+            raise HeadscopeError("tokens are marked by layer, and these values have no layers")
+        held = np.stack([np.isin(self.grid.positions, list(tokens.get(layer, ()))) for layer in np.atleast_1d(layers)])
+        return replace(self, marked=xr.DataArray(held, {"layer": np.atleast_1d(layers)}, ("layer", "row", "column")))
 
     def flat(self) -> NDArray[np.float64]:
         """(..., token), in raster order."""

@@ -60,7 +60,8 @@ def key_attention(lm: LanguageModel, one: Look, rows: Rows = "behind") -> xr.Dat
     first = one.end if rows == "behind" else count - 1
     if first >= count or one.end >= count:
         raise HeadscopeError(f"no text stands behind the picture of chat {one.item.name!r}, so nothing looks at it")
-    record = record_of(lm, [sample_of(lm, 0, one.prompt)], [KeyMass(queries=(first, count))])
+    with one.prompt.published():  # for edits that name its spans
+        record = record_of(lm, [sample_of(lm, 0, one.prompt)], [KeyMass(queries=(first, count))])
     return record["key_mass"].isel(example=0).transpose("layer", "head", "key") / (count - first)
 
 

@@ -77,7 +77,7 @@ def read_sinks(
         raise HeadscopeError(f"no text stands behind the picture of chat {one.item.name!r}, so nothing looks at it")
     handler = _Sinks(one, dimensions, taus)
     sample = sample_of(lm, 0, one.prompt)
-    with attached(lm, handler):
+    with one.prompt.published(), attached(lm, handler):
         lm.forward(sample.ids[None], logits=1, cache=False, **sample.inputs)
     return dict(sorted(handler.found.items()))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -36,7 +35,7 @@ class VisualSinks(ChatMethod):
     tokens; with ``dimensions`` and ``tau`` given, in all layers from the third on. ``provenance["visual_sinks"]`` has
     of every layer tau, the sinks a chat, the largest phi of other image tokens and the smallest of sinks (what tau
     parts), and ``times``: the attention that image sinks receive from later text over that of other image tokens. Each
-    trial's details have its sinks by layer. A model in which nothing is found scores 0, with a warning.
+    trial's details have its sinks by layer. Where no image token is a sink, ``provenance["note"]`` says why.
 
     What it does not show: that sinks hold nothing, or that an image-centric head is needed (``RedistributeSinks``
     changes them). Where ``times`` is near 1 the tokens that pass tau are no sinks of attention, whatever phi says.
@@ -86,12 +85,6 @@ class VisualSinks(ChatMethod):
         found = sink_dimensions(lm, None if self.texts is None else list(self.texts))
         tau = dict(zip(found.layers, found.tau, strict=True))
         usable = {layer: tau[layer] for layer in found.usable if layer >= FIRST}
-        if not found.dimensions or not usable:
-            warnings.warn(
-                f"visual_sinks: no dimension parts sink tokens from others in {lm.name} (dimensions: "
-                f"{found.dimensions or 'none'}), so no image token is a sink; give dimensions and tau if you know them",
-                stacklevel=2,
-            )
         return found.dimensions, usable
 
     def parameters(self, lm: LanguageModel) -> dict[str, Any]:
@@ -109,7 +102,9 @@ class VisualSinks(ChatMethod):
 
     def summary(self, details: Sequence[dict[str, Any]]) -> dict[str, Any]:
         layers = [[one["layers"][i] for one in details] for i in range(len(details[0]["layers"]))]
-        return {"dimensions": details[0]["dimensions"], "visual_sinks": [_over_pictures(rows) for rows in layers]}
+        found = [_over_pictures(rows) for rows in layers]
+        told: dict[str, Any] = {"dimensions": details[0]["dimensions"], "visual_sinks": found}
+        return told if any(row["sinks"] for row in found) else {**told, "note": _nothing(found)}
 
 
 def _over_pictures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -122,3 +117,15 @@ def _over_pictures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tau": rows[0]["tau"],
         "sinks": float(np.mean([len(r["sinks"]) for r in rows])),
     } | found
+
+
+def _nothing(layers: Sequence[dict[str, Any]]) -> str:
+    """Why no image token is a sink."""
+    seen = [row for row in layers if row["tau"] is not None and "phi_below" in row]
+    if not seen:
+        return "no dimension of the stream parts sink tokens from others here; give dimensions and tau if you know them"
+    best = max(seen, key=lambda row: float(row["phi_below"] / row["tau"]))
+    return (
+        f"no image token is a sink: the nearest has phi {best['phi_below']:.3g} in layer {best['layer']}, where tau is "
+        f"{best['tau']:.3g}"
+    )

@@ -139,6 +139,5 @@ def test_what_cannot_be_read_gets_one_line(vision_lm, picture, grouped) -> None:
         read_sinks(lm, look(lm, item(picture)), [0], {1: 1000.0})
     with pytest.raises(HeadscopeError, match="there is no trial"):
         heads.object_region(lm, data=[ask(picture(0))], progress=False)
-    with pytest.warns(UserWarning, match="no dimension parts sink tokens"):
-        scores = heads.visual_sinks(lm, data=[item(picture)], progress=False)
-    assert (scores.mean == 0).all() and scores.provenance["dimensions"] == []
+    scores = heads.visual_sinks(lm, data=[item(picture)], progress=False)
+    assert (scores.mean == 0).all() and "no dimension of the stream" in scores.provenance["note"]
