@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,7 +59,7 @@ def discover(
     from headscope.interp.runs import estimate
 
     run = Run(model, out, as_json, dry_run, device, dtype)
-    given = {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "data": data}
+    given: dict[str, Any] = {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "data": data}
     given |= {"seed": seed, "set": setting}
     classes = {name: METHODS[name] for name in methods}
     settings = for_methods(classes, given)

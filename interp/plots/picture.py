@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
@@ -27,6 +27,7 @@ def on_picture(
     *,
     title: str = "",
     names: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
     opacity: float = 0.6,
     common: bool = False,
 ) -> go.Figure:
@@ -40,6 +41,7 @@ def on_picture(
     Args:
         maps: values (row, column) or (one dimension, row, column), alike in that dimension.
         names: of the panels, by default what the values are and the chat's name.
+        labels: of the slider's positions, such as the tokens that its steps choose; by default their numbers.
         opacity: of the values over the picture.
         common: one colour scale for all positions of the slider; False: each its own, which shows faint layers.
 
@@ -47,8 +49,10 @@ def on_picture(
         HeadscopeError: nothing to draw; more than one further dimension, or different ones; too many numbers.
     """
     panels = [maps] if isinstance(maps, PictureValues) else list(maps)
-    dim, labels = _slider(panels)
-    z = [one.values.to_numpy().astype(np.float64).reshape(len(labels), *one.grid.shape) for one in panels]
+    dim, at = _slider(panels)
+    if labels is not None and len(labels) != len(at):
+        raise HeadscopeError(f"{len(labels)} labels for a slider of {len(at)} positions: give one each")
+    z = [one.values.to_numpy().astype(np.float64).reshape(len(at), *one.grid.shape) for one in panels]
     words = names or [f"{one.title} {one.name}".strip() for one in panels]
     under = [f"{one.grid.shape[0]} x {one.grid.shape[1]} tokens, {one.grid.view} picture" for one in panels]
     under = [text.replace("tiles picture", "tiles of the picture") for text in under]
@@ -56,21 +60,22 @@ def on_picture(
     fig = make_subplots(1, len(panels), subplot_titles=heads, horizontal_spacing=0.06)
     ends = _ends(z, common)
     traces: list[Any] = []
-    for step, label in enumerate(labels):
+    for step, label in enumerate(at):
         for column, one in enumerate(panels):
             marked = _marked(one, label if dim == "layer" else None)
-            look = {"visible": step == 0, "opacity": opacity, "ends": ends[step]}
-            traces += _traces(one.grid, z[column][step], marked, unit=one.unit if column == 0 else None, **look)
+            look = _Look(one.unit if column == 0 else None, step == 0, opacity, *ends[step])
+            traces += _traces(one.grid, z[column][step], marked, look)
     columns = [1 + i // 2 % len(panels) for i in range(len(traces))]
     fig.add_traces(traces, rows=[1] * len(traces), cols=columns)
     for column, one in enumerate(panels):
         _ground(fig, one, column)
     blank = style.figure(title or panels[0].title, inner=PANEL, width=120 + PANEL * len(panels)).layout
-    above, below = 44, 70 if len(labels) > 1 else 0  # the panels' names, and the slider
+    above, below = 44, 70 if len(at) > 1 else 0  # the panels' names, and the slider
     margin = {"t": blank.margin.t + above, "b": style.TEMPLATE.layout.margin.b + below}
     fig.update_layout(blank).update_layout(height=blank.height + above + below, margin=margin, showlegend=False)
-    if len(labels) > 1:
-        _add_slider(fig, dim, labels, len(panels))
+    if len(at) > 1:
+        shown = at if labels is None else [f"{i} {style.show_token(text)}" for i, text in zip(at, labels, strict=True)]
+        _add_slider(fig, dim, shown)
     return fig
 
 
@@ -118,18 +123,18 @@ def _marked(one: PictureValues, layer: Any) -> NDArray[np.bool_]:
     return np.asarray(held.to_numpy())
 
 
-def _traces(
-    grid: ImageGrid,
-    values: NDArray[np.float64],
-    marked: NDArray[np.bool_],
-    *,
-    unit: str | None,
-    visible: bool,
-    opacity: float,
-    ends: tuple[float, float],
-) -> list[Any]:
-    """One panel at one position of the slider: cells, and marks on them; ``unit`` names the colours, None: no bar.
-    Pixels are counted upwards here."""
+class _Look(NamedTuple):
+    """How a panel's cells look: ``unit`` names the colours (None: no bar), which end at ``low`` and ``high``."""
+
+    unit: str | None
+    visible: bool
+    opacity: float
+    low: float
+    high: float
+
+
+def _traces(grid: ImageGrid, values: NDArray[np.float64], marked: NDArray[np.bool_], look: _Look) -> list[Any]:
+    """One panel at one position of the slider: cells, and marks on them. Pixels are counted upwards here."""
     across, down = grid.edges
     up = grid.size[1] - down
     rows, columns = grid.shape
@@ -140,26 +145,26 @@ def _traces(
         x=across,
         y=up[::-1],
         text=text[::-1],
-        opacity=opacity,
-        zmin=ends[0],
-        zmax=ends[1],
-        colorscale=style.DIVERGING if ends[0] < 0 else style.SEQUENTIAL,
-        colorbar=style.colour_bar(style.show_text(unit or "")),
-        showscale=unit is not None,
+        opacity=look.opacity,
+        zmin=look.low,
+        zmax=look.high,
+        colorscale=style.DIVERGING if look.low < 0 else style.SEQUENTIAL,
+        colorbar=style.colour_bar(style.show_text(look.unit or "")),
+        showscale=look.unit is not None,
         hoverongaps=False,
         hovertemplate="<b>%{z:.4g}</b><br>%{text}<extra></extra>",
-        visible=visible,
+        visible=look.visible,
     )
     r, c = np.nonzero(marked)
-    look = {"symbol": "square-open", "size": 11, "color": style.CONTRAST, "line": {"width": 2}}
+    square = {"symbol": "square-open", "size": 11, "color": style.CONTRAST, "line": {"width": 2}}
     marks = go.Scatter(
         x=(across[:-1] + across[1:])[c] / 2,
         y=(up[:-1] + up[1:])[r] / 2,
         mode="markers",
-        marker=look,
+        marker=square,
         text=[f"marked: token {tokens[i, j]}" for i, j in zip(r, c, strict=True)],
         hoverinfo="text",
-        visible=visible,
+        visible=look.visible,
     )
     return [cells, marks]
 
@@ -198,7 +203,7 @@ def _source(picture: NDArray[np.uint8]) -> str:
     return f"data:image/{'jpeg' if large else 'png'};base64,{base64.b64encode(held.getvalue()).decode()}"
 
 
-def _add_slider(fig: go.Figure, dim: str, labels: Sequence[Any], panels: int) -> None:
+def _add_slider(fig: go.Figure, dim: str, labels: Sequence[Any]) -> None:
     """Each position shows its own traces."""
     each = len(fig.data) // len(labels)
     steps = [

@@ -68,7 +68,7 @@ def vision_model() -> Any:
     return _vision_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def picture() -> Any:
     """Noise of a given seed and size."""
     return _picture

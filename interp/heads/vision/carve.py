@@ -150,7 +150,8 @@ def kept_pixels(values: Array, version: Version, share: float) -> NDArray[np.boo
 def _as_authors(grid: ImageGrid) -> ImageGrid:
     side = SQUARES.get(grid.positions.size)
     positions = grid.positions if side is None else grid.positions.reshape(side, side)
-    return ImageGrid(positions, (0.0, 0.0, *map(float, grid.size)), grid.size, grid.image, grid.view)
+    whole = (0.0, 0.0, float(grid.size[0]), float(grid.size[1]))
+    return ImageGrid(positions, whole, grid.size, grid.image, grid.view)
 
 
 def _with_text(item: VisionItem, text: str | None, suffix: str) -> VisionItem:

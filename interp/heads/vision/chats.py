@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,7 +43,7 @@ class ChatMethod(HeadMethod):
         """The chats as the model reads them."""
         return per_model(self, lm, lambda: [look(lm, item) for item in vision_items(self.data, self.samples)], "looks")
 
-    def trials(self, lm: LanguageModel) -> list[Trial]:
+    def trials(self, lm: LanguageModel) -> Sequence[Trial]:
         return [{"sample": i, "name": one.item.name} for i, one in enumerate(self.looks(lm))]
 
     def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:

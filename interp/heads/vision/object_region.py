@@ -56,7 +56,7 @@ class ObjectRegion(ChatMethod):
 
     rows: Rows = "last"
 
-    def trials(self, lm: LanguageModel) -> list[Trial]:
+    def trials(self, lm: LanguageModel) -> Sequence[Trial]:
         looks = enumerate(self.looks(lm))
         return [{"sample": i, "name": one.item.name, "object": name} for i, one in looks for name in one.item.boxes]
 

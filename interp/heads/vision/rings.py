@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from headscope.interp.errors import HeadscopeError
@@ -37,14 +39,19 @@ def order_table(maps: Sequence[PictureValues]) -> pd.DataFrame:
     rows = []
     for layer, value, rings in _by_layer(maps):
         row, column = np.indices(value.shape)
-        places = {"raster": np.arange(value.size).reshape(value.shape), "row": row, "column": column, "ring": rings}
+        places: dict[str, NDArray[Any]] = {
+            "raster": np.arange(value.size).reshape(value.shape),
+            "row": row,
+            "column": column,
+            "ring": rings,
+        }
         with np.errstate(invalid="ignore"):
             found = {name: float(spearmanr(value.ravel(), at.ravel()).statistic) for name, at in places.items()}
         rows.append({"layer": layer, **found})
     return pd.DataFrame(rows).groupby("layer", as_index=False).mean()
 
 
-def _by_layer(maps: Sequence[PictureValues]) -> list[tuple[int, np.ndarray, np.ndarray]]:
+def _by_layer(maps: Sequence[PictureValues]) -> list[tuple[int, NDArray[np.float64], NDArray[np.int64]]]:
     if not maps or any("layer" not in one.values.dims for one in maps):
         raise HeadscopeError("give maps of layers, as image_attention makes them")
     found = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -110,13 +110,10 @@ class VisualSinks(ChatMethod):
 def _over_pictures(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One layer's facts over all chats: sinks a chat, the extremes of phi, the median of ``times``."""
     each = {key: [row[key] for row in rows if key in row] for key in ("phi_below", "phi_above", "times")}
-    reduced = {"phi_below": max, "phi_above": min, "times": np.median}
+    reduced: dict[str, Callable[[Any], Any]] = {"phi_below": max, "phi_above": min, "times": np.median}
     found = {key: float(reduced[key](each[key])) for key in each if each[key]}
-    return {
-        "layer": rows[0]["layer"],
-        "tau": rows[0]["tau"],
-        "sinks": float(np.mean([len(r["sinks"]) for r in rows])),
-    } | found
+    count = float(np.mean([len(row["sinks"]) for row in rows]))
+    return {"layer": rows[0]["layer"], "tau": rows[0]["tau"], "sinks": count} | found
 
 
 def _nothing(layers: Sequence[dict[str, Any]]) -> str:

@@ -39,6 +39,8 @@ def test_cells_lie_where_their_tokens_come_from() -> None:
     steps = fig.layout.sliders[0].steps
     assert [s.label for s in steps] == ["0", "1", "2"]
     assert steps[1].args[0]["visible"] == [False, False, True, True, False, False]
+    named = plots.on_picture(values(), labels=["A", " <b>", "c"]).layout.sliders[0]
+    assert [s.label for s in named.steps] == ["0 A", "1 ·&lt;b&gt;", "2 c"]
     assert "&lt;b&gt;a" in fig.layout.annotations[0].text and "2 x 3 tokens" in fig.layout.annotations[0].text
 
 
@@ -77,6 +79,8 @@ def test_what_cannot_be_drawn_gets_one_line() -> None:
     ):
         with pytest.raises(HeadscopeError, match=said):
             plots.on_picture(given)
+    with pytest.raises(HeadscopeError, match="2 labels for a slider of 3 positions"):
+        plots.on_picture(one, labels=["a", "b"])
     with pytest.raises(HeadscopeError, match="do not end on the grid"):
         PictureValues(one.values[..., :2], one.grid, one.picture)
     with pytest.raises(HeadscopeError, match="have no layers"):

@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 import torch
 
+from headscope.interp.prompts.look import look
+from headscope.interp.prompts.vision_data import ask
 
-@pytest.fixture
+
+@pytest.fixture(scope="session")
 def dense() -> Any:
     return _dense
+
+
+@pytest.fixture(scope="session")
+def read(seeing, picture) -> Any:
+    """A chat as a model reads it, and what the untouched model computes of it."""
+    boxes = {"thing": (16.0, 4.0, 40.0, 36.0)}
+    one = look(seeing, ask(picture(0), "What is it?", system="Be brief.", boxes=boxes))
+    return one, _dense(seeing, one.prompt.inputs)
 
 
 def _dense(lm: Any, inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

@@ -41,7 +41,15 @@ def by_hand(values, box=None, size=(40, 40), **dims) -> PictureValues:
     return PictureValues(laid, grid, np.zeros((size[1], size[0], 3), dtype=np.uint8))
 
 
-def test_maps_are_what_rows_of_text_put_on_the_tokens(some, picture, dense) -> None:
+def test_maps_are_what_rows_of_text_put_on_the_tokens(seeing, read) -> None:
+    one, p = read[0], read[1]["pattern"]
+    for maps in image_attention(seeing, [one.item]):
+        want = p[:, :, one.end :].mean(2)
+        np.testing.assert_allclose(maps.values, want[..., maps.grid.positions], rtol=0, atol=NEAR)
+    assert want[..., one.tokens].max() > 100 * NEAR
+
+
+def test_each_of_two_pictures_has_its_own_map(some, picture, dense) -> None:
     item = ask([picture(0), picture(1, 64, 40)], "Which?")
     one = look(some, item)
     p = dense(some, one.prompt.inputs)["pattern"]
@@ -50,7 +58,6 @@ def test_maps_are_what_rows_of_text_put_on_the_tokens(some, picture, dense) -> N
         assert len(found) == len(one.grids) and {m.grid.image for m in found} == {0, 1}
         for maps in found:
             np.testing.assert_allclose(maps.values, want[..., maps.grid.positions], rtol=0, atol=NEAR)
-        assert want[..., one.tokens].max() > 100 * NEAR
 
 
 def test_steps_of_an_answer_are_rows_of_the_whole_text(some, picture, dense) -> None:

@@ -17,32 +17,26 @@ from headscope.interp.prompts.look import look
 from headscope.interp.prompts.vision_data import ask
 
 NEAR = 1e-4
-BOXES = {"thing": (16.0, 4.0, 40.0, 36.0)}
 
 
-def item(picture, seed=0, **more):
-    return ask(picture(seed), "What is it?", system="Be brief.", boxes=BOXES, **more)
-
-
-def test_vhd_is_the_norm_of_what_the_picture_changes_in_z(seeing, picture, dense) -> None:
-    scores = heads.vhd(seeing, data=[item(picture)], k=2, progress=False)
-    one = look(seeing, item(picture))
+def test_vhd_is_the_norm_of_what_the_picture_changes_in_z(seeing, dense, read) -> None:
+    one, want = read
+    scores = heads.vhd(seeing, data=[one.item], k=2, progress=False)
     kept = torch.ones(len(one.ids), dtype=torch.bool)
     kept[torch.from_numpy(one.tokens)] = False
     words = {
         name: x[:, kept] for name, x in one.prompt.inputs.items() if x.shape[:2] == (1, len(kept)) and x.dim() == 2
     }
-    moved = dense(seeing, one.prompt.inputs)["z"][:, :, -1] - dense(seeing, words)["z"][:, :, -1]
+    moved = want["z"][:, :, -1] - dense(seeing, words)["z"][:, :, -1]
     expected = np.linalg.norm(moved, axis=-1)
     np.testing.assert_allclose(scores.trials[0], expected, rtol=0, atol=NEAR * max(1.0, expected.max()))
     assert scores.provenance["t_vhd"] == pytest.approx(np.sort(expected, 1)[:, 2:].sum(), rel=1e-3)
     assert expected.max() > 100 * NEAR
 
 
-def test_visual_sinks_are_phi_and_masses_of_the_rows_behind(seeing, picture, dense) -> None:
+def test_visual_sinks_are_phi_and_masses_of_the_rows_behind(seeing, read) -> None:
     """With the two largest dimensions of layer 1's own stream, and a tau that parts its image tokens."""
-    one = look(seeing, item(picture))
-    want = dense(seeing, one.prompt.inputs)
+    one, want = read
     x = want["stream"][1]
     phi = np.abs(x) / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     dims = np.argsort(phi[one.tokens].max(0))[-2:].tolist()
@@ -90,26 +84,25 @@ def test_scores_of_a_known_layer() -> None:
     }
 
 
-def test_object_region_is_auroc_of_the_last_row(seeing, picture, dense) -> None:
-    data = [item(picture)]
-    scores = heads.object_region(seeing, data=data, progress=False)
-    one = look(seeing, data[0])
-    row = dense(seeing, one.prompt.inputs)["pattern"][:, :, -1]
-    pairs = [(g.positions.ravel(), g.covered(BOXES["thing"]).ravel()) for g in one.grids]
+def test_object_region_is_auroc_of_the_last_row(seeing, read) -> None:
+    one, row = read[0], read[1]["pattern"][:, :, -1]
+    box = one.item.boxes["thing"]
+    scores = heads.object_region(seeing, data=[one.item], progress=False)
+    pairs = [(g.positions.ravel(), g.covered(box).ravel()) for g in one.grids]
     covered = {int(p): c for positions, shares in pairs for p, c in zip(positions, shares, strict=True)}
     inside = np.array([covered[p] >= min(0.5, max(covered.values())) for p in sorted(covered)])
     values = row[..., sorted(covered)]
     a, b = values[..., inside, None], values[..., None, ~inside]
     expected = ((a > b) + 0.5 * (a == b)).mean((-1, -2))
     np.testing.assert_allclose(scores.trials[0], expected, rtol=0, atol=1.5 / (inside.sum() * (~inside).sum()))
-    table = region_table(seeing, data, level="head").set_index(["layer", "head"])
+    table = region_table(seeing, [one.item], level="head").set_index(["layer", "head"])
+    assert len(table) == 8
     shares = np.array([covered[p] for p in sorted(covered)])
     for (layer, head), got in table.iterrows():
         own = values[layer, head]
         assert got["mass"] == pytest.approx((own * shares).sum(), abs=NEAR)
         if own.sum() > 100 * NEAR:  # a sliding window may leave nothing of the picture
             assert got["lift"] == pytest.approx((own * shares).sum() / own.sum() / shares.mean(), rel=1e-2)
-    assert len(region_table(seeing, data)) == 2
 
 
 def test_auroc_by_hand() -> None:
@@ -136,8 +129,8 @@ def test_what_cannot_be_read_gets_one_line(vision_lm, picture, grouped) -> None:
     with pytest.raises(HeadscopeError, match="dimensions and tau together"):
         heads.visual_sinks(lm, tau=3.0)
     with pytest.raises(HeadscopeError, match="find no sink in a stream of"):
-        read_sinks(lm, look(lm, item(picture)), [0], {1: 1000.0})
+        read_sinks(lm, look(lm, ask(picture(0))), [0], {1: 1000.0})
     with pytest.raises(HeadscopeError, match="there is no trial"):
         heads.object_region(lm, data=[ask(picture(0))], progress=False)
-    scores = heads.visual_sinks(lm, data=[item(picture)], progress=False)
+    scores = heads.visual_sinks(lm, data=[ask(picture(0))], progress=False)
     assert (scores.mean == 0).all() and "no dimension of the stream" in scores.provenance["note"]
