@@ -101,8 +101,9 @@ def debiased(
     each. No order is imposed on what follows: theirs is mask, then the number of tokens, then the weights, then top-k.
 
     Returns:
-        The debiased maps (layer, row, column), means over heads; and a table: grid, view, layer, sigma (above 0: later
-        tokens receive more), r2, after (sigma of the debiased mean), images, padding (share of cells that are masked).
+        The debiased maps (layer, row, column), means over heads; and a table: grid, view, images, layer, sigma (above
+        0: later tokens receive more), r2, after (sigma of the debiased mean), padding (the share of cells that are
+        masked), on_padding (their share of the mass, before: above ``padding``, they are sinks).
 
     What it does not show: that a token with little left is unimportant; or that the trend is a bias and not the place
     of what matters: over few pictures both look alike, so fit many.
@@ -126,9 +127,12 @@ def debiased(
             found[i] = _with(means[i], laid)
         facts = {"grid": f"{shape[0]} x {shape[1]}", "view": view, "images": len(members)}
         padding = float(1 - np.mean(masks))
+        hidden = np.mean([means[i].flat() * (1 - mask.ravel()) for i, mask in zip(members, masks, strict=True)], axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            on_padding = hidden.sum(-1) / mean.sum(-1)
         for at, layer in enumerate(means[members[0]].values["layer"].to_numpy().tolist()):
-            own = {"sigma": trend.sigma[at], "r2": trend.r2[at], "after": after.sigma[at]}
-            table.append({**facts, "layer": layer, **{k: float(v) for k, v in own.items()}, "padding": padding})
+            own = {"sigma": trend.sigma, "r2": trend.r2, "after": after.sigma, "on_padding": on_padding}
+            table.append({**facts, "layer": layer, "padding": padding, **{k: float(v[at]) for k, v in own.items()}})
     return [one for one in found if one is not None], pd.DataFrame(table)
 
 

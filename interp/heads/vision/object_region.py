@@ -35,7 +35,8 @@ class ObjectRegion(ChatMethod):
     attention than one outside, 0.5 for a head that does not know where the object is. A token is the box's where the
     box covers at least half of its cell (of a smaller box: the cells that it covers most) [OURS]. A trial is one object
     of one chat; ``mass`` (on the picture, mean of heads) and ``area`` (the box's share of the grid) stand in its
-    details. Boxes come with the data; those that the question is about are for the data to say.
+    details. One of which the model sees nothing (a crop), or nothing else, is not kept. Boxes come with the data; those
+    that the question is about are for the data to say.
 
     What it does not show: that what is looked at is used; a large AUROC of a head with hardly any mass on the picture
     (see ``region_table``) says little.
@@ -68,6 +69,8 @@ class ObjectRegion(ChatMethod):
         one = self.looks(lm)[trial["sample"]]
         received = key_attention(lm, one, self.rows)
         inside, values = _tokens(one.grids_with(0), one.item.boxes[trial["object"]], received.to_numpy())
+        if not _parts(inside):
+            return None, {"area": float(inside.mean())}
         full = np.full((lm.info.layers, lm.info.heads), np.nan)
         full[received["layer"].to_numpy(), : values.shape[1]] = auroc(values, inside >= _half(inside))
         return full, {"area": float(inside.mean()), "mass": float(values.sum(-1).mean())}
@@ -91,6 +94,8 @@ def region_table(
         weights = received.to_numpy() if level == "head" else received.to_numpy().mean(1, keepdims=True)
         for name, box in item.boxes.items():
             inside, values = _tokens(one.grids_with(0), box, weights)
+            if not _parts(inside):
+                continue
             layer, head = (index.ravel() for index in np.indices(values.shape[:2]))
             mass, image = (values * inside).sum(-1), values.sum(-1)
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -101,7 +106,7 @@ def region_table(
             columns |= {key: x.ravel() for key, x in numbers.items()} | {"area": area, "lift": share.ravel() / area}
             tables.append(pd.DataFrame(columns))
     if not tables:
-        raise HeadscopeError("no chat names an object: give boxes with the data")
+        raise HeadscopeError("no chat names an object of which the model sees a part: give boxes with the data")
     found = pd.concat(tables, ignore_index=True)
     return found if level == "head" else found.drop(columns="head")
 
@@ -109,20 +114,21 @@ def region_table(
 def auroc(values: Array, inside: NDArray[np.bool_]) -> Array:
     """The chance that a token of ``inside`` (token,) has a larger value (..., token) than another, ties by half."""
     n, rest = int(inside.sum()), int((~inside).sum())
-    if not n or not rest:
-        raise HeadscopeError("the box holds no token of the picture, or all of them: nothing is left to compare")
     ranks = rankdata(values, axis=-1)
     return np.asarray((ranks[..., inside].sum(-1) - n * (n + 1) / 2) / (n * rest))
 
 
 def _half(inside: Array) -> float:
-    return min(0.5, float(inside.max())) or 1.0
+    return min(0.5, float(inside.max()))
+
+
+def _parts(inside: Array) -> bool:
+    """Whether a box holds a token and leaves one."""
+    return bool(inside.any() and (inside < _half(inside)).any())
 
 
 def _tokens(grids: Sequence[ImageGrid], box: Box, values: Array) -> tuple[Array, Array]:
     """The share of each token of a picture's grids that ``box`` covers (token,), and their values (..., token)."""
     inside = np.concatenate([grid.covered(box).ravel() for grid in grids])
-    if not inside.any():
-        raise HeadscopeError(f"the box {box} lies outside of what the model sees of the picture")
     flat = [grid.of(values).reshape(*values.shape[:-1], -1) for grid in grids]
     return inside, np.concatenate(flat, axis=-1).astype(np.float64)

@@ -38,15 +38,11 @@ def order_table(maps: Sequence[PictureValues]) -> pd.DataFrame:
     both, a taste for the middle in ring alone."""
     rows = []
     for layer, value, rings in _by_layer(maps):
-        row, column = np.indices(value.shape)
-        places: dict[str, NDArray[Any]] = {
-            "raster": np.arange(value.size).reshape(value.shape),
-            "row": row,
-            "column": column,
-            "ring": rings,
-        }
+        at: NDArray[Any] = np.indices(value.shape)
+        places: dict[str, NDArray[Any]] = {"row": at[0], "column": at[1], "ring": rings}
+        places["raster"] = np.arange(value.size).reshape(value.shape)
         with np.errstate(invalid="ignore"):
-            found = {name: float(spearmanr(value.ravel(), at.ravel()).statistic) for name, at in places.items()}
+            found = {name: float(spearmanr(value.ravel(), one.ravel()).statistic) for name, one in places.items()}
         rows.append({"layer": layer, **found})
     return pd.DataFrame(rows).groupby("layer", as_index=False).mean()
 

@@ -23,6 +23,8 @@ from headscope.interp.prompts.grids import ImageGrid
 from headscope.interp.prompts.look import extended, look
 from headscope.interp.prompts.vision_data import ask
 from headscope.interp.results.picture_values import PictureValues
+from headscope.interventions import apply
+from headscope.interventions.attention.raise_span import RaiseSpanLogits
 
 NEAR = 1e-4
 
@@ -95,6 +97,14 @@ def test_falls_by_hand(vision_lm, picture) -> None:
         attention_steps(tracer.record)
 
 
+def test_an_edit_may_name_the_picture(vision_lm, picture) -> None:
+    lm, item = vision_lm("llava"), ask(picture(0))
+    before = image_attention(lm, [item])[0].values
+    with apply(lm, RaiseSpanLogits(span="image")):
+        after = image_attention(lm, [item])[0].values
+    assert float(after.sum()) > 1.1 * float(before.sum())
+
+
 def test_entropy_is_of_the_map_alone() -> None:
     even, one = np.full((2, 2), 0.05), np.array([[0.3, 0.0], [0.0, 0.0]])
     found = image_entropy(by_hand([even, one, 0 * one], layer=(0, 1, 2)))
@@ -127,6 +137,7 @@ def test_padding_is_masked_as_the_authors_do(width: int, height: int, kept: int)
     assert padding_mask(grid, 0.5).sum() == padding_mask(grid, 0.01).sum() == kept
     masked, table = debiased([by_hand(np.ones((1, 24, 24)), box, (width, height), layer=(0,))])
     assert (masked[0].values > 0).sum() == kept and table["padding"][0] == pytest.approx(1 - kept / 576)
+    assert table["on_padding"][0] == pytest.approx(1 - kept / 576)  # spread evenly
 
 
 def test_rings_and_orders_by_hand() -> None:

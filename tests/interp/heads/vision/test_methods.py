@@ -130,6 +130,11 @@ def test_what_cannot_be_read_gets_one_line(vision_lm, picture, grouped) -> None:
         heads.visual_sinks(lm, tau=3.0)
     with pytest.raises(HeadscopeError, match="find no sink in a stream of"):
         read_sinks(lm, look(lm, ask(picture(0))), [0], {1: 1000.0})
+    unseen = [ask(picture(0), boxes={"edge": (0, 0, 9, 40)}), ask(picture(0), boxes={"whole": (0, 0, 64, 40)})]
+    with pytest.raises(HeadscopeError, match="none of 2 trials was kept"):  # cut off on the left; nothing beside it
+        heads.object_region(lm, data=unseen, progress=False)
+    with pytest.raises(HeadscopeError, match="of which the model sees a part"):
+        region_table(lm, unseen)
     with pytest.raises(HeadscopeError, match="there is no trial"):
         heads.object_region(lm, data=[ask(picture(0))], progress=False)
     scores = heads.visual_sinks(lm, data=[ask(picture(0))], progress=False)

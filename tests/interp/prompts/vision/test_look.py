@@ -126,7 +126,10 @@ def test_shares_of_cells_and_tokens_that_are_no_grid(vision_lm, picture) -> None
 
 
 def test_an_answer_goes_on_from_a_prompt(vision_lm, picture) -> None:
-    """As one pass over prompt and answer: every input that has a value a token grows."""
+    """As one pass over prompt and answer: every input that has a value a token grows; or as the chat's own message."""
+    told = look(vision_lm("llava"), ask(picture(0)), response="A cat.")
+    first, stop = told.prompt.spans["response"][0][0]
+    assert processor_of(told.lm).tokenizer.decode(told.ids[first:stop]) == "A cat."
     for name in ("qwen2_5_vl", "paligemma"):
         lm = vision_lm(name)
         one = look(lm, ask(picture(0)))
