@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from headscope.probes.circuits.finding import find_circuit as find_circuit
     from headscope.probes.circuits.finding import measure_edges as measure_edges
     from headscope.probes.circuits.ioi import ioi as ioi
+    from headscope.probes.gradients.drop import saliency_drop as saliency_drop
     from headscope.probes.gradients.information_flow import information_flow as information_flow
     from headscope.probes.gradients.integrated import integrated_attention as integrated_attention
     from headscope.probes.gradients.saliency import attention_saliency as attention_saliency
     from headscope.probes.gradients.saliency import saliency_scores as saliency_scores
+    from headscope.probes.gradients.saliency_map import saliency_map as saliency_map
     from headscope.probes.lenses.anchored import anchor_lens as anchor_lens
     from headscope.probes.lenses.anchored import anchored_neurons as anchored_neurons
     from headscope.probes.lenses.anchored import away_from_anchor as away_from_anchor
@@ -98,6 +100,8 @@ _HOME = {
     "probe_activations": "linear.heads",
     "probe_heads": "linear.heads",
     "qk_attribution": "attribution.qk",
+    "saliency_drop": "gradients.drop",
+    "saliency_map": "gradients.saliency_map",
     "saliency_scores": "gradients.saliency",
     "span_attribution": "lenses.spans",
     "subject_number": "linear.dataset",

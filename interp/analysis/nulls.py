@@ -138,4 +138,5 @@ def random_twin(lm: Any, seed: int = 0) -> LanguageModel:
             model = type(inner)._from_config(config, dtype=getattr(torch, lm.info.dtype))
     except (AttributeError, TypeError, ValueError) as error:
         raise HeadscopeError(f"no twin of {lm.name} can be built ({type(error).__name__}: {error})") from error
-    return LanguageModel.wrap(model.to(lm.device).eval(), lm.tokenizer, name=name, revision=told)
+    made = model.to(lm.device).eval()
+    return LanguageModel.wrap(made, lm.tokenizer, name=name, revision=told, processor=lm.processor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +36,10 @@ def discover(
     depths: Depths = None,
     samples: Annotated[int | None, typer.Option("--samples", help="How many samples to draw.")] = None,
     text: Annotated[Path | None, typer.Option("--text", help="Use this text file instead of the bundled one.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Chats with pictures: a folder of images, or .jsonl with 'image' and 'text'."),
+    ] = None,
     seed: Seed = 0,
     top: Top = 10,
     setting: Settings = None,
@@ -55,7 +59,8 @@ def discover(
     from headscope.interp.runs import estimate
 
     run = Run(model, out, as_json, dry_run, device, dtype)
-    given = {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "seed": seed, "set": setting}
+    given: dict[str, Any] = {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "data": data}
+    given |= {"seed": seed, "set": setting}
     classes = {name: METHODS[name] for name in methods}
     settings = for_methods(classes, given)
     chosen = [make(cls, name, settings[name]) for name, cls in classes.items()]
@@ -76,6 +81,8 @@ def discover(
     for scores in found:
         best, made = scores.to_frame().head(top).to_dict("records"), scores.provenance
         kept = f"{made['kept']} of {made['trials']} trials kept" + _reliability(scores)
+        if made.get("note"):
+            console.note(f"{scores.method}: {made['note']}")
         console.show_rows(best, f"{scores.method}: top {len(best)} of {scores.mean.size} heads, {kept}", False)
 
 

@@ -34,14 +34,14 @@ def for_methods(classes: Mapping[str, type], given: Mapping[str, Any]) -> dict[s
 
 
 def asked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name from "lengths", "depths" and "samples" as their options read them, and "set" (NAME=VALUE)."""
+    """Settings by name from "lengths", "depths", "samples" and "data" as their options read them, and "set"
+    (NAME=VALUE)."""
     found: dict[str, Any] = {}
     if given.get("lengths") is not None:
         found["lengths"] = numbers(given["lengths"], int, "--lengths")
     if given.get("depths") is not None:
         found["depths"] = numbers(given["depths"], float, "--depths")
-    if given.get("samples") is not None:
-        found["samples"] = given["samples"]
+    found |= {name: given[name] for name in ("samples", "data") if given.get(name) is not None}
     more = assignments(given.get("set") or ())
     if twice := sorted(found.keys() & more.keys()):
         raise HeadscopeError(f"--{twice[0]} and --set {twice[0]}= say the same setting: give one of them")

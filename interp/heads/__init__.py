@@ -12,6 +12,7 @@ declaration, a frozen dataclass whose fields are the settings; ``heads.induction
     recall/    what is brought back from the context
     causal/    what the model loses without them
     divergence/  what a part of the prompt changes
+    vision/    what is seen of a picture
 
 Importing this package is cheap: a method's file, and torch with it, is imported when the method is first used.
 """
@@ -71,6 +72,9 @@ METHODS: Registry[HeadMethod] = Registry(
         "gradient_importance": "causal.gradient_importance:GradientImportance",
         "context_divergence": "divergence.context_divergence:ContextDivergence",
         "pattern_divergence": "divergence.pattern_divergence:PatternDivergence",
+        "vhd": "divergence.vhd:VisionHeadDivergence",
+        "visual_sinks": "vision.visual_sinks:VisualSinks",
+        "object_region": "vision.object_region:ObjectRegion",
     },
 )
 

@@ -38,11 +38,11 @@ class HeadMethod:
 
     Class variables: ``name``, as in the registry; ``unit``, what a score is; ``range``, between which values it lies,
     if it does; ``higher_is_better``: whether a high score means more of what the method is named after; ``per``: whose
-    value a score is, the head's own or its layer's, which all heads of the layer are given; ``source``: the paper
-    (arXiv number or DOI); ``refused``: where it is not exact, and why; ``nulls``: what its scores can be held
-    against (``headscope.interp.analysis.null``). For the table of what was reproduced
-    (``heads/README.md``): ``tests``, the file below ``tests/interp``; ``reproduced``, what is held to what there;
-    ``not_reproduced``, what of the paper is not, and why.
+    value a score is, the head's own or its layer's, which all heads of the layer are given; ``reads``: "images" where
+    it needs a model of images and text; ``source``: the paper (arXiv number or DOI); ``refused``: where it is not
+    exact, and why; ``nulls``: what its scores can be held against (``headscope.interp.analysis.null``). For the table
+    of what was reproduced (``heads/README.md``): ``tests``, the file below ``tests/interp``; ``reproduced``, what is
+    held to what there; ``not_reproduced``, what of the paper is not, and why.
     """
 
     name: ClassVar[str]
@@ -50,6 +50,7 @@ class HeadMethod:
     range: ClassVar[tuple[float, float] | None] = None
     higher_is_better: ClassVar[bool] = True
     per: ClassVar[Literal["head", "layer"]] = "head"
+    reads: ClassVar[Literal["text", "images"]] = "text"
     source: ClassVar[str] = ""
     refused: ClassVar[Mapping[str, str]] = {}
     tests: ClassVar[str] = ""
@@ -133,12 +134,13 @@ class Measured(HeadMethod):
         return [sample.trial for sample in self.prepare(lm)]
 
 
-def per_model(method: HeadMethod, lm: LanguageModel, make: Callable[[], T]) -> T:
-    """What ``make`` gives, made once for a method's settings and a model (which is kept, so that its id stays its)."""
-    held: dict[int, tuple[LanguageModel, Any]] = vars(method).setdefault("_per_model", {})
-    if id(lm) not in held:
-        held[id(lm)] = lm, make()
-    found: T = held[id(lm)][1]
+def per_model(method: HeadMethod, lm: LanguageModel, make: Callable[[], T], name: str = "") -> T:
+    """What ``make`` gives, made once for a method's settings, a model (which is kept, so that its id stays its) and a
+    ``name``."""
+    held: dict[tuple[int, str], tuple[LanguageModel, Any]] = vars(method).setdefault("_per_model", {})
+    if (id(lm), name) not in held:
+        held[id(lm), name] = lm, make()
+    found: T = held[id(lm), name][1]
     return found
 
 

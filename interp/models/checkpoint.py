@@ -70,11 +70,6 @@ def _saved_encoder(config: Any) -> Any:
     return kind if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) else None
 
 
-def has_processor(folder: Path) -> bool:
-    """True where images are prepared for the model: its processor is saved beside it."""
-    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
-
-
 def auto_class(config: Any, place: str, options: Options) -> Any:
     saved = _saved_encoder(config)
     if saved is not None:

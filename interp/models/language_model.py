@@ -24,8 +24,8 @@ class LanguageModel:
     """A Hugging Face model and its tokenizer (None for a bare model, which is then called as ``lm.model(**inputs)``).
 
     ``revision`` names the weights: the hub's commit, or the SHA-256 of the source; None where nobody knows.
-    ``processor`` makes inputs of texts with images, where the model came with one; ``tokenizer`` is then its tokenizer.
     ``bridge`` is the TransformerBridge whose inside ``model`` is: it computes the attention, and its hooks show it.
+    ``processor`` makes inputs of chats with pictures; where it is None, ``models.processors`` finds it.
     """
 
     model: PreTrained
@@ -42,13 +42,13 @@ class LanguageModel:
         model: PreTrained,
         tokenizer: Any = None,
         *,
-        processor: Any = None,
         name: str | None = None,
         revision: str | None = None,
         bridge: Any = None,
+        processor: Any = None,
     ) -> LanguageModel:
         """Describe a model and give its tokenizer a padding token (an existing token) where it has none."""
-        tokenizer = tokenizer or getattr(processor, "tokenizer", None)
+        tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
         if tokenizer is not None:
             _ensure_padding(tokenizer)
         inner = bare_model(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,12 @@ from huggingface_hub import errors as hub_errors
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoProcessor,
     AutoTokenizer,
 )
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.available import LLAVA, known_names, llava_revision
-from headscope.interp.models.checkpoint import (
-    INDEX,
-    auto_class,
-    fingerprint,
-    has_processor,
-    has_tokenizer,
-    refuse_pickles,
-)
+from headscope.interp.models.checkpoint import INDEX, auto_class, fingerprint, has_tokenizer, refuse_pickles
 from headscope.interp.models.explained import explained, quiet
 from headscope.interp.models.gguf import read_gguf
 from headscope.interp.models.language_model import LanguageModel
@@ -69,8 +62,9 @@ def load_model(
     fast), as it is of an nnsight wrapper, DataParallel or another module around it; of a TransformerBridge,
     ``lm.model`` is the model inside, which computes and shows its attention through it. Their tokenizers are kept.
     ``tokenizer`` (an object, a path or a hub id) replaces the model's own; a live model without one is called as
-    ``lm.model(**inputs)``. A checkpoint that reads images comes with its processor (``lm.processor``); ``processor``
-    gives a live model one, whose tokenizer is then the model's. Every failure is a HeadscopeError of one line.
+    ``lm.model(**inputs)``. ``processor`` (of ``transformers.AutoProcessor``) reads pictures for a model of images and
+    text; one that is loaded by name finds its own when pictures are read. Every failure is a HeadscopeError of one
+    line.
     """
     if isinstance(name_or_path_or_model, LanguageModel):
         return name_or_path_or_model
@@ -79,9 +73,8 @@ def load_model(
         options = Options.decide(
             dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own
         )
-        if processor is not None:
-            raise HeadscopeError("processor is for live models: a checkpoint's own is loaded with it")
-        return _from_name(str(name_or_path_or_model), options, revision, offline)
+        found = _from_name(str(name_or_path_or_model), options, revision, offline)
+        return found if processor is None else replace(found, processor=processor)
     if not (isinstance(name_or_path_or_model, nn.Module) or origin(name_or_path_or_model)):
         raise HeadscopeError(f"cannot load a {type(name_or_path_or_model).__name__}: give a name, a path or a model")
     if any(option is not None for option in (dtype, device, device_map, quantize)):
@@ -89,10 +82,10 @@ def load_model(
             "dtype, device, device_map and quantize are for models that are loaded: move a live model with "
             "model.to(...), or give its name"
         )
-    return _from_live(name_or_path_or_model, own, processor, revision)
+    return _from_live(name_or_path_or_model, own, revision, processor)
 
 
-def _from_live(given: Any, tokenizer: Any, processor: Any, revision: str | None) -> LanguageModel:
+def _from_live(given: Any, tokenizer: Any, revision: str | None, processor: Any) -> LanguageModel:
     """The model inside what a user holds, with the tokenizer that came with it unless another is given.
 
     A PEFT model stays what is called: prompts and prefixes are its own forward's work.
@@ -101,7 +94,7 @@ def _from_live(given: Any, tokenizer: Any, processor: Any, revision: str | None)
     model = held if hasattr(held, "get_base_model") and not package else bare_model(given)
     tokenizer = getattr(held, "tokenizer", None) if tokenizer is None and package else tokenizer
     bridge = held if package == "transformer_lens" else None
-    return LanguageModel.wrap(model, tokenizer, processor=processor, revision=revision, bridge=bridge)
+    return LanguageModel.wrap(model, tokenizer, revision=revision, bridge=bridge, processor=processor)
 
 
 def _from_name(name: str, options: Options, revision: str | None, offline: bool | None) -> LanguageModel:
@@ -134,10 +127,8 @@ def _from_folder(folder: Path, options: Options, name: str, revision: str | None
         way = f"give the file itself: {ggufs[0]}" if ggufs else "give the folder that save_pretrained wrote"
         raise HeadscopeError(f"{folder} has no config.json, so it is not a model folder: {way}")
     with explained(str(folder)), quiet():
-        model, tokenizer, processor = _pretrained(str(folder), options, folder, local_files_only=True)
-    return LanguageModel.wrap(
-        model, tokenizer, processor=processor, name=name, revision=revision or fingerprint(folder)
-    )
+        model, tokenizer = _pretrained(str(folder), options, folder, local_files_only=True)
+    return LanguageModel.wrap(model, tokenizer, name=name, revision=revision or fingerprint(folder))
 
 
 def _from_gguf(path: Path, options: Options) -> LanguageModel:
@@ -177,12 +168,12 @@ def _hub_model(name: str, options: Options, revision: str | None, *, local: bool
     with contextlib.suppress(hub_errors.EntryNotFoundError):  # a checkpoint in one file has none
         hf_hub_download(name, INDEX, revision=config.parent.name, local_files_only=local)
     commit = config.parent.name  # .../snapshots/<commit>/config.json
-    model, tokenizer, processor = _pretrained(name, options, config.parent, local_files_only=local, revision=commit)
-    return LanguageModel.wrap(model, tokenizer, processor=processor, name=name, revision=commit)
+    model, tokenizer = _pretrained(name, options, config.parent, local_files_only=local, revision=commit)
+    return LanguageModel.wrap(model, tokenizer, name=name, revision=commit)
 
 
-def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and, of a model that reads images, processor; every weight must come from the checkpoint."""
+def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tuple[Any, Any]:
+    """Model and tokenizer through transformers' Auto classes; every weight must come from the checkpoint."""
     refuse_pickles(folder, place)
     where["trust_remote_code"] = options.trust_remote_code
     config = AutoConfig.from_pretrained(place, **where)
@@ -195,13 +186,10 @@ def _pretrained(place: str, options: Options, folder: Path, **where: Any) -> tup
             f"{place} lacks {len(absent)} of the weights of {type(model).__name__} ({absent[0]} ...), which would be "
             "random: give a checkpoint of the whole language model"
         )
-    tokenizer, processor = options.tokenizer, None
-    if has_processor(folder):
-        processor = AutoProcessor.from_pretrained(place, **where)
-        tokenizer = tokenizer or processor.tokenizer
+    tokenizer = options.tokenizer
     if tokenizer is None and (has_tokenizer(folder) or not where["local_files_only"]):
         tokenizer = AutoTokenizer.from_pretrained(place, **where)
         if not has_tokenizer(folder):  # transformers makes an empty one where the hub has none
             tokenizer = None
     model = model.to(options.device) if options.is_moved_afterwards(config) else model
-    return model.eval(), tokenizer, processor
+    return model.eval(), tokenizer

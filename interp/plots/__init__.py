@@ -5,6 +5,7 @@ from headscope.interp.plots.comparison import agreement_map, score_scatter
 from headscope.interp.plots.doses import dose_response
 from headscope.interp.plots.maps import head_map, ranked, statistic_map
 from headscope.interp.plots.pattern import pattern
+from headscope.interp.plots.picture import on_picture
 from headscope.interp.plots.profile import statistic_profile
 from headscope.interp.plots.prompt import head_on_prompt
 from headscope.interp.plots.style import show_token
@@ -18,6 +19,7 @@ __all__ = [
     "head_map",
     "head_on_prompt",
     "needle_grid",
+    "on_picture",
     "pattern",
     "ranked",
     "score_scatter",

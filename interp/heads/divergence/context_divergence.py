@@ -12,46 +12,24 @@ from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Scored, by_head
-from headscope.interp.heads.divergence.contexts import Context, ContextMethod
+from headscope.interp.heads.divergence.contexts import Context, ContextMethod, DocumentContext
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.sequences import Sample
 from headscope.interp.statistics import HeadOutput, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextDivergence(ContextMethod):
-    """Score heads by the distance between their outputs with a span of the prompt and without it.
-
-    Vision-aware head divergence of He et al. 2025, "Cracking the Code of Hallucination in LVLMs with Vision-aware Head
-    Divergence" (arXiv 2412.13949, Eq. 4 to 7), for any named span: the Euclidean norm of z with the span minus z
-    without, z (d_head) at the last position before the output projection. With ``span="image"`` on chats with images it
-    is their VHD, on the prompt's last position: the first generated token, which they show. No code of theirs is to be
-    had; what the paper leaves open is said here.
-
-    With ``zero_outliers`` their rule of "negative vision sensitivity" is applied, as before their choice of heads: in
-    each layer a head's divergence is set to 0 where it exceeds the layer's mean + standard deviation and so does the
-    squared norm of its z without the span; n - 1 in the deviation [OURS]. Their set of a layer's heads is then
-    ``above_median``. With ``k`` a trial's ``t_vhd`` is T-VHD of every row read: the sum over layers of the ``k``
-    largest divergences, before any zeroing [OURS]; no default of k is known.
-
-    What it does not show: that the head uses what the span says: the span also moves every later position, and takes
-    attention from the rest. z has another size in every layer and model: compare ranks, not values.
+class OutputDivergence(ContextMethod):
+    """Base of the methods that score heads by the distance between their outputs z with a span and without it.
 
     Args:
         rows: the last so many positions are read, those of a response that ends the prompt, and averaged.
-        zero_outliers: apply the rule to every row.
+        zero_outliers: apply the rule of "negative vision sensitivity" to every row.
         k: of T-VHD.
     """
 
-    name: ClassVar[str] = "context_divergence"
     unit: ClassVar[str] = "norm of z"
     source: ClassVar[str] = "arXiv 2412.13949"
-    tests: ClassVar[str] = "heads/test_context_divergence.py"
-    reproduced: ClassVar[str] = (
-        "VHD against two untraced runs of a tiny model, of SmolLM2 and, with an image, of a tiny LLaVA; "
-        "outliers and T-VHD by hand"
-    )
-    not_reproduced: ClassVar[str] = "the paper's vision-language models; no code of the authors is to be had"
 
     rows: int = 1
     zero_outliers: bool = False
@@ -88,6 +66,34 @@ class ContextDivergence(ContextMethod):
             kept = np.where(outliers(moved, size), 0.0, moved) if self.zero_outliers else moved
             found.append((kept.mean(-1), details))
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextDivergence(OutputDivergence, DocumentContext):
+    """Score heads by the distance between their outputs with a span of the prompt and without it.
+
+    Vision-aware head divergence of He et al. 2025, "Cracking the Code of Hallucination in LVLMs with Vision-aware Head
+    Divergence" (arXiv 2412.13949, Eq. 4 to 7), for any named span: the Euclidean norm of z with the span minus z
+    without, z (d_head) at the last position before the output projection. On the image of a chat it is ``vhd``, which
+    makes the prompts from pictures. No code of theirs is to be had; what the paper leaves open is said here.
+
+    With ``zero_outliers`` their rule of "negative vision sensitivity" is applied, as before their choice of heads: in
+    each layer a head's divergence is set to 0 where it exceeds the layer's mean + standard deviation and so does the
+    squared norm of its z without the span; n - 1 in the deviation [OURS]. Their set of a layer's heads is then
+    ``above_median``. With ``k`` a trial's ``t_vhd`` is T-VHD of every row read: the sum over layers of the ``k``
+    largest divergences, before any zeroing [OURS]; no default of k is known.
+
+    What it does not show: that the head uses what the span says: the span also moves every later position, and takes
+    attention from the rest. z has another size in every layer and model: compare ranks, not values.
+    """
+
+    name: ClassVar[str] = "context_divergence"
+    tests: ClassVar[str] = "heads/test_context_divergence.py"
+    reproduced: ClassVar[str] = (
+        "VHD against two untraced runs of a tiny model, of SmolLM2 and, with an image, of a tiny LLaVA; "
+        "outliers and T-VHD by hand"
+    )
+    not_reproduced: ClassVar[str] = "the paper's vision-language models; no code of the authors is to be had"
 
 
 def outliers(divergence: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[np.bool_]:

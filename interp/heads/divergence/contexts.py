@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Measured, Text, per_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.documents import bundled_questions
+from headscope.interp.prompts.look import is_table, sample_of
 from headscope.interp.prompts.needle import BASE, CHAT
 from headscope.interp.prompts.sequences import Sample
 from headscope.interp.prompts.spans import encode, span_in
-from headscope.interp.prompts.tokens import check_length
 from headscope.interp.prompts.vision import VisionPrompt
 from headscope.interp.sites.inputs import media_tokens
 from headscope.interp.sites.unwrap import bare_model
@@ -33,26 +32,19 @@ class ContextMethod(Measured):
     The tokens are taken out, not masked: what follows moves up. Pictures go with their tokens.
 
     Args:
-        span: which span is taken out: "document" of the prompts made here; any that ``prompts`` publish.
+        span: which span is taken out, any that the prompts publish.
         prompts: prompts with named spans, one chat each, as ``vision_prompt`` makes them (with images or without), or
-            ``VisionPrompt(inputs, spans)`` of your own. By default a document, a question, and "Answer:".
-        texts: documents for the prompts made here (by default passages of the bundled prose with a needle in each).
-        question: what is asked about ``texts``.
-        length: tokens of a bundled document, which ends with the sentence that they end in.
-        samples: prompts to measure; for the prompts made here there are ten bundled needles.
+            ``VisionPrompt(inputs, spans)`` of your own.
+        samples: prompts to measure.
     """
 
     samples: int = 10
     span: str = "document"
     prompts: Sequence[VisionPrompt] | None = None
-    texts: Text | None = None
-    question: str = "What is this about?"
-    length: int = 200
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prompts is not None and self.texts is not None:
-            raise HeadscopeError("prompts hold their documents already: give prompts or texts")
+    def made(self, lm: LanguageModel) -> list[VisionPrompt]:
+        """The prompts where none are given."""
+        raise NotImplementedError
 
     def prepare(self, lm: LanguageModel) -> list[Sample]:
         return [context[0] for context in self.contexts(lm)]
@@ -65,7 +57,7 @@ class ContextMethod(Measured):
         """Both prompts of every sample."""
 
         def make() -> list[Context]:
-            given = self._documents(lm) if self.prompts is None else list(self.prompts)[: self.samples]
+            given = self.made(lm) if self.prompts is None else list(self.prompts)[: self.samples]
             if not given:
                 raise HeadscopeError("no prompt was given: pass at least one")
             return [_context(lm, i, prompt, self.span) for i, prompt in enumerate(given)]
@@ -76,10 +68,37 @@ class ContextMethod(Measured):
         held = super().parameters(lm)
         if self.prompts is None:
             return held
-        keys = "|".join(str(with_span.key) for with_span, _ in self.contexts(lm))
-        return {**held, "prompts": hashlib.sha256(keys.encode()).hexdigest(), "texts": None}
+        return {**held, "prompts": self.digest(lm), **({"texts": None} if "texts" in held else {})}
 
-    def _documents(self, lm: LanguageModel) -> list[VisionPrompt]:
+    def digest(self, lm: LanguageModel) -> str:
+        """A hash of all prompts, their pictures included."""
+        keys = "|".join(str(with_span.key) for with_span, _ in self.contexts(lm))
+        return hashlib.sha256(keys.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentContext(ContextMethod):
+    """Base of those that read a document, a question about it, and "Answer:", unless prompts are given.
+
+    Args:
+        span: "document" of the prompts made here; any that ``prompts`` publish.
+        texts: documents for the prompts made here (by default passages of the bundled prose with a needle in each).
+        question: what is asked about ``texts``.
+        length: tokens of a bundled document, which ends with the sentence that they end in.
+        samples: prompts to measure; for the prompts made here there are ten bundled needles.
+    """
+
+    texts: Text | None = None
+    question: str = "What is this about?"
+    length: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts is not None and self.texts is not None:
+            raise HeadscopeError("prompts hold their documents already: give prompts or texts")
+
+    def made(self, lm: LanguageModel) -> list[VisionPrompt]:
+        """A chat, or a plain text, for each document."""
         if self.texts is None:
             asked = bundled_questions(lm, self.samples, 1, self.length)
             pairs = [(one.documents[0], one.question) for one in asked]
@@ -102,7 +121,7 @@ def without(sample: Sample, spans: Sequence[Span], media: Mapping[str, int]) -> 
     tokens = torch.tensor(sorted(set(media.values())), dtype=sample.ids.dtype)
     of_media = torch.isin(sample.ids, tokens)
     left, gone = bool((of_media & keep).any()), bool((of_media & ~keep).any())
-    pictures = {name: x for name, x in sample.inputs.items() if not _is_table(x, length)}
+    pictures = {name: x for name, x in sample.inputs.items() if not is_table(x, length)}
     if left and gone and pictures:
         raise HeadscopeError("the span holds some of the prompt's pictures and not others; take out all, or none")
     tables = {name: x[:, keep.to(x.device)] for name, x in sample.inputs.items() if name not in pictures}
@@ -110,24 +129,14 @@ def without(sample: Sample, spans: Sequence[Span], media: Mapping[str, int]) -> 
 
 
 def _context(lm: LanguageModel, index: int, prompt: VisionPrompt, name: str) -> Context:
-    ids = prompt.inputs["input_ids"]
-    if ids.shape[0] != 1:
-        raise HeadscopeError(
-            f"prompt {index} holds {ids.shape[0]} chats, whose pictures nobody can part: give one each"
-        )
+    whole = sample_of(lm, index, prompt)
     if name not in prompt.spans:
         raise HeadscopeError(f"prompt {index} has no span {name!r}: it has {', '.join(prompt.spans) or 'none'}")
-    mask = prompt.inputs.get("attention_mask")
-    real = torch.ones_like(ids[0], dtype=torch.bool) if mask is None else mask[0].bool()
-    rest = {n: x for n, x in prompt.inputs.items() if n not in ("input_ids", "attention_mask")}
-    inputs = {n: x[:, real] if _is_table(x, ids.shape[1]) else x for n, x in rest.items()}
-    own = ids[0][real].cpu()
-    check_length(lm, len(own))
-    spans = [(first, min(stop, len(own))) for first, stop in prompt.spans[name][0] if first < len(own)]
+    count = len(whole.ids)
+    spans = [(first, min(stop, count)) for first, stop in prompt.spans[name][0] if first < count]
     if not spans:
         raise HeadscopeError(f"prompt {index} holds nothing in its span {name!r}")
-    trial = {"sample": index, "span": name, "removed": [list(span) for span in spans]}
-    whole = Sample(trial, own, inputs)
+    whole = replace(whole, trial={"sample": index, "span": name, "removed": [list(span) for span in spans]})
     rest_of = without(whole, spans, media_tokens(bare_model(lm).config))
     if not len(rest_of.ids):
         raise HeadscopeError(f"the span {name!r} is all of prompt {index}: nothing is left to compare it with")
@@ -143,8 +152,3 @@ def _document(lm: LanguageModel, document: str, question: str) -> VisionPrompt:
     ids, offsets = encode(lm.tokenizer, text)
     span = span_in(lm.tokenizer, text, ids, offsets, document)
     return VisionPrompt({"input_ids": torch.tensor([ids])}, {"document": [[span]]})
-
-
-def _is_table(x: Tensor, length: int) -> bool:
-    """Whether an input has one value a token."""
-    return tuple(x.shape[:2]) == (1, length)

@@ -11,14 +11,14 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from headscope.interp.heads.base import Scored, by_head
-from headscope.interp.heads.divergence.contexts import ContextMethod
+from headscope.interp.heads.divergence.contexts import DocumentContext
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.sequences import Sample
 from headscope.interp.statistics import KeyMass, Statistic
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatternDivergence(ContextMethod):
+class PatternDivergence(DocumentContext):
     """Score heads by the Jensen-Shannon divergence of their patterns with and without a span, on the keys of both.
 
     [OURS], beside ``context_divergence``: of the last position's pattern with the span, the keys outside the span,

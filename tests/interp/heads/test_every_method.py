@@ -68,6 +68,12 @@ def lm(byte_level) -> LanguageModel:
     return load_model(LlamaForCausalLM(config).eval(), tokenizer=tokenizer)
 
 
+@pytest.fixture
+def read_by(lm: LanguageModel, vision_lm, name: str) -> LanguageModel:
+    """The model that a method can read: one of images and text where it needs one."""
+    return vision_lm("llava") if heads.METHODS[name].reads == "images" else lm
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_what_it_is(name: str) -> None:
     cls = heads.METHODS[name]
@@ -94,8 +100,8 @@ def test_every_file_of_a_family_is_registered() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scores_are_of_every_head_and_can_be_kept(lm: LanguageModel, name: str, tmp_path: Path) -> None:
-    method = small(name)
+def test_scores_are_of_every_head_and_can_be_kept(read_by: LanguageModel, name: str, tmp_path: Path) -> None:
+    lm, method = read_by, small(name)
     scores = discover([method], lm, out=tmp_path, progress=False)[0]
     assert scores.mean.shape == (2, 4) and np.isfinite(scores.mean).all() and scores.method == name
     low, high = method.range or (-np.inf, np.inf)
@@ -109,7 +115,9 @@ def test_scores_are_of_every_head_and_can_be_kept(lm: LanguageModel, name: str, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dry_run_counts_its_passes_and_runs_none(lm: LanguageModel, name: str) -> None:
+def test_a_dry_run_counts_its_passes_and_runs_none(read_by: LanguageModel, name: str) -> None:
+    lm = read_by
+
     def forward(*_: object, **__: object) -> None:
         raise AssertionError("the model ran")
 
@@ -131,12 +139,12 @@ def test_a_setting_that_it_does_not_have_is_one_line(lm: LanguageModel, name: st
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if issubclass(heads.METHODS[name], Measured)])
-def test_batches_change_nothing(lm: LanguageModel, name: str) -> None:
+def test_batches_change_nothing(read_by: LanguageModel, name: str) -> None:
     """Rounding alone: float32 sums of one row in another order (see ``test_heads.TOLERANCE``), of scores above 1 in
     their size."""
     method = dataclasses.replace(small(name), samples=3)
     both = [dataclasses.replace(method, batch=batch) for batch in (1, 3)]
-    one, three = (discover([each], lm, progress=False)[0] for each in both)
+    one, three = (discover([each], read_by, progress=False)[0] for each in both)
     size = max(1.0, float(np.nanmax(np.abs(one.trials))))
     np.testing.assert_allclose(one.trials, three.trials, rtol=0, atol=1e-5 * size)
     with pytest.raises(HeadscopeError, match="batch=0"):
@@ -176,6 +184,6 @@ def test_two_methods_of_one_name_are_refused(lm: LanguageModel) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_its_defaults_fit_together_on_a_real_model(smollm2, name: str) -> None:
+def test_its_defaults_fit_together_on_a_real_model(smollm2, vision_lm, name: str) -> None:
     """Trials of a default size can be made: what is bundled suffices for them."""
-    assert heads.METHODS[name]().trials(smollm2)
+    assert heads.METHODS[name]().trials(vision_lm("llava") if heads.METHODS[name].reads == "images" else smollm2)

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from headscope.interp import load_model
-from headscope.interp.errors import HeadscopeError
 from headscope.interp.laboratory.llava.batches import END, MIDDLE, Packing
 from headscope.interp.models.available import TRAINED, available_models, llava_revision
+from headscope.interp.models.processors import processor_of
 from headscope.interp.prompts.scenes.drawing import draw
 from headscope.interp.prompts.scenes.language import caption, named, request
 from headscope.interp.prompts.scenes.world import balanced_scene
@@ -29,11 +29,6 @@ def test_the_weights_are_those_of_the_committed_training():
     assert "llava-smollm2" in {model.name for model in available_models()}
 
 
-def test_a_processor_is_for_live_models():
-    with pytest.raises(HeadscopeError, match="processor is for live models"):
-        load_model("smollm2-135m", processor=object())
-
-
 @pytest.mark.slow
 def test_it_loads_by_name_and_says_what_is_there():
     lm = load_model("llava-smollm2")
@@ -41,7 +36,7 @@ def test_it_loads_by_name_and_says_what_is_there():
     pixels = draw([scene], 1).pixels[0]
     image = Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
     content = [{"type": "image", "image": image}, {"type": "text", "text": request(detail=True)}]
-    prompt = vision_prompt(lm.model, lm.processor, [{"role": "user", "content": content}])
+    prompt = vision_prompt(lm, processor_of(lm), [{"role": "user", "content": content}])
     packing = Packing(lm.tokenizer)
     assert prompt.inputs["input_ids"][0].tolist() == packing.prefix + packing.ids(request(detail=True) + MIDDLE)
     assert torch.allclose(prompt.inputs["pixel_values"][0], pixels * 2 - 1, atol=1e-6)

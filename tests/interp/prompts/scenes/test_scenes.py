@@ -23,6 +23,7 @@ from headscope.interp.prompts.scenes.language import (
     relation,
     request,
 )
+from headscope.interp.prompts.scenes.pictures import sample_pictures
 from headscope.interp.prompts.scenes.world import (
     CLASSES,
     COLOURS,
@@ -157,3 +158,13 @@ def test_words():
     assert article("orange boat") == "an orange boat" and exists("ball", False)[1] == "No."
     assert request(detail=True) == LONG and "boat" in request(detail=False, mention="boat")
     assert named("Two boats, a Star and mushrooms; starfish") == ["boat", "star", "mushroom"]
+
+
+def test_pictures_are_the_same_whatever_stands_beside_them():
+    few, many = sample_pictures(2), sample_pictures(4)
+    assert all((one.pixels == other.pixels).all() for one, other in zip(few, many, strict=False))
+    for one in many:
+        assert one.pixels.shape == (SIZE, SIZE, 3) and one.pixels.dtype == np.uint8
+        for name, box in one.boxes.items():
+            thing = next(thing for thing in one.scene.objects if name.endswith(thing.name))
+            assert box == thing.box

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3Processor,
     Idefics3Processor,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     PaliGemmaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLProcessor,
+    Qwen3VLProcessor,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from headscope.interp import load_model
+from headscope.interp.models import LanguageModel
 from headscope.interp.survey.tiny import tiny_model
 
 SQUARE = {"height": 32, "width": 32}
@@ -34,6 +40,8 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 NAMES = ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "idefics3", "paligemma")
+MORE = ("llava_onevision", "qwen3_vl", "smolvlm")
+QWEN = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
 
 
 @pytest.fixture(scope="session", params=NAMES)
@@ -42,13 +50,25 @@ def built(request) -> tuple[Any, Any]:
     return _vision_model(request.param)
 
 
+@pytest.fixture(scope="session", params=[*NAMES, *MORE])
+def seeing(request) -> Any:
+    """Every model, and those whose images are of more than one grid, loaded with its processor."""
+    return _seeing(request.param)
+
+
+@pytest.fixture(scope="session")
+def vision_lm() -> Any:
+    """A model with its processor loaded, by name."""
+    return _seeing
+
+
 @pytest.fixture(scope="session")
 def vision_model() -> Any:
     """A tiny random model and its processor, by name."""
     return _vision_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def picture() -> Any:
     """Noise of a given seed and size."""
     return _picture
@@ -88,12 +108,22 @@ def _processor(name: str) -> Any:
             num_additional_image_tokens=1,
             chat_template=TEMPLATE.replace("IMAGE", "<image>\n"),
         )
-    if name in ("qwen2_vl", "qwen2_5_vl"):
+    if name == "llava_onevision":
+        sizes = {"size": SQUARE, "image_grid_pinpoints": [[32, 32], [32, 64], [64, 32], [64, 64]]}
+        return _without_video(LlavaOnevisionProcessor)(
+            LlavaOnevisionImageProcessorPil(**sizes),
+            _tokenizer(image_token="<image>", video_token="<video>"),
+            None,
+            num_image_tokens=16,
+            vision_feature_select_strategy="full",
+            chat_template=TEMPLATE.replace("IMAGE", "<image>\n"),
+        )
+    if name in QWEN:
         names = ("image_pad", "video_pad", "vision_start", "vision_end")
         keys = ("image_token", "video_token", "vision_start_token", "vision_end_token")
         special = {key: f"<|{token}|>" for key, token in zip(keys, names, strict=True)}
         sizes = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 256, "max_pixels": 4096}
-        kind = _without_video(Qwen2VLProcessor if name == "qwen2_vl" else Qwen2_5_VLProcessor)
+        kind = _without_video(QWEN[name])
         template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
         return kind(Qwen2VLImageProcessorPil(**sizes), _tokenizer(**special), None, chat_template=template)
     if name == "gemma3":
@@ -105,9 +135,10 @@ def _processor(name: str) -> Any:
         template = TEMPLATE.replace("IMAGE", "<start_of_image>")
         images = Gemma3ImageProcessorPil(size=SQUARE)
         return Gemma3Processor(images, _tokenizer(**special), image_seq_length=4, chat_template=template)
-    if name == "idefics3":
+    if name in ("idefics3", "smolvlm"):
         tags = {f"tag_{i}_{j}": f"<row_{i + 1}_col_{j + 1}>" for i in range(6) for j in range(6)}
         special = {"image_token": "<image>", "fake": "<fake_token_around_image>", "global": "<global-img>", **tags}
+        # SmolVLM's own processor is this one and videos, for which it needs num2words
         images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
         template = TEMPLATE.replace("IMAGE", "<image>")
         return Idefics3Processor(images, _tokenizer(**special), image_seq_len=4, chat_template=template)
@@ -125,12 +156,21 @@ def _vision_model(name: str) -> tuple[Any, Any]:
         torch.manual_seed(0)
         model.resize_token_embeddings(len(made.tokenizer), mean_resizing=False)
         model.get_input_embeddings().weight.data.normal_(std=0.5)
+    if name == "llava_onevision":
+        model.config.image_grid_pinpoints = made.image_processor.image_grid_pinpoints
     token = made.tokenizer.convert_tokens_to_ids(made.tokenizer.image_token)
     model.config.image_token_id = token
     for key in ("vision_start", "vision_end", "video"):
         if getattr(made.tokenizer, f"{key}_token", None) is not None:
             setattr(model.config, f"{key}_token_id", getattr(made.tokenizer, f"{key}_token_id"))
     return model, made
+
+
+@functools.cache
+def _seeing(name: str) -> LanguageModel:
+    """A tiny model as load_model gives it."""
+    model, made = _vision_model(name)
+    return load_model(model, processor=made)
 
 
 def _picture(seed: int, height: int = 40, width: int = 64) -> Image.Image:

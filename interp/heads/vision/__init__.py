@@ -1,0 +1,1 @@
+"""What heads see of a picture: its sinks, its objects, where on it they look."""
