@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headscope.interp.results.evaluation import Evaluation as Evaluation
     from headscope.interventions.applying import apply as apply
+    from headscope.interventions.attention.adapt_span import AdaptSpanLogits as AdaptSpanLogits
     from headscope.interventions.attention.calibrate import CalibrateAttention as CalibrateAttention
     from headscope.interventions.attention.decay_beyond_window import DecayBeyondWindow as DecayBeyondWindow
     from headscope.interventions.attention.emphasize_span import EmphasizeSpan as EmphasizeSpan
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from headscope.interventions.outputs.measuring import head_samples as head_samples
     from headscope.interventions.outputs.patch import PatchHeads as PatchHeads
     from headscope.interventions.outputs.project import ProjectHeads as ProjectHeads
+    from headscope.interventions.outputs.reinforce import ReinforceHeads as ReinforceHeads
+    from headscope.interventions.outputs.reinforce import reinforced_heads as reinforced_heads
     from headscope.interventions.outputs.scale import ScaleHeads as ScaleHeads
     from headscope.interventions.positions.concentric import ConcentricPositions as ConcentricPositions
     from headscope.interventions.positions.parallel import ParallelContexts as ParallelContexts
@@ -72,6 +75,7 @@ _HOME = {
     "EDITS": "edits",
     "TASKS": "tasks",
     "AblateHeads": "outputs.ablate",
+    "AdaptSpanLogits": "attention.adapt_span",
     "AddToHeads": "outputs.add",
     "AffineHeads": "outputs.affine",
     "ClampHeads": "outputs.clamp",
@@ -115,6 +119,8 @@ _HOME = {
     "RescaleRoPE": "positions.rescale",
     "SelectContexts": "positions.select",
     "ProjectHeads": "outputs.project",
+    "ReinforceHeads": "outputs.reinforce",
+    "reinforced_heads": "outputs.reinforce",
     "ScaleHeads": "outputs.scale",
     "Task": "tasks.base",
     "TextKL": "tasks.text_kl",

@@ -75,6 +75,11 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "spotlight": [{"heads": PICKED, "span": (1, 3), "target": 0.6}],
     "scale_span_logits": [{"heads": PICKED, "span": (1, 4), "factor": 2.0, "at": "all"}],
+    "adapt_span_logits": [{"heads": PICKED, "span": (1, 4), "at": "all", "threshold": 0.3, "unsure": 3.0, "sure": 0.2}],
+    "reinforce_heads": [
+        {"span": (1, 4), "layers": (0, 1), "factor": 3.0},
+        {"span": (0, 2), "layers": (1,), "text_stream": "plain", "choose": "random"},
+    ],
     "raise_span_logits": [{"heads": PICKED, "span": (1, 4), "amount": 0.9}],
     "head_temperature": [{"temperature": 3.0}, {"heads": PICKED[:2], "temperature": (0.3, 2.0)}],
     "decay_beyond_window": [
@@ -137,6 +142,11 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("spotlight", "target"): {"target": 0.3},
     ("spotlight", "over"): {"over": "layer"},
     ("scale_span_logits", "at"): {"at": "last"},
+    ("adapt_span_logits", "at"): {"at": "last"},
+    ("adapt_span_logits", "confidence"): {"confidence": "logit"},
+    ("reinforce_heads", "zero_outliers"): {"zero_outliers": False},
+    ("reinforce_heads", "text_stream"): {"text_stream": "plain"},
+    ("reinforce_heads", "choose"): {"choose": "random"},
     ("decay_beyond_window", "bands"): {"bands": [(3, 4, 0.5)]},
     ("decay_beyond_window", "positive_only"): {"positive_only": False},
     ("pine", "documents"): {"documents": "document"},
@@ -503,6 +513,10 @@ def test_through_nnsight(llama: LanguageModel, name: str, given: dict[str, Any])
     with apply(llama, edit):
         expected = logits(llama.model, ids, mask)
     at = (mask.cumsum(-1) - 1).clamp(min=0)
+    if "nnsight" in edit.refused:
+        with pytest.raises(HeadscopeError, match="nnsight"), apply(wrapper, edit):
+            raise AssertionError("entered")
+        return
     with apply(wrapper, edit), wrapper.trace(input_ids=ids, attention_mask=mask, position_ids=at):
         found = wrapper.output.logits.save()
     assert torch.equal(found, expected)
