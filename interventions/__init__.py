@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from headscope.interventions.attention.emphasize_span import EmphasizeSpan as EmphasizeSpan
     from headscope.interventions.attention.emphasize_span import pasta as pasta
     from headscope.interventions.attention.force import ForcePattern as ForcePattern
+    from headscope.interventions.attention.image_sinks import ScaleImageSinks as ScaleImageSinks
     from headscope.interventions.attention.knock_out import KnockOut as KnockOut
+    from headscope.interventions.attention.paint import Paint as Paint
+    from headscope.interventions.attention.prune import PruneTokens as PruneTokens
+    from headscope.interventions.attention.prune import padded_patches as padded_patches
     from headscope.interventions.attention.raise_span import RaiseSpanLogits as RaiseSpanLogits
     from headscope.interventions.attention.raise_span import paint as paint
     from headscope.interventions.attention.raise_span import paint_tokens as paint_tokens
@@ -87,6 +91,10 @@ _HOME = {
     "DecayBeyondWindow": "attention.decay_beyond_window",
     "EmphasizeSpan": "attention.emphasize_span",
     "KnockOut": "attention.knock_out",
+    "Paint": "attention.paint",
+    "PruneTokens": "attention.prune",
+    "ScaleImageSinks": "attention.image_sinks",
+    "padded_patches": "attention.prune",
     "RaiseSpanLogits": "attention.raise_span",
     "ScaleSpanLogits": "attention.scale_span",
     "SpotLight": "attention.spotlight",

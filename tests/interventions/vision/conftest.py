@@ -27,7 +27,8 @@ TEMPLATE = (
     "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-Hand = Callable[[int, Tensor, Tensor, int], Tensor]  # layer, scores, pattern (head, query, key), prompt's length
+# layer, scores and pattern (head, query, key), the prompt's length, the stream (position, d_model) -> pattern
+Hand = Callable[[int, Tensor, Tensor, int, Tensor], Tensor]
 
 
 @pytest.fixture(scope="session")
@@ -80,14 +81,14 @@ def singles(vlm: LanguageModel, processor: LlavaProcessor) -> list[VisionPrompt]
 
 
 @contextmanager
-def by_hand(hand: Hand, length: int) -> Iterator[None]:
+def by_hand(hand: Hand, length: int, streams: dict[int, Tensor]) -> Iterator[None]:
     """Inside the block llama's eager attention is dense, in float64, and gives ``hand``'s pattern."""
 
     def eager(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
         k, v = (x.double().repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         scores = (query.double() @ k.transpose(2, 3) * scaling)[0]
         scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
-        p = hand(module.layer_idx, scores, scores.softmax(-1), length)[None]
+        p = hand(module.layer_idx, scores, scores.softmax(-1), length, streams[module.layer_idx])[None]
         return (p @ v).transpose(1, 2).to(query.dtype).contiguous(), p
 
     own = modeling_llama.eager_attention_forward
@@ -104,6 +105,13 @@ def dense(vlm: LanguageModel) -> Callable[..., Tensor]:
     every step, with attention by hand; ``tokens`` are what was generated."""
     model = copy.deepcopy(vlm.model)
     model.set_attn_implementation("eager")
+    streams: dict[int, Tensor] = {}
+    for i, layer in enumerate(model.model.language_model.layers):
+
+        def keep(_: Any, args: tuple[Tensor, ...], i: int = i) -> None:
+            streams[i] = args[0][0].double()
+
+        layer.register_forward_pre_hook(keep)
 
     def run(prompt: VisionPrompt, tokens: Tensor, hand: Hand) -> Tensor:
         found = []
@@ -111,7 +119,7 @@ def dense(vlm: LanguageModel) -> Callable[..., Tensor]:
         for step in range(len(tokens)):
             ids = torch.cat([prompt.inputs["input_ids"], tokens[None, :step]], 1)
             whole = {**prompt.inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            with by_hand(hand, length), torch.no_grad():
+            with by_hand(hand, length, streams), torch.no_grad():
                 found.append(model(**whole, use_cache=False).logits[0, -1])
         return torch.stack(found)
 
