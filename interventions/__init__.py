@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Intervention as Intervention
     from headscope.interventions.declared import Edit as Edit
+    from headscope.interventions.decoding import DECODINGS as DECODINGS
+    from headscope.interventions.decoding.guidance import Guidance as Guidance
     from headscope.interventions.decoding.sgrs import SaliencyRejection as SaliencyRejection
     from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
@@ -103,6 +105,8 @@ _HOME = {
     "Composed": "base",
     "Edit": "declared",
     "FITS": "fitted",
+    "DECODINGS": "decoding",
+    "Guidance": "decoding.guidance",
     "SaliencyRejection": "decoding.sgrs",
     "Fit": "fitted.base",
     "ITI": "fitted.iti",

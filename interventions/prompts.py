@@ -94,6 +94,21 @@ class Prompts:
             own["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)
         return own
 
+    def one(self, index: int) -> dict[str, Any]:
+        """What the model takes of one prompt, without padding.
+
+        Raises:
+            HeadscopeError: pictures of several prompts that are not one each.
+        """
+        count, real = len(self.ids), self.mask[index]
+        shared = [x for x in self.media.values() if not isinstance(x, Tensor) or len(x) != count]
+        if shared and count > 1:
+            raise HeadscopeError("nobody can part the pictures of these prompts: give one picture each, or one prompt")
+        media = {name: x[index : index + 1] if count > 1 else x for name, x in self.media.items()}
+        tables = {name: x[index : index + 1, real] for name, x in self.tables.items()}
+        ids = self.ids[index : index + 1, real]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **tables, **media}
+
     def _kept(self, keep: Tensor) -> Prompts:
         """The tokens ``keep`` alone, packed to the right."""
         width = int(keep.sum(-1).max())

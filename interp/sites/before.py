@@ -63,7 +63,8 @@ def real_tokens(mask: Any, ids: Tensor) -> Tensor:
     if mask.dim() == 4:  # whatever the layer, a token sees itself
         own = mask[:, 0].diagonal(dim1=-2, dim2=-1)
         mask = own if own.dtype == torch.bool else own == 0
-    return mask.bool()[:, : ids.shape[1]].expand_as(ids)
+    real: Tensor = mask.bool()[:, : ids.shape[1]]
+    return real.expand_as(ids)
 
 
 class _Before:
