@@ -90,8 +90,9 @@ class Prompts:
     def inputs(self) -> dict[str, Any]:
         """What ``model(**inputs)`` takes."""
         own: dict[str, Any] = {"input_ids": self.ids, "attention_mask": self.mask.long(), **self.tables, **self.media}
-        if self.placed:
-            own["position_ids"] = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        if self.placed or not self.media:
+            at = (self.mask.cumsum(-1) - 1).clamp(min=0)
+            own["position_ids"] = at if self.placed else at.expand(3, -1, -1)
         return own
 
     def one(self, index: int) -> dict[str, Any]:
@@ -154,6 +155,18 @@ class ReadsPrompts:
     def read(self, model: ModelLike, prompts: Prompts) -> None:
         """Find what these prompts ask for, and hold it until the next ones."""
         raise NotImplementedError
+
+
+def next_positions(model: ModelLike, mask: Tensor, count: int) -> Tensor:
+    """Where the last ``count`` tokens of ``mask`` (prompt, position) stand, which continue a cache; in a model that
+    places images in several dimensions, behind the prompt that it read last."""
+    at = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, mask.shape[1] - count :]
+    inner: Any = bare_model(model)
+    holder = getattr(inner, "base_model", inner)
+    if not hasattr(holder, "get_rope_index"):
+        return at
+    behind = getattr(holder, "rope_deltas", None)
+    return (at if behind is None else at + behind.to(at.device)).expand(3, -1, -1)
 
 
 def held_for(found: Tensor | None, batch: int, who: str) -> Tensor:

@@ -86,21 +86,20 @@ class _Stream:
     def __init__(self, model: Any, prompts: Prompts) -> None:
         self.model, self.prompts, self.cache = model, prompts, None
         self.mask = prompts.mask.long()
-        self.kept: Any = None
+        self.behind: Any = 0  # how far the next token stands from its place, of images in several dimensions
 
     def read(self, new: Tensor | None) -> Tensor:
         """Logits (prompt, vocabulary) after the prompts (None), or after one more token of each."""
         inputs: dict[str, Any] = self.prompts.inputs()
-        holder = getattr(self.model, "base_model", self.model)
         if new is not None:
             self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+            at = self.mask.sum(-1, keepdim=True) - 1 + self.behind
             inputs = {"input_ids": new, "attention_mask": self.mask, "past_key_values": self.cache}
-            if self.prompts.placed:
-                inputs["position_ids"] = self.mask.sum(-1, keepdim=True) - 1
-            elif hasattr(holder, "rope_deltas"):  # what the model remembers of the prompt that it read last
-                holder.rope_deltas = self.kept
+            inputs["position_ids"] = at if self.prompts.placed else at.expand(3, -1, -1)
         output = self.model(**inputs, use_cache=True)
-        self.cache, self.kept = output.past_key_values, getattr(holder, "rope_deltas", None)
+        self.cache = output.past_key_values
+        if new is None and not self.prompts.placed and self.prompts.media:
+            self.behind = getattr(self.model, "base_model", self.model).rope_deltas  # of the prompt that was read last
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -22,9 +22,10 @@ from headscope.interp.sites import attached
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.gradients import frozen
 from headscope.interp.sites.sizes import tower_size
+from headscope.interp.sites.unwrap import takes
 from headscope.interp.statistics.spans import OPEN, by_example, members, spans_of_example
 from headscope.interventions.decoding.base import Decoding
-from headscope.interventions.prompts import Prompts
+from headscope.interventions.prompts import Prompts, next_positions
 from headscope.kernels.saliency import slopes
 
 LAYERS, DEPTH = (6, 7, 8), 32  # the authors', of LLaVA-1.5-7B's
@@ -263,7 +264,8 @@ def _pass(lm: LanguageModel, ids: list[int], cache: Any) -> Tensor:
     """Logits (1, token, vocabulary) of tokens that continue a cache, in the graph."""
     mask = torch.ones(1, int(cache.get_seq_length()) + len(ids), dtype=torch.long, device=lm.device)
     tokens = torch.tensor([ids], device=lm.device)
-    output = lm.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+    at = {"position_ids": next_positions(lm, mask, len(ids))} if takes(lm.inner, "position_ids") else {}
+    output = lm.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **at)
     logits: Tensor = output.logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.vision import VisionPrompt
 from headscope.interp.sites import is_attached
+from headscope.interp.sites.inputs import example_inputs, media_tokens
+from headscope.interp.statistics.spans import intervals
+from headscope.interp.survey.tiny import tiny_model
 from headscope.interventions import DECODINGS, Guidance, KnockOut, SaliencyRejection, apply, load_intervention
 from headscope.interventions.decoding.base import Decoding
 
@@ -95,3 +99,34 @@ def test_every_decoding(vlm: LanguageModel, batch: VisionPrompt, name: str, tmp_
             vlm.model.generate(**batch.inputs, max_new_tokens=2, **{option: value})
     with pytest.raises(HeadscopeError, match="has no setting"):
         made.with_settings(strength=0.5)
+
+
+def test_positions_in_several_dimensions() -> None:
+    """Qwen2-VL places image tokens in three: both streams go on from their own, and gamma 1 is the greedy choice."""
+    model = tiny_model("qwen2_vl", "image-text")
+    model.generation_config.eos_token_id = None
+    model.lm_head.weight.data[media_tokens(model.config)["image"]] = 0.0  # it is never chosen
+    inputs = example_inputs(model, padding=False)
+    inputs = {
+        name: x[:1] if name != "pixel_values" else x[: int(inputs["image_grid_thw"][0].prod())]
+        for name, x in inputs.items()
+    }
+    places = (inputs["input_ids"][0] == media_tokens(model.config)["image"]).nonzero()[:, 0].tolist()
+    prompt, lm = VisionPrompt(inputs, {"image": [intervals(places)]}), load_model(model)
+    plain = new(lm, prompt)
+    with apply(lm, Guidance(gamma=1.0)):
+        assert torch.equal(new(lm, prompt), plain)
+    with apply(lm, Guidance(gamma=2.0, cut=0.0)):
+        tokens = new(lm, prompt)
+    assert media_tokens(model.config)["image"] not in tokens
+    rest = inputs["input_ids"][inputs["input_ids"] != media_tokens(model.config)["image"]]
+    for step in range(STEPS):
+        ids = torch.cat([inputs["input_ids"], tokens[:, :step]], 1)
+        kinds = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, step))
+        with torch.no_grad():
+            whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+            seen = model(**whole).logits[:, -1]
+            blind = model(input_ids=torch.cat([rest, tokens[0, :step]])[None]).logits[:, -1]
+        assert int(Guidance(gamma=2.0, cut=0.0).guided(seen, blind).argmax()) == int(tokens[0, step])
+    with apply(lm, SaliencyRejection(layers=(1,), candidates=1)):
+        assert torch.equal(new(lm, prompt), plain)
