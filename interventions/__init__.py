@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from headscope.interp.results.evaluation import Evaluation as Evaluation
     from headscope.interventions.applying import apply as apply
+    from headscope.interventions.attention.adapt_span import AdaptSpanLogits as AdaptSpanLogits
     from headscope.interventions.attention.calibrate import CalibrateAttention as CalibrateAttention
     from headscope.interventions.attention.decay_beyond_window import DecayBeyondWindow as DecayBeyondWindow
     from headscope.interventions.attention.emphasize_span import EmphasizeSpan as EmphasizeSpan
     from headscope.interventions.attention.emphasize_span import pasta as pasta
     from headscope.interventions.attention.force import ForcePattern as ForcePattern
+    from headscope.interventions.attention.image_sinks import ScaleImageSinks as ScaleImageSinks
     from headscope.interventions.attention.knock_out import KnockOut as KnockOut
+    from headscope.interventions.attention.paint import Paint as Paint
+    from headscope.interventions.attention.prune import PruneTokens as PruneTokens
+    from headscope.interventions.attention.prune import padded_patches as padded_patches
     from headscope.interventions.attention.raise_span import RaiseSpanLogits as RaiseSpanLogits
     from headscope.interventions.attention.raise_span import paint as paint
     from headscope.interventions.attention.raise_span import paint_tokens as paint_tokens
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
     from headscope.interventions.base import Composed as Composed
     from headscope.interventions.base import Intervention as Intervention
     from headscope.interventions.declared import Edit as Edit
+    from headscope.interventions.decoding import DECODINGS as DECODINGS
+    from headscope.interventions.decoding.guidance import Guidance as Guidance
     from headscope.interventions.decoding.sgrs import SaliencyRejection as SaliencyRejection
     from headscope.interventions.edits import EDITS as EDITS
     from headscope.interventions.evaluation.evaluate import evaluate as evaluate
@@ -49,6 +56,8 @@ if TYPE_CHECKING:
     from headscope.interventions.outputs.measuring import head_samples as head_samples
     from headscope.interventions.outputs.patch import PatchHeads as PatchHeads
     from headscope.interventions.outputs.project import ProjectHeads as ProjectHeads
+    from headscope.interventions.outputs.reinforce import ReinforceHeads as ReinforceHeads
+    from headscope.interventions.outputs.reinforce import reinforced_heads as reinforced_heads
     from headscope.interventions.outputs.scale import ScaleHeads as ScaleHeads
     from headscope.interventions.positions.concentric import ConcentricPositions as ConcentricPositions
     from headscope.interventions.positions.parallel import ParallelContexts as ParallelContexts
@@ -72,6 +81,7 @@ _HOME = {
     "EDITS": "edits",
     "TASKS": "tasks",
     "AblateHeads": "outputs.ablate",
+    "AdaptSpanLogits": "attention.adapt_span",
     "AddToHeads": "outputs.add",
     "AffineHeads": "outputs.affine",
     "ClampHeads": "outputs.clamp",
@@ -83,6 +93,10 @@ _HOME = {
     "DecayBeyondWindow": "attention.decay_beyond_window",
     "EmphasizeSpan": "attention.emphasize_span",
     "KnockOut": "attention.knock_out",
+    "Paint": "attention.paint",
+    "PruneTokens": "attention.prune",
+    "ScaleImageSinks": "attention.image_sinks",
+    "padded_patches": "attention.prune",
     "RaiseSpanLogits": "attention.raise_span",
     "ScaleSpanLogits": "attention.scale_span",
     "SpotLight": "attention.spotlight",
@@ -91,6 +105,8 @@ _HOME = {
     "Composed": "base",
     "Edit": "declared",
     "FITS": "fitted",
+    "DECODINGS": "decoding",
+    "Guidance": "decoding.guidance",
     "SaliencyRejection": "decoding.sgrs",
     "Fit": "fitted.base",
     "ITI": "fitted.iti",
@@ -115,6 +131,8 @@ _HOME = {
     "RescaleRoPE": "positions.rescale",
     "SelectContexts": "positions.select",
     "ProjectHeads": "outputs.project",
+    "ReinforceHeads": "outputs.reinforce",
+    "reinforced_heads": "outputs.reinforce",
     "ScaleHeads": "outputs.scale",
     "Task": "tasks.base",
     "TextKL": "tasks.text_kl",

@@ -64,6 +64,7 @@ def apply(
         for intervention in interventions:
             layers, in_force = intervention.named_layers(), intervention.in_force(model, tower)
             stack.enter_context(attached(model, in_force, tower=tower, layers=layers, grad=grad))
+            stack.enter_context(in_force.around(model))
         yield
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -79,6 +80,20 @@ class Intervention(Handler):
         """Raise HeadscopeError where it cannot apply to a model of this size."""
         if self.heads is not None:
             self.heads.check(layers, heads)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it chooses heads or tokens for each prompt, so that random ones in their place are a control."""
+        return False
+
+    def with_random_choice(self, seed: int) -> Intervention:
+        """The same edit with as many random ones in place of what it chooses; one that chooses none as it is."""
+        return self
+
+    @contextmanager
+    def around(self, model: ModelLike) -> Iterator[None]:
+        """What it puts on ``model`` inside a block beside its place among the handlers: nothing, for most."""
+        yield
 
     def in_force(self, model: ModelLike, tower: str | None) -> Intervention:
         """What one ``apply`` block attaches to ``model``: itself, or a copy with a memory of its own where it remembers
@@ -195,6 +210,23 @@ class Composed(Chained, Intervention):
     def with_random_vectors(self, rng: np.random.Generator) -> Composed:
         """Every part with vectors of its own from ``rng``, in their order."""
         return Composed([part.with_random_vectors(rng) for part in self.parts])
+
+    @property
+    def chooses(self) -> bool:
+        """Whether one of them does."""
+        return any(part.chooses for part in self.parts)
+
+    def with_random_choice(self, seed: int) -> Composed:
+        """Every part with random ones."""
+        return Composed([part.with_random_choice(seed) for part in self.parts])
+
+    @contextmanager
+    def around(self, model: ModelLike) -> Iterator[None]:
+        """What every part puts on it, in order."""
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.around(model))
+            yield
 
     def with_settings(self, **given: Any) -> Composed:
         """Every part with these settings."""

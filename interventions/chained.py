@@ -23,6 +23,17 @@ class Chained(Handler):
         """Every place of the residual stream that one of them is shown."""
         return tuple(dict.fromkeys(place for part in self.parts for place in part.streams))
 
+    @property
+    def follows(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Every other tower that one of them follows."""
+        return tuple(dict.fromkeys(tower for part in self.parts for tower in part.follows))
+
+    def follow(self, call: AttentionCall) -> None:
+        """A call of another tower, for the parts that follow one."""
+        for part in self.parts:
+            if part.follows:
+                part.follow(call)
+
     def concerns(self, module: str, layer: int) -> bool:
         """The layers of any part."""
         return any(part.concerns(module, layer) for part in self.parts)

@@ -13,6 +13,7 @@ from headscope.interp.registry import make
 from headscope.interp.sites.given import ModelLike
 from headscope.interventions import files
 from headscope.interventions.base import Composed, Intervention, parts_of
+from headscope.interventions.decoding import DECODINGS
 from headscope.interventions.edits import EDITS
 
 
@@ -50,4 +51,13 @@ def _made(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Interve
         return Composed([_made(part, tensors) for part in document["parts"]])
     kind = str(document["kind"])
     given = {name: files.decode(value, tensors) for name, value in dict(document["settings"]).items()}
-    return make(EDITS[kind], kind, given)
+    return make(named(kind), kind, given)
+
+
+def named(kind: str) -> type[Intervention]:
+    """The edit, or the way of choosing tokens, of this name.
+
+    Raises:
+        HeadscopeError: none is called so.
+    """
+    return DECODINGS[kind] if kind in DECODINGS else EDITS[kind]

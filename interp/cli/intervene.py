@@ -18,7 +18,7 @@ HEADS = "Head scores (folder, JSON, or of Retrieval_Head), a saved HeadSet (JSON
 
 @app.command()
 def intervene(
-    kind: Annotated[str, typer.Argument(help="An edit; `headscope list edits` names them.")],
+    kind: Annotated[str, typer.Argument(help="An edit or a decoding; `headscope list` names them.")],
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, for `headscope evaluate --with`.")],
     heads: Annotated[str | None, typer.Option("--heads", help=HEADS)] = None,
@@ -41,10 +41,10 @@ def intervene(
     from headscope.interp.errors import HeadscopeError
     from headscope.interp.registry import make
     from headscope.interventions.applying import apply
-    from headscope.interventions.edits import EDITS
+    from headscope.interventions.load import named
     from headscope.interventions.tensors import with_tensors
 
-    cls = EDITS[kind]
+    cls = named(kind)
     given = with_tensors(cls, assignments(setting or []))
     if heads is not None:
         given["heads"] = head_set(heads, top)[0]

@@ -20,7 +20,7 @@ from headscope.interp.runs.sealed import read_beside, unsealed, write_results
 FORMAT = 2
 TRIALS = "evaluation.parquet"
 COLUMNS = ("task", "condition", "kind", "of", "trial", "score")
-RANDOM_HEADS, RANDOM_VECTORS = "random heads", "random vectors"  # kinds of control
+RANDOM_HEADS, RANDOM_VECTORS, RANDOM_CHOICE = "random heads", "random vectors", "random choice"  # kinds of control
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,8 @@ class Evaluation:
 
     def contrasts(self, family: Family = "tasks") -> pd.DataFrame:
         """Each intervention against its random controls, each kind of ``control`` apart: random heads of the same
-        layers, or random vectors of the same norms in the same heads.
+        layers, random vectors of the same norms in the same heads, or as many random heads or tokens in place of those
+        that an edit chooses for each prompt.
 
         ``difference`` is the mean over trials of (intervention - mean of the controls); its interval resamples trials
         and control sets together (``crossed_interval``). ``rank`` is how many of the ``controls`` sets score at or

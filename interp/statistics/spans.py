@@ -40,6 +40,14 @@ def published_spans(spans: Mapping[str, Any]) -> Iterator[None]:
         _PUBLISHED.reset(token)
 
 
+@contextmanager
+def spans_of_example(index: int, count: int) -> Iterator[None]:
+    """Inside the block the published spans of ``count`` examples are those of one of them, which is read by itself."""
+    each = {name: by_example(span) for name, span in _PUBLISHED.get().items()}
+    with published_spans({name: [rows[index]] for name, rows in each.items() if len(rows) == count}):
+        yield
+
+
 def named(span: Any) -> Any:
     """``span``, or where it is a name the span that is published under it.
 

@@ -20,12 +20,14 @@ _LOCK = RLock()
 
 @dataclass(frozen=True, eq=False)
 class Guard:
-    """``around`` is entered with the arguments of every call of a method of one object, which is held weakly."""
+    """``around`` is entered with the arguments of every call of a method of one object, which is held weakly;
+    ``instead`` is called in place of the method."""
 
     of: weakref.ref[Any]
     owner: type
     name: str
     around: Around
+    instead: Callable[..., Any] | None = None
 
 
 @dataclass(eq=False)
@@ -38,12 +40,15 @@ _GUARDS: dict[tuple[type, str], list[Guard]] = {}
 _REPLACED: dict[tuple[type, str], _Replaced] = {}
 
 
-def guard(thing: Any, name: str, around: Around) -> Guard | None:
-    """Guard a method of one object, until ``release``; None where its class has no such method."""
+def guard(thing: Any, name: str, around: Around, instead: Callable[..., Any] | None = None) -> Guard | None:
+    """Guard a method of one object, until ``release``; None where its class has no such method.
+
+    Of several guards that call something ``instead`` of the method, the last one does.
+    """
     owner = next((kind for kind in type(thing).__mro__ if name in vars(kind)), None)
     if owner is None:
         return None
-    made = Guard(weakref.ref(thing), owner, name, around)
+    made = Guard(weakref.ref(thing), owner, name, around, instead)
     with _LOCK:
         held = _GUARDS.setdefault((owner, name), [])
         held[:] = [other for other in held if other.of() is not None]
@@ -76,9 +81,11 @@ def _asking(owner: type, name: str, real: Any) -> Any:
     @functools.wraps(real)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
+            instead = None
             for made in _of(self, owner, name):
                 stack.enter_context(made.around(args, kwargs))
-            return real(self, *args, **kwargs)
+                instead = made.instead or instead
+            return real(self, *args, **kwargs) if instead is None else instead(*args, **kwargs)
 
     return method
 

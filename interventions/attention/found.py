@@ -79,11 +79,7 @@ class Found:
 
     def recall(self, call: AttentionCall) -> Tensor:
         """What is held, for the keys of ``call``: bool (batch or 1, head or 1, key); later keys are none."""
-        held, first, count = self.whole(call), call.mask.key_offset, call.key.shape[2]
-        keys = torch.zeros(*held.shape[:2], count, dtype=torch.bool, device=held.device)
-        part = held[..., first : first + count]
-        keys[..., : part.shape[-1]] = part
-        return keys
+        return as_keys(self.whole(call), call)
 
     def whole(self, call: AttentionCall) -> Tensor:
         """What is held of every position so far: bool (batch or 1, head or 1, position)."""
@@ -138,6 +134,15 @@ class Found:
         beyond = mean.masked_fill(sinks & ~later, 0.0) if not first else mean
         self.largest = max(self.largest, float(beyond.max()))
         return torch.nn.functional.pad(sinks if first else sinks & later, (ahead, 0))
+
+
+def as_keys(held: Tensor, call: AttentionCall) -> Tensor:
+    """What is held of positions (..., position), for the keys of ``call``: bool (..., key); later keys are none."""
+    first, count = call.mask.key_offset, call.key.shape[2]
+    keys = torch.zeros(*held.shape[:-1], count, dtype=torch.bool, device=held.device)
+    part = held[..., first : first + count]
+    keys[..., : part.shape[-1]] = part
+    return keys
 
 
 def _rows(call: AttentionCall, sets: Sets) -> Tensor:

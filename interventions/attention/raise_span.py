@@ -25,7 +25,7 @@ class RaiseSpanLogits(SpanEdit):
     grow, so the span's keys always gain (with an amount below 0 they lose).
 
     Theirs is the last query row of every pass, which is ``during="answer"``: the prompt's last row and those of
-    generated tokens. ``paint`` makes their pair of spans.
+    generated tokens. ``paint`` makes their pair of spans, and ``Paint`` chooses it for every prompt.
 
     It is not invariant to a constant added to a row's scores; in a model with softcap it acts after it. Every head gets
     the same amount, as in the released code; the paper speaks of amounts by head and does not say which.
@@ -69,8 +69,7 @@ def paint(
 
     The paper's best values; the code's arguments have beta 0.3, its script alpha 0.9 (above which text degenerates). It
     edits layers 2 to 31 of 32, here the same share of ``depth`` layers [OURS]. The guidance by a text-only stream that
-    the code also runs (PAI's) is no edit of attention and not part of this; with it, the authors' loop leaves the first
-    pass unedited by mistake.
+    the code also runs (PAI's) is ``Guidance``; with it, the authors' loop leaves the first pass unedited by mistake.
 
     Args:
         top, bottom: positions in the prompt, e.g. the image's first position added to those of ``paint_tokens``.
@@ -120,10 +119,15 @@ def paint_tokens(
     if not 0 <= local <= 1:
         raise HeadscopeError(f"paint_tokens: local is a share in [0, 1], not {local}")
     seen, summary = ((each[:, 0, 1:] if class_token else each.mean(1)).sum(0) for each in patterns)
-    low, high = torch.quantile(summary, torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+    top, bottom = selected(seen, summary, local)
+    return sorted(top), sorted(bottom)
+
+
+def selected(seen: Tensor, summary: Tensor, local: float) -> tuple[set[int], set[int]]:
+    """PAINT's top and bottom tokens, from what each token gets in the first layer and in the last but one: (token,)."""
+    low, high = torch.quantile(summary, torch.tensor([0.25, 0.75], dtype=torch.float64, device=summary.device)).tolist()
     bottom = _largest(summary, int((summary > high + 1.5 * (high - low)).sum()))
-    top = _largest(seen, int(len(seen) * local))
-    return sorted(top - bottom), sorted(bottom)
+    return _largest(seen, int(len(seen) * local)) - bottom, bottom
 
 
 def _largest(values: Tensor, count: int) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,12 +18,14 @@ from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.boundary import known_boundary, prompt_boundary
 from headscope.interp.prompts.decoding import check_finite, stop_tokens
-from headscope.interp.registry import check_numbers
 from headscope.interp.sites import attached
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.gradients import frozen
 from headscope.interp.sites.sizes import tower_size
-from headscope.interp.statistics.spans import OPEN, by_example, members
+from headscope.interp.sites.unwrap import takes
+from headscope.interp.statistics.spans import OPEN, by_example, members, spans_of_example
+from headscope.interventions.decoding.base import Decoding
+from headscope.interventions.prompts import Prompts, next_positions
 from headscope.kernels.saliency import slopes
 
 LAYERS, DEPTH = (6, 7, 8), 32  # the authors', of LLaVA-1.5-7B's
@@ -60,8 +62,8 @@ class Decoded:
     steps: tuple[Step, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SaliencyRejection:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SaliencyRejection(Decoding):
     """Sample tokens, and reject those whose saliency falls below that of the last ones: SGRS.
 
     Zhang et al. 2026, "Hallucination Begins Where Saliency Drops" (arXiv 2601.20279, Eq. 6-7; ``do_reject_sample.py``
@@ -77,9 +79,9 @@ class SaliencyRejection:
     depend: it is 0 for every candidate, tau is 0, and the first draw is always accepted. dL/dA needs no map: it is
     v . dL/dz of the row, in a cached pass of one token and a backward pass a candidate.
 
-    What differs: layers are the authors' 6, 7, 8 of 32 as shares of the depth [OURS]. One text at a time. Edits may be
-    in force around it, by ``apply(..., grad=True)``; those that keep no gradient (``BoostRecent`` without
-    ``renormalise``) refuse.
+    What differs: layers are the authors' 6, 7, 8 of 32 as shares of the depth [OURS]. One text at a time, a batch one
+    after the other. Edits may be in force around it, by ``apply(..., grad=True)``; those that keep no gradient
+    (``BoostRecent`` without ``renormalise``) refuse.
 
     What it does not show: that a token of low saliency is untrue; S shrinks with length and with the mass on other
     keys, and a distribution with one likely token leaves nothing to choose.
@@ -95,7 +97,8 @@ class SaliencyRejection:
         seed: of the draws.
     """
 
-    name: ClassVar[str] = "sgrs"
+    kind: ClassVar[str] = "sgrs"
+    unit: ClassVar[str] = "share of the recent saliency"
     source: ClassVar[str] = "arXiv 2601.20279"
 
     candidates: int = 5
@@ -108,7 +111,9 @@ class SaliencyRejection:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self, self.name)
+        super().__post_init__()
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         if min(self.candidates, self.window, self.draws, self.max_new_tokens) < 1 or self.alpha < 0:
             raise HeadscopeError("sgrs: candidates, window, draws and max_new_tokens are at least 1, alpha at least 0")
         if self.row not in ("predicting", "own"):
@@ -139,6 +144,15 @@ class SaliencyRejection:
             named = {layer: f"layer {layer}" for layer in rows.layers}
             stack.enter_context(attached(lm, rows, layers=named, grad=True))
             return self._continue(lm, given, rows)
+
+    def continued(self, model: ModelLike, prompts: Prompts, most: int) -> list[list[int]]:
+        """Each prompt by itself, with the same seed."""
+        found, own = [], replace(self, max_new_tokens=most)
+        for i in range(len(prompts.ids)):
+            inputs = prompts.one(i)
+            with spans_of_example(i, len(prompts.ids)), prompt_boundary(inputs["input_ids"].shape[1]):
+                found.append(list(own.generate(model, inputs).ids))
+        return found
 
     def _layers(self, lm: LanguageModel) -> set[int]:
         depth = tower_size(lm).depth
@@ -250,7 +264,8 @@ def _pass(lm: LanguageModel, ids: list[int], cache: Any) -> Tensor:
     """Logits (1, token, vocabulary) of tokens that continue a cache, in the graph."""
     mask = torch.ones(1, int(cache.get_seq_length()) + len(ids), dtype=torch.long, device=lm.device)
     tokens = torch.tensor([ids], device=lm.device)
-    output = lm.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+    at = {"position_ids": next_positions(lm, mask, len(ids))} if takes(lm.inner, "position_ids") else {}
+    output = lm.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **at)
     logits: Tensor = output.logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

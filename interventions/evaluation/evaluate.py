@@ -12,15 +12,15 @@ import numpy as np
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.results.evaluation import RANDOM_HEADS, RANDOM_VECTORS, Evaluation
+from headscope.interp.results.evaluation import RANDOM_CHOICE, RANDOM_HEADS, RANDOM_VECTORS, Evaluation
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
-from headscope.interventions.applying import apply, size
+from headscope.interventions.applying import size
 from headscope.interventions.base import Composed, Intervention, moved, parts_of
-from headscope.interventions.evaluation.notes import noted, unseen
+from headscope.interventions.evaluation.batches import Batches
 from headscope.interventions.evaluation.summaries import summarised
 from headscope.interventions.tasks import resolve
 from headscope.interventions.tasks.base import Task, prepares
@@ -61,15 +61,19 @@ def evaluate(
 ) -> Evaluation:
     """Run ``tasks`` without edit, with each intervention, and with its random controls.
 
-    Controls are the same edit on random heads of the same layers, and, of an edit that adds vectors to what heads write
-    (``AddToHeads``, the ``v`` of ``AffineHeads``), the same heads with random directions of the same norms. The first
-    asks whether these heads matter, the second whether these directions do.
+    Controls are the same edit on random heads of the same layers; of an edit that adds vectors to what heads write
+    (``AddToHeads``, the ``v`` of ``AffineHeads``), the same heads with random directions of the same norms; and of one
+    that chooses heads or tokens for each prompt (``ReinforceHeads``, ``PruneTokens``), as many random ones. They ask
+    whether these heads, directions or tokens matter.
+
+    Trials of a task with ``together`` above 1 run so many at a time, as one batch.
 
     Args:
         model: load_model's result, or what load_model takes.
         tasks: names from ``interventions.tasks.TASKS`` or task objects.
         interventions: each item is one condition; a composed one (``a + b``), or a sequence, is applied as one.
-        controls: random head sets (seeds ``seed`` .. ``seed + controls - 1``) for every head-driven condition.
+        controls: random head sets (seeds ``seed`` .. ``seed + controls - 1``) for every head-driven condition, and
+            random choices for every one that chooses.
         vectors: sets of random vectors for every condition that adds vectors (None: as many as ``controls``).
         out: folder for ``evaluation.json``, the per-trial table and the journal that makes the run resumable.
 
@@ -90,16 +94,7 @@ def evaluate(
     passes += [task.tokens(model, trial) for task in chosen if prepares(task) for trial in trials[task.name]]
     announce(passes, list(FILES) if out is not None else [])
     path = journal_in(out)
-    prepared = _Prepared(model)
-
-    def step(index: int) -> dict[str, Any]:
-        task, condition, trial = work[index]
-        trial = prepared(task, trial)
-        with noted() as notes, apply(model, *condition.edits):
-            result = task.run(model, trial)
-        notes += [why for why in (unseen(task, edit) for edit in condition.edits) if why]
-        return {**result, "note": "; ".join(dict.fromkeys(notes))} if notes else result
-
+    step = Batches(model, work)
     with opened(path, config) as journal:
         results = run_steps(journal, len(work), step, "evaluate", progress=progress)
     rows = [
@@ -157,14 +152,16 @@ def _controls(
     name: str, edits: tuple[Intervention, ...], heads: int, of_heads: Sequence[int], of_vectors: Sequence[int]
 ) -> list[Condition]:
     """The controls of one condition: with random heads for the seeds ``of_heads``, where it has heads, and with random
-    vectors for those ``of_vectors``, where it adds some.
+    vectors for those ``of_vectors``, where it adds some; random choices as many as heads, where it chooses.
 
     Raises:
         HeadscopeError: none is left of a condition that could have some.
     """
+    of_choices = of_heads if any(edit.chooses for edit in edits) else ()
     of_heads = of_heads if any(edit.heads is not None for edit in edits) else ()
     of_vectors = of_vectors if any(edit.adds_vectors for edit in edits) else ()
-    if not of_heads and not of_vectors and any(edit.heads is not None for edit in edits):
+    chosen = any(edit.heads is not None or edit.chooses for edit in edits)
+    if not of_heads and not of_vectors and not of_choices and chosen:
         raise HeadscopeError("a head intervention is reported beside random ones; set controls to at least 1")
     found = []
     for seed in of_heads:
@@ -174,6 +171,9 @@ def _controls(
         rng = np.random.default_rng(seed)
         turned = tuple(edit.with_random_vectors(rng) for edit in edits)
         found.append(Condition(f"random vectors for {name} (seed {seed})", CONTROL, turned, name, RANDOM_VECTORS))
+    for seed in of_choices:
+        drawn = tuple(edit.with_random_choice(seed) for edit in edits)
+        found.append(Condition(f"random choice for {name} (seed {seed})", CONTROL, drawn, name, RANDOM_CHOICE))
     return found
 
 
@@ -186,22 +186,6 @@ def _random_heads(edits: tuple[Intervention, ...], heads: int, seed: int) -> tup
     ordered = [(layer, head) for layer, mine in sorted(named.by_layer().items()) for head in mine]
     instead = dict(zip(ordered, named.matched_random(heads, seed), strict=True))
     return tuple(moved(edit, instead, f"random (seed {seed})") for edit in edits)
-
-
-class _Prepared:
-    """Trials as their task prepared them without an edit; the last one is kept."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model = model
-        self.last: tuple[Trial, Trial] | None = None
-
-    def __call__(self, task: Task, trial: Trial) -> Trial:
-        if not prepares(task):
-            return trial
-        if self.last is None or self.last[0] is not trial:
-            self.last = None  # before the next one is made
-            self.last = trial, task.prepare(self.model, trial)
-        return self.last[1]
 
 
 def _schedule(

@@ -35,6 +35,11 @@ class Task:
     higher_is_better: ClassVar[bool | None] = None
     source: ClassVar[str] = ""
 
+    @property
+    def together(self) -> int:
+        """How many trials of a condition ``run_together`` takes at a time."""
+        return 1
+
     def __post_init__(self) -> None:
         check_numbers(self, self.name)
 
@@ -49,6 +54,10 @@ class Task:
     def run(self, lm: LanguageModel, trial: Trial) -> dict[str, Any]:
         """Run one trial on the model as it is now (interventions included); at least ``{"score": float}``."""
         raise NotImplementedError
+
+    def run_together(self, lm: LanguageModel, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """The results of several trials, at most ``together`` of them; a task that runs them as one batch says how."""
+        return [self.run(lm, trial) for trial in trials]
 
     def prepare(self, lm: LanguageModel, trial: Trial) -> Trial:
         """The trial with what the unedited model has to say of it, where ``run`` compares with that: called before the

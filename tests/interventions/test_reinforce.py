@@ -56,7 +56,7 @@ def test_layer_by_layer_on_both_prompts(llama: LanguageModel, text_stream: Any) 
 def test_which_layers_and_what_is_refused(llama: LanguageModel) -> None:
     """The second of two layers is also among the last 14 of 32."""
     assert set(reinforced_heads(llama, PROMPT).heads.by_layer()) == {1}
-    with pytest.raises(HeadscopeError, match="has no span 'picture'"):
+    with pytest.raises(HeadscopeError, match="no span is called 'picture'"):
         reinforced_heads(llama, PROMPT, span="picture")
     with pytest.raises(HeadscopeError, match="are not among 0-1"):
         reinforced_heads(llama, PROMPT, layers=(7,))

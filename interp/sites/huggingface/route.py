@@ -158,6 +158,34 @@ def paused(model: nn.Module) -> Iterator[None]:
             route.put_in_force()
 
 
+@contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Run passes of our own inside the block: of handlers, those see and change them that are attached inside it."""
+    route = _ROUTES.get(model)
+    held = {} if route is None else dict(route.entries)
+    _PAUSED.add(model)
+    try:
+        if route is not None:
+            with LOCK:
+                route.entries = {object(): _Idle()}  # without any the model would be restored
+                route.put_in_force()
+        yield
+    finally:
+        _PAUSED.discard(model)
+        if route is not None:
+            with LOCK:
+                route.entries = held
+                route.put_in_force()
+
+
+class _Idle(Handler):
+    """Reads and changes nothing."""
+
+    def concerns(self, module: str, layer: int) -> bool:
+        """No layer."""
+        return False
+
+
 def is_paused(model: nn.Module) -> bool:
     """Whether a pass of our own runs, which is not shown to handlers."""
     return model in _PAUSED
