@@ -20,6 +20,14 @@ def smollm2():
     return load_model("smollm2-135m")
 
 
+@pytest.fixture(scope="session")
+def llava():
+    """llava-smollm2, on the CPU in float32."""
+    from headscope.interp import load_model
+
+    return load_model("llava-smollm2", device="cpu")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

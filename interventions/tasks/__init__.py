@@ -23,6 +23,9 @@ TASKS: Registry[Task] = Registry(
         "embedding_position": "embedding_position:EmbeddingPosition",
         "text_loss": "text_loss:TextLoss",
         "text_kl": "text_kl:TextKL",
+        "hallucination": "hallucination:Hallucination",
+        "pope": "pope:Pope",
+        "spatial": "spatial:Spatial",
         "lm_eval": "lm_eval:LmEval",
     },
 )

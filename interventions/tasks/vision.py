@@ -10,8 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.models.processors import processor_of
 from headscope.interp.prompts.vision import Message, VisionPrompt, vision_prompt
 from headscope.interp.runs.journal import Trial
 from headscope.interventions.tasks.base import Task, check_least
@@ -55,7 +55,7 @@ class VisionTask(Task):
 
     def prompt(self, lm: LanguageModel, trials: Sequence[Trial]) -> VisionPrompt:
         """The chats of trials as one batch, padded to the left."""
-        return vision_prompt(lm, processor_of(lm), [self.chat(lm, trial) for trial in trials])
+        return vision_prompt(lm, left_padding(lm), [self.chat(lm, trial) for trial in trials])
 
     def tokens(self, lm: LanguageModel, trial: Trial) -> tuple[int, int]:
         """The tokens of the first trial's prompt, for all; the most that are generated."""
@@ -78,39 +78,16 @@ class VisionTask(Task):
         return [{**self.grade(lm, trial, text), "response": text} for trial, text in zip(trials, texts, strict=True)]
 
 
-def processor_of(lm: LanguageModel) -> Any:
-    """The processor that was saved with a model, with padding on the left; loaded once.
+def left_padding(lm: LanguageModel) -> Any:
+    """The model's processor, of which a copy that pads to the left is kept.
 
     Raises:
         HeadscopeError: the model came without one.
     """
-    found = _PROCESSORS.get(lm)
-    if found is None:
-        found = use_processor(lm, _saved(lm))
-    return found
-
-
-def use_processor(lm: LanguageModel, processor: Any) -> Any:
-    """Have tasks read pictures through ``processor``, of which a copy that pads to the left is kept."""
-    made = copy.copy(processor)
-    made.tokenizer = copy.deepcopy(processor.tokenizer)
-    made.tokenizer.padding_side = "left"
-    _PROCESSORS[lm] = made
-    return made
-
-
-def _saved(lm: LanguageModel) -> Any:
-    from transformers import AutoProcessor
-
-    place = getattr(lm.inner.config, "_name_or_path", "")
-    try:
-        found = AutoProcessor.from_pretrained(place)
-    except (OSError, ValueError, ImportError) as error:
-        found = None
-        why = f": {str(error).splitlines()[0]:.120}" if str(error) else ""
-    if found is None or not hasattr(found, "tokenizer"):
-        raise HeadscopeError(
-            f"{lm.name} came without a processor of pictures{why if found is None else ''}; save one beside it, or "
-            "call use_processor(lm, processor) of headscope.interventions.tasks.vision"
-        )
-    return found
+    if lm not in _PROCESSORS:
+        found = processor_of(lm)
+        made = copy.copy(found)
+        made.tokenizer = copy.deepcopy(found.tokenizer)
+        made.tokenizer.padding_side = "left"
+        _PROCESSORS[lm] = made
+    return _PROCESSORS[lm]

@@ -25,7 +25,7 @@ COVERED = 0.12  # share of a patch from which on it is labelled
 
 @dataclass(frozen=True)
 class Drawn:
-    """``pixels`` (scene, 3, height, width) in 0..1, whole steps of 1/255; ``kinds`` and ``colours`` (scene, height, width)
+    """``pixels`` (scene, 3, height, width) in 0..1, whole steps of 1/255; ``kinds``, ``colours`` (scene, height, width)
     of the object over a pixel, -1 elsewhere; smudges, and what is fainter than 0.25, are left out."""
 
     pixels: Tensor

@@ -26,7 +26,7 @@ from headscope.interventions import (
     SaliencyRejection,
     evaluate,
 )
-from headscope.interventions.tasks.vision import VisionTask, processor_of, use_processor
+from headscope.interventions.tasks.vision import VisionTask, left_padding
 
 QUESTIONS = ("What is it?", "Why?", "Which one is it?")
 EDITS = [
@@ -58,8 +58,8 @@ class Letters(VisionTask):
         return {"score": float(len(response))}
 
 
-def test_batches_are_trials_by_themselves(vlm: LanguageModel, processor: Any) -> None:
-    use_processor(vlm, processor)
+def test_batches_are_trials_by_themselves(vlm: LanguageModel, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vlm, "processor", processor)
     passes: list[int] = []
     found = {}
     for batch in (1, 2):
@@ -93,7 +93,7 @@ def test_on_the_command_line(
     folder = tmp_path / "model"
     vlm.model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    assert processor_of(load_model(folder)).tokenizer.padding_side == "left"
+    assert left_padding(load_model(folder)).tokenizer.padding_side == "left"
     settings = {"reinforce-heads": "layers=[0,1]", "prune-tokens": "layer=1", "guidance": "gamma=2.0"}
     files: list[str] = []
     for kind, setting in settings.items():
