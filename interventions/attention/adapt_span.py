@@ -91,8 +91,9 @@ class AdaptSpanLogits(ReadsPrompts, SpanEdit):
         with own_passes(model) as inner:
             last = {"logits_to_keep": 1} if takes(inner, "logits_to_keep") else {}
             logits = inner(**prompts.inputs(), **last, use_cache=False).logits[:, -1]
-        given = {"threshold": self.threshold, "unsure": self.unsure, "sure": self.sure, "confidence": self.confidence}
-        vars(self)["_factors"][:] = adaptive_factors(logits, **given)
+        vars(self)["_factors"][:] = adaptive_factors(
+            logits, threshold=self.threshold, unsure=self.unsure, sure=self.sure, confidence=self.confidence
+        )
 
     def change_keys(self, call: AttentionCall, mine: Tensor, keys: Tensor) -> AttentionCall:
         """Each example's factor on their scores."""

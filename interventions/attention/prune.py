@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
@@ -196,11 +197,12 @@ def padded_patches(width: int, height: int, grid: tuple[int, int], threshold: fl
     return [int(i) for i in np.flatnonzero(share > threshold + 1e-12)]
 
 
-def _covered(share: float, count: int) -> np.ndarray:
+def _covered(share: float, count: int) -> NDArray[np.float64]:
     """How much of each of ``count`` equal parts of [0, 1] a centred interval of length ``share`` covers."""
     edges = np.linspace(0.0, 1.0, count + 1)
     low, high = (1 - share) / 2, (1 + share) / 2
-    return np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0.0, None) * count
+    inside = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+    return np.asarray(np.clip(inside, 0.0, None) * count, dtype=np.float64)
 
 
 def _last_rows(call: AttentionCall) -> Tensor:

@@ -30,15 +30,13 @@ class Batches:
 
     def _run(self, index: int) -> dict[int, dict[str, Any]]:
         task, condition, trial = self.work[index]
-        size = max(1, getattr(task, "together", 1))
-        if size == 1 or prepares(task):
-            trials, run = [self._prepare(task, trial)], lambda: [task.run(self.model, trials[0])]
-        else:
-            alike = (w[2] for w in self.work[index : index + size] if w[0] is task and w[1] is condition)
-            trials, run = list(alike), lambda: task.run_together(self.model, trials)
+        size = 1 if prepares(task) else max(1, getattr(task, "together", 1))
+        trials = [w[2] for w in self.work[index : index + size] if w[0] is task and w[1] is condition]
+        if size == 1:
+            trials = [self._prepare(task, trial)]  # with no edit in force
         edits: tuple[Intervention, ...] = condition.edits
         with noted() as notes, apply(self.model, *edits):
-            results = run()
+            results = [task.run(self.model, trials[0])] if size == 1 else task.run_together(self.model, trials)
         notes += [why for why in (unseen(task, edit) for edit in edits) if why]
         said = {"note": "; ".join(dict.fromkeys(notes))} if notes else {}
         return {index + i: {**result, **said} for i, result in enumerate(results)}
