@@ -87,10 +87,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--controls", type=int, default=1)
+    parser.add_argument("--skip", nargs="*", type=int, default=[], help="conditions to leave out, by their place")
     parser.add_argument("--tasks", nargs="+", default=["spatial", "pope", "hallucination"])
     given = parser.parse_args()
     lm = load_model(given.model, dtype=torch.float32)
-    conditions, tables = edits(lm), list[dict[str, Any]]()
+    conditions = [edit for place, edit in enumerate(edits(lm)) if place not in given.skip]
+    tables: list[dict[str, Any]] = []
     for task in tasks(given.samples, given.batch):
         if task.name not in given.tasks:
             continue
