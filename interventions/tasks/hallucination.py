@@ -72,7 +72,7 @@ class Hallucination(SceneTask):
         return made
 
     def grade(self, lm: LanguageModel, trial: Trial, response: str) -> dict[str, Any]:
-        """Score (1: something is hallucinated), how many are named and hallucinated, which, recall, words, place."""
+        """Score (1: something is hallucinated), how many are named and hallucinated, which, recall, words; their place."""
         there, said = self.scene(trial).names, named(response)
         wrong = hallucinated(response, there)
         places = [i / max(1, len(said) - 1) for i, name in enumerate(said) if name not in there]
@@ -86,7 +86,7 @@ class Hallucination(SceneTask):
             "companions_named": ", ".join(name for name in missing if name in said),
             "recall": len(there & set(said)) / len(there),
             "words": len(response.split()),
-            "place": float(np.mean(places)) if places else float("nan"),
+            **({"place": float(np.mean(places))} if places else {}),
         }
 
     def summarise(self, trials: pd.DataFrame) -> dict[str, float]:
@@ -95,8 +95,9 @@ class Hallucination(SceneTask):
             "chair_i": float(trials["hallucinated"].sum() / max(1, trials["named"].sum())),
             "recall": float(trials["recall"].mean()),
             "words": float(trials["words"].mean()),
-            "place": float(trials["place"].mean()),
         }
+        if "place" in trials:  # something is hallucinated
+            found["place"] = float(trials["place"].mean())
         for name, companion in COMPANIONS.items():
             able = trials["companions"].str.split(", ").map(lambda names, own=companion.name: own in names)
             if able.any():
