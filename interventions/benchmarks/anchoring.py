@@ -62,7 +62,9 @@ def main() -> None:
             "letters": result.details,
         },
         "device": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
-        "provenance": provenance(lm, tasks={task.name: task.parameters(lm)}, prompts_at_most=given.prompts, last=given.last),
+        "provenance": provenance(
+            lm, tasks={task.name: task.parameters(lm)}, prompts_at_most=given.prompts, last=given.last
+        ),
     }
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,9 @@ def main() -> None:
             ]
             print(found.set_index("measure").T.rename_axis(name), flush=True)
     document = {
-        "heads": {name: [[*head, round(w, 4)] for head, w in zip(h, h.weights, strict=True)] for name, h in named.items()},
+        "heads": {
+            name: [[*head, round(w, 4)] for head, w in zip(h, h.weights, strict=True)] for name, h in named.items()
+        },
         "rows": rows,
         "device": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
         "provenance": provenance(lm, find=given.find, pairs=given.pairs, randoms=given.randoms),

@@ -32,9 +32,9 @@ class AnchorStudy:
     """What ``study_anchor`` found.
 
     Attributes:
-        trials: a row a prompt and edit: ``question``, ``edit``, ``layer``, ``neuron`` and its ``activation`` m (of edits
-            of neurons), ``letter`` and ``right`` (1 or 0) after it, ``margin`` of the right letter over the best other
-            and its ``change``, in nats.
+        trials: a row a prompt and edit: ``question``, ``edit``, ``layer``, ``neuron`` and its ``activation`` m (for
+            edits of neurons), ``letter`` and ``right`` (1 or 0) after it, ``margin`` of the right letter over the best
+            other and its ``change``, in nats.
         heads: those whose writing alone favours the anchor most, found on other questions than ``trials`` judges.
         asked: prompts in all; ``anchored``: those of them where the anchor is chosen and wrong.
     """
@@ -103,7 +103,7 @@ def study_anchor(
     held = [(t, r) for t, r in zip(trials, plain, strict=True) if r["letter"] == LETTERS[0] != r["gold_letter"]]
     find, judge = ([one for one in held if one[0]["question"] % 2 == odd] for odd in (0, 1))
     if not find or not judge:
-        raise HeadscopeError(f"{lm.name} does not choose {LETTERS[0]} where it is wrong in both halves of the questions")
+        raise HeadscopeError(f"{lm.name} chooses no wrong {LETTERS[0]} in one half of the questions: give more")
     chosen = _anchoring_heads(lm, task, find[:prompts], heads)
     drawn = [chosen.matched_random(lm.info.heads, seed + n) for n in range(controls)]
     swaps = [("keys swapped", _swap(chosen)), *(("random heads", _swap(mine)) for mine in drawn)]

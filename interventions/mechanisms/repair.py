@@ -156,7 +156,7 @@ def force_heads(
         randoms: sets of random heads, at least one.
 
     Raises:
-        HeadscopeError: no such span, no random set, a head that does not exist, or a layer with too few heads to draw from.
+        HeadscopeError: no such span, no random set, a head that does not exist, or a layer with too few heads.
     """
     lm, chosen = load_model(lm), HeadSet.of(heads)
     if missing := [name for name in onto if name not in pairs.spans] or not onto:

@@ -35,7 +35,8 @@ class Suppression:
     """What ``study_suppression`` found.
 
     Attributes:
-        shares: of the last layers' parts, on the prompts that they were found on.
+        shares: of the last layers' parts, on the prompts that they were found on; ``groups_found`` (prompt,), the
+            country of each.
         heads, mlps: those that write against the answer.
         values: {condition: (prompt, measure)} on other prompts, ``MEASURES`` of the answer's token.
         groups: (prompt,) the country of each.
@@ -43,6 +44,7 @@ class Suppression:
     """
 
     shares: AnswerShares
+    groups_found: NDArray[np.int64]
     heads: HeadSet
     mlps: tuple[int, ...]
     values: dict[str, NDArray[np.float64]]
@@ -122,7 +124,7 @@ def study_suppression(
         values[name] = np.stack([_said(lm, facts.prompts[i], facts.answers[i], parts, factor) for i in judge])
         with apply(lm, *_edits(lm, parts, factor)):
             prose[name] = float(np.mean([text.run(lm, trial)["score"] for trial in text.trials(lm)]))
-    return Suppression(shares, heads, mlps, values, groups[judge], prose)
+    return Suppression(shares, groups[find], heads, mlps, values, groups[judge], prose)
 
 
 def _against(shares: AnswerShares, groups: NDArray[np.int64]) -> Parts:
@@ -133,7 +135,9 @@ def _against(shares: AnswerShares, groups: NDArray[np.int64]) -> Parts:
     return heads, tuple(low[low["head"] < 0]["layer"].tolist())
 
 
-def _edits(lm: LanguageModel, parts: Parts, factor: float, positions: Sequence[tuple[int, int]] | None = None) -> list[Intervention]:
+def _edits(
+    lm: LanguageModel, parts: Parts, factor: float, positions: Sequence[tuple[int, int]] | None = None
+) -> list[Intervention]:
     heads, mlps = parts
     edits: list[Intervention] = [ScaleHeads(heads, factor, positions=positions)] if len(heads) else []
     if mlps:

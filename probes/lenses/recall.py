@@ -97,7 +97,7 @@ def capitals(lm: LanguageModel, leads: Sequence[str] = LEADS) -> Capitals:
     rows = []
     for group, names in enumerate(CAPITALS.items()):
         ids = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in names]
-        if all(len(one) == 1 for one in ids):
+        if all(len(one) == 1 and tokenizer.decode(one).strip() == name for one, name in zip(ids, names, strict=True)):
             rows += [
                 (f"{lead} the capital of {names[0]} is", int(ids[0][0]), int(ids[1][0]), group, template)
                 for template, lead in enumerate(leads)
