@@ -43,8 +43,8 @@ def main() -> None:
     print(study.asked, study.anchored, study.heads, table.to_string(), sep="\n", flush=True)
     layers = each.groupby(["layer", each["activation"] > 0])[["right", "change"]].agg(["mean", "size"])
     print(layers.to_string(), flush=True)
-    usual = each[each["activation"] > 0].groupby(["layer", "neuron"]).size().idxmax()
-    edit = EditValueVectors([tuple(map(int, usual))], add=away_from_anchor(lm, " A", " B"))
+    layer, neuron = each[each["activation"] > 0].groupby(["layer", "neuron"]).size().idxmax()
+    edit = EditValueVectors(((int(layer), int(neuron)),), add=away_from_anchor(lm, " A", " B"))
     result = evaluate(lm, [task, TextLoss(2, 256)], [edit], progress=False)
     summary = result.summary()
     print(summary.to_string(), json.dumps(result.details, default=str), sep="\n")
@@ -57,7 +57,7 @@ def main() -> None:
             each.groupby("layer")[["right", "change"]].mean().reset_index().to_dict("records")
         ),
         "towards B": {
-            "neuron": [*map(int, usual)],
+            "neuron": [int(layer), int(neuron)],
             "rows": rounded(summary.drop(columns=["p"], errors="ignore").to_dict("records")),
             "letters": result.details,
         },

@@ -151,7 +151,7 @@ def _neuron_edits(
         apart[[neuron.neuron for neuron in own]] = torch.inf
         other = int(apart.argmin())
         place = (layer, one.neuron, one.activation)
-        yield "value vector", EditValueVectors([(layer, one.neuron)], add=add), place
+        yield "value vector", EditValueVectors(((layer, one.neuron),), add=add), place
         if one.activation < 0:
-            yield "turned", EditValueVectors([(layer, one.neuron)], add=-add), place
-        yield "other neuron", EditValueVectors([(layer, other)], add=add), (layer, other, float(m[other]))
+            yield "turned", EditValueVectors(((layer, one.neuron),), add=-add), place
+        yield "other neuron", EditValueVectors(((layer, other),), add=add), (layer, other, float(m[other]))

@@ -143,7 +143,7 @@ def _edits(
     if mlps:
         layers = {path.layer: path.stream for path in find_paths(lm).layers}
         neurons = [(n, i) for n in mlps for i in range(len(value_vectors(down_projection(layers[n], lm.inner))))]
-        edits.append(EditValueVectors(neurons, factor=factor, positions=positions))
+        edits.append(EditValueVectors(tuple(neurons), factor=factor, positions=positions))
     return edits
 
 

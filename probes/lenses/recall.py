@@ -154,7 +154,7 @@ def answer_shares(model: Loadable, prompts: Sequence[str], answers: Sequence[Tok
     mlps = np.full(heads.shape[:2], np.nan)
     with frozen(lm), torch.no_grad():
         with fetched(paths.unembedding) as head:
-            mean = head.weight.float().mean(0)  # type: ignore[union-attr, operator]
+            mean = head.weight.float().mean(0)  # type: ignore[operator]
         for i, prompt in enumerate(prompts):
             rows = read_last(lm, paths, [prompt])
             direction, _ = in_stream(paths, rows, unembedded(paths, [pairs[i]])[0] - mean.to(lm.device))

@@ -89,14 +89,16 @@ def concept_activations(lm: LanguageModel, prompt: str, ids: Sequence[int], defi
     if definition == "lens":
         read = final_logits(lm)
         with torch.no_grad():
-            return np.stack([read(x[0]).softmax(-1)[:, index].double().cpu().numpy() for x in held[1:]])
+            said: Array = np.stack([read(x[0]).softmax(-1)[:, index].double().cpu().numpy() for x in held[1:]])
+        return said
     with fetched(final_modules(lm)[1]) as head, torch.no_grad():
         assert isinstance(head.weight, Tensor)
         rows = head.weight[index].detach().float()
         found = np.stack([(x[0].float().to(rows.device) @ rows.T).double().cpu().numpy() for x in held[1:]])
     if definition == "code":
         found = np.where(found > 0.001, found, 0.0)[:, 1:]
-    return np.maximum(found, 0.0)
+    positive: Array = np.maximum(found, 0.0)
+    return positive
 
 
 def concept_effects(
