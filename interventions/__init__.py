@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     from headscope.interventions.fitted.lora import lora as lora
     from headscope.interventions.head_edit import HeadEdit as HeadEdit
     from headscope.interventions.load import load_intervention as load_intervention
+    from headscope.interventions.mechanisms.anchoring import study_anchor as study_anchor
+    from headscope.interventions.mechanisms.repair import circuit_roles as circuit_roles
+    from headscope.interventions.mechanisms.repair import force_heads as force_heads
+    from headscope.interventions.mechanisms.suppression import study_suppression as study_suppression
     from headscope.interventions.neurons.value_vectors import EditValueVectors as EditValueVectors
     from headscope.interventions.outputs.ablate import AblateHeads as AblateHeads
     from headscope.interventions.outputs.add import AddToHeads as AddToHeads
@@ -116,6 +120,10 @@ _HOME = {
     "Evaluation": "evaluation",
     "HeadEdit": "head_edit",
     "Intervention": "base",
+    "circuit_roles": "mechanisms.repair",
+    "force_heads": "mechanisms.repair",
+    "study_anchor": "mechanisms.anchoring",
+    "study_suppression": "mechanisms.suppression",
     "NeedleTask": "tasks.needle",
     "Arithmetic": "tasks.arithmetic",
     "DocumentsTask": "tasks.documents",

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from headscope.probes.lenses.attribution import logit_shares as logit_shares
     from headscope.probes.lenses.logit_lens import logit_lens as logit_lens
     from headscope.probes.lenses.neurons import neuron_attribution as neuron_attribution
+    from headscope.probes.lenses.recall import answer_shares as answer_shares
+    from headscope.probes.lenses.recall import capitals as capitals
+    from headscope.probes.lenses.recall import topic_ranks as topic_ranks
     from headscope.probes.lenses.spans import span_attribution as span_attribution
     from headscope.probes.lenses.tuned_lens import TunedLens as TunedLens
     from headscope.probes.lenses.tuned_lens import fit_tuned_lens as fit_tuned_lens
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from headscope.probes.linear.dataset import truth as truth
     from headscope.probes.linear.heads import probe_activations as probe_activations
     from headscope.probes.linear.heads import probe_heads as probe_heads
+    from headscope.probes.linear.layers import probe_layers as probe_layers
     from headscope.probes.linear.result import Directions as Directions
     from headscope.probes.linear.result import ProbeResult as ProbeResult
     from headscope.probes.patching.activation import patch_heads as patch_heads
@@ -57,7 +61,9 @@ if TYPE_CHECKING:
     from headscope.probes.patching.pairs import Pairs as Pairs
     from headscope.probes.patching.path import path_effect as path_effect
     from headscope.probes.patching.path import path_patching as path_patching
+    from headscope.probes.tokens.dates import date_pairs as date_pairs
     from headscope.probes.tokens.fragmentation import fragmentation as fragmentation
+    from headscope.probes.tokens.hops import hop_paths as hop_paths
 
 _HOME = {
     "Circuit": "circuits.circuit",
@@ -68,21 +74,25 @@ _HOME = {
     "TunedLens": "lenses.tuned_lens",
     "anchor_lens": "lenses.anchored",
     "anchored_neurons": "lenses.anchored",
+    "answer_shares": "lenses.recall",
     "attention_saliency": "gradients.saliency",
     "attribution_patching": "patching.attribution",
     "away_from_anchor": "lenses.anchored",
+    "capitals": "lenses.recall",
     "causal_trace": "patching.causal_trace",
     "circuit_figure": "circuits.figure",
     "coloured_objects": "circuits.coloured",
     "compare_circuits": "circuits.circuit",
     "composition_scores": "attribution.composition",
     "eigen_scores": "attribution.eigen",
+    "date_pairs": "tokens.dates",
     "evaluate_circuit": "circuits.evaluation",
     "faithfulness_curve": "circuits.evaluation",
     "find_circuit": "circuits.finding",
     "fit_tuned_lens": "lenses.tuned_lens",
     "fragmentation": "tokens.fragmentation",
     "head_outputs": "linear.activations",
+    "hop_paths": "tokens.hops",
     "information_flow": "gradients.information_flow",
     "integrated_attention": "gradients.integrated",
     "ioi": "circuits.ioi",
@@ -99,12 +109,14 @@ _HOME = {
     "path_patching": "patching.path",
     "probe_activations": "linear.heads",
     "probe_heads": "linear.heads",
+    "probe_layers": "linear.layers",
     "qk_attribution": "attribution.qk",
     "saliency_drop": "gradients.drop",
     "saliency_map": "gradients.saliency_map",
     "saliency_scores": "gradients.saliency",
     "span_attribution": "lenses.spans",
     "subject_number": "linear.dataset",
+    "topic_ranks": "lenses.recall",
     "truth": "linear.dataset",
 }
 

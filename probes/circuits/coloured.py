@@ -9,6 +9,7 @@ import numpy as np
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.prompts.spans import text_span
 from headscope.probes.circuits.ioi import single_tokens
 from headscope.probes.patching.pairs import Pairs
 
@@ -35,6 +36,11 @@ class _Scene:
             f"{self.things[which][1]}?\nA:"
         )
 
+    def named(self, which: int) -> list[str]:
+        """Colour and object of one of them, then those of the others in their order."""
+        order = [which, *(i for i in range(len(self.things)) if i != which)]
+        return [" ".join(self.things[i]) for i in order]
+
     def answer(self, which: int) -> str:
         """Its colour, as a token begins a line with it."""
         return f" {self.things[which][0].title()}"
@@ -47,7 +53,8 @@ def coloured_objects(lm: LanguageModel, count: int = 64, *, seed: int = 0) -> Pa
     table, there is a red pen, a blue cup, and a green key. What color is the cup?\\nA: Blue\\nQ: ...\\nA:", 3 objects,
     3 of 8 colours, the label a colour with a capital. Objects are words of our own that are one token here, so that a
     pair aligns; drawn anew, not their file of 1,000. A group is a length, in which nothing else need be in the same
-    place.
+    place. Spans: ``object`` that is asked for, its colour ``right`` and the other two ``wrong_0`` and ``wrong_1`` where
+    the open question shows them, and ``end``.
 
     Raises:
         HeadscopeError: the tokenizer has too few of the words as single tokens.
@@ -59,19 +66,24 @@ def coloured_objects(lm: LanguageModel, count: int = 64, *, seed: int = 0) -> Pa
         raise HeadscopeError(f"{lm.name}: only {len(objects)} objects and {len(colours)} colours are single tokens")
     rng = np.random.default_rng(seed)
     clean, corrupt, answers, others = [], [], [], []
+    shown_at: dict[str, list[tuple[int, int]]] = {"right": [], "wrong_0": [], "wrong_1": []}
     for _ in range(count):
         solved, scene = (_scene(rng, objects, colours) for _ in range(2))
-        shown, (one, two) = int(rng.integers(3)), rng.choice(3, 2, replace=False).tolist()
-        before = solved.ask(shown) + solved.answer(shown) + "\n"
+        solved_one, (one, two) = int(rng.integers(3)), rng.choice(3, 2, replace=False).tolist()
+        before = solved.ask(solved_one) + solved.answer(solved_one) + "\n"
         clean.append(before + scene.ask(one))
         corrupt.append(before + scene.ask(two))
         answers.append(scene.answer(one))
         others.append(scene.answer(two))
+        for name, part in zip(shown_at, scene.named(one), strict=True):
+            first, stop = text_span(lm.required_tokenizer(), clean[-1], part, start=len(before))
+            shown_at[name].append((first, stop - 1))  # without the object, which is one token
     pairs = Pairs.of(lm, clean, corrupt, answers, others)
     differ = [np.flatnonzero(a != b) for a, b in zip(pairs.clean.numpy(), pairs.corrupt.numpy(), strict=True)]
     if any(len(at) != 1 for at in differ):
         raise HeadscopeError(f"{lm.name}: a pair differs in more than the object that is asked for")
     spans = {
+        **shown_at,
         "object": [(int(at[0]), int(at[0]) + 1) for at in differ],
         "end": [(n - 1, n) for n in pairs.lengths.tolist()],
     }

@@ -47,6 +47,12 @@ def test_coloured_objects_ask_for_another_object(smollm2: LanguageModel) -> None
         answer = smollm2.tokenizer.decode(pairs.answers[i]).strip().lower()
         thing = smollm2.tokenizer.decode(pairs.clean[i, at]).strip()
         assert f"{answer} {thing}" in smollm2.tokenizer.decode(pairs.clean[i, : pairs.lengths[i]])
+        colours = [
+            smollm2.tokenizer.decode(pairs.clean[i, slice(*pairs.spans[name][i])]).strip()
+            for name in ("right", "wrong_0", "wrong_1")
+        ]
+        assert colours[0] == answer and len(set(colours)) == 3
+        assert smollm2.tokenizer.decode(pairs.others[i]).strip().lower() in colours[1:]
 
 
 @pytest.mark.slow

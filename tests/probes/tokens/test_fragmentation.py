@@ -8,23 +8,39 @@ from headscope.interp.errors import HeadscopeError
 from headscope.probes.tokens.fragmentation import fragmentation, to_frame
 
 BARE = ("10", "27", "1606")
+KEPT = ("10", "/", "27", "/", "1606")
 
 
 @pytest.mark.parametrize(
-    ("pieces", "ratio"),
+    ("pieces", "paper"),
     [
-        (("102", "716", "06"), 0.40),  # Llama 3 in the paper
+        (("102", "716", "06"), 0.40),  # Llama 3
         (("1027", "16", "06"), 0.40),  # GPT-3
+        (("10", "27", "16", "06"), 0.34),  # OLMo: 0.20 - 0.05 + 0.30 (1 - 2 / sqrt(4 * 7))
         (tuple("10271606"), 0.55),  # one digit a token
-        (BARE, 0.0),
-        # one field in two: 0.05 + 0.30 (1 - 2 / sqrt(12)); the paper has 0.34 for it
-        (("10", "27", "16", "06"), 0.05 + 0.30 * (1 - 2 / 12**0.5)),
+        (("", *"10271606"), 0.60),  # and a marker before them
     ],
 )
-def test_bare_dates(pieces: tuple[str, ...], ratio: float) -> None:
-    (found,) = fragmentation(["10271606"], [BARE], lambda text: pieces)
-    assert found.ratio == pytest.approx(ratio)
-    assert not found.delimiter and found.extra == len(pieces) - 3
+def test_the_papers_numbers_for_a_bare_date(pieces: tuple[str, ...], paper: float) -> None:
+    (found,) = fragmentation(["10271606"], [KEPT], lambda text: pieces)
+    assert round(found.ratio, 2) == paper
+    assert found.delimiter and found.extra == len(pieces) - 5
+
+
+@pytest.mark.parametrize(
+    ("pieces", "cut", "merged"),
+    [
+        (("102", "716", "06"), 0.40, 0.40),
+        (("10", "27", "16", "06"), 0.15 + 0.30 * (1 - 2 / 12**0.5), 0.05 + 0.30 * (1 - 2 / 12**0.5)),
+        (tuple("10271606"), 0.55, 0.55),
+        (BARE, 0.0, 0.0),
+    ],
+)
+def test_a_baseline_without_delimiters(pieces: tuple[str, ...], cut: float, merged: float) -> None:
+    for split, ratio in (("cut", cut), ("merged", merged)):
+        (found,) = fragmentation(["10271606"], [BARE], lambda text: pieces, split=split)
+        assert found.ratio == pytest.approx(ratio)
+        assert not found.delimiter and found.extra == len(pieces) - 3
 
 
 def test_delimiters_and_the_table() -> None:
@@ -46,3 +62,5 @@ def test_parts_that_are_not_the_date_are_refused() -> None:
         fragmentation(["12"], [["1"]], lambda text: ["12"])
     with pytest.raises(HeadscopeError, match="give fields to each date"):
         fragmentation(["12"], [], lambda text: ["12"])
+    with pytest.raises(HeadscopeError, match="'cut' or 'merged'"):
+        fragmentation(["12"], [["12"]], lambda text: ["12"], split="half")
