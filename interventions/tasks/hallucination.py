@@ -14,9 +14,10 @@ from headscope.interp.prompts.scenes.language import hallucinated, named, reques
 from headscope.interp.prompts.scenes.world import COMPANIONS
 from headscope.interp.runs.journal import Trial
 from headscope.interventions.tasks.base import check_among
-from headscope.interventions.tasks.scenes import SceneTask, alone, balanced, pairs, together
+from headscope.interventions.tasks.scenes import SceneTask, alone, balanced, fog, pairs, together
 
-KINDS = ("alone", "together", "balanced")
+KEYS = {"alone": alone, "together": together, "fog": fog}
+KINDS = (*KEYS, "balanced")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +30,14 @@ class Hallucination(SceneTask):
     is known and no synonym list is needed.
 
     Kinds: "alone": an object whose usual companion is absent, ``samples`` of each of the five pairs, of which the last
-    (flower, sun) has no prior; "together": the companion is there; "balanced": 3 to 8 objects of any class, outside
+    (flower, sun) has no prior; "together": the companion is there; "fog": as "alone", but nothing can be seen, so that
+    with ``mention`` a companion is named for the word alone; "balanced": 3 to 8 objects of any class, outside
     what captions were trained on. Beside CHAIR: ``recall`` of the classes that are there, ``words``, ``place`` (of
     hallucinated objects in their caption's list, 0 first to 1 last), and how often each absent companion is named. A
     method that shortens captions or names less lowers CHAIR without seeing better: read ``recall`` with it.
 
     Args:
-        kinds: of the three.
+        kinds: of the four.
         detail: a sentence an object, with its place; else one list.
         mention: the question names the scene's own object ("Describe the image with the boat ...").
     """
@@ -66,13 +68,13 @@ class Hallucination(SceneTask):
                     if kind == "balanced":
                         key, asked = balanced(3, number * len(pairs()) + pairs().index(name), self.seed), None
                     else:
-                        key, asked = (alone if kind == "alone" else together)(name, number, self.seed), name
+                        key, asked = KEYS[kind](name, number, self.seed), name
                     question = request(detail=self.detail, mention=asked if self.mention else None)
                     made.append({"kind": kind, "of": asked or "", "scene": key, "question": question})
         return made
 
     def grade(self, lm: LanguageModel, trial: Trial, response: str) -> dict[str, Any]:
-        """Score (1: something is hallucinated), how many are named and hallucinated, which, recall, words; their place."""
+        """Score (1: something is hallucinated), how many are named and hallucinated, which, recall, words, place."""
         there, said = self.scene(trial).names, named(response)
         wrong = hallucinated(response, there)
         places = [i / max(1, len(said) - 1) for i, name in enumerate(said) if name not in there]

@@ -74,6 +74,11 @@ def together(name: str, number: int, seed: int) -> str:
     return f"{seed}/together/{name}/{number}"
 
 
+def fog(name: str, number: int, seed: int) -> str:
+    """The key of a scene as ``alone``'s in which nothing can be seen."""
+    return f"{seed}/fog/{name}/{number}"
+
+
 def balanced(least: int, number: int, seed: int) -> str:
     """The key of a scene of ``least`` to 8 objects without a prior."""
     return f"{seed}/balanced/{least}/{number}"
@@ -86,7 +91,7 @@ def known(key: str) -> Scene:
     draw = random.Random(key)
     if kind == "balanced":
         return balanced_scene(draw, int(what), 8)
-    return prior_scene(draw, objects=[what], companions=kind == "together", fog=0.0)
+    return prior_scene(draw, objects=[what], companions=kind == "together", fog=float(kind == "fog"))
 
 
 @lru_cache(1024)

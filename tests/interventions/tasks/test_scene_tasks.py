@@ -29,7 +29,11 @@ def test_chair_of_captions_written_by_hand():
 
     honest = graded(task, trials, truth)
     assert honest["score"].sum() == 0 and (honest["recall"] == 1).all()
-    assert "place" not in task.summarise(honest) and task.summarise(honest)["chair_i"] == 0 and task.summarise(honest)["boat -> fish"] == 0
+    assert (
+        "place" not in task.summarise(honest)
+        and task.summarise(honest)["chair_i"] == 0
+        and task.summarise(honest)["boat -> fish"] == 0
+    )
     # every boat's fish is named at the end, nothing else: 2 of 10 captions
     lying = graded(task, trials, lambda t: truth(t) + (" A red fish is on the left." if t["of"] == "boat" else ""))
     said = sum(len(named(truth(trial))) for trial in trials) + 2
