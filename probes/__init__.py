@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from headscope.probes.patching.activation import patch_places as patch_places
     from headscope.probes.patching.attribution import attribution_patching as attribution_patching
     from headscope.probes.patching.causal_trace import causal_trace as causal_trace
+    from headscope.probes.patching.edges import edge_attribution as edge_attribution
     from headscope.probes.patching.pairs import Pairs as Pairs
     from headscope.probes.patching.path import path_effect as path_effect
     from headscope.probes.patching.path import path_patching as path_patching
@@ -75,6 +76,7 @@ _HOME = {
     "compare_circuits": "circuits.circuit",
     "composition_scores": "attribution.composition",
     "eigen_scores": "attribution.eigen",
+    "edge_attribution": "patching.edges",
     "evaluate_circuit": "circuits.evaluation",
     "faithfulness_curve": "circuits.evaluation",
     "find_circuit": "circuits.finding",
