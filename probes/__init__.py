@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from headscope.probes.patching.attribution import attribution_patching as attribution_patching
     from headscope.probes.patching.causal_trace import causal_trace as causal_trace
     from headscope.probes.patching.edges import edge_attribution as edge_attribution
+    from headscope.probes.patching.knockout import attention_knockout as attention_knockout
     from headscope.probes.patching.pairs import Pairs as Pairs
     from headscope.probes.patching.path import path_effect as path_effect
     from headscope.probes.patching.path import path_patching as path_patching
@@ -67,6 +68,7 @@ _HOME = {
     "TunedLens": "lenses.tuned_lens",
     "anchor_lens": "lenses.anchored",
     "anchored_neurons": "lenses.anchored",
+    "attention_knockout": "patching.knockout",
     "attention_saliency": "gradients.saliency",
     "attribution_patching": "patching.attribution",
     "away_from_anchor": "lenses.anchored",

@@ -147,7 +147,7 @@ def test_dropout_is_the_mean_size_without_a_layer_each(lm: LanguageModel, plain,
 
 
 def test_dropout_finds_what_two_ways_cancel(pairs: Pairs, tiny_model) -> None:
-    """An MLP of layer 1 that takes away what attention of layer 0 wrote, all else being next to nothing: heads of layer 0
+    """An MLP of layer 1 that takes away what attention of layer 0 wrote, all else being nearly 0: heads of layer 0
     have no effect to first order; of the three layers left out only layer 1 leaves their direct one: half of it."""
     lm = tiny_model("llama")
     blocks, wrote = lm.model.model.layers, dict[str, torch.Tensor]()
