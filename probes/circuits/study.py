@@ -17,9 +17,10 @@ from headscope.interp.runs.files import write_atomically
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import fingerprint, provenance
 from headscope.interp.runs.sealed import sealed
+from headscope.probes.circuits.ablation import Ablation
 from headscope.probes.circuits.circuit import Circuit
 from headscope.probes.circuits.coloured import coloured_objects
-from headscope.probes.circuits.evaluation import Ablation, evaluate_circuit, faithfulness_curve
+from headscope.probes.circuits.evaluation import evaluate_circuit, faithfulness_curve
 from headscope.probes.circuits.figure import circuit_figure
 from headscope.probes.circuits.finding import find_circuit, measure_edges
 from headscope.probes.circuits.ioi import ioi
