@@ -39,8 +39,8 @@ def circuit(
     typer.echo(repr(found.circuit))
     nodes = {row["node"]: row["minimality"] for row in found.evaluation["nodes"]}
     heads = zip(found.circuit.heads, found.circuit.heads.weights, strict=True)
-    weights = {f"L{layer}H{head}": weight for (layer, head), weight in heads}
-    weights |= {f"L{layer}MLP": None for layer in found.circuit.mlps or ()}
+    weights: dict[str, float | None] = {f"L{layer}H{head}": weight for (layer, head), weight in heads}
+    weights.update((f"L{layer}MLP", None) for layer in found.circuit.mlps or ())
     rows = [{"node": node, "weight": weight, "minimality": nodes.get(node)} for node, weight in weights.items()]
     console.show_rows(rows, f"circuit {task}: nodes", False)
     console.show_rows(found.evaluation["summary"], "on pairs that it was not found on", False)

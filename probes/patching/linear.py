@@ -131,7 +131,7 @@ class Leaves(Places):
         x = self._pass(call.place, call.layer, x)
         if self.drop and call.place in DROPPED and x.requires_grad:
             self.adding.add(call.layer)
-            x.register_hook(lambda slope: torch.zeros_like(slope) if self.dropping == call.layer else None)
+            x.register_hook(lambda slope: torch.zeros_like(slope) if self.dropping == call.layer else None)  # type: ignore[no-untyped-call]
         return x
 
     def _pass(self, site: str, layer: int, x: Tensor) -> Tensor:
