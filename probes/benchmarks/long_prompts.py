@@ -34,9 +34,16 @@ from headscope.probes import (
     path_patching,
 )
 
+
+def plain(lm: LanguageModel, pairs: Pairs) -> Any:
+    """The model as it is, without anything of ours on it."""
+    with torch.no_grad():
+        return lm.model(input_ids=pairs.clean, use_cache=False, logits_to_keep=1)
+
+
 QUIET: dict[str, Any] = {"progress": False, "normalize": False}
 METHODS: dict[str, Callable[[LanguageModel, Pairs], Any]] = {
-    "plain forward pass": lambda lm, pairs: plain(lm, pairs),
+    "plain forward pass": plain,
     "activation patching": lambda lm, pairs: patch_heads(lm, pairs, heads=["L1H0"], together=1, **QUIET),
     "path patching": lambda lm, pairs: path_patching(lm, pairs, "L1H0.q", together=1, **QUIET),
     "attribution patching": lambda lm, pairs: attribution_patching(lm, pairs, **QUIET),
@@ -70,12 +77,6 @@ def pair(length: int) -> Pairs:
     corrupt[:, length // 2 : length // 2 + 2] = torch.tensor([3, 5])
     one = torch.tensor([7])
     return Pairs(clean, corrupt, torch.tensor([length]), one, one + 1, one * 0)
-
-
-@torch.no_grad()
-def plain(lm: LanguageModel, pairs: Pairs) -> Any:
-    """The model as it is, without anything of ours on it."""
-    return lm.model(input_ids=pairs.clean, use_cache=False, logits_to_keep=1)
 
 
 def peak() -> int:
