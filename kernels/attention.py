@@ -18,8 +18,8 @@ from torch import Tensor
 from headscope.kernels import reference
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.scores import Scores
+from headscope.kernels.streaming import backward, library
 from headscope.kernels.streaming import engine as streaming
-from headscope.kernels.streaming import library
 from headscope.kernels.streaming.weights import log_tile
 
 Engine = Literal["auto", "reference", "streaming", "triton", "flex"]
@@ -36,7 +36,7 @@ def attend(
     """One attention call: its output and every reduction in ``request``, in as few passes as the engine can.
 
     Statistics carry no gradient. The output does where q, k, v, sinks or bias require one: it is then computed apart,
-    by the library or, with softcap, sinks, bias or edit, densely.
+    by the library or, with softcap, sinks, bias or edit, a few rows at a time (``streaming.backward``).
 
     Args:
         scores: queries, keys, and how they become scores; statistics are those of the edited pattern. An ``edit`` is
@@ -81,9 +81,7 @@ def wants_gradient(scores: Scores, *others: Tensor | None) -> bool:
 def _differentiable_output(scores: Scores, v: Tensor) -> Tensor:
     if scores.is_plain:
         return library.attention(scores, v)
-    out = reference.attend(scores, v, request=Request()).output
-    assert out is not None
-    return out.to(v.dtype)
+    return backward.attention(scores, v)
 
 
 def _engine(engine: str, scores: Scores, v: Tensor) -> Callable[..., Reduced]:

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     from headscope.probes.patching.activation import patch_places as patch_places
     from headscope.probes.patching.attribution import attribution_patching as attribution_patching
     from headscope.probes.patching.causal_trace import causal_trace as causal_trace
+    from headscope.probes.patching.edges import edge_attribution as edge_attribution
+    from headscope.probes.patching.knockout import attention_knockout as attention_knockout
     from headscope.probes.patching.pairs import Pairs as Pairs
     from headscope.probes.patching.path import path_effect as path_effect
     from headscope.probes.patching.path import path_patching as path_patching
@@ -75,6 +77,7 @@ _HOME = {
     "anchor_lens": "lenses.anchored",
     "anchored_neurons": "lenses.anchored",
     "answer_shares": "lenses.recall",
+    "attention_knockout": "patching.knockout",
     "attention_saliency": "gradients.saliency",
     "attribution_patching": "patching.attribution",
     "away_from_anchor": "lenses.anchored",
@@ -86,6 +89,7 @@ _HOME = {
     "composition_scores": "attribution.composition",
     "eigen_scores": "attribution.eigen",
     "date_pairs": "tokens.dates",
+    "edge_attribution": "patching.edges",
     "evaluate_circuit": "circuits.evaluation",
     "faithfulness_curve": "circuits.evaluation",
     "find_circuit": "circuits.finding",

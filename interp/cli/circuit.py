@@ -39,11 +39,10 @@ def circuit(
     typer.echo(repr(found.circuit))
     nodes = {row["node"]: row["minimality"] for row in found.evaluation["nodes"]}
     heads = zip(found.circuit.heads, found.circuit.heads.weights, strict=True)
-    rows = [
-        {"head": f"L{layer}H{head}", "weight": weight, "minimality": nodes.get(f"L{layer}H{head}")}
-        for (layer, head), weight in heads
-    ]
-    console.show_rows(rows, f"circuit {task}: heads", False)
+    weights: dict[str, float | None] = {f"L{layer}H{head}": weight for (layer, head), weight in heads}
+    weights.update((f"L{layer}MLP", None) for layer in found.circuit.mlps or ())
+    rows = [{"node": node, "weight": weight, "minimality": nodes.get(node)} for node, weight in weights.items()]
+    console.show_rows(rows, f"circuit {task}: nodes", False)
     console.show_rows(found.evaluation["summary"], "on pairs that it was not found on", False)
     console.show_rows([found.evaluation["random"]], "faithfulness of random circuits of this size and layers", False)
     console.show_rows(found.curve.to_dict("records"), "faithfulness over size", False)

@@ -17,9 +17,10 @@ from headscope.interp.runs.files import write_atomically
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import fingerprint, provenance
 from headscope.interp.runs.sealed import sealed
+from headscope.probes.circuits.ablation import Ablation
 from headscope.probes.circuits.circuit import Circuit
 from headscope.probes.circuits.coloured import coloured_objects
-from headscope.probes.circuits.evaluation import Ablation, evaluate_circuit, faithfulness_curve
+from headscope.probes.circuits.evaluation import evaluate_circuit, faithfulness_curve
 from headscope.probes.circuits.figure import circuit_figure
 from headscope.probes.circuits.finding import find_circuit, measure_edges
 from headscope.probes.circuits.ioi import ioi
@@ -47,10 +48,12 @@ def study_circuit(
     count: int = 48,
     size: int = 20,
     method: Literal["attribution", "path"] = "attribution",
+    mlps: bool = False,
     budget: int = 2000,
     edges: bool = True,
     ablation: Ablation = "mean",
     randoms: int = 20,
+    searched: int = 0,
     seed: int = 0,
     progress: bool = True,
 ) -> CircuitStudy:
@@ -60,10 +63,10 @@ def study_circuit(
         lm: load_model's result, or what load_model takes.
         task: ``ioi`` or ``coloured_objects``.
         out: folder for ``circuit.json``, ``evaluation.json`` and ``circuit.html``; a killed run resumes from it, a step
-            (finding, edges, evaluation, curve) at a time.
-        size, method, budget: as in ``find_circuit``.
+            (finding, edges, evaluation, curve) at a time, a search by paths a receiver at a time (``search.jsonl``).
+        size, method, mlps, budget: as in ``find_circuit``.
         edges: measure those among the circuit's heads (by attribution it has none otherwise).
-        ablation, randoms: as in ``evaluate_circuit``.
+        ablation, randoms, searched: as in ``evaluate_circuit``.
 
     Raises:
         HeadscopeError: no such task, as those functions, or a folder of another run.
@@ -77,10 +80,12 @@ def study_circuit(
         "count": count,
         "size": size,
         "method": method,
+        "mlps": mlps,
         "budget": budget,
         "edges": edges,
         "ablation": ablation,
         "randoms": randoms,
+        "searched": searched,
         "seed": seed,
     }
     folder = None if out is None else Path(out)
@@ -88,7 +93,8 @@ def study_circuit(
     held: list[dict[str, Any]] = []
 
     def find() -> dict[str, Any]:
-        return find_circuit(lm, pairs, size, method, budget=budget, progress=progress).document()
+        search = None if folder is None else folder / "search.jsonl"
+        return find_circuit(lm, pairs, size, method, mlps=mlps, budget=budget, out=search, progress=progress).document()
 
     def measure() -> dict[str, Any]:
         found = Circuit.of(held[0])
@@ -97,7 +103,7 @@ def study_circuit(
     def evaluate() -> dict[str, Any]:
         found = Circuit.of(held[1])
         return evaluate_circuit(
-            lm, found, others, ablation=ablation, randoms=randoms, seed=seed, progress=progress
+            lm, found, others, ablation=ablation, randoms=randoms, searched=searched, seed=seed, progress=progress
         ).document()
 
     def curve() -> dict[str, Any]:

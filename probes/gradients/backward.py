@@ -1,8 +1,8 @@
 """One forward and one backward pass of a prompt: what every attention layer computed with, and dL/dz of its heads.
 
 That is all that A * dL/dA needs: dL/dA_ij = dL/dz_i . v_j (``headscope.kernels.saliency``). The gradient of a layer is
-the total one, through all later layers. No map is held; but where attention has a softcap or sink logits (Gemma 2,
-gpt-oss) the backward pass through it is dense, one layer at a time: those models are exact here, not cheap at length.
+the total one, through all later layers. No map is held; where attention has a softcap or sink logits (Gemma 2, gpt-oss)
+the backward pass computes a few rows of it at a time again (``headscope.kernels.streaming.backward``).
 """
 
 from __future__ import annotations

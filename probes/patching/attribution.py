@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from headscope.interp.attention.call import AttentionCall
-from headscope.interp.attention.stream import StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
@@ -21,10 +17,10 @@ from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
-from headscope.interp.sites.gradients import frozen
-from headscope.probes.patching.activation import UNIT, Direction, numbers, patch_heads
-from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, measure, share
-from headscope.probes.patching.places import COMPONENTS, INPUTS, Place, Places, by_head, layers_of
+from headscope.probes.patching.activation import UNIT, Direction, patch_heads
+from headscope.probes.patching.linear import Gradients, Linear, dot
+from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, share
+from headscope.probes.patching.places import COMPONENTS, layers_of
 
 Fix = Literal["none", "qk"]
 
@@ -57,6 +53,7 @@ def attribution_patching(
     positions: Any = None,
     *,
     fix: Fix = "none",
+    dropout: bool = False,
     steps: int = 1,
     mlps: bool = False,
     sample: int = 0,
@@ -76,7 +73,13 @@ def attribution_patching(
     ``fix="qk"`` (theirs), for q and k, where a saturated softmax has no gradient: the head's pattern is
     recomputed with the patched q (or k), and only what follows is linear, (A(q') - A) . dL/dA. As dL/dA[i, j] =
     dL/dz[i] . v[j], that is (z(q', k, v) - z) . dL/dz, so nothing quadratic is held. All positions of k are patched at
-    once, where they patch one key at a time. Their other fix, dropout of gradients, is not here.
+    once, where they patch one key at a time.
+
+    ``dropout`` (theirs, GradDrop; with ``fix="qk"`` it is AtP*), for effects that cancel between the direct way and one
+    through later layers: for each of the L layers the gradient is taken anew with none coming through what that layer
+    (attention and MLP) adds to the stream, and the score is sum_l |estimate_l| / (L - 1) in each pair, as a node's own
+    layer leaves it nothing. L backward passes more; scores are magnitudes, and so are the true ones beside them. What
+    differs: a node of theirs is one token's; here the sizes are of a head's sum over ``positions``.
 
     ``steps`` > 1: integrated gradients (EAP-IG: Hanna et al. 2024, arXiv 2403.17806, for nodes): dL/dz is the mean
     over ``steps`` points, base + j / steps (source - base), j = 0 ... steps - 1, of what enters the first layer; one
@@ -92,37 +95,35 @@ def attribution_patching(
         sample: so many heads, drawn at random, are patched truly as well; their forward passes are not in ``forwards``.
 
     Raises:
-        HeadscopeError: as ``patch_heads``; a fix that is not one of q or k; the model computes without gradients.
+        HeadscopeError: as ``patch_heads``; a fix that is not one of q or k; dropout of integrated gradients; the model
+            computes without gradients.
     """
     lm = load_model(lm)
     if component not in COMPONENTS or (fix == "qk" and component not in ("q", "k")) or fix not in ("none", "qk"):
         raise HeadscopeError(f"no attribution of {component!r} with fix={fix!r}: q, k, v or z; 'qk' fixes q and k")
     if steps < 1:
         raise HeadscopeError(f"steps={steps}: integrate over at least 1 step")
+    if dropout and steps > 1:
+        raise HeadscopeError(f"dropout=True goes with one step, not steps={steps}: choose one of the two")
     at = "z" if fix == "qk" else component
     sites = [at, *(["mlp_out"] if mlps else [])]
     heads, layers_mlp, bases, others = [], [], [], []
     for part in track(pairs.batches(batch_size), "attribution", enabled=progress):
         where = part.where(positions)
-        seen = Linear(lm, part, sites, direction, metric, steps, (component, where) if fix == "qk" else None)
-        values = np.full((len(part), lm.info.layers, lm.info.heads), np.nan)
-        for layer in layers_of(seen.grads, at):
-            moved = seen.moved[layer] if fix == "qk" else seen.difference(at, layer)
-            values[:, layer] = _dot(moved, seen.grads[at, layer], part.real if fix == "qk" else where)
-        heads.append(values)
-        if mlps:
-            found = [
-                _dot(seen.difference("mlp_out", n), seen.grads["mlp_out", n], where)
-                for n in layers_of(seen.grads, "mlp_out")
-            ]
-            layers_mlp.append(np.stack(found, 1))
+        recompute = (component, where) if fix == "qk" else None
+        seen = Linear(lm, part, sites, direction, metric, steps, recompute, dropout)
+        of_heads, of_mlps = _estimates(lm, seen, at, part.real if fix == "qk" else where, where, dropout)
+        heads.append(of_heads)
+        layers_mlp.append(of_mlps)
         bases.append(seen.base)
         others.append(seen.other)
     base, other = np.concatenate(bases), np.concatenate(others)
     trials = share(np.concatenate(heads) + base[:, None, None], base, other, normalize=normalize)
     mlp = share(np.concatenate(layers_mlp) + base[:, None], base, other, normalize=normalize) if mlps else None
+    if dropout:  # a share of a difference that may be negative
+        trials, mlp = np.abs(trials), None if mlp is None else np.abs(mlp)
     made = provenance(lm, prompts=pairs.texts, component=component, positions=str(positions), direction=direction,
-                      fix=fix, steps=steps, sample=sample, seed=seed)  # fmt: skip
+                      fix=fix, dropout=dropout, steps=steps, sample=sample, seed=seed)  # fmt: skip
     unit = UNIT[direction] if normalize else "metric"
     scores = HeadScores(f"attribution_{component}", trials, made | {"unit": unit})
     true = None
@@ -130,7 +131,33 @@ def attribution_patching(
         asked = sampled(scores, sample, seed)
         true = patch_heads(lm, pairs, component, positions, heads=asked, direction=direction, metric=metric,
                            normalize=normalize, batch_size=batch_size, progress=progress)  # fmt: skip
-    return Attribution(scores, 1 + steps, steps, mlp, true, None if true is None else correlation(scores, true))
+        true = replace(true, trials=np.abs(true.trials)) if dropout else true
+    backwards = steps + (lm.info.layers if dropout else 0)
+    return Attribution(scores, 1 + steps, backwards, mlp, true, None if true is None else correlation(scores, true))
+
+
+def _estimates(
+    lm: LanguageModel, seen: Linear, at: str, held: Tensor, where: Tensor, dropout: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of heads (pair, layer, head), NaN in those that do not attend, and of MLPs (pair, layer)."""
+    if not dropout:
+        return _estimate(lm, seen, seen.grads, at, held, where)
+    found = [_estimate(lm, seen, grads, at, held, where) for grads in seen.dropped()]  # one a layer
+    heads, mlps = (np.abs(np.stack(x)).sum(0) / (len(found) - 1) for x in zip(*found, strict=True))
+    return heads, mlps
+
+
+def _estimate(
+    lm: LanguageModel, seen: Linear, grads: Gradients, at: str, held: Tensor, where: Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    values = np.full((len(where), lm.info.layers, lm.info.heads), np.nan)
+    for layer in layers_of(grads, at):
+        moved = seen.moved[layer] if seen.moved else seen.difference(at, layer)
+        values[:, layer] = dot(moved, grads[at, layer], held)
+    mlps = [
+        dot(seen.difference("mlp_out", layer), grads["mlp_out", layer], where) for layer in layers_of(grads, "mlp_out")
+    ]
+    return values, np.stack(mlps, 1) if mlps else np.zeros((len(where), 0))
 
 
 def correlation(estimate: HeadScores, true: HeadScores) -> dict[str, float]:
@@ -151,105 +178,3 @@ def sampled(scores: HeadScores, count: int, seed: int) -> HeadSet:
     there = np.argwhere(scores.n > 0)
     drawn = np.random.default_rng(seed).permutation(len(there))[:count]
     return HeadSet(tuple((int(layer), int(head)) for layer, head in there[np.sort(drawn)]), name="sample")
-
-
-class Linear:
-    """What the first order needs of some pairs: ``own`` and ``given``, what passed the sites in the run that is patched
-    and in the other; ``grads``, the gradient of each pair's metric in the first; ``base`` and ``other`` (example,) the
-    metric. One forward pass of the other run, and one forward and one backward a step."""
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        pairs: Pairs,
-        sites: Sequence[str],
-        direction: Direction,
-        metric: Metric,
-        steps: int = 1,
-        recompute: tuple[str, Tensor] | None = None,
-    ) -> None:
-        if direction not in UNIT:
-            raise HeadscopeError(f"direction is 'denoise' or 'noise', not {direction!r}")
-        ids, other_ids = pairs.corrupt, pairs.clean
-        if direction == "noise":
-            ids, other_ids = other_ids, ids
-        entering = ("resid_pre",) if steps > 1 else ()
-        other = Places(keep=(*sites, *entering, *(recompute[:1] if recompute else ())))
-        self.other = numbers(measure(lm, pairs, other_ids, other, metric))[0]
-        self.given, self.grads, first = other.kept, dict[Place, Tensor](), 0
-        self.own: dict[Place, Tensor] = {}
-        for j in range(steps):
-            leaves = Leaves(sites, entering, self.given, recompute if j == 0 else None)
-            if j:
-                start, end = self.own["resid_pre", first], self.given["resid_pre", first]
-                leaves.entering = (first, start + j / steps * (end - start))
-            with frozen(lm), torch.enable_grad():
-                said = measure(lm, pairs, ids, leaves, metric, grad=True)[0]
-                found = torch.autograd.grad(said.sum(), list(leaves.leaves.values()))
-            if j == 0:
-                self.base, self.own, self.moved = numbers(said), leaves.kept, leaves.moved
-                first = min(layers_of(self.own, "resid_pre"), default=0)
-            for at, grad in zip(leaves.leaves, found, strict=True):
-                self.grads[at] = self.grads[at] + grad / steps if at in self.grads else grad / steps
-
-    def difference(self, site: str, layer: int) -> Tensor:
-        """What patching would add."""
-        return self.given[site, layer] - self.own[site, layer]
-
-
-class Leaves(Places):
-    """Adds a zero to every value at the sites, whose gradient is the gradient there; moves what enters the model where
-    ``entering`` says to; attends once more with the other run's q or k where ``recompute`` says to (``moved``)."""
-
-    def __init__(
-        self,
-        sites: Sequence[str],
-        keep: Sequence[str],
-        given: Mapping[Place, Tensor],
-        recompute: tuple[str, Tensor] | None,
-    ) -> None:
-        super().__init__(keep=(*sites, *keep))
-        self.sites, self.given, self.recompute = frozenset(sites), given, recompute
-        self.entering: tuple[int, Tensor] | None = None
-        self.leaves: dict[Place, Tensor] = {}
-        self.moved: dict[int, Tensor] = {}
-
-    def edit(self, call: AttentionCall) -> AttentionCall:
-        """Change q, k and v: every query head has keys and values of its own here."""
-        if not self.sites & set(INPUTS):
-            return call
-        return call.with_(**{INPUTS[site]: self._pass(site, call.layer, x) for site, x in by_head(call).items()})
-
-    def edit_output(self, call: AttentionCall, z: Tensor) -> Tensor:
-        """Keep z' - z of a recomputed pattern, and change z."""
-        if self.recompute is not None:
-            site, where = self.recompute
-            with torch.no_grad():
-                new = {INPUTS[name]: x.detach() for name, x in by_head(call).items()}
-                held = where.to(z.device)[:, None, :, None]
-                new[INPUTS[site]] = torch.where(held, self.given[site, call.layer], new[INPUTS[site]])
-                self.moved[call.layer] = call.with_(**new).output() - z.detach()
-        return self._pass("z", call.layer, z)
-
-    def stream(self, call: StreamCall) -> Tensor:
-        """Put in what enters the first layer, and change the rest."""
-        x = call.x
-        if call.place == "resid_pre" and self.entering is not None and call.layer == self.entering[0]:
-            x = self.entering[1].to(x)
-        return self._pass(call.place, call.layer, x)
-
-    def _pass(self, site: str, layer: int, x: Tensor) -> Tensor:
-        if site in self.keep:
-            self.kept[site, layer] = x.detach()
-        if site not in self.sites:
-            return x
-        self.leaves[site, layer] = leaf = torch.zeros_like(x, requires_grad=True)
-        return x + leaf
-
-
-def _dot(moved: Tensor, grad: Tensor, where: Tensor) -> NDArray[np.float64]:
-    """Sums over the tokens of ``where`` and dimensions: (example, head), or (example,)."""
-    held = where.to(grad.device)[:, None, :, None] if grad.ndim == 4 else where.to(grad.device)[..., None]
-    product = torch.where(held, moved.double() * grad.double(), 0)
-    found: NDArray[np.float64] = product.sum((-2, -1)).cpu().numpy()
-    return found

@@ -16,8 +16,8 @@ from headscope.interp.runs.progress import track
 from headscope.interp.statistics.spans import Span
 from headscope.probes.lenses.targets import Token, token_ids
 from headscope.probes.patching.activation import numbers
-from headscope.probes.patching.pairs import Pairs, measure
-from headscope.probes.patching.places import Change, Place, Places, chunks, in_turn, layers_of, put
+from headscope.probes.patching.pairs import Pairs, answer_probability, measure
+from headscope.probes.patching.places import Change, Place, Places, chunks, in_turn, in_window, layers_of, put
 
 WINDOWED = ("mlp_out", "attn_out")
 
@@ -80,7 +80,7 @@ def causal_trace(
     drawn = torch.randn(samples, stop - first, entering.shape[-1], generator=torch.Generator().manual_seed(seed))
     noised = entering.repeat(samples, 1, 1)
     noised[:, first:stop] += (noise * sigma * drawn.to(sigma.device)).to(noised)
-    full = numbers(measure(lm, replace(one, answers=torch.tensor([target])), ids, Places(), _probability)).mean()
+    full = numbers(measure(lm, replace(one, answers=torch.tensor([target])), ids, Places(), answer_probability)).mean()
     width = window or (10 if place in WINDOWED else 1)
     layers = layers_of(clean.kept, place)
     states: list[tuple[int | None, int]] = [(None, 0), *((layer, at) for layer in layers for at in range(length))]
@@ -89,12 +89,16 @@ def causal_trace(
         copies = len(some)
         changes: dict[Place, Change] = {("resid_pre", before): _instead(noised.repeat(copies, 1, 1))}
         for near in layers:
-            inside = [(c, at) for c, (layer, at) in enumerate(some) if layer is not None and _holds(layer, near, width)]
+            inside = [
+                (c, at) for c, (layer, at) in enumerate(some) if layer is not None and in_window(layer, near, width)
+            ]
             if inside:
                 given = clean.kept[place, near].expand(samples, -1, -1)
                 puts = [put(given, rows.where(at), copies, [(c, None)]) for c, at in inside]
                 changes[place, near] = in_turn([*([changes[place, near]] if (place, near) in changes else []), *puts])
-        found += numbers(measure(lm, rows, rows.clean, Places(changes), _probability, copies=copies)).mean(1).tolist()
+        found += (
+            numbers(measure(lm, rows, rows.clean, Places(changes), answer_probability, copies=copies)).mean(1).tolist()
+        )
     low, restored = found[0], found[1:]
     words = lm.required_tokenizer().convert_ids_to_tokens(ids[0].tolist())
     frame = pd.DataFrame(
@@ -117,16 +121,6 @@ def _alone(ids: Tensor, answer: int, count: int) -> Pairs:
     """One prompt, so many times."""
     same, many = ids.repeat(count, 1), torch.full((count,), answer)
     return Pairs(same, same, torch.full((count,), ids.shape[1]), many, many, torch.zeros(count, dtype=torch.long))
-
-
-def _probability(logits: Tensor, pairs: Pairs) -> Tensor:
-    said: Tensor = logits.softmax(-1).gather(1, pairs.answers.to(logits.device)[:, None])[:, 0]
-    return said
-
-
-def _holds(layer: int, near: int, window: int) -> bool:
-    """Whether ``near`` is in the window around ``layer``: their range(layer - w // 2, layer - (-w // 2))."""
-    return near == layer if window == 1 else layer - window // 2 <= near < layer - (-window // 2)
 
 
 def _instead(given: Tensor) -> Change:

@@ -134,6 +134,11 @@ def logit_difference(logits: Tensor, pairs: Pairs) -> Tensor:
     return both[:, 0] - both[:, 1]
 
 
+def answer_probability(logits: Tensor, pairs: Pairs) -> Tensor:
+    """The probability of each example's answer, from the logits (example, vocabulary) after its last token."""
+    return logits.softmax(-1).gather(1, pairs.answers.to(logits.device)[:, None])[:, 0]
+
+
 def measure(
     lm: LanguageModel,
     pairs: Pairs,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
-from headscope.interp.runs.progress import track
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.loop import opened, run_steps
+from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.probes.patching.activation import Runs
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, measure, share
 from headscope.probes.patching.places import COMPONENTS, Change, Place, Places, chunks, in_turn, layers_of, put
@@ -78,6 +79,7 @@ def path_patching(
     normalize: bool = True,
     batch_size: int = 25,
     together: int = 4,
+    out: str | Path | None = None,
     progress: bool = True,
 ) -> HeadScores:
     """The effect of each head on the answer that goes through ``receivers`` and no other head.
@@ -104,28 +106,64 @@ def path_patching(
         component: which of a receiver's values, where its name does not say: q, k, v or z.
         positions: as ``Pairs.where`` takes them, -1 in the paper; None: all, each position's own paths.
         batch_size: pairs in a pass; ``together``: senders in a pass. Two forward passes a sender and batch.
+        out: folder for the scores and, from the first pass on, for every finished step of them
+            (``path_patching.jsonl``), which a run that was killed or interrupted takes up when it is run again.
 
     Raises:
-        HeadscopeError: no such receiver, or no head below it.
+        HeadscopeError: no such receiver, no head below it, a folder of another run, or, with ``out``, a metric that
+            cannot be told from another.
     """
     lm = load_model(lm)
-    nodes = receivers_of(receivers, component)
-    size = 25 if published else batch_size
-    values, base, other = [], [], []
-    for part in track(pairs.batches(size), "path patching", enabled=progress):
-        stage = Stage(lm, part, nodes, positions, freeze_mlps, metric)
-        senders = [Node(n, h) for n in stage.layers if n < stage.top for h in range(lm.info.heads)]
-        if not senders:
-            raise HeadscopeError(f"no head is below {', '.join(map(str, nodes))}, so none can send anything to it")
-        found = np.full((len(part), lm.info.layers, lm.info.heads), np.nan)
-        for some in chunks(senders, together):
-            for node, row in zip(some, stage.effects([[node] for node in some]), strict=True):
-                found[:, node.layer, node.head] = row
-        values.append(found)
-        base.append(stage.runs.base)
-        other.append(stage.runs.other)
+    nodes, folder = receivers_of(receivers, component), None if out is None else Path(out)
+    parts = pairs.batches(25 if published else batch_size)
+    held: dict[int, Stage] = {}
+
+    def stage(batch: int) -> Stage:
+        if batch not in held:
+            held.clear()
+            held[batch] = Stage(lm, parts[batch], nodes, positions, freeze_mlps, metric)
+        return held[batch]
+
+    senders = [Node(n, h) for n in stage(0).layers if n < stage(0).top for h in range(lm.info.heads)]
+    if not senders:
+        raise HeadscopeError(f"no head is below {', '.join(map(str, nodes))}, so none can send anything to it")
+    work = [(batch, some) for batch in range(len(parts)) for some in chunks(senders, together)]
+
+    def step(index: int) -> dict[str, Any]:
+        batch, some = work[index]
+        rows = stage(batch).effects([[node] for node in some])
+        runs = stage(batch).runs
+        return {"effects": [row.tolist() for row in rows], "base": runs.base.tolist(), "other": runs.other.tolist()}
+
     made = provenance(lm, prompts=pairs.texts, receivers=[str(node) for node in nodes], positions=str(positions),
                       freeze_mlps=freeze_mlps, published=published)  # fmt: skip
+    config: dict[str, Any] = {}
+    if folder is not None:  # only there is a metric compared, which not every object can be
+        config = {name: made[name] for name in ("model", "parameters", "prompts_sha256")}
+        config |= {"weights": fingerprint(lm.inner), "metric": describe(metric), "together": together}
+        config |= {"answers": describe([pairs.answers, pairs.others]), "batches": [len(part) for part in parts]}
+    with opened(None if folder is None else folder / "path_patching.jsonl", config) as journal:
+        results = run_steps(journal, len(work), step, "path patching", progress=progress)
+    values = [np.full((len(part), lm.info.layers, lm.info.heads), np.nan) for part in parts]
+    base, other = ([np.zeros(len(part)) for part in parts] for _ in range(2))
+    for (batch, some), found in zip(work, results, strict=True):
+        base[batch], other[batch] = (np.asarray(found[name], dtype=np.float64) for name in ("base", "other"))
+        for node, row in zip(some, found["effects"], strict=True):
+            values[batch][:, node.layer, node.head] = row
+    scores = _scores(values, base, other, made, published, normalize)
+    if folder is not None:
+        scores.save(folder)
+    return scores
+
+
+def _scores(
+    values: list[NDArray[np.float64]],
+    base: list[NDArray[np.float64]],
+    other: list[NDArray[np.float64]],
+    made: dict[str, Any],
+    published: bool,
+    normalize: bool,
+) -> HeadScores:
     if published:
         ratios = [
             share(v.mean(0)[None], b.mean()[None], o.mean()[None], normalize=True)[0]

@@ -108,3 +108,8 @@ def layers_of(kept: Mapping[Place, Tensor], site: str) -> list[int]:
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """``items`` in order, ``size`` at a time."""
     return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def in_window(middle: int, layer: int, width: int) -> bool:
+    """Whether ``layer`` is one of ``width`` around ``middle``; of an even number one more lies below it."""
+    return middle - width // 2 <= layer < middle - (-width // 2)

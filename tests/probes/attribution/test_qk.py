@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
-from headscope.probes.attribution.qk import qk_attribution
+from headscope.interp.sites import attached
+from headscope.probes.attribution.qk import QKAttribution, qk_attribution
 
 TEXT = " ".join(f"w{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 1, 4))
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
@@ -35,6 +37,37 @@ def random_biases(lm: LanguageModel) -> LanguageModel:
     return lm
 
 
+class Seen(Handler):
+    """The largest numbers in one head's query and key, the call's scale and the width of a head."""
+
+    only_reads = True
+
+    def __init__(self, layer: int, head: int, query: int, key: int) -> None:
+        self.layers, self.head, self.query, self.key = [layer], head, query, key
+        self.factor = 0.0
+
+    def edit_output(self, call, z):
+        kv = self.head // (call.query.shape[1] // call.key.shape[1])
+        q, k = call.query[0, self.head, self.query], call.key[0, kv, self.key]
+        self.factor = abs(call.scale) * len(q) * float(q.abs().max()) * float(k.abs().max())
+        return z
+
+
+def rounding(lm: LanguageModel, found: QKAttribution, text: str) -> float:
+    """How far a table may sum from its score.
+
+    Parts of a query sum to q + e, those of a key to k + f. What sums further than 64 eps of the largest number from
+    the whole's, or the whole's from what the model attends with, is refused, so that |e| <= 128 eps max|q| in each of d
+    dimensions, and |f| likewise. The table, in float64, sums to scale (q + e) . (k + f), and that is off by at most
+    scale d max|q| max|k| (2 x 128 eps + (128 eps)^2).
+    """
+    seen = Seen(found.layer, found.head, found.query, found.key)
+    with attached(lm, seen, layers={found.layer: "the layer"}), torch.no_grad():
+        lm.forward(lm.encode(text)["input_ids"], logits=1)
+    room = 128 * torch.finfo(lm.model.dtype).eps
+    return seen.factor * (2 * room + room**2)
+
+
 def eager_weights(lm: LanguageModel, layer: int, head: int, query: int) -> np.ndarray:
     was = lm.model.config._attn_implementation
     lm.model.set_attn_implementation("eager")
@@ -50,8 +83,9 @@ def test_the_table_sums_to_the_score(tiny: Any, kind: str, changes: dict[str, An
     one, other = (qk_attribution(lm, TEXT, 2, 3, -1, key) for key in (4, 9))
     cap = 5.0 if kind == "gemma2" else None
     for found in (one, other):
-        # sums of some 20 x 20 products of float32 numbers, of about the size of the largest entry
-        assert found.table.sum() == pytest.approx(found.score, abs=1e-5 * np.abs(found.table).sum() + 1e-4)
+        near = rounding(lm, found, TEXT)
+        assert found.table.sum() == pytest.approx(found.score, rel=0, abs=near)
+        assert near < 0.02 * np.abs(found.table).max(), "a part left out, or a sign, would show"
         assert found.table.shape == (len(found.sources),) * 2 and len(found.sources) == 1 + 2 * (4 + 2) + 1
         assert found.by_query().sum() == pytest.approx(found.table.sum())
     p = eager_weights(lm, 2, 3, 11)
@@ -126,5 +160,5 @@ def test_on_smollm2_an_induction_heads_keys_come_from_earlier_heads(smollm2: Lan
     ids = smollm2.encode(text)["input_ids"][0].tolist()
     key = ids.index(ids[-1]) + 1
     found = qk_attribution(smollm2, text, 18, 6, -1, key)
-    assert found.table.sum() == pytest.approx(found.score, abs=1e-4 * np.abs(found.table).max() + 1e-3)
+    assert found.table.sum() == pytest.approx(found.score, rel=0, abs=rounding(smollm2, found, text))
     assert any("H" in source for source in found.by_key().index[:5])

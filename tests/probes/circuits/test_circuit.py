@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import torch
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.headset import HeadSet
+from headscope.probes.circuits import evaluation, finding
+from headscope.probes.circuits.ablation import ablated
 from headscope.probes.circuits.circuit import Circuit, Edge, compare_circuits
-from headscope.probes.circuits.evaluation import ablated, evaluate_circuit, faithfulness_curve
+from headscope.probes.circuits.evaluation import evaluate_circuit, faithfulness_curve
 from headscope.probes.circuits.figure import circuit_figure
 from headscope.probes.circuits.finding import find_circuit, measure_edges
 from headscope.probes.patching.attribution import attribution_patching
 from headscope.probes.patching.pairs import Pairs
+from headscope.probes.patching.path import path_effect
 
 PLANTED = {(0, 1), (1, 2), (2, 3)}
 
@@ -64,6 +68,74 @@ def test_a_planted_circuit_is_found(planted: LanguageModel, pairs: Pairs, method
     assert not edges.provenance["edges_ended"] and edges.provenance["edge_passes"] == 2 * (3 + 3 * 2 + 3 * 1)
     drawn = circuit_figure(edges)
     assert len(drawn.data) == len(edges.edges) + 2
+
+
+@pytest.mark.parametrize("method", ["attribution", "path"])
+def test_mlps_are_nodes_where_asked(planted: LanguageModel, pairs: Pairs, method: str) -> None:
+    """Only the MLP of layer 1 writes anything beside the planted heads; edges are single paths, all else held."""
+    with torch.no_grad():
+        for layer in (0, 2):
+            planted.model.model.layers[layer].mlp.down_proj.weight *= 1e-7
+    found = find_circuit(planted, pairs, 4, method, mlps=True, threshold=1e-4)
+    assert (set(found.heads), found.mlps) == (PLANTED, (1,))
+    edges = measure_edges(planted, pairs, found, threshold=1e-4)
+    assert {e.sender for e in edges.edges} == {"L0H1", "L1H2", "L1MLP", "L2H3"}
+    into = [e for e in edges.edges if e.receiver == "L1MLP"]
+    assert {e.sender for e in into} == {"L0H1", "L1H2"} and "L2H3.v" in {e.receiver for e in edges.edges}
+    for edge in into:
+        true = path_effect(planted, pairs, [edge.sender], edge.receiver, freeze_mlps=True).mean()
+        assert edge.weight == pytest.approx(true, rel=1e-4, abs=1e-6)
+    held = evaluate_circuit(planted, found, pairs, randoms=0, subsets=0)
+    assert held.summary["value"].tolist() == pytest.approx([1, 0], abs=1e-4)
+    assert list(held.nodes.node) == [*(f"L{n}H{h}" for n, h in found.heads), "L1MLP"]
+
+
+def test_a_killed_search_goes_on(
+    planted: LanguageModel, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, effects, stop = [], finding.direct_effects, 0
+
+    def counted(*args):
+        asked.append(args)
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return effects(*args)
+
+    monkeypatch.setattr(finding, "direct_effects", counted)
+    whole = find_circuit(planted, pairs, 4, "path", threshold=1e-4)  # a fourth there is not: all three are asked
+    count, settings = len(asked), dict(threshold=1e-4, out=tmp_path / "search.jsonl")
+    for stop, left in ((3, 3), (0, count - 2)):
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            found = find_circuit(planted, pairs, 4, "path", **settings)
+        assert len(asked) == left
+    assert (found.edges, found.heads) == (whole.edges, whole.heads) and count == 1 + 3 + 3
+    with pytest.raises(HeadscopeError, match="other settings"):
+        find_circuit(planted, pairs, 2, "path", **settings)
+
+
+def test_nodes_that_stand_in_for_each_other(
+    planted: LanguageModel, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer is there if any of L0H0, L0H1, L0H2 is. Of the first two none is needed by itself, each is where K
+    holds the other; and where K holds both, the model still has the third, which the circuit has not."""
+
+    def told(lm, circuits, pairs, **settings):
+        some = np.array([circuit.mask[0, :3].any() for circuit in circuits], dtype=float)
+        return some[:, None] * np.linspace(0.5, 1.5, len(pairs))
+
+    monkeypatch.setattr(evaluation, "ablated", told)
+    circuit = Circuit(HeadSet(((0, 0), (0, 1))), (3, 4))
+    found = evaluate_circuit(planted, circuit, pairs, randoms=0, subsets=16, searched=16)
+    assert found.nodes["minimality"].tolist() == [0, 0] and found.nodes["largest"].tolist() == [1, 1]
+    row = found.summary.set_index("measure").loc["incompleteness"]
+    share = row["value"]  # the share of 16 halves that hold both, a quarter of them
+    assert 0 < share < 0.75 and share * 16 == pytest.approx(round(share * 16))
+    assert row["ci_low"] == pytest.approx(share) == row["ci_high"]  # parts and whole are drawn together
+    plain = evaluate_circuit(planted, circuit, pairs, randoms=0, subsets=2)
+    assert plain.nodes["largest"].tolist() == [0, 0]
+    with pytest.raises(HeadscopeError, match="searched=3"):
+        evaluate_circuit(planted, circuit, pairs, subsets=2, searched=3)
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero", "resample"])

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.statistics.spans import OPEN, published_spans
+from headscope.kernels.streaming import backward
 from headscope.probes.gradients.information_flow import information_flow
 from headscope.probes.gradients.integrated import integrated_attention
 from headscope.probes.gradients.saliency import attention_saliency, saliency_scores
@@ -123,6 +124,18 @@ class Largest(TorchDispatchMode):
                 held = x.untyped_storage().nbytes() // max(1, x.element_size())
                 self.numbers = max(self.numbers, held)
         return out
+
+
+def test_a_softcap_makes_no_map_either(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,024 tokens, of which a map of four heads would hold 4.2 million numbers, in pieces of a sixteenth of that."""
+    monkeypatch.setattr(backward, "HELD", 1 << 18)
+    lm = tiny("gemma2", **GROUPED, sliding_window=64, attn_logit_softcapping=5.0, max_position_embeddings=1024)
+    ids = torch.randint(0, 24, (1, 1024), generator=torch.Generator().manual_seed(0))
+    attention_saliency(lm, {"input_ids": ids[:, :32]}, 7)
+    with Largest() as seen:
+        found = attention_saliency(lm, {"input_ids": ids}, 7)
+    assert np.isfinite(found.keys).all() and found.keys.max() > 0
+    assert seen.numbers <= 1 << 19  # tiles of the saliency itself hold 400,000
 
 
 @pytest.mark.slow

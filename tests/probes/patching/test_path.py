@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.results.scores import HeadScores
 from headscope.probes.patching.pairs import Pairs
-from headscope.probes.patching.path import Node, path_effect, path_patching
+from headscope.probes.patching.path import Node, Stage, path_effect, path_patching
 
 LAYERS, HEADS, D = 3, 4, 8
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # as in test_activation, of two passes
@@ -133,6 +136,34 @@ def test_the_published_number(lm: LanguageModel, pairs: Pairs) -> None:
     ours, theirs = path_patching(lm, pairs), path_patching(lm, pairs, published=True)
     assert len(theirs.trials) == 1 and theirs.provenance["unit"].startswith("-100")
     np.testing.assert_allclose(theirs.mean, -100 * ours.mean, rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_run_goes_on(tiny_model, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the third step: two are on disk, and are not run again."""
+    lm, asked, settings = tiny_model("llama"), [], dict(receivers="L1H1.q", together=2, batch_size=3, progress=False)
+    effects = Stage.effects
+
+    def counted(self, groups):
+        asked.append(groups)
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return effects(self, groups)
+
+    monkeypatch.setattr(Stage, "effects", counted)
+    stop = 0
+    whole = path_patching(lm, pairs, **settings)
+    assert len(asked) == 4  # two batches, four senders
+    for stop, words in ((3, 3), (0, 2)):
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt) if stop else nullcontext():
+            found = path_patching(lm, pairs, out=tmp_path, **settings)
+        assert len(asked) == words
+    assert np.array_equal(found.trials, whole.trials, equal_nan=True)
+    kept = HeadScores.load(tmp_path / "path_patching.json")
+    assert np.array_equal(kept.trials, whole.trials, equal_nan=True)
+    for other in ({"receivers": "L1H0.q"}, {"metric": lambda logits, those: logits[:, 0]}):
+        with pytest.raises(HeadscopeError, match="other settings"):
+            path_patching(lm, pairs, out=tmp_path, **settings | other)
 
 
 def test_equal_prompts_send_nothing(lm: LanguageModel, pairs: Pairs) -> None:
