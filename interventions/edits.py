@@ -35,6 +35,7 @@ EDITS: Registry[Intervention] = Registry(
         "raise_span_logits": "attention.raise_span:RaiseSpanLogits",
         "head_temperature": "attention.temperature:HeadTemperature",
         "decay_beyond_window": "attention.decay_beyond_window:DecayBeyondWindow",
+        "evict_keys": "attention.evict:EvictKeys",
         "pine": "positions.pine:Pine",
         "rescale_rope": "positions.rescale:RescaleRoPE",
         "concentric_positions": "positions.concentric:ConcentricPositions",

@@ -54,6 +54,7 @@ class Measuring(Handler):
         self.rotations = rotations
         self.ahead: Mapping[int, AHEAD] = {}
         self.layers: dict[int, dict[str, NDArray[np.float64]]] = {}
+        self.overlaps: list[Tensor] = []
 
     def request(self, call: AttentionCall) -> Request:
         """The lse of the measured rows, in the layer's own pass."""
@@ -76,7 +77,11 @@ class Measuring(Handler):
         each["needed"] = [
             fewest(mass.masked_fill(~keep[0], 0.0), NEEDED) if isinstance(keep, Tensor) else none for keep in keeps
         ]
-        shape = len(self.policies), len(self.budgets), call.query.shape[1]
+        count = len(self.budgets)
+        self.overlaps.append(
+            torch.stack([overlap([_fixed(keep, reading) for keep in keeps[b::count]]) for b in range(count)], -1)
+        )
+        shape = len(self.policies), count, call.query.shape[1]
         self.layers[call.layer] = {
             name: torch.stack(values).view(shape).double().cpu().numpy() for name, values in each.items()
         }
@@ -87,13 +92,33 @@ class Measuring(Handler):
         return reading.received(first, stop)[0].masked_fill(~reading.keys, 0.0)
 
     def full(self, layers: int, heads: int) -> dict[str, NDArray[np.float64]]:
-        """Every measure by the model's own layer index: (policy, budget, layer, head), NaN where nothing attended."""
+        """Every measure by the model's own layer index: (policy, budget, layer, head), NaN where nothing attended; and
+        ``overlap`` (policy, policy, budget), the mean over layers."""
         shape = len(self.policies), len(self.budgets), layers, heads
         found = {name: np.full(shape, np.nan) for name in MEASURES}
         for layer, own in self.layers.items():
             for name, values in own.items():
                 found[name][:, :, layer] = values
+        found["overlap"] = torch.stack(self.overlaps).mean(0).cpu().numpy()
         return found
+
+
+def _fixed(keep: Keep, reading: Reading) -> Tensor | None:
+    """The prompt's keys that a policy keeps for all rows: bool (head, key)."""
+    if not isinstance(keep, Tensor):
+        return None
+    return (keep & reading.keys[:, None])[0].expand(reading.call.query.shape[1], -1)
+
+
+def overlap(sets: Sequence[Tensor | None]) -> Tensor:
+    """The mean over heads of the Jaccard index of every two of ``sets``, bool (head, key): (set, set), NaN for None."""
+    found = torch.full((len(sets), len(sets)), torch.nan, dtype=torch.float64)
+    for i, a in enumerate(sets):
+        for j, b in enumerate(sets[: i + 1]):
+            if a is not None and b is not None:
+                share = (a & b).sum(-1).double() / (a | b).sum(-1).clamp(min=1)
+                found[i, j] = found[j, i] = share.mean().cpu()
+    return found
 
 
 def fewest(mass: Tensor, share: float) -> Tensor:

@@ -109,7 +109,14 @@ def by_head(reading: Reading, kept: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class RowPolicy(Policy):
-    """Base of the policies that decide for every query. A subclass writes ``rule``."""
+    """Base of the policies that decide for every query. A subclass writes ``rule``.
+
+    One that goes by positions alone writes ``shows`` too, which an edit runs.
+    """
+
+    def shows(self, query: Tensor, key: Tensor, kept: Tensor) -> Tensor:
+        """Whether queries see keys, by their positions from the example's first token, where ``kept`` are seen."""
+        raise NotImplementedError
 
     def rule(self, reading: Reading, budget: Budget) -> Keep:
         """Which keys a row sees at ``budget``."""

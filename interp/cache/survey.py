@@ -101,8 +101,9 @@ def lose(
     with opened(path, {"model": made.get("model"), **config}) as journal:
         results = run_steps(journal, len(given), step, "prompts", progress=progress)
     values = {name: np.stack([np.array(one[name], dtype=np.float64) for one in results], axis=2) for name in MEASURES}
+    common = np.stack([np.array(one["overlap"], dtype=np.float64) for one in results], axis=-1)
     details = tuple({"tokens": one["tokens"], "prompt": one["prompt"]} for one in results)
-    found = CacheLosses(tuple(chosen), tuple(str(b) for b in asked), values, made, details)
+    found = CacheLosses(tuple(chosen), tuple(str(b) for b in asked), values, common, made, details)
     if folder is not None:
         found.save(folder)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,13 +29,18 @@ if TYPE_CHECKING:
 
 @app.command()
 def discover(
-    methods: Annotated[list[str], typer.Argument(help="Head methods; `headscope list methods` names them.")],
+    methods: Annotated[
+        list[str], typer.Argument(help="Head methods, as `headscope list methods` names them; or cache, alone.")
+    ],
     model: Model,
     out: Out = None,
     lengths: Lengths = None,
     depths: Depths = None,
     samples: Annotated[int | None, typer.Option("--samples", help="How many samples to draw.")] = None,
     text: Annotated[Path | None, typer.Option("--text", help="Use this text file instead of the bundled one.")] = None,
+    policies: Annotated[str | None, typer.Option("--policies", help="cache: policies, e.g. snapkv,h2o.")] = None,
+    budgets: Annotated[str | None, typer.Option("--budgets", help="cache: keys or shares, e.g. 64,256,0.1.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="cache: prompts, a line each, or .jsonl.")] = None,
     seed: Seed = 0,
     top: Top = 10,
     setting: Settings = None,
@@ -44,7 +49,19 @@ def discover(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Score every head by published methods, with confidence intervals; methods share forward passes where they can."""
+    """Score every head by published methods, with confidence intervals; methods share forward passes where they can.
+
+    `discover cache` measures what policies for a cache would lose (`headscope list policies`), exactly, head by head.
+    """
+    if "cache" in methods or (policies, budgets, data) != (None, None, None):
+        return _cache(
+            Run(model, out, as_json, dry_run, device, dtype),
+            methods,
+            policies,
+            budgets,
+            data,
+            {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "set": setting},
+        )
     from headscope.interp.heads import METHODS
 
     METHODS.check(methods)  # before anything slow is imported
@@ -77,6 +94,17 @@ def discover(
         best, made = scores.to_frame().head(top).to_dict("records"), scores.provenance
         kept = f"{made['kept']} of {made['trials']} trials kept" + _reliability(scores)
         console.show_rows(best, f"{scores.method}: top {len(best)} of {scores.mean.size} heads, {kept}", False)
+
+
+def _cache(
+    run: Run, methods: list[str], policies: str | None, budgets: str | None, data: Path | None, given: dict[str, Any]
+) -> None:
+    from headscope.interp.cli.cache import discover_cache
+    from headscope.interp.errors import HeadscopeError
+
+    if methods != ["cache"]:
+        raise HeadscopeError("--policies, --budgets and --data are of `discover cache`, which runs by itself")
+    discover_cache(run, policies, budgets, data, given)
 
 
 def _document(scores: HeadScores) -> dict[str, object]:

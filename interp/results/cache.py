@@ -40,6 +40,9 @@ class CacheLosses:
     - ``divergence``: KL(kept || full) of the patterns, which is the mean of -log recall where there are no sink logits;
     - ``needed``: the fewest kept keys of the prompt that hold 95 % of the mass that the rows put on kept keys of it.
 
+    ``overlap`` (policy, policy, budget, prompt): of the prompt's keys that either of two policies keeps, the share that
+    both keep (Jaccard), over layers and heads; NaN for a policy that keeps no fixed keys.
+
     All of them are of one layer whose inputs are the full model's: what is lost in one layer does not add to the next.
     What a model under the policy gets wrong is the edit's matter (``headscope.interventions``, ``EvictKeys``).
 
@@ -49,6 +52,7 @@ class CacheLosses:
     policies: tuple[str, ...]
     budgets: tuple[str, ...]
     values: Mapping[str, NDArray[np.float64]]
+    overlap: NDArray[np.float64]
     provenance: dict[str, Any] = field(default_factory=dict)
     details: tuple[dict[str, Any], ...] = ()
     level: float = 0.95
@@ -123,6 +127,7 @@ class CacheLosses:
             "level": self.level,
             "resamples": self.resamples,
             "summary": json.loads(self.to_frame().to_json(orient="records")),
+            "overlap": np.where(np.isnan(self.overlap), None, self.overlap.astype(object)).tolist(),
             "provenance": self.provenance,
             "prompts": list(self.details),
         }
@@ -145,8 +150,9 @@ class CacheLosses:
             shape = tuple(int(n) for n in document["shape"])
             values = {name: table[name].to_numpy(np.float64).reshape(shape) for name in MEASURES}
             names = tuple(document["policies"]), tuple(document["budgets"])
+            overlap = np.array(document["overlap"], dtype=np.float64)
             made, details = dict(document["provenance"]), tuple(document["prompts"])
-            return cls(*names, values, made, details, float(document["level"]), int(document["resamples"]))
+            return cls(*names, values, overlap, made, details, float(document["level"]), int(document["resamples"]))
         except (KeyError, ValueError, OSError, TypeError) as error:
             raise HeadscopeError(
                 f"{path} holds no losses of cache policies ({error}); run `headscope discover cache --out FOLDER`"

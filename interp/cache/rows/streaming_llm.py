@@ -34,16 +34,22 @@ class StreamingLLM(RowPolicy):
 
     sink: int = 4
 
-    def rule(self, reading: Reading, budget: Budget) -> Keep:
-        kept = budget.count(reading.count)
+    def shows(self, query: Tensor, key: Tensor, kept: Tensor) -> Tensor:
+        """Whether queries see keys, both at positions from their example's first token, where ``kept`` are seen.
+
+        Raises:
+            HeadscopeError: no more than the first tokens are kept.
+        """
         if bool((kept <= self.sink).any()):
             raise HeadscopeError(f"{self.name} keeps {self.sink} first tokens, which leaves none of {int(kept.min())}")
-        recent = (kept - self.sink)[:, None, None]
+        return (key < self.sink) | (query - key < kept - self.sink)
+
+    def rule(self, reading: Reading, budget: Budget) -> Keep:
+        kept, start = (x[:, None, None, None] for x in (budget.count(reading.count), reading.start))
 
         def shown(tile: Tile) -> Tensor:
             query = torch.arange(tile.rows.start, tile.rows.stop, device=kept.device)[:, None]
             key = torch.arange(tile.keys.start, tile.keys.stop, device=kept.device)[None, :]
-            first = key - reading.start[:, None, None] < self.sink
-            return (first | (query - key < recent))[:, None]
+            return self.shows(query - start, key - start, kept)
 
         return shown

@@ -101,7 +101,7 @@ def rotary(at: Tensor, d: int, base: float = 10_000.0) -> Tensor:
     return cos + sin @ half
 
 
-def expected(one: One, sink: int = 2, ahead: int = 512) -> Tensor:
+def expected(one: One, sink: int = 2, ahead: int = 50) -> Tensor:
     d = one.q.shape[-1]
     back = rotary(torch.arange(one.count), d).transpose(1, 2)
     q = torch.einsum("tij,htj->hti", back, one.q[:, : one.count])[:, sink:]
@@ -132,7 +132,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], Callable[[One], Tensor]]] = {
     "tova": ({}, tova),
     "knorm": ({}, lambda one: -one.prompt.norm(dim=-1)),
     "keydiff": ({}, keydiff),
-    "expected_attention": ({"sink": 2}, expected),
+    "expected_attention": ({"sink": 2, "ahead_tokens": 50}, expected),
     "ems": ({"window": 3}, ems),
     "oracle": ({}, oracle),
 }
