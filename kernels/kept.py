@@ -89,6 +89,17 @@ def losses(
     return found
 
 
+def fewest(mass: Tensor, share: float) -> Tensor:
+    """How many of the heaviest keys hold ``share`` of ``mass`` (..., key): (...) in its dtype, 0 where there is none.
+
+    A total that is reached but for rounding (8 units of it) is reached.
+    """
+    total = mass.sum(-1, keepdim=True)
+    heaviest = mass.sort(dim=-1, descending=True).values.cumsum(-1)
+    short = (heaviest < (share - 8 * torch.finfo(mass.dtype).eps) * total).sum(-1)
+    return torch.where(total[..., 0] > 0, short + 1, 0).to(mass.dtype)
+
+
 def _weighted(p: Tensor, v: Tensor) -> Tensor:
     """sum_j p_j v_j: (batch, head, row, d_value) of p (batch, head, row, key) and v (batch, kv_head, key, d_value)."""
     batch, heads, rows, keys = p.shape

@@ -16,7 +16,7 @@ from headscope.interp.cache.policy import Policy
 from headscope.interp.cache.reading import Reading
 from headscope.interp.results.cache import MEASURES
 from headscope.interp.sites.rotary import Layer, Rotation
-from headscope.kernels.kept import Keep, Kept, losses
+from headscope.kernels.kept import Keep, Kept, fewest, losses
 from headscope.kernels.request import Reduced, Request
 
 AHEAD = Mapping[Layer, Tensor]
@@ -119,11 +119,3 @@ def overlap(sets: Sequence[Tensor | None]) -> Tensor:
                 share = (a & b).sum(-1).double() / (a | b).sum(-1).clamp(min=1)
                 found[i, j] = found[j, i] = share.mean().cpu()
     return found
-
-
-def fewest(mass: Tensor, share: float) -> Tensor:
-    """How many of the heaviest keys hold ``share`` of ``mass`` (..., key): (...), 0 where there is none."""
-    total = mass.sum(-1, keepdim=True)
-    before = mass.sort(-1, descending=True).values.cumsum(-1)
-    short = (before < share * total).sum(-1)
-    return torch.where(total[..., 0] > 0, short + 1, 0).to(mass.dtype)
