@@ -36,6 +36,9 @@ POLICIES: Registry[Policy] = Registry(
         "dapq": "keys.dapq:DapQ",
         "streaming_llm": "rows.streaming_llm:StreamingLLM",
         "top_k": "rows.top_k:TopK",
+        "vertical_slash": "rows.vertical_slash:VerticalSlash",
+        "block_sparse": "rows.block_sparse:BlockSparse",
+        "moba": "rows.moba:MoBA",
     },
 )
 

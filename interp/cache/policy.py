@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from headscope.interp.cache.blocks import heaviest
 from headscope.interp.cache.budget import Budget
 from headscope.interp.cache.reading import Reading
 from headscope.interp.errors import HeadscopeError
@@ -92,8 +93,7 @@ class KeyPolicy(Policy):
             )
         fixed = (reading.at < sink[:, None]) | (reading.at >= (reading.count - recent)[:, None])
         score = score.masked_fill((fixed & reading.keys)[:, None], torch.inf)
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        return (rank < kept[:, None, None]) & reading.keys[:, None]
+        return heaviest(score, kept)
 
     def keeps(self, reading: Reading, budgets: Sequence[Budget]) -> list[Keep]:
         """The kept keys of the prompt, and every later one, for each query head."""

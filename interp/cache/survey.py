@@ -32,11 +32,12 @@ At = Literal["decode", "prefill"]
 def lose(
     lm: Loadable,
     policies: str | Policy | Iterable[str | Policy],
-    budgets: Iterable[int | float | str],
+    budgets: Iterable[int | float | str | Budget],
     prompts: Any,
     *,
     answer: int = 64,
     at: At = "decode",
+    first: int = 0,
     layers: Sequence[int] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
@@ -55,6 +56,7 @@ def lose(
         budgets: numbers of keys, or shares of the prompt's tokens.
         prompts: texts, or sequences of token ids, one trial each.
         answer: rows that are measured at the end of each text.
+        first: with ``at="prefill"``, the first row that is measured.
         layers: only these (by default all that attend).
         out: folder for ``cache.json``, ``cache.parquet`` and the journal that makes a killed run resume.
 
@@ -63,7 +65,7 @@ def lose(
             what a policy always keeps, or a model that cannot be traced exactly.
     """
     lm, chosen = load_model(lm), _named(policies)
-    asked = [Budget.of(each) for each in ([budgets] if isinstance(budgets, int | float | str) else budgets)]
+    asked = [Budget.of(x) for x in ([budgets] if isinstance(budgets, int | float | str) else budgets)]
     if not asked or len(set(asked)) < len(asked):
         raise HeadscopeError("give at least one budget, and each once, e.g. budgets=[64, 256]")
     if at not in ("decode", "prefill") or answer < 1:
@@ -74,12 +76,16 @@ def lose(
             f"a prompt has {min(given.lengths)} tokens, of which the last {answer} are the answer: give longer ones, "
             "or a smaller answer="
         )
+    if not 0 <= first < min(given.lengths) or (first and at == "decode"):
+        raise HeadscopeError(
+            f"first={first} is a row of at='prefill', and the shortest text has {min(given.lengths)} tokens"
+        )
     config = {
         "policies": list(chosen),
         "settings": [_settings(policy) for policy in chosen.values()],
         "budgets": [str(budget) for budget in asked],
         "prompts_sha256": given.sha256,
-        **{"at": at, "answer": answer, "layers": layers},
+        **{"at": at, "answer": answer, "first": first, "layers": layers},
     }
     made = provenance(lm, **config)
     folder = None if out is None else Path(out)
@@ -89,9 +95,8 @@ def lose(
     def step(index: int) -> dict[str, Any]:
         ids = given.batch([index])["input_ids"]
         prompt = ids.shape[1] - (answer if at == "decode" else 0)
-        handler = Measuring(
-            list(chosen.values()), asked, prompt, (prompt if at == "decode" else 0, ids.shape[1]), turned
-        )
+        measured = prompt if at == "decode" else first, ids.shape[1]
+        handler = Measuring(list(chosen.values()), asked, prompt, measured, turned)
         handler.ahead = {i: _ahead(lm, policy, ids[:, :prompt]) for i, policy in enumerate(chosen.values())}
         with attached(lm, handler, layers=layers), torch.no_grad():
             lm.forward(ids, logits=1)

@@ -15,8 +15,8 @@ def discover_cache(
 ) -> None:
     """Measure the policies and print what they lose; with ``--out``, results and a page.
 
-    Settings (``given["set"]``) are those of ``lose`` (answer, at, layers) and of the policies that have them. Without
-    ``data``, prompts are passages of the bundled prose, ``--samples`` (8) of ``--lengths`` (1,088) tokens.
+    Settings (``given["set"]``) are those of ``lose`` (answer, at, first, layers) and of the policies that have them.
+    Without ``data``, prompts are passages of the bundled prose, ``--samples`` (8) of ``--lengths`` (1,088) tokens.
     """
     from headscope.interp.cache import POLICIES, lose
     from headscope.interp.cli import console
@@ -32,7 +32,7 @@ def discover_cache(
     if given.get("depths") is not None or given.get("text") is not None:
         raise HeadscopeError("discover cache takes --data, or --samples and --lengths, and no --depths or --text")
     settings = assignments(given.get("set") or ())
-    own = {key: settings.pop(key) for key in ("answer", "at", "layers") if key in settings}
+    own = {key: settings.pop(key) for key in ("answer", "at", "first", "layers") if key in settings}
     classes = {name: POLICIES[name] for name in names}
     shares = shared_out(classes, settings)
     chosen = [make(cls, name, shares[name]) for name, cls in classes.items()]

@@ -237,6 +237,80 @@ def test_rows_that_stream_and_rows_that_choose(readings: list[Reading]) -> None:
             assert (best.recall[b, :, rows] - top).abs().max() < 1e-5
 
 
+def kept_by_hand(reading: Reading, keep: Callable[[One], Tensor]) -> list[Tensor]:
+    """Recall of every real row (head, row) of each example, from a dense bool (head, row, key)."""
+    return [(one.whole * keep(one)).sum(-1) for one in (One(reading, b) for b in range(reading.stop.shape[0]))]
+
+
+def vertical_and_slash(one: One) -> Tensor:
+    """Three of the last rows; two columns beside the first key, and three distances of which one is the nearest."""
+    n, total = one.count, one.count + LATER
+    gap = torch.arange(total)[:, None] - torch.arange(total)[None, :]
+    shown = torch.zeros_like(one.whole, dtype=torch.bool)
+    for h in range(one.whole.shape[0]):
+        rows = one.A[h, -3:]
+        columns = rows.sum(0)
+        columns[0] = math.inf
+        slash = torch.tensor([rows[gap[n - 3 : n, :n] == x].sum() for x in range(n)])
+        slash[0] = math.inf
+        best = set(columns.topk(2).indices.tolist()), set(slash.topk(3).indices.tolist())
+        for q in range(total):
+            for k in range(q + 1):
+                shown[h, q, k] = k in best[0] or q - k in best[1]
+    return shown
+
+
+def gates(one: One, block: int = 3, top: int = 2) -> Tensor:
+    """MoBA, row by row."""
+    total = one.count + LATER
+    shown = torch.zeros_like(one.whole, dtype=torch.bool)
+    for h in range(one.whole.shape[0]):
+        for t in range(total):
+            own, score = t // block, {}
+            for n in range(own):
+                score[n] = float(one.q[h, t] @ one.k[h // GROUP, n * block : (n + 1) * block].mean(0))
+            for n in [own, *sorted(score, key=lambda n: -score[n])[: top - 1]]:
+                shown[h, t, n * block : (n + 1) * block] = True
+    return shown
+
+
+def pooled(one: One, block: int = 3, top: int = 2) -> Tensor:
+    """MInference's blocks: mean queries by mean keys of blocks that begin no later."""
+    total = one.count + LATER
+    shown = torch.zeros_like(one.whole, dtype=torch.bool)
+    starts = range(0, total, block)
+    for h in range(one.whole.shape[0]):
+        for r in starts:
+            q = one.q[h, r : r + block].mean(0)
+            score = {c: float(q @ one.k[h // GROUP, c : c + block].mean(0)) for c in starts if c <= r}
+            for c in sorted(score, key=lambda c: -score[c])[:top]:
+                shown[h, r : r + block, c : c + block] = True
+    return shown
+
+
+ROWS: dict[str, tuple[dict[str, Any], int, Callable[[One], Tensor]]] = {
+    "vertical_slash": ({"window": 3, "vertical": 2, "slash": 3, "first": 1, "near": 1}, 5, vertical_and_slash),
+    "moba": ({"block": 3}, 7, gates),
+    "block_sparse": ({"block": 3}, 6, pooled),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_see_what_the_specification_shows(
+    readings: list[Reading], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headscope.interp.cache.rows.vertical_slash.LEAST", (1, 1))
+    settings, budget, written = ROWS[name]
+    for reading in readings:
+        keep = POLICIES[name](**settings).keeps(reading, [Budget(keys=budget)])
+        found = losses(reading.call.inputs(), reading.call.value, keep, held=200)[0].recall
+        for b, wanted in enumerate(kept_by_hand(reading, written)):
+            one = One(reading, b)
+            mine = found[b, :, one.first : one.stop + LATER]
+            assert (mine - wanted).abs().max() < 1e-5
+            assert 0.2 < float(wanted.mean()) < 0.999
+
+
 def test_pseudo_queries_are_read_where_the_answer_will_stand(model: MistralForCausalLM) -> None:
     """Scores of DapQ from queries of tokens that were appended: softmax over the prompt's keys alone."""
     policy = POLICIES["dapq"](tokens=4, kernel=3)
