@@ -28,21 +28,21 @@ from headscope.kernels.benchmarks.pages import machine
 UNTRACED = "untraced"
 
 
-def cut(name: str, layers: int) -> LanguageModel:
-    """A model's first ``layers`` layers (0: all) on the CPU, in float32."""
+def cut(name: str, layers: int, tokens: int) -> LanguageModel:
+    """A model's first ``layers`` layers (0: all) on the CPU, in float32, allowed to read ``tokens``, more than it was
+    trained for if need be: what it says of them is not asked."""
     lm = load_model(name, device="cpu", dtype="float32")
-    if not layers:
-        return lm
     model = lm.inner
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    return LanguageModel.wrap(model, lm.tokenizer, name=f"{name}, {layers} layers")
+    model.config.max_position_embeddings = max(tokens, model.config.max_position_embeddings)
+    if layers:
+        model.model.layers = model.model.layers[:layers]
+        model.config.num_hidden_layers = layers
+    return LanguageModel.wrap(model, lm.tokenizer, name=f"{name}, {layers or 'all'} layers")
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """One case in this process: seconds, its peak in MiB, and the mean recall."""
-    lm = cut(given.model, given.layers)
-    lm.inner.config.max_position_embeddings = max(given.tokens, lm.inner.config.max_position_embeddings)
+    lm = cut(given.model, given.layers, given.tokens)
     ids = torch.randint(3, 40_000, (given.tokens,), generator=torch.Generator().manual_seed(0))
     begin, found = time.perf_counter(), None
     if given.case == UNTRACED:
@@ -72,7 +72,7 @@ def main() -> None:
     rows = []
     for case in (UNTRACED, *given.policies.split(",")):
         command = [sys.executable, "-m", "headscope.interp.benchmarks.cache_memory", *sys.argv[1:], "--case", case]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         rows[-1]["above_untraced_mib"] = rows[-1]["peak_mib"] - rows[0]["peak_mib"]
         print(json.dumps(rows[-1]), flush=True)

@@ -38,6 +38,7 @@ POLICIES: Registry[Policy] = Registry(
         "top_k": "rows.top_k:TopK",
         "vertical_slash": "rows.vertical_slash:VerticalSlash",
         "block_sparse": "rows.block_sparse:BlockSparse",
+        "flexprefill": "rows.flexprefill:FlexPrefill",
         "moba": "rows.moba:MoBA",
     },
 )

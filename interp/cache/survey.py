@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from headscope.interp.cache.policy import Policy
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.results.cache import MEASURES, NAME, CacheLosses
+from headscope.interp.results.cache import MEASURES, NAME, CacheLosses, plain
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
@@ -100,7 +100,8 @@ def lose(
         handler.ahead = {i: _ahead(lm, policy, ids[:, :prompt]) for i, policy in enumerate(chosen.values())}
         with attached(lm, handler, layers=layers), torch.no_grad():
             lm.forward(ids, logits=1)
-        return {"tokens": ids.shape[1], "prompt": prompt, **_plain(handler.full(lm.info.layers, lm.info.heads))}
+        found = {name: plain(x) for name, x in handler.full(lm.info.layers, lm.info.heads).items()}
+        return {"tokens": ids.shape[1], "prompt": prompt, **found}
 
     path = None if folder is None else folder / f"{NAME}.trials.jsonl"
     with opened(path, {"model": made.get("model"), **config}) as journal:
@@ -142,8 +143,3 @@ def _ahead(lm: LanguageModel, policy: Policy, ids: torch.Tensor) -> AHEAD:
     with attached(lm, handler), torch.no_grad():
         lm.forward(torch.cat([ids, ids.new_tensor([more])], dim=1), logits=1)
     return handler.queries
-
-
-def _plain(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Arrays as lists for the journal, None where they are no number."""
-    return {name: np.where(np.isfinite(x), x.astype(object), None).tolist() for name, x in values.items()}

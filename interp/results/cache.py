@@ -28,6 +28,13 @@ MEASURES: Mapping[str, str] = {  # and their units
 AXES = ("policy", "budget", "prompt", "layer", "head")  # of every measure, and of the table's rows
 
 
+def plain(values: NDArray[np.float64]) -> list[Any]:
+    """An array as nested lists for JSON, None where it is no number."""
+    held = values.astype(object)
+    held[~np.isfinite(values)] = None
+    return list(held.tolist())
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class CacheLosses:
     """The exact loss of ``policies`` at ``budgets``.
@@ -76,7 +83,7 @@ class CacheLosses:
     def to_frame(self) -> pd.DataFrame:
         """A row for each policy and budget: the mean of every measure over layers and heads, and its interval over
         prompts (``ci_low_recall`` and so on; NaN with a single prompt)."""
-        rows: dict[str, list[Any]] = {
+        rows: dict[str, Any] = {
             "policy": [p for p in self.policies for _ in self.budgets],
             "budget": list(self.budgets) * len(self.policies),
         }
@@ -127,7 +134,7 @@ class CacheLosses:
             "level": self.level,
             "resamples": self.resamples,
             "summary": json.loads(self.to_frame().to_json(orient="records")),
-            "overlap": np.where(np.isnan(self.overlap), None, self.overlap.astype(object)).tolist(),
+            "overlap": plain(self.overlap),
             "provenance": self.provenance,
             "prompts": list(self.details),
         }

@@ -288,10 +288,48 @@ def pooled(one: One, block: int = 3, top: int = 2) -> Tensor:
     return shown
 
 
+def flexprefill(one: One, b: int = 2, gamma: float = 0.8, tau: float = 0.3, few: int = 1) -> Tensor:
+    """FlexPrefill by its specification, with coverages divided by 3 tokens; rows after the prompt see everything."""
+    n = one.count
+    blocks = -(-n // b)
+    shown = torch.ones_like(one.whole, dtype=torch.bool)
+    if n <= max(2 * b, few * b):
+        return shown
+    parts = [slice(c * b, min((c + 1) * b, n)) for c in range(blocks)]
+    for h in range(one.whole.shape[0]):
+        a, q, k = one.A[h, -b:], one.q[h, :n], one.k[h // GROUP, :n]
+        vert, slash = a.mean(0), torch.zeros(n).double()
+        for i in range(b):
+            for j in range(n - b + i + 1):
+                slash[n - 1 - (n - b + i - j)] += a[i, j] / b
+        vb, sb = (torch.stack([x[part].sum() for part in parts]) for x in (vert, slash))
+        mean_q, mean_k = (torch.stack([x[part].mean(0) for part in parts]) for x in (q, k))
+        e = (one.scale * mean_k @ q[-b:].mean(0)).softmax(-1)
+        m = (e + vb) / 2
+        aware = bool(torch.sqrt(0.5 * (e * (e / m).log()).sum() + 0.5 * (vb * (vb / m).log()).sum()) < tau)
+        cover = [int((x.sort(descending=True).values.cumsum(0) <= gamma).sum()) + 1 for x in (vert, slash)]
+        counts = [few if aware else min(max(c // 3 + 1, few), blocks) for c in cover]
+        vb[0] = sb[-1] = math.inf
+        columns = set(vb.topk(counts[0]).indices.tolist())
+        offsets = {blocks - 1 - x for x in sb.topk(counts[1]).indices.tolist()}
+        active = {(r, c) for r in range(blocks) for c in range(r + 1) if c in columns or r - c in offsets}
+        if aware:
+            s = one.scale * mean_q @ mean_k.T
+            P = s.masked_fill(torch.ones(blocks, blocks).triu(1).bool(), -math.inf).softmax(-1).flatten()
+            value, order = P.sort(descending=True)
+            kept = order[value.cumsum(0) <= gamma * blocks].tolist()
+            active |= {divmod(x, blocks) for x in kept if x % blocks <= x // blocks} | {(0, 0)}
+        shown[h, :n, :n] = False
+        for r, c in active:
+            shown[h, parts[r], parts[c]] = True
+    return shown
+
+
 ROWS: dict[str, tuple[dict[str, Any], int, Callable[[One], Tensor]]] = {
     "vertical_slash": ({"window": 3, "vertical": 2, "slash": 3, "first": 1, "near": 1}, 5, vertical_and_slash),
     "moba": ({"block": 3}, 7, gates),
     "block_sparse": ({"block": 3}, 6, pooled),
+    "flexprefill": ({"block": 2, "gamma": 0.8, "tau": 0.3}, 2, flexprefill),
 }
 
 
@@ -300,6 +338,7 @@ def test_rows_see_what_the_specification_shows(
     readings: list[Reading], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("headscope.interp.cache.rows.vertical_slash.LEAST", (1, 1))
+    monkeypatch.setattr("headscope.interp.cache.rows.flexprefill.TOKENS", 3)
     settings, budget, written = ROWS[name]
     for reading in readings:
         keep = POLICIES[name](**settings).keeps(reading, [Budget(keys=budget)])
