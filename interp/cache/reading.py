@@ -95,4 +95,4 @@ class Reading:
 
     def by_group(self, x: Tensor) -> Tensor:
         """The mean over the query heads that share a key head: (batch, kv_head, key) of (batch, head, key)."""
-        return x.unflatten(1, (self.call.key.shape[1], -1)).mean(2)
+        return x.reshape(x.shape[0], self.call.key.shape[1], -1, x.shape[-1]).mean(2)

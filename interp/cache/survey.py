@@ -80,7 +80,7 @@ def lose(
         raise HeadscopeError(
             f"first={first} is a row of at='prefill', and the shortest text has {min(given.lengths)} tokens"
         )
-    config = {
+    config: dict[str, Any] = {
         "policies": list(chosen),
         "settings": [_settings(policy) for policy in chosen.values()],
         "budgets": [str(budget) for budget in asked],

@@ -32,7 +32,7 @@ def discover_cache(
     if given.get("depths") is not None or given.get("text") is not None:
         raise HeadscopeError("discover cache takes --data, or --samples and --lengths, and no --depths or --text")
     settings = assignments(given.get("set") or ())
-    own = {key: settings.pop(key) for key in ("answer", "at", "first", "layers") if key in settings}
+    own: dict[str, Any] = {key: settings.pop(key) for key in ("answer", "at", "first", "layers") if key in settings}
     classes = {name: POLICIES[name] for name in names}
     shares = shared_out(classes, settings)
     chosen = [make(cls, name, shares[name]) for name, cls in classes.items()]
@@ -50,7 +50,7 @@ def discover_cache(
             lose(lm, chosen, asked, prompts, out=run.out, **own)
         return run.show_estimate(lm, work)
     found = lose(lm, chosen, asked, prompts, out=run.out, **own)
-    shown = {"policies": names, "budgets": asked, "data": data, **own, **settings}
+    shown: dict[str, Any] = {"policies": names, "budgets": asked, "data": data, **own, **settings}
     run.save_config("discover cache", shown)
     if run.out is not None:
         from headscope.interp.reports.cache import cache_page

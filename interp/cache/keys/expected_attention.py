@@ -50,7 +50,9 @@ class ExpectedAttention(KeyPolicy):
     def scores(self, reading: Reading) -> Tensor:
         call, key = reading.call, reading.scored
         each = [self._future(reading, b) for b in range(key.shape[0])]
-        mean, spread = (torch.stack(x).unflatten(1, (key.shape[1], -1)) for x in zip(*each, strict=True))
+        mean, spread = (torch.stack(x) for x in zip(*each, strict=True))
+        mean = mean.view(*key.shape[:2], -1, key.shape[3])
+        spread = spread.view(*key.shape[:2], -1, key.shape[3], key.shape[3])
         z = torch.einsum("bkgd,bktd->bkgt", mean, key) * call.scale
         if self.covariance:
             quadratic = torch.stack(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from headscope.interp.cache.policy import KeyPolicy
@@ -24,4 +25,5 @@ class Knorm(KeyPolicy):
     source: ClassVar[str] = "Devoto et al. 2024, arXiv 2406.11430; NVIDIA/kvpress @ 8bb29b9c"
 
     def scores(self, reading: Reading) -> Tensor:
-        return -reading.scored.norm(dim=-1)
+        length: Tensor = torch.linalg.vector_norm(reading.scored, dim=-1)
+        return -length

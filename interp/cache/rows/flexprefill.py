@@ -114,7 +114,8 @@ class FlexPrefill(RowPolicy):
 
     def _sums(self, x: Tensor) -> Tensor:
         """Sums over blocks along the last axis, zeros beyond its end."""
-        return torch.nn.functional.pad(x, (0, -x.shape[-1] % self.block)).unflatten(-1, (-1, self.block)).sum(-1)
+        whole = torch.nn.functional.pad(x, (0, -x.shape[-1] % self.block))
+        return whole.reshape(*x.shape[:-1], -1, self.block).sum(-1)
 
     def _means(self, x: Tensor) -> Tensor:
         """Means over blocks of tokens: (head, block, d) of (head, token, d); the last block may be short."""

@@ -138,13 +138,17 @@ WRITTEN: dict[str, tuple[dict[str, Any], Callable[[One], Tensor]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> MistralForCausalLM:
-    """Two layers that see a window of 6 tokens."""
+def tiny(window: int | None) -> MistralForCausalLM:
+    """Two layers with grouped heads that see a window of so many tokens."""
     torch.manual_seed(1)
     sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     more = dict(vocab_size=64, num_hidden_layers=2, initializer_range=0.3, max_position_embeddings=128)
-    return MistralForCausalLM(MistralConfig(sliding_window=WINDOW, **sizes, **more)).eval()
+    return MistralForCausalLM(MistralConfig(sliding_window=window, **sizes, **more)).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> MistralForCausalLM:
+    return tiny(WINDOW)
 
 
 @pytest.fixture(scope="module", params=["left", "right", "none"])
@@ -348,6 +352,24 @@ def test_rows_see_what_the_specification_shows(
             mine = found[b, :, one.first : one.stop + LATER]
             assert (mine - wanted).abs().max() < 1e-5
             assert 0.2 < float(wanted.mean()) < 0.999
+
+
+def test_flexprefill_takes_more_blocks_of_query_aware_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every block holds mass (without a window) heads of both kinds are found."""
+    monkeypatch.setattr("headscope.interp.cache.rows.flexprefill.TOKENS", 3)
+    handler, tau = Calls(), 0.25
+    whole = tiny(None)
+    with attached(whole, handler), torch.no_grad():
+        whole(torch.arange(3, 27)[None])
+    kinds = []
+    for call in handler.calls:
+        reading = Reading(call, torch.tensor([20]))
+        policy = POLICIES["flexprefill"](block=2, gamma=0.8, tau=tau)
+        kinds += policy.decide(reading, 0, 2).query_aware.tolist()
+        found = losses(call.inputs(), call.value, policy.keeps(reading, [Budget(keys=2)]))[0].recall[0]
+        one = One(reading, 0)
+        assert (found - (one.whole * flexprefill(one, tau=tau)).sum(-1)).abs().max() < 1e-5
+    assert any(kinds) and not all(kinds)
 
 
 def test_pseudo_queries_are_read_where_the_answer_will_stand(model: MistralForCausalLM) -> None:
