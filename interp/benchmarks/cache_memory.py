@@ -1,6 +1,6 @@
 """Memory of measuring a policy for a cache on a long text, above that of the untraced pass.
 
-    OMP_NUM_THREADS=2 python -m headscope.interp.benchmarks.cache_memory --layers 4 \\
+    OMP_NUM_THREADS=1 python -m headscope.interp.benchmarks.cache_memory --layers 1 \\
         --out interp/benchmarks/results/cache-memory.json
 
 Every case runs in a process of its own, whose peak of resident memory (``ru_maxrss``) is read at its end. The text is

@@ -89,7 +89,8 @@ def lose(
     }
     made = provenance(lm, **config)
     folder = None if out is None else Path(out)
-    announce(((n, 0) for n in given.lengths), [f"{NAME}.{end}" for end in ("json", "parquet", "trials.jsonl")])
+    files = [f"{NAME}.{end}" for end in ("json", "parquet", "trials.jsonl")] if folder else []
+    announce(((n, 0) for n in given.lengths), files)
     turned = rotations(lm, None) if any("rotation" in policy.needs for policy in chosen.values()) else {}
 
     def step(index: int) -> dict[str, Any]:

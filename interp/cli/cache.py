@@ -23,6 +23,7 @@ def discover_cache(
     from headscope.interp.cli.settings import assignments, numbers
     from headscope.interp.cli.trace import read_prompts
     from headscope.interp.errors import HeadscopeError
+    from headscope.interp.plots.style import interval_text
     from headscope.interp.prompts import sequences
     from headscope.interp.registry import make, shared_out
     from headscope.interp.runs import estimate
@@ -64,7 +65,7 @@ def discover_cache(
             "policy": row["policy"],
             "budget": row["budget"],
             "recall": row["recall"],
-            "interval": f"[{row['ci_low_recall']:.3f}, {row['ci_high_recall']:.3f}]",
+            "interval": interval_text(row["ci_low_recall"], row["ci_high_recall"]) or "-",
             "error of z": row["error"],
             "divergence": row["divergence"],
             "needed keys": row["needed"],
