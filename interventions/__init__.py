@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from headscope.interventions.attention.decay_beyond_window import DecayBeyondWindow as DecayBeyondWindow
     from headscope.interventions.attention.emphasize_span import EmphasizeSpan as EmphasizeSpan
     from headscope.interventions.attention.emphasize_span import pasta as pasta
+    from headscope.interventions.attention.evict import EvictKeys as EvictKeys
     from headscope.interventions.attention.force import ForcePattern as ForcePattern
     from headscope.interventions.attention.image_sinks import ScaleImageSinks as ScaleImageSinks
     from headscope.interventions.attention.knock_out import KnockOut as KnockOut
@@ -92,6 +93,7 @@ _HOME = {
     "ScaleSinks": "attention.sinks",
     "CalibrateAttention": "attention.calibrate",
     "SwapKeys": "attention.swap",
+    "EvictKeys": "attention.evict",
     "ForcePattern": "attention.force",
     "BoostRecent": "attention.recent",
     "DecayBeyondWindow": "attention.decay_beyond_window",

@@ -40,6 +40,7 @@ EDITS: Registry[Intervention] = Registry(
         "paint": "attention.paint:Paint",
         "head_temperature": "attention.temperature:HeadTemperature",
         "decay_beyond_window": "attention.decay_beyond_window:DecayBeyondWindow",
+        "evict_keys": "attention.evict:EvictKeys",
         "pine": "positions.pine:Pine",
         "rescale_rope": "positions.rescale:RescaleRoPE",
         "concentric_positions": "positions.concentric:ConcentricPositions",

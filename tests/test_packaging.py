@@ -39,6 +39,7 @@ FLOORS = (
     "plots",
     "reports",
     "sweeps",
+    "cache",
     "survey",
     "laboratory",
     "cli",

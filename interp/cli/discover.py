@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def discover(
-    methods: Annotated[list[str], typer.Argument(help="Head methods; `headscope list methods` names them.")],
+    methods: Annotated[
+        list[str], typer.Argument(help="Head methods, as `headscope list methods` names them; or cache, alone.")
+    ],
     model: Model,
     out: Out = None,
     lengths: Lengths = None,
@@ -38,8 +40,14 @@ def discover(
     text: Annotated[Path | None, typer.Option("--text", help="Use this text file instead of the bundled one.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Chats with pictures: a folder of images, or .jsonl with 'image' and 'text'."),
+        typer.Option(
+            "--data",
+            help="Chats with pictures (a folder of images, or .jsonl with 'image' and 'text'); "
+            "cache: prompts, a line each, or .jsonl.",
+        ),
     ] = None,
+    policies: Annotated[str | None, typer.Option("--policies", help="cache: policies, e.g. snapkv,h2o.")] = None,
+    budgets: Annotated[str | None, typer.Option("--budgets", help="cache: keys or shares, e.g. 64,256,0.1.")] = None,
     seed: Seed = 0,
     top: Top = 10,
     setting: Settings = None,
@@ -48,7 +56,19 @@ def discover(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Score every head by published methods, with confidence intervals; methods share forward passes where they can."""
+    """Score every head by published methods, with confidence intervals; methods share forward passes where they can.
+
+    `discover cache` measures what policies for a cache would lose (`headscope list policies`), exactly, head by head.
+    """
+    if "cache" in methods or (policies, budgets) != (None, None):
+        return _cache(
+            Run(model, out, as_json, dry_run, device, dtype),
+            methods,
+            policies,
+            budgets,
+            data,
+            {"lengths": lengths, "depths": depths, "samples": samples, "text": text, "set": setting},
+        )
     from headscope.interp.heads import METHODS
 
     METHODS.check(methods)  # before anything slow is imported
@@ -84,6 +104,17 @@ def discover(
         if made.get("note"):
             console.note(f"{scores.method}: {made['note']}")
         console.show_rows(best, f"{scores.method}: top {len(best)} of {scores.mean.size} heads, {kept}", False)
+
+
+def _cache(
+    run: Run, methods: list[str], policies: str | None, budgets: str | None, data: Path | None, given: dict[str, Any]
+) -> None:
+    from headscope.interp.cli.cache import discover_cache
+    from headscope.interp.errors import HeadscopeError
+
+    if methods != ["cache"]:
+        raise HeadscopeError("--policies, --budgets and --data are of `discover cache`, which runs by itself")
+    discover_cache(run, policies, budgets, data, given)
 
 
 def _document(scores: HeadScores) -> dict[str, object]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def registries() -> dict[str, Registry[Any]]:
     """Every registry by the name that ``headscope list`` takes."""
+    from headscope.interp.cache import POLICIES
     from headscope.interp.heads import METHODS
     from headscope.interp.statistics import STATISTICS
     from headscope.interventions.decoding import DECODINGS
@@ -22,18 +23,20 @@ def registries() -> dict[str, Registry[Any]]:
     from headscope.interventions.fitted import FITS
     from headscope.interventions.tasks import TASKS
 
-    return {registry.group: registry for registry in (METHODS, STATISTICS, EDITS, DECODINGS, FITS, TASKS)}
+    return {registry.group: registry for registry in (METHODS, STATISTICS, POLICIES, EDITS, DECODINGS, FITS, TASKS)}
 
 
 @app.command("list")
 def listing(
-    what: Annotated[str | None, typer.Argument(help="methods, statistics, edits, decodings, fits or tasks.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="methods, statistics, policies, edits, decodings, fits or tasks.")
+    ] = None,
     as_json: Json = False,
     write: Annotated[
         Path | None, typer.Option("--write", help="Make this Markdown page's tables of them anew.")
     ] = None,
 ) -> None:
-    """List what can be named: head methods, statistics, edits, ways of choosing tokens, ways to fit an edit, tasks."""
+    """List what can be named: head methods, statistics, cache policies, edits, decodings, fits, tasks."""
     from headscope.interp.cli import console
     from headscope.interp.cli.settings import read_text
     from headscope.interp.errors import HeadscopeError

@@ -53,6 +53,7 @@ METHODS: Registry[HeadMethod] = Registry(
         "sink_dimension": "sinking.dimension:SinkDimension",
         "attention_entropy": "spread.entropy:AttentionEntropy",
         "effective_context": "spread.effective_context:EffectiveContext",
+        "head_sparsity": "spread.head_sparsity:HeadSparsity",
         "head_span": "anchors.head_span:HeadSpan",
         "waad": "anchors.waad:WindowedSpan",
         "fai": "anchors.fai:FutureAttention",

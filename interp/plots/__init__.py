@@ -1,6 +1,7 @@
 """Plotly figures of what headscope measures; every function returns a ``plotly.graph_objects.Figure``."""
 
 from headscope.interp.plots.blocks import block_map
+from headscope.interp.plots.cache import budget_curve, overlap_map, policy_map
 from headscope.interp.plots.comparison import agreement_map, score_scatter
 from headscope.interp.plots.doses import dose_response
 from headscope.interp.plots.maps import head_map, ranked, statistic_map
@@ -14,13 +15,16 @@ from headscope.interp.plots.tasks import evaluation, needle_grid
 __all__ = [
     "agreement_map",
     "block_map",
+    "budget_curve",
     "dose_response",
     "evaluation",
     "head_map",
     "head_on_prompt",
     "needle_grid",
     "on_picture",
+    "overlap_map",
     "pattern",
+    "policy_map",
     "ranked",
     "score_scatter",
     "show_token",

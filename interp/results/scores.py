@@ -215,13 +215,13 @@ def _find_scores(path: Path) -> Path:
 
 
 def find_all(folder: Path) -> dict[str, HeadScores]:
-    """All head scores in a folder and its subfolders, by their path in it; tables of evaluations and comparisons, and
-    probes' controls, are none.
+    """All head scores in a folder and its subfolders, by their path in it; tables of evaluations, comparisons
+    and caches, and probes' controls, are none.
 
     Raises:
         HeadscopeError: a file among them that was changed, or has lost its table.
     """
-    tables = [p for p in folder.rglob("*.parquet") if p.name != "evaluation.parquet"]
+    tables = [p for p in folder.rglob("*.parquet") if p.name not in ("evaluation.parquet", "cache.parquet")]
     alone = [p for p in folder.rglob("*.json") if not p.with_suffix(".parquet").exists() and _names_heads(p)]
     return {
         str(path.relative_to(folder).with_suffix(".parquet")): HeadScores.load(path.with_suffix(".json"))

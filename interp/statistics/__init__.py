@@ -15,6 +15,7 @@ from headscope.interp.statistics.base import (
 from headscope.interp.statistics.blocks import BlockMap, BlockStatistic, TopBlocks
 from headscope.interp.statistics.divergence import Divergence
 from headscope.interp.statistics.keys import KeyMass
+from headscope.interp.statistics.keys_for_mass import KeysForMass
 from headscope.interp.statistics.logit_parts import LogitParts
 from headscope.interp.statistics.norms import KeyNorm, ValueNorm
 from headscope.interp.statistics.outputs import HeadOutput, SpanOutput
@@ -50,6 +51,7 @@ STATISTICS: Registry[Statistic] = Registry(
         "top_keys": "rows:TopKeys",
         "target_mass": "rows:TargetMass",
         "key_mass": "keys:KeyMass",
+        "keys_for_mass": "keys_for_mass:KeysForMass",
         "key_norm": "norms:KeyNorm",
         "value_norm": "norms:ValueNorm",
         "logit_parts": "logit_parts:LogitParts",
@@ -79,6 +81,7 @@ __all__ = [
     "KeyMass",
     "KeyNorm",
     "KeyStatistic",
+    "KeysForMass",
     "LogSumExp",
     "LogitParts",
     "MaxLogit",

@@ -102,7 +102,7 @@ class Found:
                 "sequences: name other layers, or give each sequence an example of its own"
             )
         held = self.follow(call)
-        rows = _rows(call, sets)
+        rows = context_rows(call, sets)
         if held is None:
             require_told(call, "the sinks of an example")
             self.keep(call, self._sinks(call, rows, threshold, first))
@@ -145,7 +145,7 @@ def as_keys(held: Tensor, call: AttentionCall) -> Tensor:
     return keys
 
 
-def _rows(call: AttentionCall, sets: Sets) -> Tensor:
+def context_rows(call: AttentionCall, sets: Sets) -> Tensor:
     """Over which rows sinks are found: bool (batch or 1, query)."""
     if sets == "context" and known_boundary() is not None:
         return ~as_mask(chosen_rows(call, "answer"), call)

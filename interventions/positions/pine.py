@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
+from headscope.interp.sites.rotary import Rotation
 from headscope.interventions.positions.documents import Documents, listed
 from headscope.interventions.positions.position_edit import BEHIND_WINDOWS, IN_PIECES, PositionEdit, require_causal
 from headscope.interventions.positions.rescored import Rescored
-from headscope.interventions.positions.rotary import Rotation
 from headscope.kernels.attention import attend
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request

@@ -17,10 +17,10 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.given import ModelLike
+from headscope.interp.sites.rotary import Layer, Rotation, rotations
 from headscope.interventions.attention.pattern_edit import PatternEdit
 from headscope.interventions.phases import is_every
 from headscope.interventions.positions.rescored import Rescored, mixed
-from headscope.interventions.positions.rotary import Layer, Rotation, rotations
 from headscope.kernels.masks import IndexRule, Mask
 from headscope.kernels.score_edits import ScoreEdit
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.rotary import Rotation
 from headscope.interventions.attention.score_edit import number
 from headscope.interventions.positions.position_edit import PositionEdit
-from headscope.interventions.positions.rotary import Rotation
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,6 +86,11 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"heads": PICKED, "window": 2, "factor": 0.1},
         {"window": 1, "factor": 0.5, "bands": [(2, 3, 0.1)], "positive_only": False},
     ],
+    "evict_keys": [
+        {"policy": "knorm", "budget": 2, "read": 4},
+        {"heads": PICKED, "policy": "h2o", "budget": 0.5, "options": {"recent_share": 0.0}, "read": 4},
+        {"policy": "streaming_llm", "budget": 3, "options": {"sink": 1}},
+    ],
     "pine": [
         {"documents": [(1, 3), (3, 5)]},
         {"heads": PICKED, "documents": [(0, 1), (1, 4), (4, 5)], "strength": 0.7},
@@ -155,6 +160,8 @@ OTHERS: dict[tuple[str, str], dict[str, Any]] = {
     ("reinforce_heads", "choose"): {"choose": "random"},
     ("decay_beyond_window", "bands"): {"bands": [(3, 4, 0.5)]},
     ("decay_beyond_window", "positive_only"): {"positive_only": False},
+    ("evict_keys", "policy"): {"policy": "keydiff"},
+    ("evict_keys", "options"): {"options": {"sink": 1}},
     ("pine", "documents"): {"documents": "document"},
     ("rescale_rope", "base"): {"base": 500.0},
     ("concentric_positions", "grid"): {"grid": (4, 1)},

@@ -32,6 +32,6 @@ class EffectiveContext(AttentionEntropy):
     )
 
     @staticmethod
-    def of_rows(entropy: NDArray[np.float64]) -> NDArray[np.float64]:
+    def of_rows(recorded: NDArray[np.float64]) -> NDArray[np.float64]:
         """The row's effective number of keys."""
-        return np.asarray(np.exp(entropy))
+        return np.asarray(np.exp(recorded))

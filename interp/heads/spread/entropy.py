@@ -38,6 +38,7 @@ class AttentionEntropy(TextMethod):
     name: ClassVar[str] = "attention_entropy"
     unit: ClassVar[str] = "nats"
     source: ClassVar[str] = "arXiv 2412.16545"
+    recorded: ClassVar[str] = "entropy"
     tests: ClassVar[str] = "heads/test_spread.py"
     reproduced: ClassVar[str] = "entropy against eager weights, padded on either side; uniform attention in closed form"
     not_reproduced: ClassVar[str] = "8,192 tokens and parallel encoding: `spread` reads whole contexts"
@@ -58,11 +59,11 @@ class AttentionEntropy(TextMethod):
         return [Entropy()]
 
     def reduce(self, lm: LanguageModel, samples: Sequence[Sample], *records: xr.Dataset) -> list[Scored]:
-        entropy = records[0]["entropy"].transpose("example", "layer", "head", "query").to_numpy()
-        rows = self.of_rows(entropy[..., -self.scored - 1 :].astype(np.float64))
+        of_query = records[0][self.recorded].transpose("example", "layer", "head", "query").to_numpy()
+        rows = self.of_rows(of_query[..., -self.scored - 1 :].astype(np.float64))
         return [(by_head(lm, records[0], one), {}) for one in rows.mean(axis=-1)]
 
     @staticmethod
-    def of_rows(entropy: NDArray[np.float64]) -> NDArray[np.float64]:
-        """A row's value from its entropy."""
-        return entropy
+    def of_rows(recorded: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A row's value from what was recorded of it."""
+        return recorded

@@ -32,6 +32,16 @@ def test_scores_are_those_of_eager_weights(grouped, texts, eager, ids_of) -> Non
     assert abs(effective - np.exp(rows.mean(-1))).max() > 0.1  # the mean of exp is not exp of the mean
 
 
+def test_the_fewest_keys_against_sorted_eager_weights(grouped, texts, eager, ids_of) -> None:
+    rows = np.sort(eager(grouped, ids_of(grouped, texts, 20))[..., -6:, :], -1)[..., ::-1].cumsum(-1)
+    assert np.abs(rows - 0.8).min() > 1e-5  # no row so near that float32 could take it for another
+    wanted = ((rows < 0.8).sum(-1) + 1).mean(-1)
+    found = heads.head_sparsity(grouped, texts=texts, length=20, scored=5, batch=3, share=0.8, **QUIET)
+    np.testing.assert_allclose(found.trials, wanted, rtol=1e-6)
+    with pytest.raises(HeadscopeError, match="above 0 and at most 1"):
+        heads.head_sparsity(grouped, share=1.5, **QUIET)
+
+
 def test_padding_on_either_side_changes_nothing(grouped, padded, eager) -> None:
     ids, mask, at = padded
     with trace(grouped, [Entropy()]) as tracer:
@@ -49,6 +59,8 @@ def test_uniform_attention_spreads_over_all_keys(grouped, texts) -> None:
     options = dict(texts=texts, length=9, scored=2, **QUIET)
     np.testing.assert_allclose(heads.effective_context(grouped, **options).mean, (7 + 8 + 9) / 3, rtol=1e-5)
     np.testing.assert_allclose(heads.attention_entropy(grouped, **options).mean, np.log([7, 8, 9]).mean(), rtol=1e-5)
+    found = heads.head_sparsity(grouped, share=0.5, **options).mean  # 4, 4 and 5 of 7, 8 and 9 keys
+    np.testing.assert_allclose(found, 13 / 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scored", [0, 512])

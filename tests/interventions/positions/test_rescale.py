@@ -14,8 +14,8 @@ from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.haystack import load_haystack
+from headscope.interp.sites.rotary import Rotation, rotations
 from headscope.interventions import ForcePattern, RescaleRoPE, apply
-from headscope.interventions.positions.rotary import Rotation, rotations
 
 LENGTH = 14
 CONFIGURED = [

@@ -1,0 +1,146 @@
+"""The exact loss of policies at budgets, layer by layer and head by head, over prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from headscope.interp.cache import POLICIES
+from headscope.interp.cache.budget import Budget
+from headscope.interp.cache.measuring import AHEAD, Ahead, Measuring
+from headscope.interp.cache.policy import Policy
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
+from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.results.cache import MEASURES, NAME, CacheLosses, plain
+from headscope.interp.runs.estimate import announce
+from headscope.interp.runs.loop import opened, run_steps
+from headscope.interp.runs.provenance import provenance
+from headscope.interp.sites import attached
+from headscope.interp.sites.given import Loadable
+from headscope.interp.sites.rotary import rotations
+from headscope.interp.sweeps.batches import Prompts
+
+At = Literal["decode", "prefill"]
+
+
+def lose(
+    lm: Loadable,
+    policies: str | Policy | Iterable[str | Policy],
+    budgets: Iterable[int | float | str | Budget],
+    prompts: Any,
+    *,
+    answer: int = 64,
+    at: At = "decode",
+    first: int = 0,
+    layers: Sequence[int] | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> CacheLosses:
+    """What each policy loses at each budget, exactly, with no query x key tensor.
+
+    ``at="decode"``: of each text the last ``answer`` tokens stand for the answer, and what is before them is the
+    prompt. Keys are chosen when the prompt was read; the rows of the answer see what was kept, and all keys since. One
+    pass over the text gives the same rows as a prefill and decoding steps. ``at="prefill"``: the whole text is the
+    prompt, and its own rows are measured: what a sparse mask would lose while reading. A policy that chooses keys once,
+    at the end, is then held to rows that it was chosen from.
+
+    Args:
+        lm: load_model's result, or what load_model takes.
+        policies: names of ``POLICIES`` or declarations with their settings.
+        budgets: numbers of keys, or shares of the prompt's tokens.
+        prompts: texts, or sequences of token ids, one trial each.
+        answer: rows that are measured at the end of each text.
+        first: with ``at="prefill"``, the first row that is measured.
+        layers: only these (by default all that attend).
+        out: folder for ``cache.json``, ``cache.parquet`` and the journal that makes a killed run resume.
+
+    Raises:
+        HeadscopeError: no policy or two of one name, no prompt, one not longer than ``answer``, a budget smaller than
+            what a policy always keeps, or a model that cannot be traced exactly.
+    """
+    lm, chosen = load_model(lm), _named(policies)
+    asked = [Budget.of(x) for x in ([budgets] if isinstance(budgets, int | float | str) else budgets)]
+    if not asked or len(set(asked)) < len(asked):
+        raise HeadscopeError("give at least one budget, and each once, e.g. budgets=[64, 256]")
+    if at not in ("decode", "prefill") or answer < 1:
+        raise HeadscopeError(f"at must be 'decode' or 'prefill' and answer 1 or more; got {at!r} and {answer}")
+    given = Prompts(lm, prompts)
+    if at == "decode" and min(given.lengths) <= answer:
+        raise HeadscopeError(
+            f"a prompt has {min(given.lengths)} tokens, of which the last {answer} are the answer: give longer ones, "
+            "or a smaller answer="
+        )
+    if not 0 <= first < min(given.lengths) or (first and at == "decode"):
+        raise HeadscopeError(
+            f"first={first} is a row of at='prefill', and the shortest text has {min(given.lengths)} tokens"
+        )
+    config: dict[str, Any] = {
+        "policies": list(chosen),
+        "settings": [_settings(policy) for policy in chosen.values()],
+        "budgets": [str(budget) for budget in asked],
+        "prompts_sha256": given.sha256,
+        **{"at": at, "answer": answer, "first": first, "layers": layers},
+    }
+    made = provenance(lm, **config)
+    folder = None if out is None else Path(out)
+    files = [f"{NAME}.{end}" for end in ("json", "parquet", "trials.jsonl")] if folder else []
+    announce(((n, 0) for n in given.lengths), files)
+    turned = rotations(lm, None) if any("rotation" in policy.needs for policy in chosen.values()) else {}
+
+    def step(index: int) -> dict[str, Any]:
+        ids = given.batch([index])["input_ids"]
+        prompt = ids.shape[1] - (answer if at == "decode" else 0)
+        measured = prompt if at == "decode" else first, ids.shape[1]
+        handler = Measuring(list(chosen.values()), asked, prompt, measured, turned)
+        handler.ahead = {i: _ahead(lm, policy, ids[:, :prompt]) for i, policy in enumerate(chosen.values())}
+        with attached(lm, handler, layers=layers), torch.no_grad():
+            lm.forward(ids, logits=1)
+        found = {name: plain(x) for name, x in handler.full(lm.info.layers, lm.info.heads).items()}
+        return {"tokens": ids.shape[1], "prompt": prompt, **found}
+
+    path = None if folder is None else folder / f"{NAME}.trials.jsonl"
+    with opened(path, {"model": made.get("model"), **config}) as journal:
+        results = run_steps(journal, len(given), step, "prompts", progress=progress)
+    values = {name: np.stack([np.array(one[name], dtype=np.float64) for one in results], axis=2) for name in MEASURES}
+    common = np.stack([np.array(one["overlap"], dtype=np.float64) for one in results], axis=-1)
+    details = tuple({"tokens": one["tokens"], "prompt": one["prompt"]} for one in results)
+    found = CacheLosses(tuple(chosen), tuple(str(b) for b in asked), values, common, made, details)
+    if folder is not None:
+        found.save(folder)
+    return found
+
+
+def _named(policies: str | Policy | Iterable[str | Policy]) -> dict[str, Policy]:
+    """Policies by the names that results call them: that of the registry, and settings that differ from the default."""
+    given = [policies] if isinstance(policies, str | Policy) else list(policies)
+    made = [each if isinstance(each, Policy) else POLICIES[each]() for each in given]
+    named = {_label(policy): policy for policy in made}
+    if not named or len(named) < len(made):
+        raise HeadscopeError("name at least one policy, and each once; `headscope list policies` shows them")
+    return named
+
+
+def _label(policy: Policy) -> str:
+    other = {f.name: getattr(policy, f.name) for f in fields(policy) if getattr(policy, f.name) != f.default}
+    return policy.name + (f"({', '.join(f'{key}={value}' for key, value in other.items())})" if other else "")
+
+
+def _settings(policy: Policy) -> dict[str, Any]:
+    return {field.name: getattr(policy, field.name) for field in fields(policy)}
+
+
+def _ahead(lm: LanguageModel, policy: Policy, ids: torch.Tensor) -> AHEAD:
+    """The queries of the tokens that a policy wants read after the prompt ``ids`` (1, token), layer by layer."""
+    more = policy.appended(ids[0].tolist())
+    if not more:
+        return {}
+    handler = Ahead(ids.shape[1])
+    with attached(lm, handler), torch.no_grad():
+        lm.forward(torch.cat([ids, ids.new_tensor([more])], dim=1), logits=1)
+    return handler.queries

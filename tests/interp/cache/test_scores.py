@@ -1,0 +1,399 @@
+"""Every key policy's score against a dense float64 implementation of its specification.
+
+A mistral with two query heads a key head, RoPE and a sliding window of 6 tokens; prompts of unequal length,
+padded to the left or to the right, of which the call holds later tokens too. Scores are made in float32 from float32
+queries and keys: sums of at most 14 weights, each right to 1e-6, so 1e-5 of the largest score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
+
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler
+from headscope.interp.cache import POLICIES
+from headscope.interp.cache.budget import Budget
+from headscope.interp.cache.reading import Reading
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites import attached
+from headscope.interp.sites.rotary import rotations
+from headscope.kernels.kept import losses
+from headscope.kernels.request import Request
+
+WINDOW, LATER, GROUP = 6, 4, 2
+
+
+class Calls(Handler):
+    """Keeps every layer's call."""
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+
+    def request(self, call: AttentionCall) -> Request:
+        self.calls.append(call)
+        return Request()
+
+
+class One:
+    """One example of a call without its padding, dense and in float64: q, k, v (head, token, d), A (head, q, k)."""
+
+    def __init__(self, reading: Reading, b: int) -> None:
+        call = reading.call
+        first, stop = int(reading.start[b]), int(reading.stop[b])
+        self.first, self.stop, self.count = first, stop, stop - first
+        end = stop + LATER
+        self.q = call.query[b, :, first:end].double()
+        self.k, self.v = (x[b, :, first:end].double() for x in (call.key, call.value))
+        s = self.q @ self.k.repeat_interleave(GROUP, 0).transpose(1, 2) * call.scale
+        gap = torch.arange(end - first)[:, None] - torch.arange(end - first)[None, :]
+        hidden = (gap < 0) | (gap > (call.mask.left if call.mask.left is not None else math.inf))
+        self.scale, self.whole = call.scale, s.masked_fill(hidden, -torch.inf).softmax(-1)
+        self.A = self.whole[:, : self.count, : self.count]
+
+    @property
+    def prompt(self) -> Tensor:
+        """Its prompt's keys."""
+        return self.k[:, : self.count]
+
+
+def grouped(x: Tensor) -> Tensor:
+    return torch.stack([x[2 * g : 2 * g + 2].mean(0) for g in range(x.shape[0] // GROUP)])
+
+
+def snapkv(one: One, w: int = 3) -> Tensor:
+    mass = one.A[:, -w:, : one.count - w].mean(1)
+    pooled = torch.zeros_like(mass)
+    for k in range(mass.shape[1]):
+        pooled[:, k] = mass[:, max(0, k - 2) : k + 3].sum(-1) / 5
+    kept = grouped(pooled)
+    return torch.cat([kept, torch.full((kept.shape[0], w), float(kept.max()) + 1)], 1)
+
+
+def observed(one: One) -> Tensor:
+    return grouped(one.A.sum(1) / (one.count - torch.arange(one.count)))
+
+
+def tova(one: One) -> Tensor:
+    score = one.A[:, -1].mean(0, keepdim=True)
+    score[:, -1] = score.max() + 1
+    return score
+
+
+def keydiff(one: One) -> Tensor:
+    direction = one.prompt / one.prompt.norm(dim=-1, keepdim=True)
+    anchor = direction.mean(1, keepdim=True)
+    return -(one.prompt * anchor).sum(-1) / (one.prompt.norm(dim=-1) * anchor.norm(dim=-1))
+
+
+def rotary(at: Tensor, d: int, base: float = 10_000.0) -> Tensor:
+    """HF's rotation of positions as matrices (position, d, d): cos + sin P, P = rotate_half."""
+    angle = at[:, None].double() * base ** (-torch.arange(0, d, 2).double() / d)
+    cos, sin = (torch.diag_embed(torch.cat([f(angle), f(angle)], -1)) for f in (torch.cos, torch.sin))
+    half = torch.zeros(d, d).double()
+    half[d // 2 :, : d // 2], half[: d // 2, d // 2 :] = torch.eye(d // 2), -torch.eye(d // 2)
+    return cos + sin @ half
+
+
+def expected(one: One, sink: int = 2, ahead: int = 50) -> Tensor:
+    d = one.q.shape[-1]
+    back = rotary(torch.arange(one.count), d).transpose(1, 2)
+    q = torch.einsum("tij,htj->hti", back, one.q[:, : one.count])[:, sink:]
+    mu = q.mean(1)
+    sigma = torch.stack([torch.cov(x.T, correction=0) for x in q])
+    R = rotary(torch.arange(one.count, one.count + ahead), d).mean(0)
+    mu, sigma = mu @ R.T, R @ sigma @ R.T
+    k, scores = one.prompt.repeat_interleave(GROUP, 0)[:, sink:], []
+    for h in range(k.shape[0]):
+        scores.append(k[h] @ mu[h] / d**0.5 + torch.einsum("ti,ij,tj->t", k[h], sigma[h], k[h]) / (2 * d))
+    score = grouped(torch.stack(scores).softmax(-1)) * one.v[:, sink : one.count].norm(dim=-1)
+    return torch.cat([torch.full((score.shape[0], sink), float(score.max()) + 1), score], 1)
+
+
+def ems(one: One, w: int = 3) -> Tensor:
+    everywhere, local = grouped(one.A.sum(1)), grouped(one.A[:, -w:].sum(1))
+    return torch.maximum(everywhere * local.mean(-1, keepdim=True) / everywhere.mean(-1, keepdim=True), local)
+
+
+def oracle(one: One) -> Tensor:
+    return grouped(one.whole[:, one.count :, : one.count].sum(1))
+
+
+WRITTEN: dict[str, tuple[dict[str, Any], Callable[[One], Tensor]]] = {
+    "snapkv": ({"window": 3}, snapkv),
+    "h2o": ({"recent_share": 0.0}, lambda one: grouped(one.A.sum(1))),
+    "observed_attention": ({}, observed),
+    "tova": ({}, tova),
+    "knorm": ({}, lambda one: -one.prompt.norm(dim=-1)),
+    "keydiff": ({}, keydiff),
+    "expected_attention": ({"sink": 2, "ahead_tokens": 50}, expected),
+    "ems": ({"window": 3}, ems),
+    "oracle": ({}, oracle),
+}
+
+
+def tiny(window: int | None) -> MistralForCausalLM:
+    """Two layers with grouped heads that see a window of so many tokens."""
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    more = dict(vocab_size=64, num_hidden_layers=2, initializer_range=0.3, max_position_embeddings=128)
+    return MistralForCausalLM(MistralConfig(sliding_window=window, **sizes, **more)).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> MistralForCausalLM:
+    return tiny(WINDOW)
+
+
+@pytest.fixture(scope="module", params=["left", "right", "none"])
+def readings(request: pytest.FixtureRequest, model: MistralForCausalLM) -> list[Reading]:
+    """Each layer's reading of three prompts of 14, 9 and 12 tokens, of which the last 4 come after the prompt."""
+    lengths = (14, 9, 12) if request.param != "none" else (14,)
+    ids = torch.randint(0, 60, (len(lengths), 14), generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros_like(ids)
+    for row, n in zip(mask, lengths, strict=True):
+        row[14 - n :] = 1 if request.param == "left" else row[14 - n :]
+        row[:n] = 1 if request.param != "left" else row[:n]
+    handler = Calls()
+    with attached(model, handler), torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    last = torch.tensor([14 if request.param == "left" else n for n in lengths])
+    measured = (10, 14) if request.param != "right" else None
+    turned = rotations(model, None)
+    return [Reading(call, last - LATER, measured, turned[call.module, call.layer]) for call in handler.calls]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_score_is_its_specification(readings: list[Reading], name: str) -> None:
+    settings, written = WRITTEN[name]
+    policy = POLICIES[name](**settings)
+    for reading in readings:
+        if name in ("oracle",) and reading.measured is None:
+            continue
+        scores = policy.scores(reading)
+        kept = policy.sets(reading, [Budget(keys=5)])[0]
+        for b in range(scores.shape[0]):
+            one = One(reading, b)
+            wanted = written(one)
+            mine = scores[b, :, one.first : one.stop].double()
+            forced = wanted == wanted.max(-1, keepdim=True).values if name in ("snapkv", "tova") else wanted > math.inf
+            if name == "expected_attention":
+                forced = (torch.arange(one.count) < 2).expand_as(wanted)
+            close = (mine - wanted).abs() <= 1e-5 * wanted[~forced].abs().max()
+            assert bool((close | forced).all()), f"{name}: {(mine - wanted).abs().max()}"
+            best = wanted.argsort(dim=-1, descending=True, stable=True)[:, :5]
+            if name == "snapkv":
+                best = torch.cat(
+                    [wanted[:, :-3].topk(2).indices, torch.arange(one.count - 3, one.count).expand(2, -1)], 1
+                )
+            assert kept[b, :, one.first : one.stop].nonzero()[:, -1].view(-1, 5).tolist() == best.sort().values.tolist()
+            assert not kept[b, :, : one.first].any() and not kept[b, :, one.stop :].any()
+
+
+def test_h2o_keeps_recent_tokens_with_half_of_its_budget(readings: list[Reading]) -> None:
+    for reading in readings:
+        kept = POLICIES["h2o"]().sets(reading, [Budget(keys=5)])[0]
+        for b in range(kept.shape[0]):
+            one = One(reading, b)
+            score = grouped(one.A.sum(1))
+            score[:, -2:] = math.inf
+            assert kept[b, :, one.first : one.stop].nonzero()[:, 1].view(-1, 5).tolist() == (
+                score.topk(5).indices.sort().values.tolist()
+            )
+
+
+def test_keydiff_block_by_block(readings: list[Reading]) -> None:
+    n, block = 4, 2
+    for reading in readings:
+        kept = POLICIES["keydiff"](block=block).sets(reading, [Budget(keys=n)])[0]
+        for b in range(kept.shape[0]):
+            one = One(reading, b)
+            for g in range(2):
+                held = list(range(min(n, one.count)))
+                for begin in range(n, one.count, block):
+                    held += range(begin, min(begin + block, one.count))
+                    own = one.prompt[g, held]
+                    anchor = (own / own.norm(dim=-1, keepdim=True)).mean(0)
+                    score = -torch.nn.functional.cosine_similarity(own, anchor[None], dim=-1)
+                    held = sorted(held[i] for i in score.topk(n).indices.tolist())
+                assert kept[b, g, one.first : one.stop].nonzero()[:, 0].tolist() == held
+
+
+def test_rows_that_stream_and_rows_that_choose(readings: list[Reading]) -> None:
+    """Every row by hand: the first 2 tokens and the last 3, and the best 3 of the prompt with all later keys."""
+    for reading in readings:
+        keeps = [POLICIES["streaming_llm"](sink=2).keeps(reading, [Budget(keys=5)])[0]]
+        keeps += POLICIES["top_k"]().keeps(reading, [Budget(keys=3)])
+        stream, best = losses(reading.call.inputs(), reading.call.value, keeps, held=200)
+        for b in range(reading.stop.shape[0]):
+            one = One(reading, b)
+            gap = torch.arange(one.count + LATER)[:, None] - torch.arange(one.count + LATER)[None, :]
+            shown = (torch.arange(one.count + LATER) < 2) | ((gap < 3) & (gap >= 0))
+            rows = slice(one.first, one.stop + LATER)
+            assert (stream.recall[b, :, rows] - (one.whole * shown).sum(-1)).abs().max() < 1e-5
+            top = one.whole[..., : one.count].topk(3).values.sum(-1) + one.whole[..., one.count :].sum(-1)
+            assert (best.recall[b, :, rows] - top).abs().max() < 1e-5
+
+
+def kept_by_hand(reading: Reading, keep: Callable[[One], Tensor]) -> list[Tensor]:
+    """Recall of every real row (head, row) of each example, from a dense bool (head, row, key)."""
+    return [(one.whole * keep(one)).sum(-1) for one in (One(reading, b) for b in range(reading.stop.shape[0]))]
+
+
+def vertical_and_slash(one: One) -> Tensor:
+    """Three of the last rows; two columns beside the first key, and three distances of which one is the nearest."""
+    n, total = one.count, one.count + LATER
+    gap = torch.arange(total)[:, None] - torch.arange(total)[None, :]
+    shown = torch.zeros_like(one.whole, dtype=torch.bool)
+    for h in range(one.whole.shape[0]):
+        rows = one.A[h, -3:]
+        columns = rows.sum(0)
+        columns[0] = math.inf
+        slash = torch.tensor([rows[gap[n - 3 : n, :n] == x].sum() for x in range(n)])
+        slash[0] = math.inf
+        best = set(columns.topk(2).indices.tolist()), set(slash.topk(3).indices.tolist())
+        for q in range(total):
+            for k in range(q + 1):
+                shown[h, q, k] = k in best[0] or q - k in best[1]
+    return shown
+
+
+def gates(one: One, block: int = 3, top: int = 2) -> Tensor:
+    """MoBA, row by row."""
+    total = one.count + LATER
+    shown = torch.zeros_like(one.whole, dtype=torch.bool)
+    for h in range(one.whole.shape[0]):
+        for t in range(total):
+            own, score = t // block, {}
+            for n in range(own):
+                score[n] = float(one.q[h, t] @ one.k[h // GROUP, n * block : (n + 1) * block].mean(0))
+            for n in [own, *sorted(score, key=lambda n: -score[n])[: top - 1]]:
+                shown[h, t, n * block : (n + 1) * block] = True
+    return shown
+
+
+def pooled(one: One, block: int = 3, top: int = 2) -> Tensor:
+    """MInference's blocks: mean queries by mean keys of blocks that begin no later."""
+    total = one.count + LATER
+    shown = torch.zeros_like(one.whole, dtype=torch.bool)
+    starts = range(0, total, block)
+    for h in range(one.whole.shape[0]):
+        for r in starts:
+            q = one.q[h, r : r + block].mean(0)
+            score = {c: float(q @ one.k[h // GROUP, c : c + block].mean(0)) for c in starts if c <= r}
+            for c in sorted(score, key=lambda c: -score[c])[:top]:
+                shown[h, r : r + block, c : c + block] = True
+    return shown
+
+
+def flexprefill(one: One, b: int = 2, gamma: float = 0.8, tau: float = 0.3, few: int = 1) -> Tensor:
+    """FlexPrefill by its specification, with coverages divided by 3 tokens; rows after the prompt see everything."""
+    n = one.count
+    blocks = -(-n // b)
+    shown = torch.ones_like(one.whole, dtype=torch.bool)
+    if n <= max(2 * b, few * b):
+        return shown
+    parts = [slice(c * b, min((c + 1) * b, n)) for c in range(blocks)]
+    for h in range(one.whole.shape[0]):
+        a, q, k = one.A[h, -b:], one.q[h, :n], one.k[h // GROUP, :n]
+        vert, slash = a.mean(0), torch.zeros(n).double()
+        for i in range(b):
+            for j in range(n - b + i + 1):
+                slash[n - 1 - (n - b + i - j)] += a[i, j] / b
+        vb, sb = (torch.stack([x[part].sum() for part in parts]) for x in (vert, slash))
+        mean_q, mean_k = (torch.stack([x[part].mean(0) for part in parts]) for x in (q, k))
+        e = (one.scale * mean_k @ q[-b:].mean(0)).softmax(-1)
+        m = (e + vb) / 2
+        aware = bool(torch.sqrt(0.5 * (e * (e / m).log()).sum() + 0.5 * (vb * (vb / m).log()).sum()) < tau)
+        cover = [int((x.sort(descending=True).values.cumsum(0) <= gamma).sum()) + 1 for x in (vert, slash)]
+        counts = [few if aware else min(max(c // 3 + 1, few), blocks) for c in cover]
+        vb[0] = sb[-1] = math.inf
+        columns = set(vb.topk(counts[0]).indices.tolist())
+        offsets = {blocks - 1 - x for x in sb.topk(counts[1]).indices.tolist()}
+        active = {(r, c) for r in range(blocks) for c in range(r + 1) if c in columns or r - c in offsets}
+        if aware:
+            s = one.scale * mean_q @ mean_k.T
+            P = s.masked_fill(torch.ones(blocks, blocks).triu(1).bool(), -math.inf).softmax(-1).flatten()
+            value, order = P.sort(descending=True)
+            kept = order[value.cumsum(0) <= gamma * blocks].tolist()
+            active |= {divmod(x, blocks) for x in kept if x % blocks <= x // blocks} | {(0, 0)}
+        shown[h, :n, :n] = False
+        for r, c in active:
+            shown[h, parts[r], parts[c]] = True
+    return shown
+
+
+ROWS: dict[str, tuple[dict[str, Any], int, Callable[[One], Tensor]]] = {
+    "vertical_slash": ({"window": 3, "vertical": 2, "slash": 3, "first": 1, "near": 1}, 5, vertical_and_slash),
+    "moba": ({"block": 3}, 7, gates),
+    "block_sparse": ({"block": 3}, 6, pooled),
+    "flexprefill": ({"block": 2, "gamma": 0.8, "tau": 0.3}, 2, flexprefill),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_see_what_the_specification_shows(
+    readings: list[Reading], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headscope.interp.cache.rows.vertical_slash.LEAST", (1, 1))
+    monkeypatch.setattr("headscope.interp.cache.rows.flexprefill.TOKENS", 3)
+    settings, budget, written = ROWS[name]
+    for reading in readings:
+        keep = POLICIES[name](**settings).keeps(reading, [Budget(keys=budget)])
+        found = losses(reading.call.inputs(), reading.call.value, keep, held=200)[0].recall
+        for b, wanted in enumerate(kept_by_hand(reading, written)):
+            one = One(reading, b)
+            mine = found[b, :, one.first : one.stop + LATER]
+            assert (mine - wanted).abs().max() < 1e-5
+            assert 0.2 < float(wanted.mean()) < 0.999
+
+
+def test_flexprefill_takes_more_blocks_of_query_aware_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every block holds mass (without a window) heads of both kinds are found."""
+    monkeypatch.setattr("headscope.interp.cache.rows.flexprefill.TOKENS", 3)
+    handler, tau = Calls(), 0.25
+    whole = tiny(None)
+    with attached(whole, handler), torch.no_grad():
+        whole(torch.arange(3, 27)[None])
+    kinds = []
+    for call in handler.calls:
+        reading = Reading(call, torch.tensor([20]))
+        policy = POLICIES["flexprefill"](block=2, gamma=0.8, tau=tau)
+        kinds += policy.decide(reading, 0, 2).query_aware.tolist()
+        found = losses(call.inputs(), call.value, policy.keeps(reading, [Budget(keys=2)]))[0].recall[0]
+        one = One(reading, 0)
+        assert (found - (one.whole * flexprefill(one, tau=tau)).sum(-1)).abs().max() < 1e-5
+    assert any(kinds) and not all(kinds)
+
+
+def test_pseudo_queries_are_read_where_the_answer_will_stand(model: MistralForCausalLM) -> None:
+    """Scores of DapQ from queries of tokens that were appended: softmax over the prompt's keys alone."""
+    policy = POLICIES["dapq"](tokens=4, kernel=3)
+    ids = torch.arange(5, 15)[None]
+    assert policy.appended(ids[0].tolist()) == [5, 6, 13, 14]
+    handler = Calls()
+    with attached(model, handler), torch.no_grad():
+        model(torch.cat([ids, torch.tensor([[5, 6, 13, 14]])], 1))
+    for call in handler.calls:
+        reading = Reading(call, torch.tensor([10]), ahead=call.query[:, :, 10:])
+        s = call.query[0, :, 10:].double() @ call.key[0, :, :10].double().repeat_interleave(2, 0).transpose(1, 2)
+        gap = torch.arange(10, 14)[:, None] - torch.arange(10)[None, :]
+        hidden = gap > (call.mask.left if call.mask.left is not None else math.inf)
+        mass = (s * call.scale).masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+        wide = torch.nn.functional.pad(mass, (1, 1))
+        wanted = grouped((wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]) / 3)
+        assert (policy.scores(reading)[0, :, :10] - wanted).abs().max() < 1e-5
+
+
+def test_budgets_and_ties() -> None:
+    assert Budget.of("0.29").count(torch.tensor([100, 7])).tolist() == [29, 2]
+    assert str(Budget.of(64)) == "64" and Budget.of("64") == Budget(keys=64)
+    for bad in (0, -1, 1.5, "many", True, None):
+        with pytest.raises(HeadscopeError, match="a budget is"):
+            Budget.of(bad)
