@@ -78,6 +78,11 @@ def tasks(samples: int, batch: int) -> list[SceneTask]:
     ]
 
 
+def named_device() -> str:
+    """What it ran on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def main() -> None:
     """Evaluate and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,7 +104,7 @@ def main() -> None:
         folder = None if given.folder is None else given.folder / task.name
         found = evaluate(lm, task, conditions, controls=given.controls, out=folder, progress=False)
         tables.append({"task": task.name, "summary": found.summary().to_dict("records"), "details": found.details})
-        made = provenance(lm, samples=given.samples, controls=given.controls)
+        made = {"device": named_device()} | provenance(lm, samples=given.samples, controls=given.controls)
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps({"tables": tables, "provenance": made}, indent=1, default=str) + "\n")
         print(task.name, found.summary(), flush=True)
