@@ -15,7 +15,7 @@ from headscope.kernels import reference
 from headscope.kernels.request import Request
 from headscope.kernels.scores import Scores
 
-HELD, GPU_HELD = 1 << 22, 1 << 26  # scores in a piece
+HELD, GPU_HELD = 1 << 20, 1 << 26  # scores in a piece
 
 
 def attention(scores: Scores, v: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def attention(scores: Scores, v: Tensor) -> Tensor:
     if step >= queries:
         return _piece(scores, v)
     found = []
-    for first in range(0, queries, step):
+    for first in reversed(range(0, queries, step)):  # the largest first: growing ones leave the heap in pieces
         rows = slice(first, min(first + step, queries))
         keys = slice(*scores.mask.key_bounds(rows.start, rows.stop, count))
         if keys.start == keys.stop:
@@ -33,7 +33,7 @@ def attention(scores: Scores, v: Tensor) -> Tensor:
             continue
         part, values = scores.rows(rows).keys(keys), v[:, :, keys]
         found.append(checkpoint(_piece, part, values, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(found, 2)
+    return torch.cat(found[::-1], 2)
 
 
 def _piece(scores: Scores, v: Tensor) -> Tensor:
