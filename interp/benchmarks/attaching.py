@@ -21,7 +21,7 @@ import json
 import platform
 import statistics as stats
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,14 @@ def thin(model: Any) -> Any:
     return type(model)(config).eval()
 
 
-def seconds(model: Any, *, tokens: int, past: int, rounds: int, passes: int) -> dict[str, list[list[float]]]:
+def seconds(
+    model: Any, *, tokens: int, past: int, rounds: int, passes: int, only: Sequence[str] | None = None
+) -> dict[str, list[list[float]]]:
     """Seconds of forward passes over ``tokens`` tokens behind ``past`` cached ones: kind -> round -> pass.
 
     Kinds alternate within a round, in the other order every second round; a first round warms up and is dropped.
     """
-    kinds = kinds_of(model)
+    kinds = {name: kind for name, kind in kinds_of(model).items() if only is None or name in only}
     found: dict[str, list[list[float]]] = {name: [] for name in kinds}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, past + tokens), generator=generator)
@@ -106,7 +108,7 @@ def cost(model: Any, *, past: int = 64, rounds: int = 40, passes: int = 8) -> di
 
 def fastest_step(model: Any, *, past: int = 512, steps: int = 20) -> float:
     """Seconds of the fastest untraced decoding step of ``model``."""
-    return min(seconds(model, tokens=1, past=past, rounds=1, passes=steps)[UNTRACED][0])
+    return min(seconds(model, tokens=1, past=past, rounds=1, passes=steps, only=[UNTRACED])[UNTRACED][0])
 
 
 def ratios(model: Any, *, tokens: int, past: int, rounds: int, passes: int) -> dict[str, Any]:

@@ -151,15 +151,16 @@ def _does_nothing(frame: Any) -> bool:
     return bool(frame.f_code.co_code[frame.f_lasti] == dis.opmap["NOP"])
 
 
-def kills(count: int, folder: Path, seed: int = 0) -> list[str]:
-    """Kill a sweep ``count`` times at random times, with -9, and run it again each time; what its record differs by."""
+def kills(count: int, folder: Path, seed: int = 0, prompts: int = 400) -> list[str]:
+    """Kill a sweep of so many prompts ``count`` times at random times, with -9, and run it again each time; what its
+    record differs by."""
     clock, context = random.Random(seed), multiprocessing.get_context("fork")
-    prompts = [list(range(5, 9 + i % 12)) for i in range(400)]
-    whole = sweep(tiny_model("llama"), prompts, STATISTICS, out=folder / "whole", largest=2, progress=False).load()
+    given = [list(range(5, 9 + i % 12)) for i in range(prompts)]
+    whole = sweep(tiny_model("llama"), given, STATISTICS, out=folder / "whole", largest=2, progress=False).load()
     killed, run, wrong = 0, 0, []
     while killed < count:
         out = folder / f"run-{run}"
-        child = context.Process(target=_sweep, args=(prompts, out))
+        child = context.Process(target=_sweep, args=(given, out))
         child.start()
         child.join(clock.uniform(0.05, 0.6))
         if child.is_alive():
@@ -167,12 +168,12 @@ def kills(count: int, folder: Path, seed: int = 0) -> list[str]:
             child.join()
             killed += 1
         elif child.exitcode == 0:
-            wrong += _differs(prompts, out, whole, run)
+            wrong += _differs(given, out, whole, run)
             run += 1
         else:
             wrong.append(f"run {run}: exit {child.exitcode}")
             run += 1
-    return wrong + _differs(prompts, folder / f"run-{run}", whole, run)
+    return wrong + _differs(given, folder / f"run-{run}", whole, run)
 
 
 def _sweep(prompts: list[list[int]], out: Path) -> None:

@@ -1,13 +1,6 @@
-"""Retrieval scores of a real model: against eager attention maps, and after a kill."""
+"""Retrieval scores of a real model: against eager attention maps."""
 
 from __future__ import annotations
-
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -54,39 +47,3 @@ def test_smollm2_scores_equal_those_of_eager_maps(smollm2):
     assert said[-1] == smollm2.tokenizer.eos_token_id and "Dolores" in smollm2.tokenizer.decode(said)
     np.testing.assert_allclose(scores.mean, expected, atol=1e-9)
     assert (scores.mean > 0.1).sum() >= 5 and (scores.mean == 0).mean() > 0.4  # sparse, as the paper finds
-
-
-RUN = """
-import sys
-from headscope.interp import load_model
-from headscope.interp.heads import retrieval
-retrieval(load_model("smollm2-135m"), lengths=[240], depths=2, needles=2, out=sys.argv[1], progress=False)
-"""
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_where_it_stopped(smollm2, tmp_path):
-    journal = tmp_path / "retrieval.trials.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 300
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert not (tmp_path / "retrieval.json").exists()
-    kept = journal.read_bytes()
-    finished = kept.count(b"\n") - 1
-    assert 1 <= finished < 4
-    with open(journal, "ab") as file:
-        file.write(b'{"trial": 3, "resu')  # a line that the kill cut short
-    settings = {"lengths": [240], "depths": 2, "needles": 2, "progress": False}
-    resumed = retrieval(smollm2, out=tmp_path, **settings)
-    lines = journal.read_bytes()
-    assert lines.startswith(kept) and lines.count(b"\n") == 5
-    assert [json.loads(line)["trial"] for line in lines.splitlines()[1:]] == list(range(4))
-    whole = retrieval(smollm2, **settings)
-    np.testing.assert_allclose(resumed.trials, whole.trials)
-    assert [d["response"] for d in resumed.details] == [d["response"] for d in whole.details]

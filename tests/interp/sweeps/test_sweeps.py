@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +71,11 @@ def assert_same(found: xr.Dataset, expected: xr.Dataset, bound: float = BOUND) -
             np.testing.assert_array_equal(values, wanted, err_msg=str(name))
 
 
-@pytest.mark.parametrize("queries", [None, Last(1), Last(3), Every(4)], ids=str)
-@pytest.mark.parametrize("largest", [1, 8, 64])
+@pytest.mark.parametrize(
+    ("largest", "queries"),
+    [(1, Last(3)), *((largest, queries) for largest in (8, 64) for queries in (None, Last(1), Last(3), Every(4)))],
+    ids=str,
+)
 def test_a_prompt_is_recorded_as_if_it_were_traced_alone(lm, tmp_path, queries, largest):
     given = prompts()
     found = sweep(lm, given, MIXED, out=tmp_path, queries=queries, largest=largest, **QUIET)
@@ -394,25 +395,18 @@ def launch(tmp_path: Path, out: Path, *arguments: str, processes: int = 2) -> su
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_record_of_one(lm, tmp_path):
-    expected = sweep(lm, prompts(), MIXED, out=tmp_path / "one", largest=3, **QUIET).load()
-    done = launch(tmp_path, tmp_path / "two")
+def test_two_processes_make_the_record_of_one_and_one_finishes_what_they_began(lm, tmp_path):
+    two, one = tmp_path / "two", tmp_path / "one"
+    expected = sweep(lm, prompts(), MIXED, out=one, largest=3, **QUIET).load()
+    done = launch(tmp_path, two)
     assert done.returncode == 0 and done.stdout.count("examples 24") == 2, done.stderr
-    found = load_record(tmp_path / "two")
-    assert_same(found, expected, bound=1e-6)  # the same batches: integers and positions bit by bit
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
-
-
-@pytest.mark.slow
-def test_what_two_processes_began_one_finishes(lm, tmp_path):
-    assert launch(tmp_path, tmp_path / "run").returncode == 0
-    whole = load_record(tmp_path / "run")
-    parts = sorted((tmp_path / "run").glob("part-*"))
-    for part in parts[::2]:
+    whole = load_record(two)
+    assert_same(whole, expected, bound=1e-6)  # the same batches: integers and positions bit by bit
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    for part in sorted(two.glob("part-*"))[::2]:
         part.rename(tmp_path / part.name)
-    (tmp_path / "run" / "record.json").unlink()
-    found = sweep(lm, prompts(), MIXED, out=tmp_path / "run", largest=5, **QUIET)
-    assert_same(found.load(), whole)
+    (two / "record.json").unlink()
+    assert_same(sweep(lm, prompts(), MIXED, out=two, largest=5, **QUIET).load(), whole)
 
 
 @pytest.mark.slow
@@ -440,24 +434,6 @@ def test_accelerate_launches_the_command_line(tmp_path):
     record = open_record(tmp_path / "run").load()
     assert record.sizes["example"] == 9
     assert shown["entropy"] == pytest.approx(float(record["entropy"].mean(dtype="float64")))
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_continues(lm, tmp_path):
-    script, out = tmp_path / "worker.py", tmp_path / "run"
-    script.write_text(WORKER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, str(script), str(out)], env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("part-*"))) < 2:
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(child.pid, signal.SIGKILL)
-    child.wait()
-    assert not (out / "record.json").exists()
-    found = sweep(lm, prompts(), MIXED, out=out, largest=3, **QUIET).load()
-    expected = sweep(lm, prompts(), MIXED, out=tmp_path / "whole", largest=3, **QUIET).load()
-    assert_same(found, expected, bound=1e-6)
 
 
 MEMORY = """
