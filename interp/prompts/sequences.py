@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
+from itertools import islice
 
 import numpy as np
 import torch
@@ -123,16 +124,20 @@ def bundled_passages(lm: LanguageModel, length: int, samples: int) -> list[str]:
     file = resources.files("headscope.interp") / "data" / PROSE
     if not file.is_file():
         raise HeadscopeError(f"the bundled text data/{PROSE} is not installed: pass texts of your own")
-    found: list[str] = []
+    paragraphs = re.split(r"\n\s*\n", file.read_text(encoding="utf-8"))
+    return list(islice(joined(lm, paragraphs, length), samples))
+
+
+def joined(lm: LanguageModel, texts: Iterable[str], length: int) -> Iterator[str]:
+    """Texts joined by empty lines, in order, until each has ``length`` tokens; what is left over at the end is not
+    enough for another one.
+    """
     held, needed = "", length - len(start_tokens(lm))
-    for paragraph in re.split(r"\n\s*\n", file.read_text(encoding="utf-8")):
-        held = f"{held}\n\n{paragraph}".strip()
+    for text in texts:
+        held = f"{held}\n\n{text}".strip()
         if held and len(body_tokens(lm, held)) >= needed:
-            found.append(held)
+            yield held
             held = ""
-        if len(found) == samples:
-            break
-    return found
 
 
 def _count(samples: int) -> int:

@@ -16,6 +16,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.sinking.dimension import EPSILON
 from headscope.interp.heads.sinking.dimensions import sink_dimensions
 from headscope.interp.models import load_model
+from headscope.interp.prompts.sequences import joined
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.statistics.plan import Plan
 from headscope.interp.statistics.spans import by_example, members
@@ -27,6 +28,9 @@ PRESETS: dict[str, tuple[tuple[int, ...], int]] = {
     "llava-1.5-7b": ((1415, 2533), 32),
     "llava-1.5-13b": ((2100, 4743), 40),
 }
+
+
+WINDOW = 64  # tokens of each text in which sinks are looked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +113,8 @@ class StreamSinks(FindingEdit):
         """Without dimensions, those of the model."""
         if "dimensions" in given:
             return {}
-        found = cls.found_in(model, texts)
+        lm = load_model(model)
+        found = cls.found_in(lm, list(joined(lm, texts, WINDOW)))
         held = {"dimensions": found.dimensions, "layers": found.layers, "tau": found.tau}
         return held if not {"layers", "tau"} & set(given) else {"dimensions": found.dimensions}
 
