@@ -40,9 +40,10 @@ class HeadMethod:
     if it does; ``higher_is_better``: whether a high score means more of what the method is named after; ``per``: whose
     value a score is, the head's own or its layer's, which all heads of the layer are given; ``reads``: "images" where
     it needs a model of images and text; ``source``: the paper (arXiv number or DOI); ``refused``: where it is not
-    exact, and why; ``nulls``: what its scores can be held against (``headscope.interp.analysis.null``). For the table
-    of what was reproduced (``heads/README.md``): ``tests``, the file below ``tests/interp``; ``reproduced``, what is
-    held to what there; ``not_reproduced``, what of the paper is not, and why.
+    exact, and why; ``unkept``: why none of its trials may have been kept; ``nulls``: what its scores can be held
+    against (``headscope.interp.analysis.null``). For the table of what was reproduced (``heads/README.md``): ``tests``,
+    the file below ``tests/interp``; ``reproduced``, what is held to what there; ``not_reproduced``, what of the paper
+    is not, and why.
     """
 
     name: ClassVar[str]
@@ -56,6 +57,7 @@ class HeadMethod:
     tests: ClassVar[str] = ""
     reproduced: ClassVar[str] = ""
     not_reproduced: ClassVar[str] = ""
+    unkept: ClassVar[str] = "the model may fail this task at these lengths (see the method's criterion)"
     nulls: ClassVar[tuple[str, ...]] = ("weights",)
     unlisted: ClassVar[tuple[str, ...]] = ()  # settings that change no number, only memory and time
 

@@ -81,8 +81,7 @@ class _Run:
         kept = [index for index, result in enumerate(results) if result["scores"] is not None]
         if not kept:
             raise HeadscopeError(
-                f"{name}: none of {len(results)} trials was kept, so no head can be scored; "
-                "the model may fail this task at these lengths (see the method's criterion)"
+                f"{name}: none of {len(results)} trials was kept, so no head can be scored; {self.method.unkept}"
             )
         details = [result["details"] for result in results]
         told = [{**t, **d, "kept": i in set(kept)} for i, (t, d) in enumerate(zip(self.trials, details, strict=True))]

@@ -16,10 +16,11 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.processors import processor_of
 from headscope.interp.prompts.grids import ImageGrid, Made, grids_of
+from headscope.interp.prompts.pictures import pixels
 from headscope.interp.prompts.sequences import Sample
 from headscope.interp.prompts.tokens import check_length
 from headscope.interp.prompts.vision import VisionPrompt, vision_prompt
-from headscope.interp.prompts.vision_data import VisionItem, pixels
+from headscope.interp.prompts.vision_data import VisionItem
 from headscope.interp.statistics.spans import Span
 
 
@@ -94,7 +95,8 @@ def look(lm: LanguageModel, item: VisionItem, *, response: str | None = None) ->
     """Have the model's own processor read a chat; with ``response``, an answer that ends it.
 
     Raises:
-        HeadscopeError: as ``vision_prompt``; no image token, or more tokens than the model takes.
+        HeadscopeError: as ``vision_prompt``; no image token; a box outside its picture; more tokens than the model
+            takes.
     """
     chat = list(item.chat)
     if response is not None:
@@ -103,7 +105,15 @@ def look(lm: LanguageModel, item: VisionItem, *, response: str | None = None) ->
     if not prompt.spans.get("image", [[]])[0]:
         raise HeadscopeError(f"the chat {item.name or item.chat!r:.60} became no image token")
     check_length(lm, prompt.inputs["input_ids"].shape[1])
-    return Look(lm, item, prompt)
+    found = Look(lm, item, prompt)
+    height, width = found.pictures[0].shape[:2]
+    for name, (left, top, right, bottom) in item.boxes.items():
+        if left >= width or top >= height or right <= 0 or bottom <= 0:
+            raise HeadscopeError(
+                f"the box of {name!r}, ({left:g}, {top:g}, {right:g}, {bottom:g}), lies outside its picture of {width} "
+                f"x {height} pixels ({item.name or 'unnamed'}): give left, top, right, bottom in its pixels"
+            )
+    return found
 
 
 def sample_of(lm: LanguageModel, index: int, prompt: VisionPrompt) -> Sample:

@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.boundary import prompt_boundary
+from headscope.interp.prompts.pictures import Message, with_bytes
 from headscope.interp.prompts.spans import by_offsets
 from headscope.interp.sites.given import ModelLike, PreTrained
 from headscope.interp.sites.inputs import media_tokens
 from headscope.interp.sites.unwrap import bare_model
 from headscope.interp.statistics.spans import OPEN, Span, intervals, published_spans
 
-Message = Mapping[str, Any]
 SPAN_OF_ROLE = {"system": "system", "developer": "system", "user": "instruction", "assistant": "response"}
 _FIRST, _LAST = "\ue000", "\ue001"  # private-use characters around the number that stands in for a text
 
@@ -76,17 +76,25 @@ def vision_prompt(
         model: load_model's result or a Hugging Face model of images and text.
         processor: its processor (``transformers.AutoProcessor``), with a fast tokenizer.
         messages: chats as ``processor.apply_chat_template`` takes them: ``{"role": "user", "content": [{"type":
-            "image", "image": picture}, {"type": "text", "text": "What is this?"}]}``.
+            "image", "image": picture}, {"type": "text", "text": "What is this?"}]}``, pictures as ``pixels`` takes them
+            (``headscope.interp.prompts.pictures``).
         add_generation_prompt: end with the opening of the assistant's turn; False for a chat that holds the response.
         chat_template: for a processor without one of its own (PaliGemma's).
 
     Raises:
-        HeadscopeError: the processor has no template or no fast tokenizer, does not say what became of an image, or its
-            template rewrites a text, so that no span could be trusted.
+        HeadscopeError: no processor, or one without template or fast tokenizer; no chat, or a picture that cannot be
+            read; the processor does not say what became of an image, or its template rewrites a text, so that no span
+            could be trusted.
     """
     inner = bare_model(model)
-    chats: list[list[Any]] = [list(chat) for chat in (messages if _is_batch(messages) else [messages])]
-    if not all(chats):
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
+        raise HeadscopeError(
+            f"{type(processor).__name__} is no processor of images and text: give lm.processor, or the model's "
+            "transformers.AutoProcessor.from_pretrained(...)"
+        )
+    batch: Sequence[Any] = messages if _is_batch(messages) else [messages]
+    chats = [with_bytes(chat) for chat in batch]
+    if not chats or not all(chats):
         raise HeadscopeError("a chat needs at least one message, e.g. [{'role': 'user', 'content': 'Hello'}]")
     options = {"add_generation_prompt": add_generation_prompt, "chat_template": chat_template}
     read = _Reading.of(processor, chats, options)
@@ -161,7 +169,7 @@ class _Listening:
 
 
 def _is_batch(messages: Sequence[Any]) -> bool:
-    return bool(messages) and not isinstance(messages[0], Mapping)
+    return isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list | tuple)
 
 
 def _texts(chat: list[Message]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ Whatever takes ``data`` takes all of these (``vision_items`` reads them):
 - a ``.jsonl`` file, a line a chat: ``{"image": "a.png", "text": "What is it?", "boxes": {"cat": [10, 20, 50, 60]}}``;
   ``image`` (or ``file_name``) is a path from the file's folder, ``images`` several; ``system`` and ``messages`` (a
   whole chat) may be given;
-- an iterable of ``VisionItem`` or of chats, as ``processor.apply_chat_template`` takes them.
+- an iterable of ``VisionItem`` or of chats, as ``processor.apply_chat_template`` takes them; or a single one.
 """
 
 from __future__ import annotations
@@ -20,36 +20,41 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.grids import Box
+from headscope.interp.prompts.pictures import ADDRESSES, Message, check_chat, is_picture, picture_of
 from headscope.interp.prompts.scenes.language import LONG
 from headscope.interp.prompts.scenes.pictures import sample_pictures
-from headscope.interp.prompts.vision import Message
 
 DESCRIBE = "Please describe the image in detail."  # of VHD (arXiv 2412.13949)
+BOXES = '"boxes": {"name": [left, top, right, bottom]}, in pixels'
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
 @dataclass(frozen=True, eq=False)
 class VisionItem:
     """A ``chat`` with pictures, and what is known of it: ``boxes`` (left, top, right, bottom) of named objects in the
-    pixels of its first picture, and a ``name`` for tables."""
+    pixels of its first picture, and a ``name`` for tables.
+
+    Raises:
+        HeadscopeError: the chat is no list of messages; boxes are not so written.
+    """
 
     chat: Sequence[Message]
     boxes: Mapping[str, Box] = field(default_factory=dict)
     name: str = ""
 
+    def __post_init__(self) -> None:
+        check_chat(self.chat)
+        object.__setattr__(self, "boxes", _boxes(self.boxes))
+
     @property
     def pictures(self) -> list[Any]:
         """The pictures of the chat in their order, as they were given."""
-        parts = [p for m in self.chat if not isinstance(m["content"], str) for p in m["content"]]
-        return [next(p[key] for key in ("image", "url", "path") if key in p) for p in parts if p.get("type") == "image"]
+        return [picture_of(part) for part in _picture_parts(self.chat)]
 
 
-VisionData = str | Path | Iterable[VisionItem | Sequence[Message]] | None
+VisionData = str | Path | VisionItem | Sequence[Message] | Iterable[VisionItem | Sequence[Message]] | None
 
 
 def ask(
@@ -60,13 +65,13 @@ def ask(
     boxes: Mapping[str, Sequence[float]] | None = None,
     name: str = "",
 ) -> VisionItem:
-    """One question about one picture or a list of them (PIL image, array (height, width, 3) of bytes, or path)."""
+    """One question about one picture or a list of them (as ``pixels`` takes them: PIL image, array, path)."""
     several = pictures if isinstance(pictures, list | tuple) else [pictures]
     parts = [{"type": "image", "image": str(one) if isinstance(one, Path) else one} for one in several]
     chat: list[Message] = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
     if system is not None:
         chat.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-    return VisionItem(chat, {key: _box(key, box) for key, box in (boxes or {}).items()}, name)
+    return VisionItem(chat, _boxes(boxes), name)
 
 
 def vision_items(data: VisionData, samples: int) -> list[VisionItem]:
@@ -81,7 +86,7 @@ def vision_items(data: VisionData, samples: int) -> list[VisionItem]:
     elif isinstance(data, str | Path):
         found = list(islice(_read(Path(data)), samples))
     else:
-        found = [one if isinstance(one, VisionItem) else VisionItem(one) for one in islice(data, samples)]
+        found = [_item(i, one) for i, one in enumerate(listed(data, samples))]
     if not found:
         raise HeadscopeError("the vision data hold no chat: give at least one picture with a text")
     for i, one in enumerate(found):
@@ -90,43 +95,44 @@ def vision_items(data: VisionData, samples: int) -> list[VisionItem]:
     return found
 
 
-def pixels(picture: Any) -> NDArray[np.uint8]:
-    """A picture (PIL image, array, tensor or path) as bytes (height, width, 3).
+def listed(data: Any, samples: int) -> list[Any]:
+    """The first ``samples`` items or chats of what is no path; a single item or chat is a list of it.
 
     Raises:
-        HeadscopeError: it cannot be read.
+        HeadscopeError: it is no iterable of them.
     """
-    if isinstance(picture, str | Path):
-        from transformers.image_utils import load_image
+    if isinstance(data, VisionItem) or (isinstance(data, Sequence) and data and isinstance(data[0], Mapping)):
+        return [data]
+    if not isinstance(data, Iterable) or isinstance(data, Mapping) or hasattr(data, "shape"):
+        raise HeadscopeError(
+            f"{type(data).__name__} is no vision data: give a folder, a .jsonl file or chats; ask(picture, text) is one"
+        )
+    return list(islice(data, samples))
 
-        try:
-            picture = load_image(str(picture))
-        except Exception as error:  # of PIL and of the file system
-            raise HeadscopeError(f"cannot read the picture {picture} ({error}); give an image file") from error
-    picture = picture.convert("RGB") if hasattr(picture, "convert") else picture
-    found = np.asarray(picture)
-    if found.ndim == 2:
-        found = np.repeat(found[..., None], 3, axis=2)
-    if found.ndim == 3 and found.shape[2] not in (3, 4) and found.shape[0] in (3, 4):
-        found = np.moveaxis(found, 0, 2)
-    if found.ndim != 3 or found.shape[2] not in (3, 4):
-        raise HeadscopeError(f"an array of shape {found.shape} is no picture: give (height, width, 3)")
-    if found.dtype.kind == "f":
-        found = np.round(np.clip(found, 0.0, 1.0) * 255)
-    return np.ascontiguousarray(found[..., :3].astype(np.uint8))
+
+def _item(number: int, given: Any) -> VisionItem:
+    try:
+        return given if isinstance(given, VisionItem) else VisionItem(given)
+    except HeadscopeError as error:
+        raise HeadscopeError(f"chat {number} of the vision data: {error}; or ask(picture, text) makes it") from error
 
 
 def _read(path: Path) -> Iterable[VisionItem]:
     if path.is_dir():
-        listed = path / "metadata.jsonl"
-        return _lines(listed) if listed.is_file() else _folder(path)
+        table = path / "metadata.jsonl"
+        return _lines(table) if table.is_file() else _folder(path)
     if path.suffix == ".jsonl" and path.is_file():
         return _lines(path)
     raise HeadscopeError(f"{path} is no vision data: give a folder of pictures or a .jsonl file with a chat a line")
 
 
 def _folder(path: Path) -> Iterable[VisionItem]:
-    for picture in sorted(one for one in path.iterdir() if one.suffix.lower() in ENDINGS):
+    pictures = sorted(one for one in path.iterdir() if one.suffix.lower() in ENDINGS)
+    if not pictures:
+        alone = next(iter(sorted(path.glob("*.txt"))), None)
+        beside = "" if alone is None else f"; {alone.name} is there, without the picture that it asks about"
+        raise HeadscopeError(f"the folder {path} holds no picture ({', '.join(ENDINGS)}){beside}")
+    for picture in pictures:
         words = picture.with_suffix(".txt")
         text = words.read_text(encoding="utf-8").strip() if words.is_file() else DESCRIBE
         yield ask(str(picture), text, name=picture.name)
@@ -138,6 +144,8 @@ def _lines(path: Path) -> Iterable[VisionItem]:
             continue
         try:
             yield _line(json.loads(line), path.parent)
+        except HeadscopeError as error:
+            raise HeadscopeError(f"line {number} of {path}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
             raise HeadscopeError(
                 f"line {number} of {path} is no chat with pictures ({type(error).__name__}: {error}); write "
@@ -145,23 +153,46 @@ def _lines(path: Path) -> Iterable[VisionItem]:
             ) from error
 
 
-def _line(row: dict[str, Any], folder: Path) -> VisionItem:
-    boxes = {key: _box(key, box) for key, box in row.get("boxes", {}).items()}
+def _line(row: Any, folder: Path) -> VisionItem:
+    if not isinstance(row, dict):
+        raise TypeError(f"a {type(row).__name__} and not an object in braces")
+    boxes = _boxes(row.get("boxes"))
     if "messages" in row:
-        parts = [p for m in row["messages"] if not isinstance(m["content"], str) for p in m["content"]]
-        for part in parts:
-            if part.get("type") == "image":
-                key = next(key for key in ("image", "path") if key in part)
-                part[key] = str(folder / part[key])
+        check_chat(row["messages"])
+        for part in _picture_parts(row["messages"]):
+            found = _below(folder, picture_of(part))
+            part.clear()
+            part.update({"type": "image", "image": found})
         return VisionItem(row["messages"], boxes, str(row.get("name", "")))
     several = row["images"] if "images" in row else [row["image"] if "image" in row else row["file_name"]]
     text = row.get("text", row.get("question", DESCRIBE))
-    pictures = [str(folder / one) for one in several]
+    pictures = [_below(folder, one) for one in several]
     return ask(pictures, text, system=row.get("system"), boxes=boxes, name=str(row.get("name", several[0])))
 
 
-def _box(name: str, box: Sequence[float]) -> Box:
-    left, top, right, bottom = (float(x) for x in box)
+def _below(folder: Path, place: str) -> str:
+    return place if place.startswith(ADDRESSES) else str(folder / place)
+
+
+def _picture_parts(chat: Sequence[Message]) -> list[Any]:
+    return [
+        p for message in chat if not isinstance(message["content"], str) for p in message["content"] if is_picture(p)
+    ]
+
+
+def _boxes(given: Any) -> dict[str, Box]:
+    if not isinstance(given or {}, Mapping):
+        raise HeadscopeError(f"boxes have names: write {BOXES}, not {given!r:.60}")
+    return {str(name): _box(str(name), box) for name, box in (given or {}).items()}
+
+
+def _box(name: str, box: Any) -> Box:
+    try:
+        left, top, right, bottom = (float(x) for x in box)
+    except (TypeError, ValueError):
+        left = top = right = bottom = 0.0
     if not (left < right and top < bottom):
-        raise HeadscopeError(f"the box of {name!r} is (left, top, right, bottom) in pixels, not {tuple(box)}")
+        raise HeadscopeError(f"the box of {name!r} is (left, top, right, bottom) in pixels, not {box!r:.60}")
+    if right <= 1 and bottom <= 1:
+        raise HeadscopeError(f"the box of {name!r}, {box!r:.60}, lies in 0..1: boxes are in pixels, write {BOXES}")
     return left, top, right, bottom

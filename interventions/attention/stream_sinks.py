@@ -88,6 +88,15 @@ class StreamSinks(FindingEdit):
             if len(taus) != len(layers):
                 raise HeadscopeError(f"{kind}: tau has {len(taus)} numbers for {len(layers)} layers")
 
+    def check(self, layers: int, heads: int) -> None:
+        """Refuse layers, and so dimensions and tau, of a deeper model."""
+        if (last := max(self.layers or (0,))) >= layers:
+            raise HeadscopeError(
+                f"{type(self).__name__}: layer {last} does not exist, the model has layers 0-{layers - 1}; dimensions "
+                f"and tau are another model's: use {type(self).__name__}.found_in(lm)"
+            )
+        super().check(layers, heads)
+
     @classmethod
     def found_in(cls, model: ModelLike, texts: Sequence[str] | None = None, **settings: Any) -> Self:
         """With the dimensions, and the tau of each layer, that ``sink_dimensions`` finds in a model, in the layers from

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.prompts.pictures import Message
 from headscope.interp.prompts.scenes.pictures import pictures
 from headscope.interp.prompts.scenes.world import COMPANIONS, SIZE, Scene, balanced_scene, prior_scene
-from headscope.interp.prompts.vision import Message
 from headscope.interp.runs.journal import Trial
 from headscope.interventions.tasks.base import check_among, check_least
 from headscope.interventions.tasks.vision import VisionTask

@@ -12,7 +12,8 @@ import torch
 
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.processors import processor_of
-from headscope.interp.prompts.vision import Message, VisionPrompt, vision_prompt
+from headscope.interp.prompts.pictures import Message
+from headscope.interp.prompts.vision import VisionPrompt, vision_prompt
 from headscope.interp.runs.journal import Trial
 from headscope.interventions.tasks.base import Task, check_least
 

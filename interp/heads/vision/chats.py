@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import HeadMethod, per_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.look import Look, look, sample_of
-from headscope.interp.prompts.vision_data import VisionData, vision_items
+from headscope.interp.prompts.vision_data import VisionData, listed, vision_items
 from headscope.interp.runs.journal import Trial
 
 
@@ -22,7 +21,7 @@ class ChatMethod(HeadMethod):
     """Base of the methods that read chats with pictures through the model's own processor.
 
     Args:
-        data: the chats: a folder of pictures, a .jsonl file, or an iterable of chats or ``VisionItem``
+        data: the chats: a folder of pictures, a .jsonl file, an iterable of chats or ``VisionItem``, or one of these
             (``headscope.interp.prompts.vision_data``); None: scenes drawn here, as ``llava-smollm2`` knows them.
         samples: chats at most; each is a trial.
     """
@@ -37,7 +36,7 @@ class ChatMethod(HeadMethod):
         if self.samples < 1:
             raise HeadscopeError(f"samples={self.samples}: ask for at least 1")
         if not (self.data is None or isinstance(self.data, str | Path)):
-            object.__setattr__(self, "data", list(islice(self.data, self.samples)))
+            object.__setattr__(self, "data", listed(self.data, self.samples))
 
     def looks(self, lm: LanguageModel) -> list[Look]:
         """The chats as the model reads them."""

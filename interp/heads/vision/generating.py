@@ -109,6 +109,8 @@ def _generated(
     lm: LanguageModel, one: Look, spans: Mapping[str, Any], max_new_tokens: int, layers: Sequence[int] | None
 ) -> tuple[xr.Dataset, list[int]]:
     """A greedy answer under ``SpanMass`` of the last row of every pass: the record, and the answer's token ids."""
+    if max_new_tokens < 1:
+        raise HeadscopeError(f"max_new_tokens={max_new_tokens}: generate at least 1")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "temperature": None}
     options |= {"top_p": None, "top_k": None}
     asked = [SpanMass(dict(spans))]

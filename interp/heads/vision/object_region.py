@@ -19,7 +19,7 @@ from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.grids import Box, ImageGrid
 from headscope.interp.prompts.look import look
-from headscope.interp.prompts.vision_data import VisionData, vision_items
+from headscope.interp.prompts.vision_data import BOXES, VisionData, VisionItem, vision_items
 from headscope.interp.runs.journal import Trial
 from headscope.interp.sites.given import Loadable
 
@@ -55,15 +55,25 @@ class ObjectRegion(ChatMethod):
     )
     not_reproduced: ClassVar[str] = "the paper's AUROC by layer: 7B models and COCO"
 
+    unkept: ClassVar[str] = (
+        "the model sees nothing of the boxes, or nothing beside them (it may cut the picture; see ImageGrid.box)"
+    )
+
     rows: Rows = "last"
 
     def trials(self, lm: LanguageModel) -> Sequence[Trial]:
+        _without_boxes(vision_items(self.data, self.samples))
         looks = enumerate(self.looks(lm))
         return [{"sample": i, "name": one.item.name, "object": name} for i, one in looks for name in one.item.boxes]
 
     @property
     def resample_by(self) -> str | None:
         return "sample"  # objects of one picture are read in one pass
+
+    def summary(self, details: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        items = vision_items(self.data, self.samples)
+        bare = _without_boxes(items)
+        return {"note": f"{bare} of {len(items)} chats have no boxes and are left out"} if bare else {}
 
     def score(self, lm: LanguageModel, trial: Trial) -> Scored:
         one = self.looks(lm)[trial["sample"]]
@@ -84,10 +94,14 @@ def region_table(
     Columns: ``auroc`` (see ``object_region``); ``mass`` on the box, cells counted by the share that it covers;
     ``image``: mass on the picture; ``share`` = mass / image; ``area``: the box's share of the grid; ``lift`` = share /
     area, 1 for attention spread evenly. By layer, attention is the mean over heads.
+
+    Raises:
+        HeadscopeError: no chat has boxes, or none of which the model sees a part.
     """
-    lm = load_model(model)
+    lm, items = load_model(model), vision_items(data, samples)
+    _without_boxes(items)
     tables = []
-    for example, item in enumerate(vision_items(data, samples)):
+    for example, item in enumerate(items):
         one = look(lm, item)
         received = key_attention(lm, one, rows)
         layers = received["layer"].to_numpy()
@@ -106,9 +120,17 @@ def region_table(
             columns |= {key: x.ravel() for key, x in numbers.items()} | {"area": area, "lift": share.ravel() / area}
             tables.append(pd.DataFrame(columns))
     if not tables:
-        raise HeadscopeError("no chat names an object of which the model sees a part: give boxes with the data")
+        raise HeadscopeError("no chat names an object of which the model sees a part: it may cut the picture")
     found = pd.concat(tables, ignore_index=True)
     return found if level == "head" else found.drop(columns="head")
+
+
+def _without_boxes(items: Sequence[VisionItem]) -> int:
+    """How many chats have no boxes; refused where none has."""
+    bare = sum(not one.boxes for one in items)
+    if bare == len(items):
+        raise HeadscopeError(f"the data have no boxes, so no object has a place: give each chat its {BOXES}")
+    return bare
 
 
 def auroc(values: Array, inside: NDArray[np.bool_]) -> Array:

@@ -24,6 +24,7 @@ from headscope.interventions import (
     Edit,
     ForcePattern,
     RedistributeSinks,
+    ScaleImageSinks,
     ScaleSinks,
     SwapKeys,
     apply,
@@ -91,6 +92,9 @@ def test_a_threshold_out_of_reach_is_refused(llama: LanguageModel) -> None:
         RedistributeSinks.found_in(llama, ["w1 w2 w3 w4 " * 30])
     with pytest.raises(HeadscopeError, match="no span is called 'image'"):
         run(llama, RedistributeSinks(**{**VISUAL, "span": "image"}))
+    for kind in (RedistributeSinks, ScaleImageSinks):
+        with pytest.raises(HeadscopeError, match=rf"layer 30 does not exist.*use {kind.__name__}.found_in\(lm\)"):
+            run(llama, kind())
 
 
 def test_the_authors_lists_and_their_layers() -> None:

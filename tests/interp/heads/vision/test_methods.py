@@ -11,6 +11,7 @@ import torch
 
 from headscope.interp import heads
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.heads.vision.generating import generated_maps
 from headscope.interp.heads.vision.object_region import auroc, region_table
 from headscope.interp.heads.vision.sinks import LayerSinks, read_sinks
 from headscope.interp.prompts.look import look
@@ -131,11 +132,26 @@ def test_what_cannot_be_read_gets_one_line(vision_lm, picture, grouped) -> None:
     with pytest.raises(HeadscopeError, match="find no sink in a stream of"):
         read_sinks(lm, look(lm, ask(picture(0))), [0], {1: 1000.0})
     unseen = [ask(picture(0), boxes={"edge": (0, 0, 9, 40)}), ask(picture(0), boxes={"whole": (0, 0, 64, 40)})]
-    with pytest.raises(HeadscopeError, match="none of 2 trials was kept"):  # cut off on the left; nothing beside it
+    with pytest.raises(
+        HeadscopeError, match="none of 2 trials was kept.*of the boxes"
+    ):  # cut off on the left; nothing beside it
         heads.object_region(lm, data=unseen, progress=False)
     with pytest.raises(HeadscopeError, match="of which the model sees a part"):
         region_table(lm, unseen)
-    with pytest.raises(HeadscopeError, match="there is no trial"):
-        heads.object_region(lm, data=[ask(picture(0))], progress=False)
+    bare = [ask(picture(0))]
+    for region in (lambda: heads.object_region(lm, data=bare, progress=False), lambda: region_table(lm, bare)):
+        with pytest.raises(HeadscopeError, match='the data have no boxes.* "boxes": {"name": .left, top'):
+            region()
+    some = heads.object_region(lm, data=[*bare, ask(picture(0), boxes={"a": (16, 4, 40, 36)})], progress=False)
+    assert some.provenance["note"] == "1 of 2 chats have no boxes and are left out"
     scores = heads.visual_sinks(lm, data=[ask(picture(0))], progress=False)
     assert (scores.mean == 0).all() and "no dimension of the stream" in scores.provenance["note"]
+
+
+def test_one_item_or_one_chat_is_a_list_of_it(vision_lm, picture) -> None:
+    lm, item = vision_lm("llava"), ask(picture(0), "What is it?")
+    want = heads.vhd(lm, data=[item], k=2, progress=False)
+    for one in (item, item.chat):
+        assert (heads.vhd(lm, data=one, k=2, progress=False).mean == want.mean).all()
+    with pytest.raises(HeadscopeError, match="max_new_tokens=0: generate at least 1"):
+        generated_maps(lm, look(lm, item), max_new_tokens=0)

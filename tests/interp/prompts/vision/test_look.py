@@ -14,7 +14,8 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.processors import processor_of
 from headscope.interp.prompts.grids import ImageGrid, Made, grids_of
 from headscope.interp.prompts.look import extended, look
-from headscope.interp.prompts.vision_data import VisionItem, ask, pixels, vision_items
+from headscope.interp.prompts.pictures import pixels
+from headscope.interp.prompts.vision_data import VisionItem, ask, vision_items
 
 
 @pytest.fixture
@@ -57,7 +58,12 @@ def test_a_folder_a_file_and_an_iterable_are_the_same_chats(folder, picture) -> 
     [
         ("{", "line 1 of .* is no chat with pictures"),
         ('{"text": "a"}', "KeyError: 'file_name'"),
-        ('{"image": "a.png", "boxes": {"x": [3, 2, 1, 4]}}', "the box of 'x' is"),
+        ('{"image": "a.png", "boxes": {"x": [3, 2, 1, 4]}}', "line 1 of .*: the box of 'x' is"),
+        ('{"image": "a.png", "boxes": {"x": [0.1, 0.1, 0.5, 0.9]}}', "lies in 0..1: boxes are in pixels"),
+        ('{"image": "a.png", "boxes": [20, 20, 60, 60]}', 'boxes have names: write "boxes": {"name"'),
+        ('["a.png", "Why?"]', "a list and not an object"),
+        ('{"messages": "Why?"}', "a chat is a list of messages"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "a part without its image"),
     ],
 )
 def test_a_line_that_is_no_chat_is_named(folder, line, said) -> None:
@@ -70,10 +76,60 @@ def test_pictures_in_any_form_are_bytes(folder, picture) -> None:
     want = np.asarray(picture(0))
     for one in (picture(0), want, want / 255.0, np.moveaxis(want, 2, 0), torch.tensor(want), str(folder / "a.png")):
         assert (pixels(one) == want).all()
-    assert pixels(want[..., 0]).shape == want.shape
-    for bad, said in ((folder / "c.png", "cannot read the picture"), (np.zeros((2, 2, 2)), "is no picture")):
+    grey = want[..., 0]
+    for one in (grey, grey[..., None], grey[None], grey / 255.0):
+        assert (pixels(one) == grey[..., None]).all() and pixels(one).shape == want.shape
+    assert (pixels(want[:1]) == want[:1]).all() and (pixels(grey > 9) == 255 * (grey > 9)[..., None]).all()
+    (folder / "bad.png").write_text("no picture")
+    for bad, said in (
+        (folder / "c.png", "there is no picture .*c.png"),
+        (folder / "bad.png", "cannot read the picture .*bad.png"),
+        (folder, "is no file"),
+        (np.zeros((2, 2, 2)), r"of shape \(2, 2, 2\) is no picture"),
+        (None, "NoneType None of shape"),
+        (np.array([["a"]]), "is no picture"),
+        (want.astype(float), "floats are 0..1, and this array of float64 has 0 to 25"),
+        (want.astype(int) - 9, "whole numbers are 0..255"),
+        (want * np.nan, "floats are 0..1"),
+    ):
         with pytest.raises(HeadscopeError, match=said):
             pixels(bad)
+
+
+def test_the_model_reads_the_bytes_that_are_drawn(vision_lm, folder, picture) -> None:
+    """Floats and grey arrays as their bytes; what is no picture is named before the processor gets it."""
+    lm, want = vision_lm("llava"), np.asarray(picture(0))
+    grey = np.repeat(want[..., :1], 3, axis=2)
+    path, flat = str(folder / "a.png"), grey[..., 0]
+    for given, same in ((want / 255.0, want), (path, want), (flat, grey), (flat / 255.0, grey)):
+        one, other = look(lm, ask(given, "q")), look(lm, ask(same, "q"))
+        assert torch.equal(one.prompt.inputs["pixel_values"], other.prompt.inputs["pixel_values"])
+        assert (one.pictures[0] == same).all()
+    (folder / "a.png").write_text("no picture")
+    for bad in (vision_items(folder, 1)[0], ask("/etc/hostname", "q")):
+        with pytest.raises(HeadscopeError, match="cannot read the picture .*(a.png|hostname)"):
+            look(lm, bad)
+    with pytest.raises(HeadscopeError, match=r"the box of 'cat', .* lies outside its picture of 64 x 40 pixels .far"):
+        look(lm, ask(want, boxes={"cat": (64, 0, 90, 40)}, name="far"))
+
+
+def test_what_is_no_data_gets_one_line(folder, picture, tmp_path_factory) -> None:
+    one = ask(picture(0), "q")
+    assert vision_items(one, 5) == [one] and vision_items(one.chat, 5)[0].chat == one.chat
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "orphan.txt").write_text("What is it?")
+    for bad, said in (
+        (alone, "holds no picture .*orphan.txt is there, without the picture"),
+        (picture(0), "is no vision data: .*ask"),
+        (np.asarray(picture(0)), "ndarray is no vision data"),
+        (["a.png"], "chat 0 of the vision data: a chat is a list of messages, not str 'a.png'.*ask"),
+        ([one, [{"content": "Hello"}]], "chat 1 of the vision data: message 0 of the chat has no role"),
+    ):
+        with pytest.raises(HeadscopeError, match=said):
+            vision_items(bad, 5)
+    for boxes, said in (({"a": (50, 50, 10)}, "the box of 'a' is"), ({"a": 3}, "not 3"), ([1, 2, 3, 4], "have names")):
+        with pytest.raises(HeadscopeError, match=said):
+            ask(picture(0), boxes=boxes)
 
 
 def test_tokens_lie_where_the_processor_looked(vision_lm, picture) -> None:
