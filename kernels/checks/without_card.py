@@ -106,14 +106,14 @@ def failures(mask: Mask, width: int, d_value: int, dtype: torch.dtype, names: Se
     return found
 
 
-def main() -> int:
-    """Compile what the command line asks for."""
+def main(given: Sequence[str] | None = None) -> int:
+    """Compile what the command line, or ``given`` in its place, asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rules", default=",".join(kind for kind in MASKS if kind != "rule"))
     parser.add_argument("--widths", default=",".join(f"{d}x{dv}" for d, dv in WIDTHS), help="d_head x d_value")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--calls", default="", help="names as in ``calls``, between semicolons; all by default")
-    asked = parser.parse_args()
+    asked = parser.parse_args(given)
     names = [name for name in asked.calls.split(";") if name]
     driver.set_active(NoCard())
     bad = count = 0

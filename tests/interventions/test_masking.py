@@ -181,8 +181,8 @@ def test_smollm2_loses_the_needle_with_its_retrieval_heads(smollm2) -> None:
     from headscope.interp.heads import retrieval
 
     scores = retrieval(smollm2, lengths=[260], depths=[50], needles=["soup", "key"], progress=False)
-    task = needle_task(smollm2, lengths=[260], depths=[0, 50])
-    result = masking(smollm2, scores, (20,), task=task, draws=2, progress=False)
+    task = needle_task(smollm2, lengths=[260], depths=[50])
+    result = masking(smollm2, scores, (20,), task=task, draws=1, progress=False)
     mean = result.summary().set_index("condition")["mean"]
     assert mean["no edit"] > 0.7
-    assert mean["top 20"] < mean[["random 20 (draw 0)", "random 20 (draw 1)"]].mean() - 0.2
+    assert mean["top 20"] < mean["random 20 (draw 0)"] - 0.2

