@@ -52,7 +52,11 @@ def processor_time(*command: str) -> float:
 def test_models_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "models", "--json")
     assert code == 0
-    assert {entry["name"] for entry in json.loads(out)["models"]} == {"smollm2-135m", "gemma3-270m"}
+    assert {entry["name"] for entry in json.loads(out)["models"]} == {
+        "smollm2-135m",
+        "gemma3-270m",
+        "llava-smollm2",
+    }
 
 
 def test_check_verifies(capsys: pytest.CaptureFixture[str], model: str) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from headscope.interp.cli import main
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import make
 from headscope.interventions import (
     TASKS,
     AdaptSpanLogits,
@@ -24,6 +25,7 @@ from headscope.interventions import (
     PruneTokens,
     ReinforceHeads,
     SaliencyRejection,
+    ScaleHeads,
     evaluate,
 )
 from headscope.interventions.tasks.vision import VisionTask, left_padding
@@ -74,6 +76,19 @@ def test_batches_are_trials_by_themselves(vlm: LanguageModel, processor: Any, mo
     assert list(conditions["control"]) == ["", "", "random choice", "", "random heads", "random choice", "", "", ""]
     answers = one.groupby("condition", sort=False)["response"].apply(tuple)
     assert sum(answers != answers["no edit"]) >= 6 and "note" not in one
+
+
+@pytest.mark.parametrize("name", ["hallucination", "pope", "spatial"])
+def test_tasks_on_scenes(vlm: LanguageModel, processor: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What every task promises, for those about pictures: JSON-able trials, the same at every call; the unedited
+    model's scores; results that are written, and say what is summarised."""
+    monkeypatch.setattr(vlm, "processor", processor)
+    task = make(TASKS[name], name, {"samples": 1, "max_new_tokens": 2})
+    assert json.loads(json.dumps(task.trials(vlm))) == task.trials(vlm)
+    result = evaluate(vlm, task, [ScaleHeads([(0, 1)], factor=-3.0)], controls=1, progress=False)
+    unedited, *others = result.summary().to_dict("records")
+    assert len(others) == 2 and unedited["n"] == len(task.trials(vlm)) and 0 <= unedited["mean"] <= 1
+    assert {one["condition"] for one in result.details} == {row["condition"] for row in [unedited, *others]}
 
 
 def run(*arguments: str) -> None:
