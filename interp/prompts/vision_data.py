@@ -166,11 +166,15 @@ def _line(row: Any, folder: Path) -> VisionItem:
         return VisionItem(row["messages"], boxes, str(row.get("name", "")))
     several = row["images"] if "images" in row else [row["image"] if "image" in row else row["file_name"]]
     text = row.get("text", row.get("question", DESCRIBE))
+    if not isinstance(text, str) or not isinstance(several, list):
+        raise TypeError("text is a string and images are a list")
     pictures = [_below(folder, one) for one in several]
     return ask(pictures, text, system=row.get("system"), boxes=boxes, name=str(row.get("name", several[0])))
 
 
-def _below(folder: Path, place: str) -> str:
+def _below(folder: Path, place: Any) -> str:
+    if not isinstance(place, str):
+        raise TypeError(f"a picture is a path, not {place!r:.60}")
     return place if place.startswith(ADDRESSES) else str(folder / place)
 
 

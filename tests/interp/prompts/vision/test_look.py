@@ -61,6 +61,8 @@ def test_a_folder_a_file_and_an_iterable_are_the_same_chats(folder, picture) -> 
         ('{"image": "a.png", "boxes": {"x": [3, 2, 1, 4]}}', "line 1 of .*: the box of 'x' is"),
         ('{"image": "a.png", "boxes": {"x": [0.1, 0.1, 0.5, 0.9]}}', "lies in 0..1: boxes are in pixels"),
         ('{"image": "a.png", "boxes": [20, 20, 60, 60]}', 'boxes have names: write "boxes": {"name"'),
+        ('{"image": 5}', "a picture is a path, not 5"),
+        ('{"images": "a.png"}', "images are a list"),
         ('["a.png", "Why?"]', "a list and not an object"),
         ('{"messages": "Why?"}', "a chat is a list of messages"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "a part without its image"),
