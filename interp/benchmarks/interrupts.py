@@ -152,8 +152,10 @@ def _does_nothing(frame: Any) -> bool:
 
 
 def kills(count: int, folder: Path, seed: int = 0, prompts: int = 400) -> list[str]:
-    """Kill a sweep of so many prompts ``count`` times at random times, with -9, and run it again each time; what its
-    record differs by."""
+    """Kill a sweep of so many prompts ``count`` times, with -9, and run it again each time; what its record differs by.
+
+    At a random time after it has added 0 to 5 parts, for on a slow machine a time alone may always be too early.
+    """
     clock, context = random.Random(seed), multiprocessing.get_context("fork")
     given = [list(range(5, 9 + i % 12)) for i in range(prompts)]
     whole = sweep(tiny_model("llama"), given, STATISTICS, out=folder / "whole", largest=2, progress=False).load()
@@ -162,7 +164,10 @@ def kills(count: int, folder: Path, seed: int = 0, prompts: int = 400) -> list[s
         out = folder / f"run-{run}"
         child = context.Process(target=_sweep, args=(given, out))
         child.start()
-        child.join(clock.uniform(0.05, 0.6))
+        enough = _parts(out) + clock.randrange(6)
+        while child.is_alive() and _parts(out) < enough:
+            child.join(0.005)
+        child.join(clock.uniform(0, 0.1))
         if child.is_alive():
             os.kill(child.pid or 0, signal.SIGKILL)
             child.join()
@@ -174,6 +179,10 @@ def kills(count: int, folder: Path, seed: int = 0, prompts: int = 400) -> list[s
             wrong.append(f"run {run}: exit {child.exitcode}")
             run += 1
     return wrong + _differs(given, folder / f"run-{run}", whole, run)
+
+
+def _parts(out: Path) -> int:
+    return len(list(out.glob("part-*")))
 
 
 def _sweep(prompts: list[list[int]], out: Path) -> None:
