@@ -142,6 +142,7 @@ def path_patching(
         config = {name: made[name] for name in ("model", "parameters", "prompts_sha256")}
         config |= {"weights": fingerprint(lm.inner), "metric": describe(metric), "together": together}
         config |= {"answers": describe([pairs.answers, pairs.others]), "batches": [len(part) for part in parts]}
+        config |= {"where": describe(pairs.where(positions))}  # a name, or -1, means other tokens in other pairs
     with opened(None if folder is None else folder / "path_patching.jsonl", config) as journal:
         results = run_steps(journal, len(work), step, "path patching", progress=progress)
     values = [np.full((len(part), lm.info.layers, lm.info.heads), np.nan) for part in parts]

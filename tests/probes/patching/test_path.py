@@ -166,6 +166,14 @@ def test_an_interrupted_run_goes_on(tiny_model, pairs: Pairs, tmp_path: Path, mo
             path_patching(lm, pairs, out=tmp_path, **settings | other)
 
 
+def test_a_name_is_not_taken_for_other_tokens(tiny_model, pairs: Pairs, tmp_path: Path) -> None:
+    lm, settings = tiny_model("llama"), dict(receivers="L1H1.q", positions="s", out=tmp_path, progress=False)
+    here, there = (replace(pairs, spans={"s": [(first, first + 1)] * 5}) for first in (2, 3))
+    path_patching(lm, here, **settings)
+    with pytest.raises(HeadscopeError, match="other settings .where"):
+        path_patching(lm, there, **settings)
+
+
 def test_equal_prompts_send_nothing(lm: LanguageModel, pairs: Pairs) -> None:
     found = path_patching(lm, replace(pairs, corrupt=pairs.clean), "L2H0.v", normalize=False)
     assert np.nanmax(np.abs(found.trials)) < 1e-5
