@@ -22,7 +22,7 @@ from headscope.interp.runs.progress import track
 from headscope.interp.sites.sizes import tower_size
 from headscope.probes.patching.activation import numbers
 from headscope.probes.patching.pairs import Metric, Pairs, answer_probability, measure
-from headscope.probes.patching.places import Places, chunks, in_window
+from headscope.probes.patching.places import Places, chunks, in_window, some_heads
 
 
 def attention_knockout(
@@ -72,9 +72,7 @@ def attention_knockout(
     size = tower_size(lm)
     layers = sorted(size.heads) or list(range(lm.info.layers))
     width = window or max(1, round(lm.info.layers * 9 / 48))
-    chosen = None if heads is None else HeadSet.of(heads)
-    if chosen is not None:
-        chosen.check(lm.info.layers, lm.info.heads)
+    chosen = some_heads(heads, lm.info.layers, lm.info.heads)
     hidden, reading = pairs.where(keys), pairs.where(queries)
     _check(hidden, reading)
     found, whole, first = [], [], 0

@@ -16,7 +16,6 @@ from torch import Tensor
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import describe, fingerprint, provenance
@@ -220,13 +219,16 @@ def receivers_of(given: Any, component: str) -> tuple[Node, ...]:
     if component not in COMPONENTS:
         raise HeadscopeError(f"no component {component!r}: name one of {', '.join(COMPONENTS)}")
     if isinstance(given, str):
-        given = [] if given == LOGITS else given.split(",")
+        if given == LOGITS:
+            return ()
+        given = given.split(",")
     if isinstance(given, Node):
         given = [given]
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, int) for x in given):
         given = [given]
-    if not isinstance(given, str | HeadSet) and not len(list(given)):
-        return ()
+    given = list(given)
+    if not given:
+        raise HeadscopeError(f"no heads were given as receivers: name some, such as 'L3H2.q', or {LOGITS!r}")
     return tuple(Node.of(one, component) for one in given)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.probes.patching.pairs import Pairs
 from headscope.probes.patching.path import Node, Stage, path_effect, path_patching
@@ -185,6 +186,8 @@ def test_nodes_by_name_and_what_is_refused(pairs: Pairs, tiny_model, unchanged_o
     check = unchanged_of(lm)
     for call, words in (
         (lambda: path_patching(lm, pairs, "H3"), "names no node"),
+        (lambda: path_patching(lm, pairs, []), "no heads were given"),
+        (lambda: path_effect(lm, pairs, ["L0H0"], HeadSet(())), "no heads were given"),
         (lambda: path_patching(lm, pairs, "L0H0"), "none can send"),
         (lambda: path_patching(lm, pairs, "L5H0"), "has no L5H0.q"),
         (lambda: path_patching(lm, pairs, "L2H0", component="o"), "no component"),
