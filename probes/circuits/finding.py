@@ -21,8 +21,9 @@ from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.probes.circuits.circuit import Circuit, Edge
 from headscope.probes.circuits.evaluation import top_circuit
 from headscope.probes.patching.attribution import attribution_patching
+from headscope.probes.patching.nodes import LOGITS, Node
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, share
-from headscope.probes.patching.path import LOGITS, Node, Stage
+from headscope.probes.patching.path import Stage
 from headscope.probes.patching.places import chunks
 
 READS = ("q", "k", "v")
@@ -114,12 +115,12 @@ def measure_edges(
     lm = load_model(lm)
     held = circuit.mlps is not None
     nodes = [Node(*pair) for pair in circuit.heads] + [Node(layer) for layer in circuit.mlps or ()]
-    nodes.sort(key=_order)
+    nodes.sort(key=lambda node: node.order)
     readers = [None, *(read for node in reversed(nodes) for read in _reads(node))]
     edges: list[Edge] = []
     spent, ended = 0, False
     for receiver in track(readers, "edges", enabled=progress):
-        senders = [node for node in nodes if receiver is None or _order(node) < _order(receiver)]
+        senders = [node for node in nodes if receiver is None or node.order < receiver.order]
         if not senders:
             continue
         if ended := spent + 2 * len(senders) > budget:
@@ -207,7 +208,7 @@ class _Search:
         """The edges of one receiver, strongest first; none where the budget is spent."""
         every = [Node(n, h) for n in range(self.lm.info.layers) for h in range(self.lm.info.heads)]
         every += [Node(n) for n in range(self.lm.info.layers)] if self.mlps else []
-        senders = [node for node in every if read is None or _order(node) < _order(read)]
+        senders = [node for node in every if read is None or node.order < read.order]
         self.ended = self.ended or self.spent + 2 * len(senders) > self.budget
         if not senders or self.ended:
             return []
@@ -239,11 +240,6 @@ def _reads(node: Node) -> list[Node]:
     if node.head is None:
         return [replace(node, component="mlp_out")]
     return [replace(node, component=component) for component in READS]
-
-
-def _order(node: Node) -> tuple[int, bool]:
-    """Nodes before another in the pass have a smaller one: heads of a layer, then its MLP."""
-    return node.layer, node.head is None
 
 
 def _edges(

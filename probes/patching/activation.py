@@ -73,17 +73,16 @@ def patch_heads(
     if component not in COMPONENTS:
         raise HeadscopeError(f"no component {component!r}: name one of {', '.join(COMPONENTS)}")
     chosen = some_heads(heads, lm.info.layers, lm.info.heads)
-    found, bases, others, first = [], [], [], 0
+    found, bases, others, first, tokens = [], [], [], 0, pairs.where(positions)
     whole = _over_all(lm, pairs, (component,), direction, source, batch_size)
     for part in track(pairs.batches(batch_size), "patching", enabled=progress):
         run = Runs(lm, part, (component,), direction, metric)
         layers = layers_of(run.given, component)
         every = [(layer, head) for layer in layers for head in range(run.given[component, layers[0]].shape[1])]
         todo = every if chosen is None else list(chosen)
-        given = run.source(source, whole, seed, first)
+        given, where = run.source(source, whole, seed, first), tokens[first : first + len(part)]
         first += len(part)
         values = np.full((len(part), lm.info.layers, lm.info.heads), np.nan)
-        where = part.where(positions)
         for some in chunks(todo, together):
             if missing := [head for head in some if head[0] not in layers]:
                 raise HeadscopeError(f"{lm.name} has no head L{missing[0][0]}H{missing[0][1]} that attends")

@@ -19,8 +19,9 @@ from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
 from headscope.probes.patching.activation import UNIT, Direction
 from headscope.probes.patching.edge_gradients import EMBEDDING, first_order
+from headscope.probes.patching.nodes import LOGITS, Node, receivers_of
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, share
-from headscope.probes.patching.path import LOGITS, Node, Stage, receivers_of
+from headscope.probes.patching.path import Stage
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,11 +58,14 @@ class EdgeAttribution:
         """One edge: (pair,).
 
         Raises:
-            HeadscopeError: no such sender or receiver.
+            HeadscopeError: no such sender or receiver, or a receiver that the sender does not come before.
         """
         if sender not in self.senders or receiver not in self.receivers:
             raise HeadscopeError(f"no edge {sender!r} to {receiver!r}: senders are like L0H1, receivers like L3H2.q")
-        return self.values[:, self.senders.index(sender), self.receivers.index(receiver)]
+        found: NDArray[np.float64] = self.values[:, self.senders.index(sender), self.receivers.index(receiver)]
+        if np.isnan(found).all():
+            raise HeadscopeError(f"no edge goes from {sender} to {receiver}: {sender} is not before it in the pass")
+        return found
 
     def top(self, count: int = 20) -> pd.DataFrame:
         """The ``count`` edges of largest magnitude: ``sender``, ``receiver``, ``effect``, ``ci_low``, ``ci_high``

@@ -187,4 +187,6 @@ def test_bad_inputs_are_refused(pairs: Pairs, tiny_model, unchanged_of) -> None:
             edge_attribution(lm, pairs, **settings)
     with pytest.raises(HeadscopeError, match="no edge"):
         edge_attribution(lm, pairs, steps=1).effect("L0H9", "logits")
+    with pytest.raises(HeadscopeError, match="L2H1 is not before it"):
+        edge_attribution(lm, pairs, steps=1).effect("L2H1", "L0H2.q")
     assert check()

@@ -13,8 +13,9 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
+from headscope.probes.patching.nodes import Node
 from headscope.probes.patching.pairs import Pairs
-from headscope.probes.patching.path import Node, Stage, path_effect, path_patching
+from headscope.probes.patching.path import Stage, path_effect, path_patching
 
 LAYERS, HEADS, D = 3, 4, 8
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # as in test_activation, of two passes
@@ -193,6 +194,11 @@ def test_nodes_by_name_and_what_is_refused(pairs: Pairs, tiny_model, unchanged_o
         (lambda: path_patching(lm, pairs, "L2H0", component="o"), "no component"),
         (lambda: path_effect(lm, pairs, []), "at least one sender"),
         (lambda: path_effect(lm, pairs, ["L8H0"]), "has no L8H0"),
+        (lambda: path_patching(lm, pairs, (2, -1)), "count from 0"),
+        (lambda: path_effect(lm, pairs, ["L0H1.q"]), "is no sender"),
+        (lambda: path_effect(lm, pairs, ["L0H1", "L2H1"], "L1H0.q"), "L2H1 can send nothing to L1H0.q"),
+        (lambda: path_effect(lm, pairs, ["L1H1"], "L1H0.q"), "not before them"),
+        (lambda: path_effect(lm, pairs, ["L0H1"], positions=(3, 100)), "reach beyond prompt 0 of 9 tokens"),
     ):
         with pytest.raises(HeadscopeError, match=words):
             call()
