@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.journal import Journal
 from headscope.interp.runs.loop import opened
@@ -72,6 +73,7 @@ def find_circuit(
     lm = load_model(lm)
     if method not in ("attribution", "path"):
         raise HeadscopeError(f"method is 'attribution' or 'path', not {method!r}")
+    check_counts(1, together=together)
     every = lm.info.layers * (lm.info.heads + mlps)
     if not 0 < size <= every:
         raise HeadscopeError(f"size={size}: choose 1 to {every} {'nodes' if mlps else 'heads'}")

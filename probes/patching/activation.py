@@ -144,6 +144,8 @@ def patch_places(
         spans = {str(at): at for at in range(int(pairs.lengths[0]))}
     found, bases, others, first = [], [], [], 0
     whole = _over_all(lm, pairs, (place,), direction, source, batch_size)
+    if not spans:
+        raise HeadscopeError("no spans were given: name at least one, or leave spans out for every position by itself")
     whole_spans = {name: pairs.where(span) for name, span in spans.items()}
     for part in track(pairs.batches(batch_size), "patching", enabled=progress):
         run = Runs(lm, part, (place,), direction, metric)

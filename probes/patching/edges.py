@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.bootstrap import bootstrap_mean
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
@@ -71,6 +72,7 @@ class EdgeAttribution:
         """The ``count`` edges of largest magnitude: ``sender``, ``receiver``, ``effect``, ``ci_low``, ``ci_high``
         (bootstrap over pairs), ``n``."""
         size = np.nan_to_num(np.abs(self.mean), nan=-1.0)
+        check_counts(1, count=count)
         order = np.argsort(-size, axis=None, kind="stable")[: min(count, int((size >= 0).sum()))]
         rows, columns = np.unravel_index(order, size.shape)
         chosen = self.values[:, rows, columns]
@@ -134,8 +136,8 @@ def edge_attribution(
         HeadscopeError: a model whose layers' parts do not add up to its stream; as ``patch_heads``.
     """
     lm = load_model(lm)
-    if steps < 1:
-        raise HeadscopeError(f"steps={steps}: integrate over at least 1 step")
+    check_counts(1, steps=steps)
+    check_counts(0, sample=sample)
     if direction not in UNIT:
         raise HeadscopeError(f"direction is 'denoise' or 'noise', not {direction!r}")
     if direction == "denoise":

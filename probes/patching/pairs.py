@@ -14,6 +14,7 @@ from torch import Tensor
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.sites import attached
 from headscope.interp.sites.unwrap import bare_model, takes
 from headscope.interp.statistics.spans import Span, by_example, members
@@ -95,7 +96,12 @@ class Pairs:
         return replace(self, **{name: getattr(self, name)[index] for name in names}, spans=spans)
 
     def batches(self, size: int) -> list[Pairs]:
-        """The pairs in batches of at most ``size``."""
+        """The pairs in batches of at most ``size``.
+
+        Raises:
+            HeadscopeError: a size below 1.
+        """
+        check_counts(1, batch_size=size)
         return [self.part(slice(first, first + size)) for first in range(0, len(self), size)]
 
     def where(self, positions: Any = None) -> Tensor:

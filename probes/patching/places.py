@@ -12,6 +12,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.stream import PLACES, StreamCall
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.registry import check_counts
 from headscope.interp.results.headset import HeadSet
 
 Place = tuple[str, int]  # ("z", 3): the site, the layer
@@ -122,7 +123,12 @@ def layers_of(kept: Mapping[Place, Tensor], site: str) -> list[int]:
 
 
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """``items`` in order, ``size`` at a time."""
+    """``items`` in order, ``size`` at a time.
+
+    Raises:
+        HeadscopeError: a size below 1.
+    """
+    check_counts(1, together=size)
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 

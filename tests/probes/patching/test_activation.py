@@ -198,6 +198,8 @@ def test_bad_inputs_are_refused(pairs: Pairs, tiny_model) -> None:
         (lambda: patch_heads(lm, pairs, positions="subject"), "no span is called"),
         (lambda: patch_heads(lm, pairs, direction="up"), "direction is"),
         (lambda: patch_places(lm, pairs), "differ in length"),
+        (lambda: patch_places(lm, pairs, spans={}), "no spans were given"),
+        (lambda: patch_heads(lm, pairs, together=-1), "together is"),
     ):
         with pytest.raises(HeadscopeError, match=words):
             call()
