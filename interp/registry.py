@@ -155,6 +155,18 @@ def check_numbers(made: Any, name: str) -> None:
             raise HeadscopeError(f"{name}: {one.name} must be a {'whole ' if whole else ''}number, not {value!r:.60}")
 
 
+def check_counts(low: int, **given: int | None) -> None:
+    """Refuse numbers, by the names of the settings, that are not whole or below ``low``; None is left alone.
+
+    Raises:
+        HeadscopeError: names the setting.
+    """
+    for name, value in given.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (whole and value >= low):
+            raise HeadscopeError(f"{name} is a whole number of at least {low}, not {value!r:.60}")
+
+
 def shared_out(classes: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings for several declarations: each is given those that it has.
 

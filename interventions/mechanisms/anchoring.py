@@ -13,6 +13,7 @@ import torch
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.paired import mean_interval
 from headscope.interp.runs.journal import Trial
@@ -95,6 +96,8 @@ def study_anchor(
     Raises:
         HeadscopeError: a task that does not choose letters, or a model that the first letter does not anchor here.
     """
+    check_counts(1, prompts=prompts, last=last, top=top, heads=heads)
+    check_counts(0, controls=controls)
     lm, task = load_model(lm), task or MultipleChoice()
     if task.scoring != "letter" or task.chat:
         raise HeadscopeError("anchored bias is that of letters after a plain prompt: scoring='letter', chat=False")

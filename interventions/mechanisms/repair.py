@@ -22,8 +22,9 @@ from headscope.interventions.attention.force import ForcePattern
 from headscope.probes.circuits.evaluation import top_circuit
 from headscope.probes.patching.activation import numbers
 from headscope.probes.patching.attribution import attribution_patching
+from headscope.probes.patching.nodes import Node
 from headscope.probes.patching.pairs import Pairs, logit_difference, measure, share
-from headscope.probes.patching.path import Node, Stage
+from headscope.probes.patching.path import Stage
 from headscope.probes.patching.places import Places, chunks
 
 MEASURES = ("logit difference", "accuracy")
@@ -156,11 +157,14 @@ def force_heads(
         randoms: sets of random heads, at least one.
 
     Raises:
-        HeadscopeError: no such span, no random set, a head that does not exist, or a layer with too few heads.
+        HeadscopeError: no such span, or one beyond its prompt; no random set; a head that does not exist, or a layer
+            with too few heads.
     """
     lm, chosen = load_model(lm), HeadSet.of(heads)
     if missing := [name for name in onto if name not in pairs.spans] or not onto:
         raise HeadscopeError(f"no spans {missing or 'were named'}: these pairs have {', '.join(pairs.spans)}")
+    for name in onto:
+        pairs.where(name)
     if randoms < 1:
         raise HeadscopeError("give at least one set of random heads (randoms): a change alone says little")
     drawn = [chosen.matched_random(lm.info.heads, seed + n) for n in range(randoms)]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.registry import check_counts
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.files import write_atomically
 from headscope.interp.runs.sealed import sealed, unsealed
@@ -146,6 +147,7 @@ def compare_circuits(a: Circuit, b: Circuit, *, draws: int = 2000, seed: int = 0
     Raises:
         HeadscopeError: circuits of models of other sizes, or one without heads.
     """
+    check_counts(1, draws=draws)
     if a.size != b.size:
         raise HeadscopeError(f"circuits of {a.size} and {b.size} (layers, heads) are of different models")
     if not len(a.heads) or not len(b.heads):

@@ -10,6 +10,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.spans import text_span
+from headscope.interp.registry import check_counts
 from headscope.probes.circuits.ioi import single_tokens
 from headscope.probes.patching.pairs import Pairs
 
@@ -59,6 +60,7 @@ def coloured_objects(lm: LanguageModel, count: int = 64, *, seed: int = 0) -> Pa
     Raises:
         HeadscopeError: the tokenizer has too few of the words as single tokens.
     """
+    check_counts(1, count=count)
     lm = load_model(lm)
     objects = [word.strip() for word in single_tokens(lm, OBJECTS)]
     colours = [w for w in COLOURS if len(single_tokens(lm, [w.title()])) == 1]

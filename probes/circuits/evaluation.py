@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.bootstrap import percentile_interval, resampled_means
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
@@ -97,6 +98,8 @@ def evaluate_circuit(
         HeadscopeError: a circuit of another model; ablating everything changes nothing; more sets searched than halves.
     """
     lm = load_model(lm)
+    check_counts(0, randoms=randoms, subsets=subsets)
+    check_counts(1, together=together)
     if not 0 <= searched <= subsets:
         raise HeadscopeError(f"searched={searched}: search among 0 to subsets={subsets} halves of the circuit")
     check_size([circuit], lm.info.layers, lm.info.heads)
@@ -151,9 +154,15 @@ def faithfulness_curve(
         heads in every layer), ``random_low`` and ``random_high`` (their lowest and highest).
 
     Raises:
-        HeadscopeError: more heads than have a score.
+        HeadscopeError: no sizes, a negative one, or more heads than have a score.
     """
     lm = load_model(lm)
+    check_counts(0, randoms=randoms)
+    check_counts(1, together=together)
+    if not len(sizes):
+        raise HeadscopeError("no sizes were given: name at least one number of heads, such as [1, 5, 20]")
+    for size in sizes:
+        check_counts(0, size=size)
     circuits = [top_circuit(scores, size) for size in sizes]
     rng = np.random.default_rng(seed)
     drawn = [circuit.random(rng) for circuit in circuits for _ in range(randoms)]

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from headscope.interp.plots.style import ACCENT, CONTRAST, INK, MUTED, figure, show_text
 from headscope.probes.circuits.circuit import Circuit, Edge
-from headscope.probes.patching.path import LOGITS, Node
+from headscope.probes.patching.nodes import LOGITS, Node
 
 
 def circuit_figure(circuit: Circuit, title: str = "") -> go.Figure:

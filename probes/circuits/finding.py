@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.journal import Journal
 from headscope.interp.runs.loop import opened
@@ -21,8 +22,9 @@ from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.probes.circuits.circuit import Circuit, Edge
 from headscope.probes.circuits.evaluation import top_circuit
 from headscope.probes.patching.attribution import attribution_patching
+from headscope.probes.patching.nodes import LOGITS, Node
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, share
-from headscope.probes.patching.path import LOGITS, Node, Stage
+from headscope.probes.patching.path import Stage
 from headscope.probes.patching.places import chunks
 
 READS = ("q", "k", "v")
@@ -71,6 +73,7 @@ def find_circuit(
     lm = load_model(lm)
     if method not in ("attribution", "path"):
         raise HeadscopeError(f"method is 'attribution' or 'path', not {method!r}")
+    check_counts(1, together=together)
     every = lm.info.layers * (lm.info.heads + mlps)
     if not 0 < size <= every:
         raise HeadscopeError(f"size={size}: choose 1 to {every} {'nodes' if mlps else 'heads'}")
@@ -114,12 +117,12 @@ def measure_edges(
     lm = load_model(lm)
     held = circuit.mlps is not None
     nodes = [Node(*pair) for pair in circuit.heads] + [Node(layer) for layer in circuit.mlps or ()]
-    nodes.sort(key=_order)
+    nodes.sort(key=lambda node: node.order)
     readers = [None, *(read for node in reversed(nodes) for read in _reads(node))]
     edges: list[Edge] = []
     spent, ended = 0, False
     for receiver in track(readers, "edges", enabled=progress):
-        senders = [node for node in nodes if receiver is None or _order(node) < _order(receiver)]
+        senders = [node for node in nodes if receiver is None or node.order < receiver.order]
         if not senders:
             continue
         if ended := spent + 2 * len(senders) > budget:
@@ -207,7 +210,7 @@ class _Search:
         """The edges of one receiver, strongest first; none where the budget is spent."""
         every = [Node(n, h) for n in range(self.lm.info.layers) for h in range(self.lm.info.heads)]
         every += [Node(n) for n in range(self.lm.info.layers)] if self.mlps else []
-        senders = [node for node in every if read is None or _order(node) < _order(read)]
+        senders = [node for node in every if read is None or node.order < read.order]
         self.ended = self.ended or self.spent + 2 * len(senders) > self.budget
         if not senders or self.ended:
             return []
@@ -239,11 +242,6 @@ def _reads(node: Node) -> list[Node]:
     if node.head is None:
         return [replace(node, component="mlp_out")]
     return [replace(node, component=component) for component in READS]
-
-
-def _order(node: Node) -> tuple[int, bool]:
-    """Nodes before another in the pass have a smaller one: heads of a layer, then its MLP."""
-    return node.layer, node.head is None
 
 
 def _edges(

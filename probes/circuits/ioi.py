@@ -10,6 +10,7 @@ import numpy as np
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.probes.patching.pairs import Pairs
 
 # {A} and {B} are the two names in the order in which they come, {S} the one that is named again
@@ -47,6 +48,9 @@ def ioi(lm: LanguageModel, count: int = 64, *, seed: int = 0, templates: Sequenc
     Raises:
         HeadscopeError: the tokenizer has too few of the words as single tokens, or a pair that does not align.
     """
+    check_counts(1, count=count)
+    if not templates:
+        raise HeadscopeError("no templates were given: name some, or leave templates out for those of this module")
     lm = load_model(lm)
     names, places, things = (single_tokens(lm, words) for words in (NAMES, PLACES, THINGS))
     if len(names) < 2 or not places or not things:

@@ -15,7 +15,7 @@ from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.runs.files import write_atomically
 from headscope.interp.runs.loop import opened, run_steps
-from headscope.interp.runs.provenance import fingerprint, provenance
+from headscope.interp.runs.provenance import describe, fingerprint, hash_texts, provenance
 from headscope.interp.runs.sealed import sealed
 from headscope.probes.circuits.ablation import Ablation
 from headscope.probes.circuits.circuit import Circuit
@@ -90,6 +90,7 @@ def study_circuit(
     }
     folder = None if out is None else Path(out)
     config = {**settings, "model": lm.name, "weights": fingerprint(lm.inner)}
+    config |= {"pairs": [[hash_texts(x.texts), describe([x.answers, x.others, x.groups])] for x in (pairs, others)]}
     held: list[dict[str, Any]] = []
 
     def find() -> dict[str, Any]:

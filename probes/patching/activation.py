@@ -20,7 +20,7 @@ from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, measure, share
-from headscope.probes.patching.places import COMPONENTS, Place, Places, chunks, in_turn, layers_of, put
+from headscope.probes.patching.places import COMPONENTS, Place, Places, chunks, in_turn, layers_of, put, some_heads
 
 Direction = Literal["denoise", "noise"]
 Source = Literal["prompt", "mean", "random"]
@@ -60,7 +60,7 @@ def patch_heads(
         heads: these alone (None: all). Others have no score.
         source: what is put in: the other prompt's value; ``"mean"``: its mean over the pairs of a group, position by
             position; ``"random"``: the run's own value plus Gaussian noise of three standard deviations of the site
-            (over pairs, tokens and dimensions of the head), one draw.
+            (over all pairs, tokens and dimensions of the head), one draw a pair, the same in any batch.
         metric: (logits (example, vocabulary) after the last token, pairs) -> (example,).
         normalize: False: in the metric's own unit (logits), undivided.
         batch_size: pairs in a pass.
@@ -72,18 +72,19 @@ def patch_heads(
     lm = load_model(lm)
     if component not in COMPONENTS:
         raise HeadscopeError(f"no component {component!r}: name one of {', '.join(COMPONENTS)}")
-    chosen = None if heads is None else list(HeadSet.of(heads))
-    found, bases, others = [], [], []
-    whole = _means(lm, pairs, (component,), direction, batch_size) if source == "mean" else None
+    chosen = some_heads(heads, lm.info.layers, lm.info.heads)
+    found, bases, others, first, tokens = [], [], [], 0, pairs.where(positions)
+    whole = _over_all(lm, pairs, (component,), direction, source, batch_size)
     for part in track(pairs.batches(batch_size), "patching", enabled=progress):
         run = Runs(lm, part, (component,), direction, metric)
         layers = layers_of(run.given, component)
-        todo = chosen or [(layer, head) for layer in layers for head in range(run.given[component, layers[0]].shape[1])]
-        given = run.source(source, whole, seed)
+        every = [(layer, head) for layer in layers for head in range(run.given[component, layers[0]].shape[1])]
+        todo = every if chosen is None else list(chosen)
+        given, where = run.source(source, whole, seed, first), tokens[first : first + len(part)]
+        first += len(part)
         values = np.full((len(part), lm.info.layers, lm.info.heads), np.nan)
-        where = part.where(positions)
         for some in chunks(todo, together):
-            if missing := [head for head in some if head[0] not in layers or head[1] >= lm.info.heads]:
+            if missing := [head for head in some if head[0] not in layers]:
                 raise HeadscopeError(f"{lm.name} has no head L{missing[0][0]}H{missing[0][1]} that attends")
             changes = {
                 (component, layer): put(
@@ -141,13 +142,14 @@ def patch_places(
         if len(set(pairs.lengths.tolist())) > 1:
             raise HeadscopeError("the prompts differ in length, so positions differ in meaning: give spans={name: ...}")
         spans = {str(at): at for at in range(int(pairs.lengths[0]))}
-    found, bases, others = [], [], []
-    whole = _means(lm, pairs, (place,), direction, batch_size) if source == "mean" else None
+    found, bases, others, first = [], [], [], 0
+    whole = _over_all(lm, pairs, (place,), direction, source, batch_size)
+    if not spans:
+        raise HeadscopeError("no spans were given: name at least one, or leave spans out for every position by itself")
     whole_spans = {name: pairs.where(span) for name, span in spans.items()}
-    first = 0
     for part in track(pairs.batches(batch_size), "patching", enabled=progress):
         run = Runs(lm, part, (place,), direction, metric)
-        given, layers = run.source(source, whole, seed), layers_of(run.given, place)
+        given, layers = run.source(source, whole, seed, first), layers_of(run.given, place)
         values = []
         held = [where[first : first + len(part)] for where in whole_spans.values()]
         first += len(part)
@@ -195,18 +197,16 @@ class Runs:
         """The metric (copy, example) of the base run under ``changes``."""
         return numbers(measure(self.lm, self.pairs, self.ids, Places(changes), self.metric, copies=copies))
 
-    def source(self, kind: Source, means: Mapping[Place, Tensor] | None, seed: int) -> dict[Place, Tensor]:
-        """What is put in at every site."""
+    def source(self, kind: Source, whole: Mapping[Place, Tensor], seed: int, first: int) -> dict[Place, Tensor]:
+        """What is put in at every site; ``whole`` is known of all pairs, of which these are number ``first`` on."""
         if kind == "prompt":
             return self.given
         if kind == "mean":
-            assert means is not None
             rows = self.pairs.groups
-            return {at: mean[rows.to(mean.device)][..., : self.ids.shape[1], :] for at, mean in means.items()}
-        if kind != "random":
-            raise HeadscopeError(f"source is 'prompt', 'mean' or 'random', not {kind!r}")
-        draw = torch.Generator().manual_seed(seed)
-        return {at: _noised(x, self.pairs.real, draw) for at, x in self.own.items()}
+            return {at: mean[rows.to(mean.device)][..., : self.ids.shape[1], :] for at, mean in whole.items()}
+        entropy = (np.random.SeedSequence([seed, first + i]) for i in range(len(self.pairs)))
+        draws = [torch.Generator().manual_seed(int(one.generate_state(1)[0])) for one in entropy]
+        return {at: _noised(x, whole[at], draws) for at, x in self.own.items()}
 
 
 def numbers(x: Tensor) -> NDArray[np.float64]:
@@ -231,21 +231,40 @@ def group_means(kept: Sequence[tuple[Pairs, Mapping[Place, Tensor]]]) -> dict[Pl
     return {at: x / (seen[:, None, :, None] if x.ndim == 4 else seen[..., None]).to(x.device) for at, x in sums.items()}
 
 
-def _means(
-    lm: LanguageModel, pairs: Pairs, sites: Sequence[str], direction: Direction, batch_size: int
+def _over_all(
+    lm: LanguageModel, pairs: Pairs, sites: Sequence[str], direction: Direction, source: Source, batch_size: int
 ) -> dict[Place, Tensor]:
+    """What has to be known of all pairs before any is patched: the other run's means, or the run's own spread."""
+    if source not in ("prompt", "mean", "random"):
+        raise HeadscopeError(f"source is 'prompt', 'mean' or 'random', not {source!r}")
+    if source == "prompt":
+        return {}
     kept = []
     for part in pairs.batches(batch_size):
         handler = Places(keep=sites)
-        measure(lm, part, part.clean if direction == "denoise" else part.corrupt, handler)
-        kept.append((part, handler.kept))
-    return group_means(kept)
+        clean = (direction == "denoise") == (source == "mean")
+        measure(lm, part, part.clean if clean else part.corrupt, handler)
+        kept.append((part, handler.kept if source == "mean" else _moments(part, handler.kept)))
+    return group_means(kept) if source == "mean" else _spread([held for _, held in kept])
 
 
-def _noised(x: Tensor, real: Tensor, draw: torch.Generator) -> Tensor:
-    held = torch.where((real[:, None, :, None] if x.ndim == 4 else real[..., None]).to(x.device), x, torch.nan)
-    flat = held.transpose(0, 1).flatten(1) if x.ndim == 4 else held.flatten()[None]  # a head, or all
-    centred = flat - flat.nanmean(1, keepdim=True)
-    sigma = centred.pow(2).nanmean(1).sqrt()
-    noise = torch.randn(x.shape, generator=draw).to(x)
-    return x + 3 * (sigma[None, :, None, None] if x.ndim == 4 else sigma) * noise
+def _moments(pairs: Pairs, kept: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
+    """Number, sum and sum of squares of each head's values, or of all: (3, head or 1)."""
+    found = {}
+    for at, x in kept.items():
+        x = x if x.ndim == 4 else x[:, None]
+        held = torch.where(pairs.real[:, None, :, None].to(x.device), x, 0).double()
+        count = torch.full((x.shape[1],), float(pairs.lengths.sum()) * x.shape[-1], dtype=held.dtype, device=x.device)
+        found[at] = torch.stack([count, held.sum((0, 2, 3)), held.square().sum((0, 2, 3))])
+    return found
+
+
+def _spread(moments: Sequence[Mapping[Place, Tensor]]) -> dict[Place, Tensor]:
+    """Standard deviations over all of them: (head or 1,)."""
+    sums = {at: torch.stack([one[at] for one in moments]).sum(0) for at in moments[0]}
+    return {at: (squares / n - (total / n).square()).clamp(min=0).sqrt() for at, (n, total, squares) in sums.items()}
+
+
+def _noised(x: Tensor, sigma: Tensor, draws: Sequence[torch.Generator]) -> Tensor:
+    noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws]).to(x)
+    return x + 3 * (sigma[:, None, None] if x.ndim == 4 else sigma).to(x) * noise

@@ -13,6 +13,7 @@ from torch import Tensor
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.progress import track
@@ -101,8 +102,8 @@ def attribution_patching(
     lm = load_model(lm)
     if component not in COMPONENTS or (fix == "qk" and component not in ("q", "k")) or fix not in ("none", "qk"):
         raise HeadscopeError(f"no attribution of {component!r} with fix={fix!r}: q, k, v or z; 'qk' fixes q and k")
-    if steps < 1:
-        raise HeadscopeError(f"steps={steps}: integrate over at least 1 step")
+    check_counts(1, steps=steps)
+    check_counts(0, sample=sample)
     if dropout and steps > 1:
         raise HeadscopeError(f"dropout=True goes with one step, not steps={steps}: choose one of the two")
     at = "z" if fix == "qk" else component

@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.runs.progress import track
 from headscope.interp.statistics.spans import Span
 from headscope.probes.lenses.targets import Token, token_ids
@@ -64,6 +65,7 @@ def causal_trace(
     Raises:
         HeadscopeError: no such tokens, or a place that the architecture does not have.
     """
+    check_counts(1, window=window, samples=samples)
     lm = load_model(lm)
     ids: Tensor = lm.encode(prompt)["input_ids"].cpu()
     length = ids.shape[1]
@@ -81,7 +83,7 @@ def causal_trace(
     noised = entering.repeat(samples, 1, 1)
     noised[:, first:stop] += (noise * sigma * drawn.to(sigma.device)).to(noised)
     full = numbers(measure(lm, replace(one, answers=torch.tensor([target])), ids, Places(), answer_probability)).mean()
-    width = window or (10 if place in WINDOWED else 1)
+    width = (10 if place in WINDOWED else 1) if window is None else window
     layers = layers_of(clean.kept, place)
     states: list[tuple[int | None, int]] = [(None, 0), *((layer, at) for layer in layers for at in range(length))]
     found: list[float] = []

@@ -24,8 +24,8 @@ from headscope.interp.sites.layout import stream_layers
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.unwrap import bare_model
 from headscope.probes.patching.activation import numbers
+from headscope.probes.patching.nodes import LOGITS
 from headscope.probes.patching.pairs import Metric, Pairs, measure
-from headscope.probes.patching.path import LOGITS
 from headscope.probes.patching.places import COMPONENTS, INPUTS, Place, Places, by_head, layers_of
 
 EMBEDDING = "embedding"

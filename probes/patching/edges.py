@@ -14,13 +14,15 @@ from scipy.stats import spearmanr
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.bootstrap import bootstrap_mean
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
 from headscope.probes.patching.activation import UNIT, Direction
 from headscope.probes.patching.edge_gradients import EMBEDDING, first_order
+from headscope.probes.patching.nodes import LOGITS, Node, receivers_of
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, share
-from headscope.probes.patching.path import LOGITS, Node, Stage, receivers_of
+from headscope.probes.patching.path import Stage
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,16 +59,20 @@ class EdgeAttribution:
         """One edge: (pair,).
 
         Raises:
-            HeadscopeError: no such sender or receiver.
+            HeadscopeError: no such sender or receiver, or a receiver that the sender does not come before.
         """
         if sender not in self.senders or receiver not in self.receivers:
             raise HeadscopeError(f"no edge {sender!r} to {receiver!r}: senders are like L0H1, receivers like L3H2.q")
-        return self.values[:, self.senders.index(sender), self.receivers.index(receiver)]
+        found: NDArray[np.float64] = self.values[:, self.senders.index(sender), self.receivers.index(receiver)]
+        if np.isnan(found).all():
+            raise HeadscopeError(f"no edge goes from {sender} to {receiver}: {sender} is not before it in the pass")
+        return found
 
     def top(self, count: int = 20) -> pd.DataFrame:
         """The ``count`` edges of largest magnitude: ``sender``, ``receiver``, ``effect``, ``ci_low``, ``ci_high``
         (bootstrap over pairs), ``n``."""
         size = np.nan_to_num(np.abs(self.mean), nan=-1.0)
+        check_counts(1, count=count)
         order = np.argsort(-size, axis=None, kind="stable")[: min(count, int((size >= 0).sum()))]
         rows, columns = np.unravel_index(order, size.shape)
         chosen = self.values[:, rows, columns]
@@ -130,8 +136,8 @@ def edge_attribution(
         HeadscopeError: a model whose layers' parts do not add up to its stream; as ``patch_heads``.
     """
     lm = load_model(lm)
-    if steps < 1:
-        raise HeadscopeError(f"steps={steps}: integrate over at least 1 step")
+    check_counts(1, steps=steps)
+    check_counts(0, sample=sample)
     if direction not in UNIT:
         raise HeadscopeError(f"direction is 'denoise' or 'noise', not {direction!r}")
     if direction == "denoise":

@@ -16,13 +16,14 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.bootstrap import bootstrap_mean
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.progress import track
 from headscope.interp.sites.sizes import tower_size
 from headscope.probes.patching.activation import numbers
 from headscope.probes.patching.pairs import Metric, Pairs, answer_probability, measure
-from headscope.probes.patching.places import Places, chunks, in_window
+from headscope.probes.patching.places import Places, chunks, in_window, some_heads
 
 
 def attention_knockout(
@@ -69,12 +70,11 @@ def attention_knockout(
         HeadscopeError: positions that a prompt does not have, no such head, or no query that comes after a key.
     """
     lm = load_model(lm)
+    check_counts(1, window=window)
     size = tower_size(lm)
     layers = sorted(size.heads) or list(range(lm.info.layers))
-    width = window or max(1, round(lm.info.layers * 9 / 48))
-    chosen = None if heads is None else HeadSet.of(heads)
-    if chosen is not None:
-        chosen.check(lm.info.layers, lm.info.heads)
+    width = max(1, round(lm.info.layers * 9 / 48)) if window is None else window
+    chosen = some_heads(heads, lm.info.layers, lm.info.heads)
     hidden, reading = pairs.where(keys), pairs.where(queries)
     _check(hidden, reading)
     found, whole, first = [], [], 0

@@ -14,9 +14,10 @@ from torch import Tensor
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.sites import attached
 from headscope.interp.sites.unwrap import bare_model, takes
-from headscope.interp.statistics.spans import members
+from headscope.interp.statistics.spans import Span, by_example, members
 from headscope.probes.lenses.targets import Token, token_ids
 
 
@@ -95,7 +96,12 @@ class Pairs:
         return replace(self, **{name: getattr(self, name)[index] for name in names}, spans=spans)
 
     def batches(self, size: int) -> list[Pairs]:
-        """The pairs in batches of at most ``size``."""
+        """The pairs in batches of at most ``size``.
+
+        Raises:
+            HeadscopeError: a size below 1.
+        """
+        check_counts(1, batch_size=size)
         return [self.part(slice(first, first + size)) for first in range(0, len(self), size)]
 
     def where(self, positions: Any = None) -> Tensor:
@@ -105,7 +111,7 @@ class Pairs:
         an example, counted from the example's first token.
 
         Raises:
-            HeadscopeError: no such span, or a prompt in which nothing is meant.
+            HeadscopeError: no such span, one that reaches beyond its prompt, or a prompt in which nothing is meant.
         """
         at, real = torch.arange(self.clean.shape[1]).expand(len(self), -1), self.real
         if positions is None:
@@ -118,10 +124,19 @@ class Pairs:
             held = at == (self.lengths[:, None] + positions if positions < 0 else positions)
         else:
             held = members(positions, at, len(self))
+            self._check_within(by_example(positions))
         held = (held & real).expand(len(self), -1)
         if not bool(held.any(1).all()):
             raise HeadscopeError(f"positions {positions!r:.60} are not in every prompt; give those of each example")
         return held
+
+    def _check_within(self, rows: list[list[Span]]) -> None:
+        lengths = self.lengths.tolist()
+        for i, (row, length) in enumerate(zip(rows * len(lengths) if len(rows) == 1 else rows, lengths, strict=True)):
+            if beyond := [span for span in row if span[1] > length]:
+                raise HeadscopeError(
+                    f"positions {beyond[0]} reach beyond prompt {i} of {length} tokens; give a span that is within it"
+                )
 
 
 Metric = Callable[[Tensor, Pairs], Tensor]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,54 +14,13 @@ from torch import Tensor
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.probes.patching.activation import Runs
+from headscope.probes.patching.nodes import LOGITS, Node, check_senders, receivers_of
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, measure, share
-from headscope.probes.patching.places import COMPONENTS, Change, Place, Places, chunks, in_turn, layers_of, put
-
-LOGITS = "logits"
-_NAMED = re.compile(r"L(\d+)(?:H(\d+)|MLP)(?:\.([qkvz]))?", re.IGNORECASE)
-
-
-@dataclass(frozen=True, order=True)
-class Node:
-    """A head (``L3H2``), or an MLP (``L3MLP``: ``head`` is None), and for a receiver which of its values are meant:
-    ``component`` q, k, v or z of a head (``L3H2.q``), ``mlp_out`` of an MLP. ``LOGITS`` as a receiver is the residual
-    stream behind the last layer."""
-
-    layer: int
-    head: int | None = None
-    component: str = ""
-
-    @classmethod
-    def of(cls, name: Node | str | tuple[int, int], component: str = "") -> Node:
-        """A node by name, or from (layer, head); ``component`` where the name says none.
-
-        Raises:
-            HeadscopeError: no such name.
-        """
-        if isinstance(name, Node):
-            return name
-        if not isinstance(name, str):
-            return cls(int(name[0]), int(name[1]), component)
-        found = _NAMED.fullmatch(name.strip())
-        if found is None or (found[3] and found[2] is None):
-            raise HeadscopeError(f"{name!r} names no node: write L3H2, L3H2.q (k, v, z) or L3MLP")
-        if found[2] is None:
-            return cls(int(found[1]), None, "mlp_out" if component else "")
-        return cls(int(found[1]), int(found[2]), (found[3] or component).lower())
-
-    def __str__(self) -> str:
-        base = f"L{self.layer}MLP" if self.head is None else f"L{self.layer}H{self.head}"
-        return f"{base}.{self.component}" if self.component in COMPONENTS else base
-
-    @property
-    def site(self) -> str:
-        """Where its output is."""
-        return "mlp_out" if self.head is None else "z"
+from headscope.probes.patching.places import Change, Place, Places, chunks, in_turn, layers_of, put
 
 
 def path_patching(
@@ -142,6 +99,7 @@ def path_patching(
         config = {name: made[name] for name in ("model", "parameters", "prompts_sha256")}
         config |= {"weights": fingerprint(lm.inner), "metric": describe(metric), "together": together}
         config |= {"answers": describe([pairs.answers, pairs.others]), "batches": [len(part) for part in parts]}
+        config |= {"where": describe(pairs.where(positions))}  # a name, or -1, means other tokens in other pairs
     with opened(None if folder is None else folder / "path_patching.jsonl", config) as journal:
         results = run_steps(journal, len(work), step, "path patching", progress=progress)
     values = [np.full((len(part), lm.info.layers, lm.info.heads), np.nan) for part in parts]
@@ -195,12 +153,11 @@ def path_effect(
     given: a path from a head through an MLP to a receiver counts as direct; freeze them where MLPs are nodes.
 
     Raises:
-        HeadscopeError: no such node.
+        HeadscopeError: no such node, or a sender that comes before none of the receivers in the pass.
     """
     lm = load_model(lm)
     nodes, given = receivers_of(receivers, component), [Node.of(sender) for sender in senders]
-    if not given:
-        raise HeadscopeError("path_effect needs at least one sender, such as L3H2 or L3MLP")
+    check_senders(given, nodes)
     values, base, other = [], [], []
     for part in pairs.batches(batch_size):
         stage = Stage(lm, part, nodes, positions, freeze_mlps, metric, mlps=any(node.head is None for node in given))
@@ -208,25 +165,6 @@ def path_effect(
         base.append(stage.runs.base)
         other.append(stage.runs.other)
     return share(np.concatenate(values), np.concatenate(base), np.concatenate(other), normalize=normalize)
-
-
-def receivers_of(given: Any, component: str) -> tuple[Node, ...]:
-    """Receivers as nodes; () is the logits.
-
-    Raises:
-        HeadscopeError: no such component or node.
-    """
-    if component not in COMPONENTS:
-        raise HeadscopeError(f"no component {component!r}: name one of {', '.join(COMPONENTS)}")
-    if isinstance(given, str):
-        given = [] if given == LOGITS else given.split(",")
-    if isinstance(given, Node):
-        given = [given]
-    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, int) for x in given):
-        given = [given]
-    if not isinstance(given, str | HeadSet) and not len(list(given)):
-        return ()
-    return tuple(Node.of(one, component) for one in given)
 
 
 class Stage:

@@ -12,6 +12,8 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.stream import PLACES, StreamCall
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.registry import check_counts
+from headscope.interp.results.headset import HeadSet
 
 Place = tuple[str, int]  # ("z", 3): the site, the layer
 Change = Callable[[Tensor], Tensor]
@@ -56,6 +58,21 @@ class Places(Handler):
             self.kept[site, layer] = x
         change = self.changes.get((site, layer))
         return x if change is None else change(x)
+
+
+def some_heads(heads: Any, layers: int, width: int) -> HeadSet | None:
+    """Heads as a set of a model of ``layers`` x ``width``; None, which stands for all of them, stays None.
+
+    Raises:
+        HeadscopeError: an empty set, which would pass for all or for none, or a head that does not exist.
+    """
+    if heads is None:
+        return None
+    chosen = HeadSet.of(heads)
+    if not len(chosen):
+        raise HeadscopeError("no heads were given: name some, such as 'L3H2', or leave heads out for all of them")
+    chosen.check(layers, width)
+    return chosen
 
 
 def by_head(call: AttentionCall) -> dict[str, Tensor]:
@@ -106,7 +123,12 @@ def layers_of(kept: Mapping[Place, Tensor], site: str) -> list[int]:
 
 
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """``items`` in order, ``size`` at a time."""
+    """``items`` in order, ``size`` at a time.
+
+    Raises:
+        HeadscopeError: a size below 1.
+    """
+    check_counts(1, together=size)
     return [items[first : first + size] for first in range(0, len(items), size)]
 
 

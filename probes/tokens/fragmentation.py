@@ -87,6 +87,8 @@ def to_frame(found: Sequence[Fragmentation]) -> pd.DataFrame:
 
 
 def _one(date: str, fields: tuple[str, ...], pieces: tuple[str, ...], split: Split) -> Fragmentation:
+    if not date:
+        raise HeadscopeError("a date is an empty text, which has no pieces: leave it out")
     shown = fields if "".join(fields) == date else tuple(field for field in fields if field.isalnum())
     for what, parts in (("fields", shown), ("pieces", pieces)):
         if "".join(parts) != date:

@@ -32,6 +32,12 @@ def test_a_row_an_edit_and_sign() -> None:
     assert np.isnan(table.loc[("keys swapped", ""), "change_low"])  # one question has no interval
 
 
+@pytest.mark.parametrize("setting", ["prompts", "last"])
+def test_numbers_of_nothing_are_refused(setting: str) -> None:
+    with pytest.raises(HeadscopeError, match=f"{setting} is .* at least 1"):
+        study_anchor("no model is read", **{setting: 0})
+
+
 @pytest.mark.slow
 def test_smollm2_is_anchored_and_the_sign_decides(smollm2: LanguageModel) -> None:
     with pytest.raises(HeadscopeError, match="scoring='letter'"):

@@ -14,12 +14,14 @@ import torch
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.results.scores import HeadScores
 from headscope.probes.circuits import evaluation, finding
 from headscope.probes.circuits.ablation import ablated
 from headscope.probes.circuits.circuit import Circuit, Edge, compare_circuits
 from headscope.probes.circuits.evaluation import evaluate_circuit, faithfulness_curve
 from headscope.probes.circuits.figure import circuit_figure
 from headscope.probes.circuits.finding import find_circuit, measure_edges
+from headscope.probes.circuits.ioi import ioi
 from headscope.probes.patching.attribution import attribution_patching
 from headscope.probes.patching.pairs import Pairs
 from headscope.probes.patching.path import path_effect
@@ -201,12 +203,18 @@ def test_the_curve_ends_at_the_model(planted: LanguageModel, pairs: Pairs) -> No
 def test_a_budget_ends_a_search_and_bad_inputs_are_refused(planted: LanguageModel, pairs: Pairs) -> None:
     found = find_circuit(planted, pairs, 3, "path", budget=24, threshold=1e-4)
     assert found.provenance["passes"] == 24 and (found.provenance["ended"] or len(found.heads) == 3)
+    scores = HeadScores("any", np.ones((1, 3, 4)))
     for call, words in (
         (lambda: find_circuit(planted, pairs, 3, "path", budget=10), "raise the budget"),
         (lambda: find_circuit(planted, pairs, 3, "guess"), "method is"),
         (lambda: find_circuit(planted, pairs, 99), "choose 1 to 12"),
         (lambda: evaluate_circuit(planted, Circuit(HeadSet(((0, 0),)), (2, 4)), pairs), "the model has"),
         (lambda: ablated(planted, [found], pairs, ablation="noise"), "ablation is"),
+        (lambda: evaluate_circuit(planted, found, pairs, randoms=-1), "randoms is a whole number of at least 0"),
+        (lambda: evaluate_circuit(planted, found, pairs, together=0), "together is"),
+        (lambda: faithfulness_curve(planted, scores, pairs, []), "no sizes were given"),
+        (lambda: compare_circuits(found, found, draws=0), "draws is"),
+        (lambda: ioi(planted, templates=[]), "no templates were given"),
     ):
         with pytest.raises(HeadscopeError, match=words):
             call()

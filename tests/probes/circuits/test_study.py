@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,10 @@ def test_a_killed_study_goes_on(
     assert list(found.curve["size"]) == [1, 2, 5, 10, 12] and "plotly" in (tmp_path / "circuit.html").read_text()
     with pytest.raises(HeadscopeError, match="other settings"):
         study.study_circuit(planted, "made up", tmp_path, **settings | {"size": 2})
+    other = replace(pairs, answers=pairs.others, others=pairs.answers)  # a task whose pairs are no longer the same
+    monkeypatch.setitem(study.TASKS, "made up", lambda lm, count, seed: other)
+    with pytest.raises(HeadscopeError, match="other settings .pairs"):
+        study.study_circuit(planted, "made up", tmp_path, **settings)
     with pytest.raises(HeadscopeError, match="no task"):
         study.study_circuit(planted, "greater than")
 

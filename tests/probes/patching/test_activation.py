@@ -10,7 +10,7 @@ import torch
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
-from headscope.probes.patching.activation import patch_heads, patch_places
+from headscope.probes.patching.activation import _over_all, patch_heads, patch_places
 from headscope.probes.patching.pairs import Pairs
 
 LAYERS, HEADS, D = 3, 4, 8
@@ -149,8 +149,18 @@ def test_a_mean_and_noise_are_put_in(lm: LanguageModel, plain, pairs: Pairs) -> 
     with plain.hooked((plain.out[1].register_forward_pre_hook, put)):
         want = plain.difference(plain(pairs.clean[0]), pairs, 0) - base
     np.testing.assert_allclose(found.trials[0, 1, 2], want, **CLOSE)
-    one, two = (patch_heads(lm, pairs, source="random", normalize=False, seed=s).trials for s in (0, 0))
-    assert np.array_equal(one, two) and np.abs(one).max() > 0.05
+
+
+def test_noise_is_one_draw_a_pair_in_any_batch(lm: LanguageModel, plain, pairs: Pairs) -> None:
+    settings = dict(source="random", normalize=False, progress=False)
+    one, two = (patch_heads(lm, pairs, batch_size=size, **settings).trials for size in (5, 2))
+    np.testing.assert_allclose(one, two, **CLOSE)
+    assert np.abs(one).max() > 0.05
+    one, two = (patch_places(lm, pairs, "mlp_out", {"end": -1}, batch_size=n, **settings)["effect"] for n in (5, 2))
+    np.testing.assert_allclose(one, two, **CLOSE)
+    z = [plain.z(pairs.corrupt[i, :n])[1][:, 2] for i, n in enumerate(pairs.lengths)]
+    sigma = _over_all(lm, pairs, ("z",), "denoise", "random", 2)["z", 1][2]
+    assert float(sigma) == pytest.approx(float(torch.cat(z).std(correction=0)), rel=1e-4)
 
 
 def test_equal_prompts_have_no_effect(lm: LanguageModel, pairs: Pairs) -> None:
@@ -180,11 +190,16 @@ def test_bad_inputs_are_refused(pairs: Pairs, tiny_model) -> None:
     lm = tiny_model("llama")
     for call, words in (
         (lambda: patch_heads(lm, pairs, "w"), "name one of q, k, v, z"),
-        (lambda: patch_heads(lm, pairs, heads="L9H0"), "no head L9H0"),
+        (lambda: patch_heads(lm, pairs, heads="L9H0"), "L9H0 does not exist"),
+        (lambda: patch_heads(lm, pairs, heads=[(0, -1)]), "L0H-1 does not exist"),
+        (lambda: patch_heads(lm, pairs, heads=[]), "no heads were given"),
+        (lambda: patch_heads(lm, pairs, source="zero"), "source is"),
         (lambda: patch_heads(lm, pairs, positions=8), "not in every prompt"),
         (lambda: patch_heads(lm, pairs, positions="subject"), "no span is called"),
         (lambda: patch_heads(lm, pairs, direction="up"), "direction is"),
         (lambda: patch_places(lm, pairs), "differ in length"),
+        (lambda: patch_places(lm, pairs, spans={}), "no spans were given"),
+        (lambda: patch_heads(lm, pairs, together=-1), "together is"),
     ):
         with pytest.raises(HeadscopeError, match=words):
             call()

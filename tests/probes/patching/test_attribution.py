@@ -183,7 +183,8 @@ def test_bad_inputs_are_refused(pairs: Pairs, tiny_model, unchanged_of) -> None:
     check = unchanged_of(lm)
     for settings, words in (
         ({"fix": "qk"}, "'qk' fixes q and k"),
-        ({"steps": 0}, "at least 1 step"),
+        ({"steps": 0}, "steps is .* at least 1"),
+        ({"sample": -1}, "sample is .* at least 0"),
         ({"steps": 2, "dropout": True}, "choose one of the two"),
         ({"sample": 2}, "too few to rank"),
         ({"metric": lambda logits, pairs: 1 / 0}, "division"),

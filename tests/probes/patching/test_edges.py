@@ -179,7 +179,9 @@ def test_bad_inputs_are_refused(pairs: Pairs, tiny_model, unchanged_of) -> None:
     lm = tiny_model("llama")
     check = unchanged_of(lm)
     for settings, words in (
-        ({"steps": 0}, "at least 1 step"),
+        ({"steps": 0}, "steps is a whole number of at least 1"),
+        ({"sample": -1}, "sample is .* at least 0"),
+        ({"batch_size": 0}, "batch_size is"),
         ({"sample": 2, "steps": 1}, "too few to rank"),
         ({"direction": "both"}, "direction is"),
     ):
@@ -187,4 +189,8 @@ def test_bad_inputs_are_refused(pairs: Pairs, tiny_model, unchanged_of) -> None:
             edge_attribution(lm, pairs, **settings)
     with pytest.raises(HeadscopeError, match="no edge"):
         edge_attribution(lm, pairs, steps=1).effect("L0H9", "logits")
+    with pytest.raises(HeadscopeError, match="L2H1 is not before it"):
+        edge_attribution(lm, pairs, steps=1).effect("L2H1", "L0H2.q")
+    with pytest.raises(HeadscopeError, match="count is"):
+        edge_attribution(lm, pairs, steps=1).top(-1)
     assert check()

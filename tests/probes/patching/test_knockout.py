@@ -75,6 +75,8 @@ def test_what_cannot_be_cut_is_refused(tiny_model, pairs: Pairs, unchanged_of) -
         ((4, 6), (1, 3), {}, "nothing to cut"),
         ("subject", -1, {}, "no span is called"),
         ((1, 3), -1, {"heads": "L9H0"}, "L9H0"),
+        ((1, 3), -1, {"heads": []}, "no heads were given"),
+        ((1, 3), -1, {"window": 0}, "window is"),
         ((1, 3), -1, {"metric": lambda logits, pairs: logits[:, 0] * 0}, "relative=False"),
     ):
         with pytest.raises(HeadscopeError, match=words):

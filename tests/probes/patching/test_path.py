@@ -11,9 +11,11 @@ import pytest
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
+from headscope.probes.patching.nodes import Node
 from headscope.probes.patching.pairs import Pairs
-from headscope.probes.patching.path import Node, Stage, path_effect, path_patching
+from headscope.probes.patching.path import Stage, path_effect, path_patching
 
 LAYERS, HEADS, D = 3, 4, 8
 CLOSE = dict(rtol=1e-4, atol=2e-5)  # as in test_activation, of two passes
@@ -166,6 +168,14 @@ def test_an_interrupted_run_goes_on(tiny_model, pairs: Pairs, tmp_path: Path, mo
             path_patching(lm, pairs, out=tmp_path, **settings | other)
 
 
+def test_a_name_is_not_taken_for_other_tokens(tiny_model, pairs: Pairs, tmp_path: Path) -> None:
+    lm, settings = tiny_model("llama"), dict(receivers="L1H1.q", positions="s", out=tmp_path, progress=False)
+    here, there = (replace(pairs, spans={"s": [(first, first + 1)] * 5}) for first in (2, 3))
+    path_patching(lm, here, **settings)
+    with pytest.raises(HeadscopeError, match="other settings .where"):
+        path_patching(lm, there, **settings)
+
+
 def test_equal_prompts_send_nothing(lm: LanguageModel, pairs: Pairs) -> None:
     found = path_patching(lm, replace(pairs, corrupt=pairs.clean), "L2H0.v", normalize=False)
     assert np.nanmax(np.abs(found.trials)) < 1e-5
@@ -177,11 +187,18 @@ def test_nodes_by_name_and_what_is_refused(pairs: Pairs, tiny_model, unchanged_o
     check = unchanged_of(lm)
     for call, words in (
         (lambda: path_patching(lm, pairs, "H3"), "names no node"),
+        (lambda: path_patching(lm, pairs, []), "no heads were given"),
+        (lambda: path_effect(lm, pairs, ["L0H0"], HeadSet(())), "no heads were given"),
         (lambda: path_patching(lm, pairs, "L0H0"), "none can send"),
         (lambda: path_patching(lm, pairs, "L5H0"), "has no L5H0.q"),
         (lambda: path_patching(lm, pairs, "L2H0", component="o"), "no component"),
         (lambda: path_effect(lm, pairs, []), "at least one sender"),
         (lambda: path_effect(lm, pairs, ["L8H0"]), "has no L8H0"),
+        (lambda: path_patching(lm, pairs, (2, -1)), "count from 0"),
+        (lambda: path_effect(lm, pairs, ["L0H1.q"]), "is no sender"),
+        (lambda: path_effect(lm, pairs, ["L0H1", "L2H1"], "L1H0.q"), "L2H1 can send nothing to L1H0.q"),
+        (lambda: path_effect(lm, pairs, ["L1H1"], "L1H0.q"), "not before them"),
+        (lambda: path_effect(lm, pairs, ["L0H1"], positions=(3, 100)), "reach beyond prompt 0 of 9 tokens"),
     ):
         with pytest.raises(HeadscopeError, match=words):
             call()

@@ -60,6 +60,8 @@ def test_parts_that_are_not_the_date_are_refused() -> None:
         fragmentation(["1"], [["1"]], lambda text: ["_", "1"])
     with pytest.raises(HeadscopeError, match="fields .* do not join"):
         fragmentation(["12"], [["1"]], lambda text: ["12"])
+    with pytest.raises(HeadscopeError, match="empty text"):
+        fragmentation([""], [()], lambda text: ())
     with pytest.raises(HeadscopeError, match="give fields to each date"):
         fragmentation(["12"], [], lambda text: ["12"])
     with pytest.raises(HeadscopeError, match="'cut' or 'merged'"):
