@@ -84,5 +84,9 @@ def test_bad_settings_are_refused(shared: Callable[[str], LanguageModel]) -> Non
     lm, held = shared("llama"), pairs([7, 7, 7])
     with pytest.raises(HeadscopeError, match="have one, two"):
         force_heads(lm, held, "L0H1", ("wrong",))
+    with pytest.raises(HeadscopeError, match="no spans 'wrong_0'"):
+        force_heads(lm, held, "L0H1", "wrong_0")
+    with pytest.raises(HeadscopeError, match="no spans were named in onto"):
+        force_heads(lm, held, "L0H1", [])
     with pytest.raises(HeadscopeError, match="at least one set"):
         force_heads(lm, held, "L0H1", ("one",), randoms=0)
