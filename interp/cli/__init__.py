@@ -43,14 +43,17 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for name in COMMANDS:
         import_module(f"{__name__}.{name}")
     try:
-        sys.exit(app(args=arguments, standalone_mode=False))
+        code = app(args=arguments, standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C; older ones raise Abort
+            raise KeyboardInterrupt
+        sys.exit(code)
     except usage as error:
         print(f"error: {error.format_message()} (see --help)", file=sys.stderr)
         sys.exit(2)
     except HeadscopeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone (| head)

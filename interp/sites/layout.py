@@ -169,10 +169,10 @@ def _in_turn(events: Sequence[_Event], whole: _Event) -> list[_Event]:
 def _at_once(events: Sequence[_Event], whole: _Event) -> list[_Event]:
     """Two parts that are added to the stream together, in the order in which they ended."""
     fits = [e for e in events if e.out.shape == whole.into.shape]
-    rest = whole.out.float() - whole.into.float()
+    rest = _wide(whole.out) - _wide(whole.into)
     for second in reversed(fits):
         for first in reversed(fits):
-            if first.end < second.start and _close(rest, first.out.float() + second.out.float(), whole.into, whole.out):
+            if first.end < second.start and _close(rest, _wide(first.out) + _wide(second.out), whole.into, whole.out):
                 if _adds(whole.out, whole.into, first.out, second.out):
                     return [first, second]
     return []
@@ -182,10 +182,16 @@ def _adds(total: Tensor, *terms: Tensor) -> bool:
     """Whether ``terms`` sum to ``total`` up to rounding."""
     if any(term.shape != total.shape for term in terms):
         return False
-    sizes = sum((term.float().abs() for term in terms), torch.zeros((), device=total.device))
-    added = sum((term.float() for term in terms), torch.zeros((), device=total.device))
+    zero = torch.zeros_like(_wide(total))
+    sizes = sum((_wide(term).abs() for term in terms), zero)
+    added = sum((_wide(term) for term in terms), zero)
     eps = max(torch.finfo(x.dtype).eps for x in (total, *terms))
-    return bool(((total.float() - added).abs() <= 4 * eps * sizes).all())
+    return bool(((_wide(total) - added).abs() <= 4 * eps * sizes).all())
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or wider where it is: rounding a float64 stream to float32 is far more than its own eps."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _close(a: Tensor, b: Tensor, *scale: Tensor) -> bool:

@@ -131,7 +131,7 @@ def force_heads(
     lm: LanguageModel,
     pairs: Pairs,
     heads: HeadSet | str,
-    onto: Sequence[str],
+    onto: Sequence[str] | str,
     *,
     strength: float = 1.0,
     randoms: int = 10,
@@ -161,8 +161,11 @@ def force_heads(
             with too few heads.
     """
     lm, chosen = load_model(lm), HeadSet.of(heads)
-    if missing := [name for name in onto if name not in pairs.spans] or not onto:
-        raise HeadscopeError(f"no spans {missing or 'were named'}: these pairs have {', '.join(pairs.spans)}")
+    onto = [onto] if isinstance(onto, str) else list(onto)
+    missing = [name for name in onto if name not in pairs.spans]
+    if missing or not onto:
+        what = ", ".join(map(repr, missing)) if missing else "were named in onto"
+        raise HeadscopeError(f"no spans {what}: these pairs have {', '.join(pairs.spans)}")
     for name in onto:
         pairs.where(name)
     if randoms < 1:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import pandas as pd
 
 from headscope.interp.errors import HeadscopeError
@@ -28,6 +29,9 @@ from headscope.probes.patching.attribution import attribution_patching
 from headscope.probes.patching.pairs import Pairs
 
 TASKS: dict[str, Callable[..., Pairs]] = {"ioi": ioi, "coloured_objects": coloured_objects}
+SUBSETS = 10  # halves of the circuit, of which ``searched`` are searched
+LEAST = {"count": 1, "size": 1, "budget": 1, "randoms": 0, "searched": 0, "seed": 0}  # whole numbers
+METHODS = ("attribution", "path")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +73,9 @@ def study_circuit(
         ablation, randoms, searched: as in ``evaluate_circuit``.
 
     Raises:
-        HeadscopeError: no such task, as those functions, or a folder of another run.
+        HeadscopeError: a setting that is none, before anything runs or is written; as those functions; or a folder of
+            another run.
     """
-    lm = load_model(lm)
-    if task not in TASKS:
-        raise HeadscopeError(f"no task {task!r}: name one of {', '.join(TASKS)}")
-    pairs, others = (TASKS[task](lm, count, seed=s) for s in (seed, seed + 1))
     settings: dict[str, Any] = {
         "task": task,
         "count": count,
@@ -88,6 +89,12 @@ def study_circuit(
         "searched": searched,
         "seed": seed,
     }
+    _check(settings)
+    lm = load_model(lm)
+    every = lm.info.layers * (lm.info.heads + mlps)
+    if size > every:
+        raise HeadscopeError(f"size={size}: choose 1 to {every} {'nodes' if mlps else 'heads'} of {lm.name}")
+    pairs, others = (TASKS[task](lm, count, seed=s) for s in (seed, seed + 1))
     folder = None if out is None else Path(out)
     config = {**settings, "model": lm.name, "weights": fingerprint(lm.inner)}
     config |= {"pairs": [[hash_texts(x.texts), describe([x.answers, x.others, x.groups])] for x in (pairs, others)]}
@@ -104,7 +111,15 @@ def study_circuit(
     def evaluate() -> dict[str, Any]:
         found = Circuit.of(held[1])
         return evaluate_circuit(
-            lm, found, others, ablation=ablation, randoms=randoms, searched=searched, seed=seed, progress=progress
+            lm,
+            found,
+            others,
+            ablation=ablation,
+            randoms=randoms,
+            subsets=SUBSETS,
+            searched=searched,
+            seed=seed,
+            progress=progress,
         ).document()
 
     def curve() -> dict[str, Any]:
@@ -131,3 +146,19 @@ def study_circuit(
         page = circuit_figure(study.circuit, f"{task}: {lm.name}").to_html(include_plotlyjs="cdn")
         write_atomically(folder / "circuit.html", page.encode())
     return study
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Refuse what no step could take: some are asked first when others have run for long."""
+    for name, known in (("task", tuple(TASKS)), ("method", METHODS), ("ablation", get_args(Ablation))):
+        if settings[name] not in known:
+            raise HeadscopeError(f"no {name} {settings[name]!r}: name one of {', '.join(known)}")
+    for name, least in LEAST.items():
+        value = settings[name]
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise HeadscopeError(f"{name}={value!r}: give a whole number, at least {least}")
+    for name in ("mlps", "edges"):
+        if not isinstance(settings[name], bool):
+            raise HeadscopeError(f"{name}={settings[name]!r}: say true or false")
+    if settings["searched"] > SUBSETS:
+        raise HeadscopeError(f"searched={settings['searched']}: search among 0 to {SUBSETS} halves of the circuit")

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.registry import check_counts
 from headscope.interp.sites import attached
 from headscope.interp.sites.unwrap import bare_model, takes
 from headscope.interp.statistics.spans import Span, by_example, members
 from headscope.probes.lenses.targets import Token, token_ids
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +43,20 @@ class Pairs:
     spans: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("clean", "corrupt", "lengths", "answers", "others", "groups"):
+            given, dims = getattr(self, name), 2 if name in ("clean", "corrupt") else 1
+            if not isinstance(given, Tensor) or given.dim() != dims or given.dtype not in _WHOLE:
+                raise HeadscopeError(f"{name} of pairs is a tensor of whole numbers with {dims} dimensions")
+            if bool((given < 0).any()):
+                raise HeadscopeError(f"{name} of pairs has a number below 0")
         sizes = {len(x) for x in (self.clean, self.corrupt, self.lengths, self.answers, self.others, self.groups)}
         if len(sizes) != 1 or self.clean.shape != self.corrupt.shape or not len(self.clean):
-            raise HeadscopeError("pairs need as many clean as corrupt prompts, answers and others, and at least one")
+            raise HeadscopeError(
+                "pairs need as many clean as corrupt prompts, answers, others and groups, and at least one"
+            )
+        width = self.clean.shape[1]
+        if not 1 <= int(self.lengths.min()) <= int(self.lengths.max()) <= width:
+            raise HeadscopeError(f"lengths of pairs are 1 to {width}, the tokens of the longest prompt")
 
     @classmethod
     def of(
@@ -57,9 +71,15 @@ class Pairs:
     ) -> Pairs:
         """Pairs of texts; an answer is one token, an id or a string (mind its leading space).
 
+        Args:
+            lm: load_model's result, or what load_model takes, with a tokenizer.
+            groups: a whole number from 0 on for each pair, the same for prompts of one template.
+
         Raises:
-            HeadscopeError: a pair whose prompts differ in their number of tokens, or an answer that is not one token.
+            HeadscopeError: no tokenizer, a pair whose prompts differ in their number of tokens, an answer that is not
+                one token of the vocabulary, or groups that are not one whole number a pair.
         """
+        lm = load_model(lm)
         count = len(clean)
         if not count or any(len(x) != count for x in (corrupt, answers, others)):
             raise HeadscopeError(f"give one corrupt prompt, answer and other a clean prompt: {count} clean prompts")
@@ -70,8 +90,13 @@ class Pairs:
                 raise HeadscopeError(
                     f"pair {i} does not align: {n} tokens clean, {m} corrupt; choose words of as many tokens"
                 )
-        one, other = (torch.tensor(token_ids(lm, tokens)) for tokens in (answers, others))
-        group = torch.tensor([0] * count if groups is None else list(groups))
+        one, other = (torch.tensor(_answer_ids(lm, tokens)) for tokens in (answers, others))
+        named = [0] * count if groups is None else list(groups)
+        if len(named) != count or not all(isinstance(x, int | np.integer) and x >= 0 for x in named):
+            raise HeadscopeError(
+                f"give one group a pair, a whole number from 0 on: {count} pairs, groups {named!r:.60}"
+            )
+        group = torch.tensor([int(x) for x in named])
         return cls(ids[:count], ids[count:], lengths[:count], one, other, group, spans or {})
 
     def __len__(self) -> int:
@@ -137,6 +162,22 @@ class Pairs:
                 raise HeadscopeError(
                     f"positions {beyond[0]} reach beyond prompt {i} of {length} tokens; give a span that is within it"
                 )
+
+
+def _answer_ids(lm: LanguageModel, tokens: Sequence[Token]) -> list[int]:
+    """Ids of answers, each a token that the model can give."""
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, str | int | np.integer):
+            raise HeadscopeError(f"an answer is a token, as a string or an id; got {token!r:.60}")
+    given = [token if isinstance(token, str) else int(token) for token in tokens]
+    found = token_ids(lm, given)
+    unknown = getattr(lm.tokenizer, "unk_token_id", None)
+    for token, one in zip(given, found, strict=True):
+        if not 0 <= one < lm.info.vocab_size:
+            raise HeadscopeError(f"answer {token!r} is none of the {lm.info.vocab_size} tokens of {lm.name}")
+        if isinstance(token, str) and one == unknown and token.strip() != lm.tokenizer.unk_token:
+            raise HeadscopeError(f"{lm.name} has no token for {token!r}, only its unknown token: name another answer")
+    return found
 
 
 Metric = Callable[[Tensor, Pairs], Tensor]

@@ -253,15 +253,17 @@ def _check(
         return real(module, call.query, call.key, value, original, **kwargs)
 
     result = run(call.value)
-    found.note(call, compare_call(call, result[0], lambda value: run(value)[0]), _dropped(call, place.implementation))
+    found.note(call, compare_call(call, result[0], lambda value: run(value)[0]), _hint(call, place.implementation))
     if call.query.dtype in (torch.float16, torch.bfloat16):
         _compare_wide(found, module, real, call, original, kwargs)
     return result
 
 
-def _dropped(call: AttentionCall, implementation: str) -> str:
-    """What transformers' SDPA function leaves out of a call, in words; some versions choose it all the same."""
+def _hint(call: AttentionCall, implementation: str) -> str:
+    """Why transformers' function may differ, in words: what SDPA leaves out of a call, or eager code's float32."""
     parts = [name for name, x in (("softcap", call.softcap), ("sink logits", call.sinks)) if x is not None]
+    if implementation == "eager" and call.query.dtype == torch.float64:
+        return " (eager code may take its softmax in float32: load it with attn_implementation='sdpa', or in float32)"
     if implementation != "sdpa" or not parts:
         return ""
     return f" (sdpa leaves out its {' and '.join(parts)}: load the model with attn_implementation='eager')"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from headscope.interp.cli import main
 from headscope.interp.prompts import load_haystack
@@ -57,6 +58,19 @@ def test_models_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         "gemma3-270m",
         "llava-smollm2",
     }
+
+
+@pytest.mark.parametrize("command", [("circuit", "ioi"), ("discover", "induction"), ("evaluate", "text_loss")])
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt, typer.Abort])  # typer's own, and what older ones make of it
+def test_ctrl_c_says_how_to_go_on(
+    command: tuple[str, str], stopped: type[BaseException], capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    def stop(*arguments: object, **settings: object) -> None:
+        raise stopped
+
+    monkeypatch.setattr("headscope.interp.models.load_model", stop)
+    code, out, err = run(capsys, *command, "--model", "smollm2-135m")
+    assert (code, out) == (130, "") and err.strip() == "interrupted; run the same command again to resume"
 
 
 def test_check_verifies(capsys: pytest.CaptureFixture[str], model: str) -> None:

@@ -87,5 +87,9 @@ def test_bad_settings_are_refused(shared: Callable[[str], LanguageModel]) -> Non
     beyond = replace(held, spans={"far": [(1, 2), (7, 9), (1, 2)]})
     with pytest.raises(HeadscopeError, match="beyond prompt 1 of 7 tokens"):
         force_heads(lm, beyond, "L0H1", ("far",), progress=False)
+    with pytest.raises(HeadscopeError, match="no spans 'wrong_0'"):
+        force_heads(lm, held, "L0H1", "wrong_0")
+    with pytest.raises(HeadscopeError, match="no spans were named in onto"):
+        force_heads(lm, held, "L0H1", [])
     with pytest.raises(HeadscopeError, match="at least one set"):
         force_heads(lm, held, "L0H1", ("one",), randoms=0)

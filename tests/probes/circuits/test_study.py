@@ -43,5 +43,28 @@ def test_a_killed_study_goes_on(
         study.study_circuit(planted, "greater than")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("size", "a", "size='a': give a whole number, at least 1"),
+        ("size", 2.5, "size=2.5"),
+        ("size", 99, "size=99: choose 1 to 12 heads"),
+        ("count", 0, "count=0"),
+        ("budget", "x", "budget='x'"),
+        ("seed", True, "seed=True"),
+        ("mlps", "yes", "mlps='yes': say true or false"),
+        ("ablation", "x", "no ablation 'x': name one of mean, zero, resample"),
+        ("method", ["path"], "no method"),
+        ("searched", 11, "searched=11: search among 0 to 10"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_written(
+    planted: LanguageModel, tmp_path: Path, name: str, value: object, words: str
+) -> None:
+    with pytest.raises(HeadscopeError, match=words):
+        study.study_circuit(planted, out=tmp_path / "new", progress=False, **{name: value})
+    assert not (tmp_path / "new").exists()
+
+
 def _killed(*args: object, **settings: object) -> None:
     raise RuntimeError("killed")
