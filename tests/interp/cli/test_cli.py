@@ -68,7 +68,7 @@ def test_ctrl_c_says_how_to_go_on(
     def stop(*arguments: object, **settings: object) -> None:
         raise stopped
 
-    monkeypatch.setattr("headscope.interp.models.load_model", stop)
+    monkeypatch.setattr("headscope.interp.cli.app.Run.load", stop)  # of no module that others import a name from
     code, out, err = run(capsys, *command, "--model", "smollm2-135m")
     assert (code, out) == (130, "") and err.strip() == "interrupted; run the same command again to resume"
 
