@@ -60,7 +60,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "calibrate_attention": [{"heads": PICKED}, {"beta": 0.0, "threshold": 0.2}],
     "redistribute_sinks": [
-        {"heads": PICKED, **VISUAL, "layers": (0, 1, 7)},  # it takes those that hold one of its heads
+        {"heads": PICKED, **VISUAL, "layers": (0, 1)},
         {**VISUAL, "meaning": "code", "rho": 0.9, "share": 0.2, "tau": (1.2, 1.0)},
     ],
     "scale_image_sinks": [{"heads": PICKED, **SINKS, "tau": 1.4}],
