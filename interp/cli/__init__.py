@@ -27,6 +27,7 @@ COMMANDS = (
     "export",
     "evaluate",
     "masking",
+    "lab",
     "report",
 )
 

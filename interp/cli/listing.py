@@ -17,26 +17,28 @@ def registries() -> dict[str, Registry[Any]]:
     """Every registry by the name that ``headscope list`` takes."""
     from headscope.interp.cache import POLICIES
     from headscope.interp.heads import METHODS
+    from headscope.interp.laboratory import EXPERIMENTS
     from headscope.interp.statistics import STATISTICS
     from headscope.interventions.decoding import DECODINGS
     from headscope.interventions.edits import EDITS
     from headscope.interventions.fitted import FITS
     from headscope.interventions.tasks import TASKS
 
-    return {registry.group: registry for registry in (METHODS, STATISTICS, POLICIES, EDITS, DECODINGS, FITS, TASKS)}
+    every = (METHODS, STATISTICS, POLICIES, EDITS, DECODINGS, FITS, TASKS, EXPERIMENTS)
+    return {registry.group: registry for registry in every}
 
 
 @app.command("list")
 def listing(
     what: Annotated[
-        str | None, typer.Argument(help="methods, statistics, policies, edits, decodings, fits or tasks.")
+        str | None, typer.Argument(help="methods, statistics, policies, edits, decodings, fits, tasks or experiments.")
     ] = None,
     as_json: Json = False,
     write: Annotated[
         Path | None, typer.Option("--write", help="Make this Markdown page's tables of them anew.")
     ] = None,
 ) -> None:
-    """List what can be named: head methods, statistics, cache policies, edits, decodings, fits, tasks."""
+    """List what can be named: head methods, statistics, cache policies, edits, decodings, fits, tasks, experiments."""
     from headscope.interp.cli import console
     from headscope.interp.cli.settings import read_text
     from headscope.interp.errors import HeadscopeError

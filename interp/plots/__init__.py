@@ -4,6 +4,7 @@ from headscope.interp.plots.blocks import block_map
 from headscope.interp.plots.cache import budget_curve, overlap_map, policy_map
 from headscope.interp.plots.comparison import agreement_map, score_scatter
 from headscope.interp.plots.doses import dose_response
+from headscope.interp.plots.learning import learning_curve
 from headscope.interp.plots.maps import head_map, ranked, statistic_map
 from headscope.interp.plots.pattern import pattern
 from headscope.interp.plots.picture import on_picture
@@ -20,6 +21,7 @@ __all__ = [
     "evaluation",
     "head_map",
     "head_on_prompt",
+    "learning_curve",
     "needle_grid",
     "on_picture",
     "overlap_map",

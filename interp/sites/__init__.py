@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from headscope.interp.attention.handler import Handler
+from headscope.interp.sites import modules
 from headscope.interp.sites.agreement import Verification
 from headscope.interp.sites.attachment import Attachment, Layers
 from headscope.interp.sites.compiled import uncompiled
@@ -16,6 +17,8 @@ from headscope.interp.sites.huggingface import verify as hf_verify
 from headscope.interp.sites.interrupts import block
 from headscope.interp.sites.stream import streaming
 from headscope.interp.sites.unwrap import origin, require_model, shown
+
+OWN_CHECKS = ("transformer_lens", "headscope")  # origins whose sites verify on their own
 
 __all__ = ["attached", "handlers_on", "is_attached", "verify", "verify_once"]
 
@@ -81,7 +84,7 @@ def verify_once(model: ModelLike) -> Verification:
     Raises:
         HeadscopeError: the model does not route its attention, or disagrees; the message names the layer.
     """
-    if origin(model) == "transformer_lens":
+    if origin(model) in OWN_CHECKS:
         with uncompiled():
             found: Verification = _site(model).verify_once(shown(model))
         return found
@@ -98,7 +101,7 @@ def verify(model: ModelLike, inputs: dict[str, Any] | None = None, trust: Sequen
     Raises:
         HeadscopeError: the architecture is not routed, or does not run on inputs of ours (give ``inputs`` then).
     """
-    if origin(model) == "transformer_lens":
+    if origin(model) in OWN_CHECKS:
         with uncompiled():
             found: Verification = _site(model).verify(shown(model), inputs)
         return found
@@ -116,4 +119,6 @@ def _site(model: ModelLike) -> Any:
         from headscope.interp.sites.transformer_lens import route as transformer_lens
 
         return transformer_lens
+    if origin(model) == "headscope":
+        return modules
     return huggingface  # an nnsight wrapper runs the Hugging Face module it holds

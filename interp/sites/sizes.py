@@ -1,7 +1,7 @@
 """How many layers a tower has, which of them attend and with how many heads, read from the modules that attend.
 
 A configuration says one number for a model of several towers, and counts layers without softmax attention. A module
-attends where its ``forward`` takes transformers' attention interface.
+attends where its ``forward`` takes transformers' attention interface, or where it is an ``AttentionModule``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from headscope.interp.attention.module import AttentionModule
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.towers import TOWERS, check_name, default_tower, modules_of, numbered, selects
@@ -114,6 +115,8 @@ def runs(layers: Collection[int]) -> str:
 
 
 def _attends(kind: type[nn.Module]) -> bool:
+    if issubclass(kind, AttentionModule):
+        return True
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and not _INTERFACE.isdisjoint((*code.co_names, *code.co_varnames))
 

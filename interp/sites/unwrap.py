@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from headscope.interp.attention.module import AttentionModule
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.compiled import plain
 from headscope.interp.sites.given import ModelLike, PreTrained
@@ -28,15 +29,23 @@ def shown(model: ModelLike) -> Any:
 
 
 def origin(model: ModelLike) -> str:
-    """``"transformer_lens"`` for a bridge and what load_model makes of one, ``"nnsight"`` for its wrappers, else
-    ``""``; imports neither package."""
-    roots = {cls.__module__.partition(".")[0] for cls in type(shown(model)).__mro__}
-    return next((name for name in ("transformer_lens", "nnsight") if name in roots), "")
+    """``"transformer_lens"`` for a bridge and what load_model makes of one, ``"nnsight"`` for its wrappers,
+    ``"headscope"`` for a model that is written on ``AttentionModule``, else ``""``; imports neither package."""
+    held = shown(model)
+    roots = {cls.__module__.partition(".")[0] for cls in type(held).__mro__}
+    own = isinstance(held, nn.Module) and not hasattr(held, "config") and _is_own(held)
+    return "headscope" if own else next((name for name in ("transformer_lens", "nnsight") if name in roots), "")
+
+
+def _is_own(model: nn.Module) -> bool:
+    return any(isinstance(part, AttentionModule) for part in model.modules())
 
 
 def bare_model(model: ModelLike) -> PreTrained:
     """The Hugging Face module inside load_model's result, a compiled model, a bridge or an nnsight wrapper."""
     wrapped, held = origin(model), shown(model)
+    if wrapped == "headscope":
+        return cast("PreTrained", held)
     if wrapped == "nnsight" and getattr(held, "dispatched", True) is False:
         raise HeadscopeError("this nnsight model has no weights here yet; call its dispatch() first")
     if wrapped:
@@ -83,6 +92,8 @@ def _outermost(module: nn.Module, held: list[nn.Module]) -> None:
 def require_model(model: ModelLike) -> None:
     """Raise HeadscopeError unless this is, or holds, a model whose attention transformers can switch."""
     inner = bare_model(model)
+    if origin(model) == "headscope":
+        return
     if not origin(model) and any(type(part).__module__.startswith("transformer_lens.") for part in inner.modules()):
         raise HeadscopeError(
             f"this {type(inner).__name__} is the inside of a TransformerBridge, which computes its attention: give the "

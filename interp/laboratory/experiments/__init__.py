@@ -1,0 +1,1 @@
+"""The laboratory's experiments: one file each."""

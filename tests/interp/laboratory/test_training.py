@@ -1,0 +1,91 @@
+"""The loop: resumed runs give what whole ones give, a watch changes nothing, and experiments say what held."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headscope.interp import HeadscopeError
+from headscope.interp.laboratory.experiment import run_experiment
+from headscope.interp.laboratory.training import generator, train
+from headscope.interp.laboratory.watch import Watch
+from headscope.interp.reports.laboratory import lab_page
+from headscope.interp.results.findings import Findings
+from tests.interp.laboratory.conftest import Copying, Small, loss
+
+WATCH = Watch(every=4, numbers=lambda model: {"size": sum(p.abs().sum() for p in model.parameters())})
+
+
+def made() -> tuple[Small, torch.optim.Optimizer]:
+    torch.manual_seed(3)
+    model = Small()
+    return model, torch.optim.Adam(model.parameters(), 1e-2)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(model: torch.nn.Module, step: int) -> torch.Tensor:
+    if step == 9:
+        raise Stop
+    return loss(model, step)
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    settings = {"steps": 12, "watch": WATCH, "rate": lambda step: 1 / (1 + step), "clip": 0.5, "device": "cpu"}
+    whole, adam = made()
+    rows = train(whole, loss, adam, **settings)
+    model, adam = made()
+    with pytest.raises(Stop):
+        train(model, stopping, adam, folder=tmp_path, save_every=3, **settings)
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-9"]
+    model, adam = made()
+    again = train(model, loss, adam, folder=tmp_path, save_every=3, **settings)
+    assert again == rows and [row["step"] for row in rows] == [0, 4, 8, 12]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    with pytest.raises(HeadscopeError, match="12 steps, not 20"):
+        train(model, loss, adam, folder=tmp_path, **(settings | {"steps": 20}))
+
+
+def test_a_watch_changes_nothing() -> None:
+    one, adam = made()
+    train(one, loss, adam, steps=6, watch=Watch(every=100), device="cpu")
+    other, adam = made()
+    watch = Watch(every=1, inputs={"x": torch.randn(2, 5, 16)}, statistics=("entropy", "sink_mass"))
+    rows = train(other, loss, adam, steps=6, watch=watch, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert np.shape(rows[-1]["entropy"]) == (2, 4) and 0 < rows[-1]["sink_mass"][0][0] <= 1
+    assert other.training
+
+
+def test_a_loss_that_is_no_number_is_said() -> None:
+    model, adam = made()
+    with pytest.raises(HeadscopeError, match="loss at step 2 is nan"):
+        train(model, lambda m, step: loss(m, step) * (torch.nan if step == 2 else 1), adam, steps=4, watch=WATCH)
+
+
+def test_draws_depend_on_seed_and_step() -> None:
+    drawn = {float(torch.rand(1, generator=generator(seed, step))) for seed in range(9) for step in range(-1, 99)}
+    assert len(drawn) > 895  # of 900: float32 has 2^24 values between 0 and 1
+
+
+def test_an_experiment_resumes_and_is_judged(tmp_path: Path) -> None:
+    found = run_experiment(Copying(), seeds=(0, 1), out=tmp_path, device="cpu", command="headscope lab copying")
+    assert found.verdicts()["held"].tolist() == ["yes"] and found.numbers["loss"].shape == (2,)
+    assert found.curve("copier", "entropy")["step"].tolist() == [0, 5, 10, 15, 20, 25, 30] * 2
+    more = run_experiment(Copying(), seeds=(0, 1, 2), out=tmp_path, device="cpu")
+    assert more.outcomes[:2] == found.outcomes and len(set(more.numbers["loss"])) == 3
+    kept = Findings.load(tmp_path / "findings.json")
+    assert json.dumps(kept.outcomes) == json.dumps(more.outcomes) and kept.claims == more.claims
+    assert "it learns" in lab_page(kept).save(tmp_path / "page.html").read_text()
+    with pytest.raises(HeadscopeError, match="other settings"):
+        run_experiment(Copying(steps=31), seeds=(0,), out=tmp_path, device="cpu")
+    with pytest.raises(HeadscopeError, match="different seeds"):
+        run_experiment(Copying(), seeds=(1, 1))
+    with pytest.raises(HeadscopeError, match="no curve 'copper'; choose copier"):
+        kept.curve("copper", "entropy")
