@@ -65,7 +65,9 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         value = loss(model, step)
         if not bool(torch.isfinite(value)):
-            raise HeadscopeError(f"the loss at step {step} is {float(value.detach())}: a smaller learning rate may train")
+            raise HeadscopeError(
+                f"the loss at step {step} is {float(value.detach())}: a smaller learning rate may train"
+            )
         accelerator.backward(value)
         if clip is not None:
             accelerator.clip_grad_norm_(model.parameters(), clip)

@@ -80,7 +80,9 @@ class Copying(Experiment):
         return {"loss": float(loss(model, -1, bench.seed)), "before": before}
 
     def claims(self, numbers: Numbers) -> list[Claim]:
-        return [Claim("it learns", "0", f"{numbers['loss'].mean():.2f}", bool((numbers["loss"] < numbers["before"]).all()))]
+        return [
+            Claim("it learns", "0", f"{numbers['loss'].mean():.2f}", bool((numbers["loss"] < numbers["before"]).all()))
+        ]
 
 
 @pytest.fixture()

@@ -50,7 +50,10 @@ def test_edits_act_and_leave_nothing(small: Small) -> None:
         out.weight[:, 8:12] = 0
         assert torch.allclose(edited, small(x), atol=1e-6)
         out.weight.copy_(keep)
-        with pytest.raises(HeadscopeError, match="head L5H0 does not exist"), apply(small, ScaleHeads(heads="L5H0", factor=0.0)):
+        with (
+            pytest.raises(HeadscopeError, match="head L5H0 does not exist"),
+            apply(small, ScaleHeads(heads="L5H0", factor=0.0)),
+        ):
             pass
     assert not is_attached(small)
     assert torch.equal(small(x), plain)

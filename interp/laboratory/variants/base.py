@@ -1,0 +1,80 @@
+"""What attention variants share: projections, positions and the mask."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from headscope.interp.attention.module import AttentionModule
+from headscope.interp.laboratory.decoder import Shape
+from headscope.interp.sites.rotary import Rotation
+from headscope.kernels.score_edits import ScoreEdit, distance_slope
+
+BASE = 10_000.0  # of RoPE
+
+
+class Variant(AttentionModule):
+    """Base of the variants: a subclass writes ``mix``, which makes the heads' outputs by one or more calls of ``see``.
+
+    Class variables: ``name``, as in the registry; ``source``; ``maps``, how many patterns a head has (2 where one is
+    taken from another: a tracer then shows both, head by head); ``width_of``, the query and key dimensions and the
+    value dimensions of a head, as multiples of ``Shape.d_head``.
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str] = ""
+    maps: ClassVar[int] = 1
+    width_of: ClassVar[tuple[float, float]] = (1, 1)
+
+    def __init__(self, shape: Shape, layer: int) -> None:
+        super().__init__(shape.heads * self.maps, layer)
+        self.shape = shape
+        self.d_head, self.d_value = (int(times * shape.d_head) for times in self.width_of)
+        self.q, self.k = (nn.Linear(shape.width, shape.heads * self.maps * self.d_head, bias=False) for _ in range(2))
+        self.v = nn.Linear(shape.width, shape.heads * self.d_value, bias=False)
+        self.out = nn.Linear(shape.heads * self.d_value, shape.width, bias=False)
+        at = torch.arange(0, self.d_head, 2) / self.d_head
+        self.register_buffer("frequencies", BASE**-at, persistent=False)
+        slopes = 2.0 ** (-8.0 * torch.arange(1, shape.heads + 1) / shape.heads)
+        self.register_buffer("slopes", slopes.repeat_interleave(self.maps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the stream: ``x`` (batch, position, width), normed."""
+        q, k = (self.turned(self.split(project(x), self.d_head)) for project in (self.q, self.k))
+        z = self.mix(q, k, self.split(self.v(x), self.d_value), x)
+        added: Tensor = self.out(z.transpose(1, 2).flatten(2))  # heads stand one after the other
+        return added
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """The heads' outputs (batch, head, query, d_value).
+
+        Args:
+            q, k: (batch, head * maps, position, d_head), turned where positions are RoPE's; the maps of a head stand
+                beside each other.
+            v: (batch, head, position, d_value).
+            x: the layer's input (batch, position, width), for whatever else is made of it.
+        """
+        raise NotImplementedError
+
+    def see(self, q: Tensor, k: Tensor, v: Tensor, edit: ScoreEdit | None = None, **more: Any) -> Tensor:
+        """One attention call, with ALiBi's slopes where positions are ALiBi's; ``edit`` acts on the scores after them.
+        Further arguments are those of ``attend``: ``scale`` and ``mask`` in place of the layer's own, ``sinks`` ..."""
+        if self.shape.positions == "alibi":
+            slope = distance_slope(self.slopes)
+            edit = slope if edit is None else slope.then(edit)
+        scale, mask = more.pop("scale", self.d_head**-0.5), more.pop("mask", self.shape.mask)
+        return self.attend(q, k, v, mask, scale, score_edit=edit, **more)
+
+    def split(self, x: Tensor, width: int) -> Tensor:
+        """(batch, position, n * width) to (batch, n, position, width)."""
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """RoPE, in two halves as transformers has it."""
+        if self.shape.positions != "rope":
+            return x
+        rotation = Rotation(self.frequencies)
+        at = torch.arange(x.shape[2], device=x.device)
+        return rotation.turn(x, rotation.angles(at))
