@@ -27,6 +27,8 @@ class Variant(AttentionModule):
     source: ClassVar[str] = ""
     maps: ClassVar[int] = 1
     width_of: ClassVar[tuple[float, float]] = (1, 1)
+    frequencies: Tensor
+    slopes: Tensor
 
     def __init__(self, shape: Shape, layer: int) -> None:
         super().__init__(shape.heads * self.maps, layer)
@@ -69,7 +71,7 @@ class Variant(AttentionModule):
 
     def split(self, x: Tensor, width: int) -> Tensor:
         """(batch, position, n * width) to (batch, n, position, width)."""
-        return x.unflatten(-1, (-1, width)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], -1, width).transpose(1, 2)
 
     def turned(self, x: Tensor) -> Tensor:
         """RoPE, in two halves as transformers has it."""
