@@ -155,7 +155,7 @@ def test_a_bias_of_rank_three_has_rank_three() -> None:
     """And its energy is that of its singular values, which are known."""
     torch.manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(2, 12, 3, dtype=torch.float64)).Q for _ in range(2))
-    bias = u * torch.tensor([10.0, 1.0, 0.1]) @ v.transpose(-1, -2)
+    bias = u * torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64) @ v.transpose(-1, -2)
     assert bias_rank(bias).tolist() == [2, 2], "100 + 1 of 101.01"
     assert bias_rank(bias, 0.99).tolist() == [1, 1] and bias_rank(bias, 1.0).tolist() == [3, 3]
     assert bias_rank(torch.zeros(4, 4)).item() == 0
