@@ -103,7 +103,9 @@ def forced(name: str, keys: int) -> NDArray[np.bool_]:
     return (at < first) | (at >= keys - last)
 
 
-def compare(name: str, ours: NDArray[np.float32], kept: NDArray[np.bool_], theirs: NDArray[np.float32]) -> dict:
+def compare(
+    name: str, ours: NDArray[np.float32], kept: NDArray[np.bool_], theirs: NDArray[np.float32]
+) -> dict[str, Any]:
     """One row. Scores and kept keys are (layer, kv_head, key)."""
     free = ~forced(name, ours.shape[-1])
     largest = np.abs(theirs[..., free]).max((1, 2), keepdims=True)

@@ -236,8 +236,8 @@ def _shared_positions(pairs: _Pairs, context: int, asked: RopeFailures) -> Tenso
     wave = torch.polar(torch.ones_like(angles), angles).T  # (pair, distance)
     products = pairs.product[:, : asked.curves]
     step = max(1, HELD // (len(products) * len(at)))
-    shares = [_crowded((part @ wave).real, asked.eps) for part in products.split(step, dim=1)]
-    return torch.cat(shares, 1).mean(-1)
+    parts = [products[:, first : first + step] for first in range(0, products.shape[1], step)]
+    return torch.cat([_crowded((part @ wave).real, asked.eps) for part in parts], 1).mean(-1)
 
 
 def _shared_tokens(q: Tensor, pool: Tensor, rotation: Rotation, at: Tensor, scale: float, eps: float) -> Tensor:
