@@ -40,6 +40,9 @@ POLICIES: Registry[Policy] = Registry(
         "block_sparse": "rows.block_sparse:BlockSparse",
         "flexprefill": "rows.flexprefill:FlexPrefill",
         "moba": "rows.moba:MoBA",
+        "critiprefill": "rows.critiprefill:CritiPrefill",
+        "longheads": "rows.longheads:LongHeads",
+        "neighbourhood": "rows.neighbourhood:Neighbourhood",
     },
 )
 

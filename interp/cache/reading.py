@@ -21,7 +21,8 @@ class Reading:
     ``stop`` (batch,): where each example's prompt ends, as an index of rows and keys. ``measured = (first, stop)``: the
     rows in which the loss is measured, where they are in the call (only an oracle may look). ``rotation``: how the
     layer turns queries and keys. ``ahead`` (batch, head, n, d_head): queries of n tokens that were appended to the
-    prompt for a policy that asks for them.
+    prompt for a policy that asks for them. ``carried``: what the policy itself left at earlier layers of this text, by
+    layer.
 
     Raises:
         HeadscopeError: no prompt can be told: cross-attention, packed sequences, padding between tokens, a pass that
@@ -33,6 +34,7 @@ class Reading:
     measured: tuple[int, int] | None = None
     rotation: Rotation | None = None
     ahead: Tensor | None = None
+    carried: dict[int, Tensor] = field(default_factory=dict)
     _received: dict[tuple[tuple[int, ...], ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -80,6 +80,9 @@ def lose(
         raise HeadscopeError(
             f"first={first} is a row of at='prefill', and the shortest text has {min(given.lengths)} tokens"
         )
+    for name, policy in chosen.items():
+        if layers is not None and "carried" in policy.needs:
+            raise HeadscopeError(f"{name} goes by what it decided in the layers below: measure all layers (no layers=)")
     config: dict[str, Any] = {
         "policies": list(chosen),
         "settings": [_settings(policy) for policy in chosen.values()],

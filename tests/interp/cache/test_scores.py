@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,11 +23,13 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.cache import POLICIES
 from headscope.interp.cache.budget import Budget
 from headscope.interp.cache.reading import Reading
+from headscope.interp.cache.rows.neighbourhood import gna_mask
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached
 from headscope.interp.sites.rotary import rotations
 from headscope.kernels.kept import losses
 from headscope.kernels.request import Request
+from headscope.kernels.streaming.weights import Tile
 
 WINDOW, LATER, GROUP = 6, 4, 2
 
@@ -329,11 +333,69 @@ def flexprefill(one: One, b: int = 2, gamma: float = 0.8, tau: float = 0.3, few:
     return shown
 
 
+def longheads(one: One, w: int = 2, n: int = 3, begin: int = 3) -> Tensor:
+    """LongHeads, token by token, from queries and keys turned back by matrices; a row of the prompt without itself."""
+    d, total = one.q.shape[-1], one.count + LATER
+    turn = rotary(torch.arange(total), d)
+    q, k = (torch.einsum("tji,htj->hti", turn, x) for x in (one.q, one.k))  # R^T: before RoPE
+    shown = torch.ones_like(one.whole, dtype=torch.bool)
+    for h in range(q.shape[0]):
+        summary = []
+        for g in range(total // w):
+            here = slice(g * w, g * w + w)
+            local_q, local_k = (torch.einsum("tij,tj->ti", turn[:w], x[here]) for x in (q[h], k[h // GROUP]))
+            c = ((one.scale * local_q @ local_k.T).softmax(-1) @ one.v[h // GROUP, here]).mean(0)
+            summary.append((one.scale * local_k @ c).softmax(-1) @ local_k)
+        for t in range(begin, total):
+            own = t // w
+            forced = {0, own - 1, own}
+            score = {g: float(q[h, t] @ summary[g]) for g in range(1, own - 1)}
+            kept = forced | set(sorted(score, key=lambda g: -score[g])[: n - len(forced)])
+            shown[h, t] = torch.tensor([j // w in kept and (j != t or t >= one.count) for j in range(total)])
+    return shown
+
+
+def critical_blocks(one: One, S: int = 4, c: int = 2) -> Tensor:
+    """CritiPrefill's P of one layer by itself: (kv_head, segment, block), 0 where a block is not before it."""
+    n = one.count
+    P = torch.zeros(one.k.shape[0], -(-n // S), -(-n // c)).double()
+    for g in range(P.shape[0]):
+        for s in range(1, P.shape[1]):
+            score = torch.zeros(s * S // c).double()
+            for b in range(len(score)):
+                keys = one.prompt[g, b * c : (b + 1) * c]
+                for q in one.q[g * GROUP : (g + 1) * GROUP, s * S : min((s + 1) * S, n)]:
+                    middle = (q.amax(0) + q.amin(0)) / 2
+                    score[b] += max(float(middle @ keys.amax(0)), float(middle @ keys.amin(0))) / GROUP
+            P[g, s, : len(score)] = score.softmax(-1)
+    return P
+
+
+def critiprefill(one: One, S: int = 2, c: int = 1, top: int = 1) -> Tensor:
+    """The first segment, the last and what comes later are dense; the others see themselves and the best block."""
+    P = critical_blocks(one, S, c)
+    shown = torch.ones_like(one.whole, dtype=torch.bool)
+    for h in range(one.whole.shape[0]):
+        for t in range(S, (one.count - 1) // S * S):
+            best = P[h // GROUP, t // S, : t // S * S // c].topk(top).indices.tolist()
+            shown[h, t] = torch.tensor([j // c in best or j // S == t // S for j in range(shown.shape[-1])])
+    return shown
+
+
+def neighbours(one: One) -> Tensor:
+    """A window of 4 around tiles of 3, of every second key, of a text that goes on: rows of a longer axis."""
+    total = one.count + LATER
+    return gna_mask(60, 4, 3, 2)[:total, :total].expand_as(one.whole)
+
+
 ROWS: dict[str, tuple[dict[str, Any], int, Callable[[One], Tensor]]] = {
     "vertical_slash": ({"window": 3, "vertical": 2, "slash": 3, "first": 1, "near": 1}, 5, vertical_and_slash),
     "moba": ({"block": 3}, 7, gates),
     "block_sparse": ({"block": 3}, 6, pooled),
     "flexprefill": ({"block": 2, "gamma": 0.8, "tau": 0.3}, 2, flexprefill),
+    "longheads": ({"chunk": 2, "begin": 3}, 7, longheads),
+    "critiprefill": ({"segment": 2, "block": 1, "begin": 1, "skip": 0}, 1, critiprefill),
+    "neighbourhood": ({"stride": 3, "dilation": 2, "causal": False}, 4, neighbours),
 }
 
 
@@ -352,6 +414,65 @@ def test_rows_see_what_the_specification_shows(
             mine = found[b, :, one.first : one.stop + LATER]
             assert (mine - wanted).abs().max() < 1e-5
             assert 0.2 < float(wanted.mean()) < 0.999
+
+
+def test_critiprefill_blends_in_the_layer_before(readings: list[Reading]) -> None:
+    """The same calls as layers 1 and 2 of a model: 0.25 P' + 0.75 P; a layer that is skipped is whole."""
+    policy = POLICIES["critiprefill"](segment=4, block=2, begin=1)
+    carried: dict[int, Tensor] = {}
+    each = [replace(x, call=x.call.with_(layer=i + 1), carried=carried) for i, x in enumerate(readings)]
+    found = [policy.criticality(reading) for reading in each]
+    for b in range(found[0].shape[0]):
+        own = [critical_blocks(One(reading, b)) for reading in each]
+        wanted = own[0], 0.25 * own[0] + 0.75 * own[1]
+        for mine, P in zip(found, wanted, strict=True):
+            assert (mine[b, :, 1 : P.shape[1], : P.shape[2]] - P[:, 1:]).abs().max() < 1e-5
+    tile = policy.keeps(readings[0], [Budget(keys=4)])[0](Tile(slice(0, 9), slice(0, 9), torch.zeros(1, 4, 9, 9)))
+    assert tile.all() and readings[0].call.layer == 0
+
+
+def grid_by_hand(shape: tuple[int, ...], w: int, s: int, dl: int, causal: bool) -> Tensor:
+    """The definition, place by place, of windows alike along every axis."""
+    places = list(product(*map(range, shape)))
+    mask = torch.ones(len(places), len(places), dtype=torch.bool)
+    for a, query in enumerate(places):
+        for b, key in enumerate(places):
+            for x, i, j in zip(shape, query, key, strict=True):
+                members = [y for y in range(x) if y % dl == i % dl]
+                at, other, last = i // dl, j // dl, len(members) - 1
+                if causal:
+                    seen = other <= at and min(at // s * s + s - 1, last) - other < w
+                else:
+                    leader = min(at // s * s + s // 2, last)
+                    centre = min(max(leader, w // 2), last - (w // 2 + w % 2 - 1))
+                    seen = centre - w // 2 <= other <= centre + w // 2 + w % 2 - 1
+                mask[a, b] &= seen and j % dl == i % dl
+    return mask
+
+
+def test_neighbourhoods_of_grids() -> None:
+    settings = [(4, 1, 1), (5, 1, 1), (4, 3, 2), (3, 2, 3), (6, 6, 1)]
+    cases = [((13,), *one) for one in settings] + [((6, 7), 3, 2, 2)]
+    for (shape, w, s, dl), causal in product(cases, [False, True]):
+        mask = gna_mask(shape if len(shape) > 1 else shape[0], w, s, dl, causal)
+        assert torch.equal(mask, grid_by_hand(shape, w, s, dl, causal)), (shape, w, s, dl, causal)
+        if not causal:
+            assert (mask.sum(-1) == w ** len(shape)).all()  # windows move at borders, and do not shrink
+    both = gna_mask((6, 5), (3, 2), (1, 2), causal=(True, False))
+    assert torch.equal(both, torch.kron(gna_mask(6, 3, 1, 1, True).int(), gna_mask(5, 2, 2).int()).bool())
+    with pytest.raises(HeadscopeError, match="a stride of 1 to the window"):
+        gna_mask(8, 3, 4)
+    with pytest.raises(HeadscopeError, match="2 values for 1 axes"):
+        gna_mask(8, (3, 3))
+    with pytest.raises(HeadscopeError, match="more than the window, 2"):
+        POLICIES["neighbourhood"](stride=3).shows(torch.arange(4), torch.arange(4), torch.tensor(2))
+
+
+def test_a_stride_of_one_is_a_sliding_window() -> None:
+    at = torch.arange(9)
+    seen = POLICIES["neighbourhood"]().shows(at[:, None], at[None, :], torch.tensor(3))
+    gap = at[:, None] - at[None, :]
+    assert torch.equal(seen, (gap >= 0) & (gap < 3))
 
 
 def test_flexprefill_takes_more_blocks_of_query_aware_heads(monkeypatch: pytest.MonkeyPatch) -> None:
