@@ -25,8 +25,8 @@ class CritiPrefill(RowPolicy):
     the largest and the smallest value of each dimension; of a block b of keys k+ and k- are those. The score is
     max(q_s.k+, q_s.k-), without scale, the mean over the query heads of a key head, and P_s its softmax over the blocks
     before the segment. From the third layer on P <- ``fusion`` P' + (1 - fusion) P, P' being that of the layer before.
-    The ``budget // block`` largest are seen. Queries before ``begin``, those of the last segment, those after the prompt
-    and those of the first ``skip`` layers see everything: it is a pattern for reading (``at="prefill"``).
+    The ``budget // block`` largest are seen. Queries before ``begin``, those of the last segment, those after the
+    prompt and those of the first ``skip`` layers see everything: it is a pattern for reading (``at="prefill"``).
 
     What differs: a segment with fewer blocks before it than the budget takes those alone, where theirs would fill up
     with later ones. "The layer before" is the last one below that attends.

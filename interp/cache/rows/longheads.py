@@ -26,8 +26,8 @@ class LongHeads(RowPolicy):
     tokens, every head's self-attention among them alone gives outputs whose mean is c_g; the summary is sum_i
     softmax_i(c_g.k_i scale) k_i over its keys, turned to their positions within the chunk. A query before RoPE chooses
     by its inner product with the summaries of earlier chunks, ``budget // chunk`` chunks in all, at least the three.
-    Queries before ``begin`` see everything. A row of the prompt does not see its own key, as in the authors' code, whose
-    keys end before it; later rows do.
+    Queries before ``begin`` see everything. A row of the prompt does not see its own key, as in the authors' code (its
+    keys end before it); later rows do.
 
     What differs: kept keys stay at their positions, where the authors number them anew, so that recall is that of the
     model's own pattern. Attention within a chunk sees both ways, as ``self.attn`` of their code does (``causal`` is

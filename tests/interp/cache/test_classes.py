@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 
 from headscope.interp.cache.budget import Budget
-from headscope.interp.cache.classes import MINFERENCE, columns_and_slashes, retrieval_heads, search_patterns, stream
+from headscope.interp.cache.classes import (
+    MINFERENCE,
+    columns_and_slashes,
+    full_heads,
+    retrieval_heads,
+    search_patterns,
+    stream,
+)
 from headscope.interp.cache.rows.block_sparse import BlockSparse
 from headscope.interp.cache.survey import lose
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import LanguageModel
 from headscope.interp.results.cache import MEASURES, CacheLosses
 from headscope.interp.results.minference import HeadPatterns
+from headscope.interp.results.scores import HeadScores
 from headscope.interp.survey.tiny import tiny_model
 
 PROMPT = [list(range(5, 45))]
@@ -59,3 +67,18 @@ def test_heads_that_lose_most_by_streaming() -> None:
     assert list(retrieval_heads(found, 320, sparsity=0.75)) == [(0, 3), (0, 2)]
     with pytest.raises(HeadscopeError, match="these are of streaming_llm at 320"):
         retrieval_heads(found, 64)
+
+
+def test_gates_are_split_by_their_quantile_and_ties_by_chance() -> None:
+    """Key heads, two query heads each; the median of gates that differ by more than the noise is the formula's."""
+    gates = np.array([[0.9, 0.2, 0.6], [0.1, 0.8, 0.4]])
+    scores = HeadScores("duo_attention", gates.repeat(2, axis=1)[None])
+    full = gates >= np.quantile(gates, 0.5)
+    found = full_heads(scores, group=2)
+    assert set(found) == {(i, 2 * g + n) for i, g in np.argwhere(full).tolist() for n in range(2)}
+    assert found[0] == (0, 0) and abs(found.weights[0] - 0.9) < 2e-6
+    alike = HeadScores("duo_attention", np.ones((1, 4, 8)))
+    halves = [set(full_heads(alike, group=2, seed=seed)) for seed in (1, 2, 1)]
+    assert len(halves[0]) == 16 and halves[0] == halves[2] != halves[1]
+    with pytest.raises(HeadscopeError, match="one gate for each 3 query heads"):
+        full_heads(scores, group=3)
