@@ -41,6 +41,7 @@ POLICIES: Registry[Policy] = Registry(
         "flexprefill": "rows.flexprefill:FlexPrefill",
         "moba": "rows.moba:MoBA",
         "critiprefill": "rows.critiprefill:CritiPrefill",
+        "rectified_spaattn": "rows.rectified:Rectified",
         "longheads": "rows.longheads:LongHeads",
         "neighbourhood": "rows.neighbourhood:Neighbourhood",
     },

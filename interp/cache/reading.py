@@ -70,6 +70,12 @@ class Reading:
         return (self.at >= 0) & (self.at < self.count[:, None])
 
     @cached_property
+    def real(self) -> Tensor:
+        """The call's keys that are tokens, not padding: bool (batch, key)."""
+        end = self.call.mask.end
+        return self.at >= 0 if end is None else (self.at >= 0) & (self.at < (end.to(self.start) - self.start)[:, None])
+
+    @cached_property
     def scored(self) -> Tensor:
         """Keys in the precision that scores are made in: (batch, kv_head, key, d_head)."""
         key = self.call.key

@@ -84,7 +84,8 @@ class CritiPrefill(RowPolicy):
         call, earlier = reading.call, [layer for layer in reading.carried if layer < reading.call.layer]
         high_q, low_q = self._extremes(call.query, reading, self.segment)
         high_k, low_k = self._extremes(call.key, reading, self.block)
-        middle = ((high_q + low_q) / 2).unflatten(1, (call.key.shape[1], -1))  # (batch, kv_head, group, segment, d)
+        middle = (high_q + low_q) / 2
+        middle = middle.reshape(middle.shape[0], call.key.shape[1], -1, *middle.shape[2:])  # (.., kv_head, group, ..)
         score = torch.maximum(*(middle @ k[:, :, None].transpose(3, 4) for k in (high_k, low_k))).mean(2)
         before = self._before(score)
         critical = score.masked_fill(~before, -torch.inf).softmax(-1).masked_fill(~before, 0.0)

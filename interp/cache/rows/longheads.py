@@ -83,8 +83,9 @@ class LongHeads(RowPolicy):
         part = slice(first, first + many * w)
         q, k, v = (x[example, :, part].to(reading.scored.dtype) for x in (call.query, call.key, call.value))
         k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
-        q, k, v = (x.unflatten(1, (many, w)) for x in (q, k, v))  # (head, chunk, token, d)
+        q, k, v = (x.reshape(x.shape[0], many, w, x.shape[2]) for x in (q, k, v))  # (head, chunk, token, d)
         c = ((call.scale * q @ k.transpose(2, 3)).softmax(-1) @ v).mean(2, keepdim=True)  # RoPE: distances alone count
         at = torch.arange(many * w, device=q.device).view(many, w)
         local = rotation.turn(k, rotation.angles(at % w) - rotation.angles(at))
-        return ((call.scale * c @ local.transpose(2, 3)).softmax(-1) @ local)[:, :, 0]
+        weight = (call.scale * c @ local.transpose(2, 3)).softmax(-1)
+        return (weight @ local).squeeze(2)

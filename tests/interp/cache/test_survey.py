@@ -82,6 +82,7 @@ def test_every_policy_runs_and_none_beats_the_ceilings(lm: LanguageModel) -> Non
     small = {"snapkv": {"window": 4}, "ems": {"window": 4}, "dapq": {"tokens": 4}}
     small |= {"moba": {"block": 4}, "block_sparse": {"block": 2}, "flexprefill": {"block": 4}}
     small |= {"longheads": {"chunk": 2, "begin": 4}, "critiprefill": {"segment": 4, "block": 2, "begin": 4}}
+    small |= {"rectified_spaattn": {"block": 4}}
     every = [POLICIES[name](**small.get(name, {})) for name in POLICIES]
     found = lose(lm, every, [8], PROMPTS[:1], answer=ANSWER, progress=False)
     recall = dict(zip([policy.name for policy in every], found.mean()[:, 0], strict=True))
