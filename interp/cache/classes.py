@@ -74,17 +74,20 @@ def search_patterns(
     for _, policy, budget in candidates:
         found = lose(lm, policy, [budget], prompts, at="prefill", first=first, progress=progress)
         recall.append(found.mean()[0, 0])
-    score = np.stack(recall)
-    layers = []
-    for layer in range(score.shape[1]):
-        own = {}
-        for head in range(score.shape[2]):
-            if np.isnan(score[:, layer, head]).any():
-                continue
-            best = int(score[:, layer, head].argmax())
-            kind, vertical, slash = _relabelled(candidates[best][0]) if released else candidates[best][0]
-            own[head] = SparsePattern(kind, vertical, slash, float(score[best, layer, head]))
-        layers.append(own)
+    names = [_relabelled(name) if released else name for name, _, _ in candidates]
+    return best_patterns(np.stack(recall), names)
+
+
+def best_patterns(
+    score: NDArray[np.float64], names: Sequence[tuple[str, int, int]], *, lowest: bool = False
+) -> HeadPatterns:
+    """Every head's candidate of the highest (or ``lowest``) score (candidate, layer, head), the first of equals; heads
+    whose scores are NaN are left out."""
+    best = np.where(np.isnan(score), np.inf, score if lowest else -score).argmin(0)
+    layers: list[dict[int, SparsePattern]] = []
+    for layer, row in enumerate(best.tolist()):
+        known = [head for head in range(len(row)) if not np.isnan(score[:, layer, head]).any()]
+        layers.append({h: SparsePattern(*names[row[h]], float(score[row[h], layer, h])) for h in known})
     return HeadPatterns(tuple(layers))
 
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.handler import Handler
 from headscope.interp.cache.budget import Budget
 from headscope.interp.cache.classes import (
     MINFERENCE,
@@ -16,6 +19,7 @@ from headscope.interp.cache.classes import (
     search_patterns,
     stream,
 )
+from headscope.interp.cache.outputs import MINFERENCE_OUTPUT, search_patterns_by_output
 from headscope.interp.cache.rows.block_sparse import BlockSparse
 from headscope.interp.cache.survey import lose
 from headscope.interp.errors import HeadscopeError
@@ -23,7 +27,9 @@ from headscope.interp.models import LanguageModel
 from headscope.interp.results.cache import MEASURES, CacheLosses
 from headscope.interp.results.minference import HeadPatterns
 from headscope.interp.results.scores import HeadScores
+from headscope.interp.sites import attached
 from headscope.interp.survey.tiny import tiny_model
+from headscope.kernels.request import Request
 
 PROMPT = [list(range(5, 45))]
 
@@ -55,6 +61,52 @@ def test_the_candidate_with_the_highest_recall(monkeypatch: pytest.MonkeyPatch, 
     assert isinstance(found, HeadPatterns)
     with pytest.raises(HeadscopeError, match="at least one candidate"):
         search_patterns(lm, PROMPT, candidates=())
+
+
+class Calls(Handler):
+    """Keeps every layer's call."""
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+
+    def request(self, call: AttentionCall) -> Request:
+        self.calls.append(call)
+        return Request()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_candidate_that_changes_fewest_entries(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
+    """Every output by hand in float64; entries that are nearer to the bound than 1e-6 are in doubt, and none is."""
+    monkeypatch.setattr("headscope.interp.cache.rows.vertical_slash.LEAST", (1, 1))
+    lm = LanguageModel.wrap(tiny_model("llama"), None, name="tiny", revision="seed")
+    candidates = stream(1, 3), columns_and_slashes(6, 6, near=2, first=1, window=8)
+    found = search_patterns_by_output(lm, PROMPT, candidates=candidates, above=0.05, scaled=scaled, progress=False)
+    handler = Calls()
+    with attached(lm, handler), torch.no_grad():
+        lm.forward(torch.tensor(PROMPT))
+    n = len(PROMPT[0])
+    gap = torch.arange(n)[:, None] - torch.arange(n)[None, :]
+    kinds = set()
+    for call in handler.calls:
+        for h in range(lm.info.heads):
+            k, v = (x[0, h * x.shape[1] // lm.info.heads].double() for x in (call.key, call.value))
+            s = (call.query[0, h].double() @ k.T).masked_fill(gap < 0, -torch.inf)
+            seen = (s * (call.scale if scaled else 1.0)).softmax(-1)[-8:]
+            columns, slash = seen.sum(0), torch.stack([seen[gap[-8:] == x].sum() for x in range(n)])
+            columns[0], slash[:2] = torch.inf, torch.inf
+            chosen = torch.isin(torch.arange(n), columns.topk(6).indices) | torch.isin(gap, slash.topk(6).indices)
+            z, counts = (s * call.scale).softmax(-1) @ v, []
+            for shown in ((gap <= 3) | (torch.arange(n) < 1), chosen):
+                off = (z - (s * call.scale).masked_fill(~shown, -torch.inf).softmax(-1) @ v).abs()
+                assert ((off - 0.05).abs() > 1e-6).all()
+                counts.append(int((off > 0.05).sum()))
+            best = found[call.layer, h]
+            assert (best.kind, best.vertical, best.slash) == candidates[int(np.argmin(counts))][0]
+            assert best.score == min(counts) > 0
+            kinds.add(best.kind)
+    assert len(kinds) == 2
+    listed = [name for name, _, _ in MINFERENCE_OUTPUT]
+    assert listed[0] == ("stream_llm", 100, 800) and listed[-1] == ("block_sparse", 10, 1) and len(listed) == 8
 
 
 def test_heads_that_lose_most_by_streaming() -> None:
