@@ -34,6 +34,7 @@ POLICIES: Registry[Policy] = Registry(
         "expected_attention": "keys.expected_attention:ExpectedAttention",
         "ems": "keys.ems:EMS",
         "dapq": "keys.dapq:DapQ",
+        "s3": "keys.s3:S3",
         "streaming_llm": "rows.streaming_llm:StreamingLLM",
         "top_k": "rows.top_k:TopK",
         "vertical_slash": "rows.vertical_slash:VerticalSlash",
@@ -44,6 +45,7 @@ POLICIES: Registry[Policy] = Registry(
         "rectified_spaattn": "rows.rectified:Rectified",
         "longheads": "rows.longheads:LongHeads",
         "neighbourhood": "rows.neighbourhood:Neighbourhood",
+        "routed": "rows.routed:Routed",
     },
 )
 

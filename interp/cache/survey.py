@@ -131,11 +131,18 @@ def _named(policies: str | Policy | Iterable[str | Policy]) -> dict[str, Policy]
 
 def _label(policy: Policy) -> str:
     other = {f.name: getattr(policy, f.name) for f in fields(policy) if getattr(policy, f.name) != f.default}
+    other = {key: _told(value) for key, value in other.items()}
     return policy.name + (f"({', '.join(f'{key}={value}' for key, value in other.items())})" if other else "")
 
 
 def _settings(policy: Policy) -> dict[str, Any]:
-    return {field.name: getattr(policy, field.name) for field in fields(policy)}
+    """A policy's settings, JSON-able: a function is told by its name alone."""
+    held = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    return {key: _told(value) for key, value in held.items()}
+
+
+def _told(value: Any) -> Any:
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
 
 
 def _ahead(lm: LanguageModel, policy: Policy, ids: torch.Tensor) -> AHEAD:

@@ -125,6 +125,29 @@ def ems(one: One, w: int = 3) -> Tensor:
     return torch.maximum(everywhere * local.mean(-1, keepdim=True) / everywhere.mean(-1, keepdim=True), local)
 
 
+FEATURES = torch.randn(8, 20, generator=torch.Generator().manual_seed(5)).double()
+
+
+def s3(one: One, active: int = 4, window: int = 3) -> Tensor:
+    """Feature by feature: what the last 3 queries and a key activate, both before RoPE."""
+    n, d = one.count, one.q.shape[-1]
+    back = rotary(torch.arange(n), d)
+
+    def features(x: Tensor) -> list[list[dict[int, float]]]:
+        z = (torch.einsum("tji,htj->hti", back, x[:, :n]) @ FEATURES).relu()
+        return [[{int(f): float(v) for v, f in zip(*t.topk(active), strict=True) if v > 0} for t in h] for h in z]
+
+    keys, queries, score = features(one.k), features(one.q), torch.zeros(one.k.shape[0], n).double()
+    for g, mine in enumerate(keys):
+        for t, own in enumerate(mine):
+            for h in range(g * GROUP, (g + 1) * GROUP):
+                for query in queries[h][-window:]:
+                    for f in query.keys() & own.keys():
+                        many = sum(f in other for other in mine)
+                        score[g, t] += query[f] / (math.log(1 + many) + 1) / GROUP
+    return score
+
+
 def oracle(one: One) -> Tensor:
     return grouped(one.whole[:, one.count :, : one.count].sum(1))
 
@@ -139,6 +162,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], Callable[[One], Tensor]]] = {
     "expected_attention": ({"sink": 2, "ahead_tokens": 50}, expected),
     "ems": ({"window": 3}, ems),
     "oracle": ({}, oracle),
+    "s3": ({"encoder": lambda x, layer: x @ FEATURES.to(x), "active": 4, "window": 3}, s3),
 }
 
 
@@ -482,6 +506,34 @@ def test_the_rectified_output_and_the_estimated_recall(readings: list[Reading]) 
             assert (mine - wanted[:, 1:]).abs().max() < 1e-5
             repaired += int((wanted < 1).sum())
     assert repaired
+
+
+def test_layers_that_keep_enough_of_the_last_rows_are_sparse(readings: list[Reading]) -> None:
+    """By hand from the last 3 rows; whichever the threshold, a text is whole or is the sparse policy's."""
+    budget, policy = [Budget(keys=3)], POLICIES["routed"](sparse="knorm", window=3)
+    for reading in readings:
+        sparse = POLICIES["knorm"]().keeps(reading, budget)[0]
+        assert isinstance(sparse, Tensor)
+        recall = []
+        for b in range(reading.stop.shape[0]):
+            one = One(reading, b)
+            shown = sparse[b, :, one.first : one.stop].repeat_interleave(4 // sparse.shape[1], 0)
+            recall.append(float((one.A[:, -3:] * shown[:, None]).sum(-1).mean()))
+        for least in (*((x + 1e-4) for x in recall), *((x - 1e-4) for x in recall)):
+            whole = [x < least for x in recall]
+            routed = replace(policy, least=least)
+            assert routed.kept_whole(reading, budget)[0].tolist() == whole
+            keep = routed.keeps(reading, budget)[0]
+            assert isinstance(keep, Tensor)
+            for b, dense in enumerate(whole):
+                assert keep[b].all() if dense else torch.equal(keep[b], sparse[b])
+        rows = replace(policy, sparse="moba", least=1.0).keeps(reading, budget)[0]
+        tile = Tile(slice(4, 9), slice(0, 9), torch.zeros(1, 4, 5, 9))
+        assert callable(rows) and rows(tile).shape[-2:] == (5, 9)
+    with pytest.raises(HeadscopeError, match="oracle needs measured"):
+        POLICIES["routed"](sparse="oracle")
+    with pytest.raises(HeadscopeError, match="did you mean 'knorm'"):
+        POLICIES["routed"](sparse="knrm")
 
 
 def grid_by_hand(shape: tuple[int, ...], w: int, s: int, dl: int, causal: bool) -> Tensor:
