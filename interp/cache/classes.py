@@ -86,8 +86,12 @@ def best_patterns(
     best = np.where(np.isnan(score), np.inf, score if lowest else -score).argmin(0)
     layers: list[dict[int, SparsePattern]] = []
     for layer, row in enumerate(best.tolist()):
-        known = [head for head in range(len(row)) if not np.isnan(score[:, layer, head]).any()]
-        layers.append({h: SparsePattern(*names[row[h]], float(score[row[h], layer, h])) for h in known})
+        own = {}
+        for head, index in enumerate(row):
+            if not np.isnan(score[:, layer, head]).any():
+                kind, vertical, slash = names[index]
+                own[head] = SparsePattern(kind, vertical, slash, float(score[index, layer, head]))
+        layers.append(own)
     return HeadPatterns(tuple(layers))
 
 

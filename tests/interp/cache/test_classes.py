@@ -10,6 +10,7 @@ import torch
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
+from headscope.interp.cache import POLICIES
 from headscope.interp.cache.budget import Budget
 from headscope.interp.cache.classes import (
     MINFERENCE,
@@ -21,6 +22,7 @@ from headscope.interp.cache.classes import (
 )
 from headscope.interp.cache.outputs import MINFERENCE_OUTPUT, search_patterns_by_output
 from headscope.interp.cache.rows.block_sparse import BlockSparse
+from headscope.interp.cache.rows.neighbourhood import gna_mask
 from headscope.interp.cache.survey import lose
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import LanguageModel
@@ -134,3 +136,24 @@ def test_gates_are_split_by_their_quantile_and_ties_by_chance() -> None:
     assert len(halves[0]) == 16 and halves[0] == halves[2] != halves[1]
     with pytest.raises(HeadscopeError, match="one gate for each 3 query heads"):
         full_heads(scores, group=3)
+
+
+@pytest.mark.slow
+def test_a_real_model_loses_what_its_pattern_has_outside_the_mask(smollm2: LanguageModel) -> None:
+    """Neighbourhoods of SmolLM2: tiles of 4 with a window of 8, by the mask of a longer text; and fusion changes P."""
+    ids = smollm2.encode("The tide tables for the harbour were printed once a year on a yellow card. " * 3)["input_ids"]
+    policies = [
+        POLICIES["neighbourhood"](stride=4),
+        *(POLICIES["critiprefill"](segment=8, block=4, begin=8, fusion=x) for x in (0.25, 0.0)),
+    ]
+    found = lose(smollm2, policies, [8], [ids[0].tolist()], at="prefill", progress=False).mean()[:, 0]
+    n = ids.shape[1]
+    handler = Calls()
+    with attached(smollm2, handler), torch.no_grad():
+        smollm2.forward(ids)
+    mask = gna_mask(4 * n, 8, 4, causal=True)[:n, :n]
+    for call in handler.calls:
+        wanted = (call.pattern()[0] * mask).sum(-1).mean(-1)
+        assert np.abs(found[0, call.layer] - wanted.numpy()).max() < 1e-5
+    assert np.array_equal(found[1, :2], found[2, :2]) and (found[1, 0] > 1 - 1e-5).all()
+    assert not np.array_equal(found[1, 2:], found[2, 2:])
