@@ -38,12 +38,18 @@ POLICIES: Registry[Policy] = Registry(
         "expected_attention": "keys.expected_attention:ExpectedAttention",
         "ems": "keys.ems:EMS",
         "dapq": "keys.dapq:DapQ",
+        "s3": "keys.s3:S3",
         "streaming_llm": "rows.streaming_llm:StreamingLLM",
         "top_k": "rows.top_k:TopK",
         "vertical_slash": "rows.vertical_slash:VerticalSlash",
         "block_sparse": "rows.block_sparse:BlockSparse",
         "flexprefill": "rows.flexprefill:FlexPrefill",
         "moba": "rows.moba:MoBA",
+        "critiprefill": "rows.critiprefill:CritiPrefill",
+        "rectified_spaattn": "rows.rectified:Rectified",
+        "longheads": "rows.longheads:LongHeads",
+        "neighbourhood": "rows.neighbourhood:Neighbourhood",
+        "routed": "rows.routed:Routed",
     },
 )
 
