@@ -24,6 +24,7 @@ EXPERIMENTS: Registry[Experiment] = Registry(
     "experiments",
     "headscope.interp.laboratory.experiments",
     {
+        "abrupt_icl": "abrupt_icl:AbruptICL",
         "linear_regression": "linear_regression:LinearRegression",
     },
 )

@@ -17,6 +17,7 @@ from headscope.interp.laboratory.linear_regression.model import Regressor
 from headscope.interp.laboratory.linear_regression.verdicts import verdicts
 from headscope.interp.laboratory.training import generator
 from headscope.interp.laboratory.watch import Watch
+from headscope.interp.registry import check_counts
 from headscope.interp.results.findings import Claim, Numbers
 
 TASKS = ((0, 3), (1, 5))  # the authors' two tasks, of 3 and 4 features, two in common
@@ -57,28 +58,33 @@ class LinearRegression(Experiment):
     two_task_heads: tuple[int, ...] = (3, 6)
     steps: int = 4_000
     batch: int = 256
-    rate: float = 3e-3
+    rate: float = 5e-3
     prompts: int = 20_000
     lengths: tuple[int, ...] = (10, 20, 40, 80, 160)
     every: int = 200
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = min((*self.heads, *self.two_task_heads), default=0)
+        check_counts(1, heads=least, steps=self.steps, batch=self.batch, prompts=self.prompts, every=self.every)
 
     def quick(self) -> Self:
         return replace(self, heads=(1, 2), two_task_heads=(3,), steps=800, rate=1e-2, prompts=4_000, lengths=(40, 160))
 
     def run(self, bench: Bench) -> Mapping[str, float]:
         law = Regression(features=self.features, noise=self.noise)
+        two = replace(law, tasks=TASKS if self.two_task_heads else ())
         numbers = self._references(law, bench)
         for heads in self.heads:
             model = self._trained(bench, f"H{heads}", law, heads)
             numbers |= {f"{name}_h{heads}": value for name, value in patterns(*model.circuits()).items()}
             numbers |= self._lengths(model, law, bench, heads)
-        two = Regression(features=self.features, noise=self.noise, tasks=TASKS)
         test = self._test(two, bench, self.examples)
-        numbers["two_tasks_bayes"] = predictors.error(predictors.bayes(test, two), test.target)
         for heads in self.two_task_heads:
             model = self._trained(bench, f"two_tasks_H{heads}", two, heads)
             found = shared(*model.circuits(), two.outputs) | {"loss": _loss(model, test)}
             numbers |= {f"two_tasks_{name}_h{heads}": value for name, value in found.items()}
+            numbers["two_tasks_bayes"] = predictors.error(predictors.bayes(test, two), test.target)
         return numbers
 
     def claims(self, numbers: Numbers) -> list[Claim]:
@@ -108,9 +114,14 @@ class LinearRegression(Experiment):
         return law.draw(self.prompts, examples, generator(bench.seed, -2, bench.device))
 
     def _references(self, law: Regression, bench: Bench) -> dict[str, float]:
-        """Losses of what needs no training, at every length: rates are fitted at the training length."""
+        """The smallest approximate losses, and the losses of softmax heads there (``softmax_there``); losses of what
+        needs no training at every length, with rates that are fitted at the training length."""
         known = law.draw(self.prompts, self.examples, generator(bench.seed, -4, bench.device))
-        numbers = {f"approximate_h{h}": predictors.smallest_loss(h, law, self.examples)[0] for h in self.heads}
+        test, numbers = self._test(law, bench, self.examples), dict[str, float]()
+        for heads in self.heads:
+            lowest, omega, mu = predictors.smallest_loss(heads, law, self.examples)
+            there = predictors.error(predictors.of_heads(omega, mu, test)[:, None], test.target)
+            numbers |= {f"approximate_h{heads}": lowest, f"softmax_there_h{heads}": there}
         for length in {self.examples, *self.lengths}:
             test = self._test(law, bench, length)
             numbers[f"bayes_L{length}"] = predictors.error(predictors.bayes(test, law), test.target)

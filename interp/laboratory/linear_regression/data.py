@@ -37,7 +37,9 @@ class Regression:
 
     def __post_init__(self) -> None:
         if any(not 0 <= first < end <= self.features for first, end in self.tasks):
-            raise HeadscopeError(f"tasks {self.tasks} are spans (first, last + 1) of {self.features} features")
+            raise HeadscopeError(
+                f"each of tasks {self.tasks} is a span (first, last + 1) of the {self.features} features"
+            )
 
     @property
     def outputs(self) -> int:

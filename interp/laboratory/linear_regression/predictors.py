@@ -53,26 +53,36 @@ def approximate_loss(omega: Tensor, mu: Tensor, law: Regression, examples: int) 
     return 1 + law.noise - 2 * mu @ omega + mu @ (outer + spread) @ mu
 
 
-def smallest_loss(heads: int, law: Regression, examples: int, starts: int = 8) -> tuple[float, list[float]]:
-    """The minimum of ``approximate_loss`` and its omegas, mu solved for exactly, by L-BFGS-B from ``starts`` points
-    (half of the heads positive).
+def smallest_loss(heads: int, law: Regression, examples: int, starts: int = 8) -> tuple[float, Tensor, Tensor]:
+    """The minimum of ``approximate_loss`` with its omega and mu, (head,): mu solved for exactly, omega by L-BFGS-B from
+    ``starts`` points (every other head negative).
 
     With two heads or more the infimum lies at omega -> 0: it is searched with |omega| >= 0.01, below which the matrix
     to solve is as good as singular in float64.
     """
     signs = torch.tensor([1.0 if head % 2 == 0 else -1.0 for head in range(heads)], dtype=torch.float64)
 
-    def loss(size: object) -> float:
-        omega = signs * torch.as_tensor(size, dtype=torch.float64)
+    def best_mu(omega: Tensor) -> Tensor:
         outer = omega[:, None] * omega[None, :]
         held = outer + (1 + law.noise) / examples * (law.features * outer).exp()
-        return float(approximate_loss(omega, torch.linalg.solve(held, omega), law, examples))
+        solved: Tensor = torch.linalg.solve(held, omega)
+        return solved
 
-    found = [
-        minimize(
-            loss, [0.05 + 0.1 * start + 0.01 * h for h in range(heads)], bounds=[(0.01, 2.0)] * heads, method="L-BFGS-B"
-        )
-        for start in range(starts)
-    ]
+    def loss(size: object) -> float:
+        omega = signs * torch.as_tensor(size, dtype=torch.float64)
+        return float(approximate_loss(omega, best_mu(omega), law, examples))
+
+    bounds = [(0.01, 2.0)] * heads
+    begun = [[0.05 + 0.1 * start + 0.01 * head for head in range(heads)] for start in range(starts)]
+    found = [minimize(loss, start, bounds=bounds, method="L-BFGS-B") for start in begun]
     best = min(found, key=lambda one: float(one.fun))
-    return float(best.fun), [float(s * x) for s, x in zip(signs, best.x, strict=True)]
+    omega = signs * torch.as_tensor(best.x, dtype=torch.float64)
+    return float(best.fun), omega, best_mu(omega)
+
+
+def of_heads(omega: Tensor, mu: Tensor, prompts: Prompts) -> Tensor:
+    """What heads of exactly the paper's pattern say, (prompt,): sum_h mu_h sum_l softmax_l(omega_h x_l.x_q) y_l."""
+    x, y = prompts.context[..., :-1].double(), prompts.context[..., -1].double()
+    match = torch.einsum("plf,pf->pl", x, prompts.query[:, :-1].double())
+    weights = (omega.to(x.device)[:, None, None] * match).softmax(-1)
+    return torch.einsum("h,hpl,pl->p", mu.to(x.device), weights, y)

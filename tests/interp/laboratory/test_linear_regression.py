@@ -62,8 +62,13 @@ def test_prompts_have_their_law() -> None:
     assert beta[:, 3:, 0].abs().max() < 1e-3 and beta[:, 0, 1].abs().max() < 1e-3  # features that a task does not see
     assert abs(float(beta[:, 1:3].square().mean()) - 1) < 0.15  # 2,000 numbers: standard error 0.03
     assert torch.equal(two.query[:, 5:], torch.zeros(500, 2))
-    with pytest.raises(HeadscopeError, match="spans"):
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(HeadscopeError, match="is a span"):
         Regression(tasks=((2, 7),))
+    with pytest.raises(HeadscopeError, match="heads is a whole number of at least 1, not 0"):
+        LinearRegression(heads=(2, 0))
 
 
 def test_nothing_beats_bayes_and_the_minima_are_the_known_ones() -> None:
@@ -76,8 +81,9 @@ def test_nothing_beats_bayes_and_the_minima_are_the_known_ones() -> None:
     # squares of 4,000 errors: a standard error of 2.5 %; notes of the specification say 0.113, 0.238, 0.239
     assert losses["bayes"] == pytest.approx(0.113, rel=0.1) and losses["descent"] == pytest.approx(0.238, rel=0.12)
     assert losses["debiased"] == pytest.approx(0.239, rel=0.12)
-    one, omega = predictors.smallest_loss(1, LAW, 40)
-    assert one == pytest.approx(0.372, abs=5e-4) and omega[0] == pytest.approx(0.449, abs=5e-3)
+    one, omega, mu = predictors.smallest_loss(1, LAW, 40)
+    assert one == pytest.approx(0.372, abs=5e-4) and float(omega) == pytest.approx(0.449, abs=5e-3)
+    assert float(mu) == pytest.approx(1.62, abs=1e-2)
     assert predictors.smallest_loss(2, LAW, 40)[0] == pytest.approx(0.221, abs=5e-4)
 
 
@@ -110,6 +116,8 @@ def test_small_heads_of_both_signs_are_debiased_descent() -> None:
     step = predictors.step_of_descent(drawn, debiased=True)
     # the next term is of order (omega x.x_q)^2, 1e-6 of it
     assert torch.allclose(written_out(kq, ov, drawn)[:, 0], step, atol=1e-4)
+    said = predictors.of_heads(kq[:, 0, 0], ov[:, 5, 0], drawn)
+    assert torch.allclose(said, written_out(kq, ov, drawn)[:, 0], atol=1e-9)  # mu 5,000 times roundings of 2^-53
     found = patterns(kq, ov)
     assert found["kq_diagonal"] == pytest.approx(1) and found["ov_last"] == 1 and found["zero_sum"] == 0
     assert found["homogeneous"] == 0 and found["both_signs"] == 1 and found["agreeing"] == 1 and found["active"] == 2
