@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import one_hot
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.laboratory.training import generator
@@ -120,12 +122,13 @@ class World:
         content = items.new_empty(count, rows, law.dimensions)
         content[:, 0::2], content[:, 1::2] = items, self.labels[context]
         start = torch.randint(law.positions - rows + 1, (count, 1), device=items.device, generator=source)
-        place = torch.nn.functional.one_hot(start + torch.arange(rows, device=items.device), law.positions)
+        place: Tensor = one_hot(start + torch.arange(rows, device=items.device), law.positions)
         return torch.cat([place.to(content), content], -1)
 
 
 def _normal(shape: tuple[int, ...], source: Generator) -> Tensor:
-    return torch.randn(shape, device=source.device, generator=source) / shape[-1] ** 0.5
+    drawn = torch.randn(shape, device=source.device, generator=source)
+    return drawn / math.sqrt(shape[-1])
 
 
 def _bursty(law: Law, classes: int, count: int, source: Generator) -> tuple[Tensor, Tensor]:

@@ -49,15 +49,14 @@ def fitted(measures: Sequence[Mapping[str, float]], same: Tensor) -> dict[str, l
     Returns:
         ``beta``, ``alpha`` and ``error`` (root mean square over the three measures) of each row.
     """
-    patterns, counts = same.cpu().unique(dim=0, return_counts=True)
-    kinds = patterns if len(patterns) <= 64 else patterns[counts.argsort(descending=True)[:64]]
+    same = same.cpu()
     found: dict[str, list[float]] = {"beta": [], "alpha": [], "error": []}
     for row in measures:
         wanted = np.array([row[name] for name in FITTED])
 
         def rest(x: np.ndarray, wanted: np.ndarray = wanted) -> np.ndarray:
-            said = induction_head(float(x[0]), float(x[1]), kinds)
-            return np.array([said[name] for name in FITTED]) - wanted
+            said = induction_head(float(x[0]), float(x[1]), same)
+            return np.asarray([said[name] - w for name, w in zip(FITTED, wanted, strict=True)])
 
         best = min((least_squares(rest, start, bounds=LIMITS) for start in STARTS), key=lambda one: float(one.cost))
         found["beta"].append(float(best.x[0]))

@@ -31,7 +31,8 @@ class Layer(nn.Module):
         self.attention = OneHead(layer, width, spread)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.attention(x)
+        out: Tensor = x + self.attention(x)
+        return out
 
 
 class Dense(nn.Module):

@@ -97,7 +97,8 @@ class LinearRegression(Experiment):
 
         def loss(model: Any, step: int) -> Tensor:
             drawn = law.draw(self.batch, self.examples, generator(bench.seed, step, bench.device))
-            return (model(drawn.context, drawn.query) - drawn.target).square().mean()
+            rest: Tensor = model(drawn.context, drawn.query) - drawn.target
+            return rest.square().mean()
 
         def measured(model: Any) -> dict[str, float]:
             weights = {} if law.tasks else patterns(*model.circuits())

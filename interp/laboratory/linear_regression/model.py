@@ -64,11 +64,13 @@ class Regressor(nn.Module):
         The paper's omega is in the same units: it divides by sqrt(d + 1), the scale (the authors' notebook by
         sqrt(d + 2)).
         """
-        attention = self.layers[0].attention
+        layer = self.layers[0]
+        assert isinstance(layer, Layer)
+        attention = layer.attention
         heads, width = attention.num_heads, attention.width
         q, k, v = (
-            linear.weight.double().unflatten(0, (heads, width))
+            linear.weight.double().reshape(heads, width, width)
             for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        o = attention.o_proj.weight.double().unflatten(1, (heads, width))  # (output, head, width)
+        o = attention.o_proj.weight.double().reshape(-1, heads, width)  # (output, head, width)
         return q.transpose(1, 2) @ k * width**-0.5, torch.einsum("hij,ohi->hjo", v, o)
