@@ -25,6 +25,7 @@ EXPERIMENTS: Registry[Experiment] = Registry(
     "headscope.interp.laboratory.experiments",
     {
         "position_bias": "position_bias:PositionBias",
+        "scan_and_snap": "scan_and_snap:ScanAndSnap",
     },
 )
 

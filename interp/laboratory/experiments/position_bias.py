@@ -24,24 +24,27 @@ from headscope.interp.laboratory.watch import Watch
 from headscope.interp.results.findings import Claim, Numbers
 
 NAMES = tuple(f"{a}_{b}" for a, b in PAIRS_OF_PLACES)
+SHALLOW = tuple(name for name, row in TABLE.items() if row.depth == 2 and row.paper is not None)
 DEEPER = {"causal": "+0.077, +0.106", "decay": "-0.073, +0.014", "rope": "-0.002, +0.044"}  # first-last
 
 
 @dataclass(frozen=True, kw_only=True)
 class PositionBias(Experiment):
-    """Wu et al. 2025 (arXiv 2502.01951), sections 4 and 5: item-label pairs, a query, and attention layers of one head.
+    """Wu et al. 2025 (arXiv 2502.01951): item-label pairs, a query, and attention layers of one head.
 
     Two places hold the same new item under different labels, and only one is right. ``ROW/first_last`` is the accuracy
     with the first right less that with the last right, and so on: what position alone decides. ``ROW/first`` and
     ``ROW/last`` are the query's rollout on the two pairs (its own item counts for neither), ``ROW/first_closed`` what
     the mask gives where all scores are 0. Rollout shows what attention lets through, not what the MLP makes of it.
 
-    [OURS] 1,500 steps, where the paper trains 100,000 (and its code's default is 50,000): accuracy still grows. The
-    paper's test draws 2,048 new classes a question and uses two; here two are drawn. Data is drawn in batches, not
-    from a data set of 64 million sequences; nothing else differs.
+    [OURS] 4,000 steps of the networks of two layers, which take a core some minutes; the paper trains 100,000 (its
+    code's default is 50,000), and accuracy still grows. Networks of six layers learn nothing in the first 1,000 steps:
+    name them in ``rows`` where there is a GPU. The paper's tests draw 2,048 new classes a question and use two; here
+    two are drawn. Sequences are drawn in batches, not indexed in a data set of 64 million. Nothing else differs.
 
     Args:
-        rows: networks of the paper's tables, by name (``headscope.interp.laboratory.position_bias.measures.TABLE``).
+        rows: networks of the paper's tables, by name, or ``window_2``, ``prefix_2``, ``sinusoidal_2``, of
+            which it has no figures (``headscope.interp.laboratory.position_bias.measures.TABLE``).
         steps: of training each.
         batch: sequences a step.
         rate: of AdamW, with weight decay 1e-6.
@@ -55,8 +58,8 @@ class PositionBias(Experiment):
     name: ClassVar[str] = "position_bias"
     source: ClassVar[str] = "arXiv 2502.01951"
 
-    rows: tuple[str, ...] = tuple(TABLE)
-    steps: int = 1500
+    rows: tuple[str, ...] = SHALLOW
+    steps: int = 4000
     batch: int = 128
     rate: float = 1e-3
     questions: int = 10_000
@@ -153,10 +156,12 @@ class PositionBias(Experiment):
         """Whether first-last has the paper's sign under every seed; within three standard errors of 0 there is none."""
         row, error = TABLE[name], 3 * (0.5 / self.questions) ** 0.5
         ours = {key: numbers[f"{name}/{key}"] for key in NAMES}
+        figures = ", ".join(f"{value.mean():+.3f}" for value in ours.values())
+        if row.paper is None:
+            return Claim(f"{row.says}: no figure of the paper", "", figures, None)
         wanted = _sign(np.array(row.paper[1]), error)
         held = bool((_sign(ours["first_last"], error) == wanted).all())
         says = {1: "the first is preferred to the last", -1: "the last is preferred to the first", 0: "neither end is"}
-        figures = ", ".join(f"{value.mean():+.3f}" for value in ours.values())
         return Claim(f"{row.says}: {says[int(wanted)]}", ", ".join(f"{x:+.3f}" for x in row.paper), figures, held)
 
 

@@ -19,13 +19,14 @@ TESTS = 2**40  # far from the steps, which draw from the same seed
 
 @dataclass(frozen=True)
 class Row:
-    """A network of the paper's tables: ``paper`` has its gaps first-middle, first-last, middle-last."""
+    """A network of the paper's tables: ``paper`` has its gaps first-middle, first-last, middle-last,
+    where it prints any."""
 
     mask: str
     encoding: str
     depth: int
     residual: bool
-    paper: tuple[float, float, float]
+    paper: tuple[float, float, float] | None = None
 
     @property
     def says(self) -> str:
@@ -45,6 +46,9 @@ TABLE = {
     "residual_full": Row("full", "none", 2, True, (-0.002, 0.000, -0.001)),
     "residual_causal": Row("causal", "none", 2, True, (0.276, 0.308, -0.006)),
     "residual_rope": Row("causal", "rope", 2, True, (0.472, 0.433, -0.241)),
+    "window_2": Row("window", "none", 2, False),
+    "prefix_2": Row("prefix", "none", 2, False),
+    "sinusoidal_2": Row("causal", "sinusoidal", 2, False),
 }
 
 
