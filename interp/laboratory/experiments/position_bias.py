@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -92,9 +92,12 @@ class PositionBias(Experiment):
 
     def network(self, row: Row) -> Network:
         """Untrained, with the weights that torch's generator gives."""
-        sizes = {"window": self.window, "prefix": self.prefix, "slope": self.slope}
-        made = {"mask": row.mask, "encoding": row.encoding, "residual": row.residual}
-        return Network(self.width, self.labels, row.depth, **made, **sizes)
+        made: dict[str, Any] = {"mask": row.mask, "encoding": row.encoding, "residual": row.residual}
+        return Network(self.width, self.labels, row.depth, **made, **self._masks)
+
+    @property
+    def _masks(self) -> dict[str, Any]:
+        return {"window": self.window, "prefix": self.prefix, "slope": self.slope}
 
     def run(self, bench: Bench) -> Mapping[str, float]:
         world = World.draw(self.classes, self.labels, self.width, generator(bench.seed, 2**41))
@@ -129,8 +132,7 @@ class PositionBias(Experiment):
         """Rollout of the query on the first and last pair and on the first position, after each layer."""
         keep = 0.5 if row.residual else 0.0
         traced = rollout(model, world, self.shape, keep, seed)
-        sizes = {"slope": self.slope, "window": self.window, "prefix": self.prefix}
-        flat = closed_pattern(self.shape.length, mask=row.mask, **sizes)
+        flat = closed_pattern(self.shape.length, mask=row.mask, **self._masks)
         closed = cumulative([flat] * row.depth, keep)[-1]
         found = {"first": traced[-1, :2].sum(), "last": traced[-1, -3:-1].sum(), "first_closed": closed[:2].sum()}
         found |= {"last_closed": closed[-3:-1].sum(), "distance_to_closed": (traced[-1] - closed).abs().sum() / 2}
@@ -139,12 +141,10 @@ class PositionBias(Experiment):
 
     def claims(self, numbers: Numbers) -> list[Claim]:
         made = [self._of_row(name, numbers) for name in self.rows]
-        made += [
-            _of_depth(kind, paper, numbers)
-            for kind, paper in DEEPER.items()
-            if {f"{kind}_2", f"{kind}_6"} <= set(self.rows)
-        ]
-        made += [_of_layers(name, numbers) for name in ("causal_6", "causal_2") if name in self.rows][:1]
+        both = [kind for kind in DEEPER if {f"{kind}_2", f"{kind}_6"} <= set(self.rows)]
+        made += [_of_depth(kind, numbers) for kind in both]
+        deepest = [name for name in ("causal_6", "causal_2") if name in self.rows][:1]
+        made += [_of_layers(name, numbers) for name in deepest]
         if "agreement" in numbers:
             rank = numbers["agreement"]
             text = f"rank correlation {rank.mean():.2f} over {len(self.rows)} networks"

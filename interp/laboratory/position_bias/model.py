@@ -7,6 +7,7 @@ normalisation, scores over sqrt(d), an optional residual stream, three layers of
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +78,31 @@ class Network(nn.Module):
         depth: attention layers.
         mask, encoding: of ``MASKS`` and ``ENCODINGS``.
         residual: whether layers add to the stream.
-        **sizes: ``window``, ``prefix``, ``slope`` of the mask.
+        window, prefix, slope: of those masks, as for ``Attention``.
 
     Raises:
         HeadscopeError: no such mask or encoding.
     """
 
     def __init__(
-        self, width: int, labels: int, depth: int, *, mask: str, encoding: str, residual: bool, **sizes: float
+        self,
+        width: int,
+        labels: int,
+        depth: int,
+        *,
+        mask: str,
+        encoding: str,
+        residual: bool,
+        window: int = 5,
+        prefix: int = 2,
+        slope: float = 0.223,
     ) -> None:
         super().__init__()
         for name, known in ((mask, MASKS), (encoding, ENCODINGS)):
             if name not in known:
                 raise HeadscopeError(f"the controlled network knows {', '.join(known)}, not {name!r}")
         self.sinusoidal = encoding == "sinusoidal"
+        sizes: dict[str, Any] = {"window": window, "prefix": prefix, "slope": slope}
         made = [Attention(width, n, mask=mask, rope=encoding == "rope", **sizes) for n in range(depth)]
         self.layers = nn.ModuleList([Layer(one, residual) for one in made])
         self.head = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(width, width), nn.ReLU())))

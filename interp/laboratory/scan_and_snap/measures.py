@@ -18,12 +18,14 @@ def composition(logits: Tensor, probabilities: Tensor) -> Tensor:
     """c_(l|n), what attention holds of each token in a long sequence: P(l | m, n) e^z_l over its sum, as the authors
     plot it. ``logits`` (..., class, token) of each class's query, ``probabilities`` (class, token)."""
     weights = probabilities * logits.exp()
-    return weights / weights.sum(-1, keepdim=True)
+    shares: Tensor = weights / weights.sum(-1, keepdim=True)
+    return shares
 
 
 def entropy(shares: Tensor) -> Tensor:
     """In nats, over tokens: (..., class)."""
-    return torch.special.entr(shares).sum(-1)
+    total: Tensor = torch.special.entr(shares).sum(-1)
+    return total
 
 
 def predicted_gains(probabilities: Tensor, largest: Tensor) -> Tensor:

@@ -59,4 +59,4 @@ class OneLayer(nn.Module):
         return self
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
-        return normalize(self.layers[0].attention(before, last), dim=-1) @ self.decoder.T
+        return normalize(self.attention(before, last), dim=-1) @ self.decoder.T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,6 +178,22 @@ def test_gaps_of_a_network_that_reads_the_first_label() -> None:
 def test_rows_that_are_none_are_refused() -> None:
     with pytest.raises(HeadscopeError, match="rows are some of causal_2"):
         PositionBias(rows=("causal_3",))
+
+
+def test_claims_are_judged_by_the_paper_and_by_what_chance_gives() -> None:
+    asked = PositionBias(rows=("causal_2", "causal_6", "rope_2", "decay_2", "window_2"))
+    gap = {"causal_2": 0.05, "causal_6": 0.04, "rope_2": 0.01, "decay_2": -0.01, "window_2": 0.2}
+    numbers = {
+        f"{row}/{key}": np.array([value, value + 0.001])
+        for row, value in gap.items()
+        for key in ("first_middle", "first_last", "middle_last")
+    }
+    layers = {f"causal_6/first_position_layer_{n}": np.array([0.1 * n, 0.2]) for n in range(6)}
+    claims = asked.claims(numbers | layers | {"agreement": np.array([0.4, 0.5])})
+    # 3 standard errors of a difference of two accuracies in 10,000 are 0.021: 0.01 is no bias, so decay has not held
+    assert [claim.held for claim in claims] == [True, True, True, False, None, False, False, True]
+    assert claims[0].paper == "+0.059, +0.077, +0.018" and claims[0].ours == "+0.051, +0.051, +0.051"
+    assert "depth 6 leans to the first more" in claims[5].says and claims[5].ours == "+0.051, +0.041"
 
 
 @pytest.mark.slow
