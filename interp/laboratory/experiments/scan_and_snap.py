@@ -86,6 +86,11 @@ class ScanAndSnap(Experiment):
         super().__post_init__()
         if self.common < 1 or self.distinct < 3:
             raise HeadscopeError("scan_and_snap needs a common token, and 3 distinct tokens a class to have an order")
+        for name in ("sweep_last", "sweep_rates", "sweep_ratios"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not given or any(isinstance(one, str) or one <= 0 for one in given):
+                raise HeadscopeError(f"scan_and_snap: {name} is a list of numbers above 0, as [1, 3], not {given!r}")
+            object.__setattr__(self, name, tuple(given))
 
     def quick(self) -> Self:
         """Half the small steps, and two runs of the sweep."""

@@ -122,6 +122,8 @@ def test_measures_on_cases_that_are_known() -> None:
 def test_too_few_tokens_are_refused() -> None:
     with pytest.raises(HeadscopeError, match="3 distinct tokens"):
         ScanAndSnap(distinct=2)
+    with pytest.raises(HeadscopeError, match=r"sweep_last is a list of numbers above 0, as \[1, 3\], not \('1', '3'\)"):
+        ScanAndSnap(sweep_last=("1", "3"))
 
 
 @pytest.mark.slow
