@@ -26,6 +26,8 @@ EXPERIMENTS: Registry[Experiment] = Registry(
     {
         "abrupt_icl": "abrupt_icl:AbruptICL",
         "linear_regression": "linear_regression:LinearRegression",
+        "position_bias": "position_bias:PositionBias",
+        "scan_and_snap": "scan_and_snap:ScanAndSnap",
     },
 )
 
