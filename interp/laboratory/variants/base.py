@@ -44,7 +44,7 @@ class Variant(AttentionModule):
         self.d_head, self.d_value = (int(times * shape.d_head) for times in self.width_of)
         if self.d_head % 2 and shape.positions == "rope":
             raise HeadscopeError(
-                f"{self.name} takes {self.d_head} of a head's {shape.d_head} dimensions, which RoPE cannot turn in pairs"
+                f"{self.name} takes {self.d_head} of a head's {shape.d_head} dimensions: RoPE cannot turn an odd number"
             )
         self.q, self.k = (nn.Linear(shape.width, shape.heads * self.maps * self.d_head, bias=False) for _ in range(2))
         self.v = nn.Linear(shape.width, shape.heads * self.d_value, bias=False)
