@@ -25,6 +25,7 @@ EXPERIMENTS: Registry[Experiment] = Registry(
     "headscope.interp.laboratory.experiments",
     {
         "sink_emergence": "sink_emergence:SinkEmergence",
+        "variants": "variants:Variants",
     },
 )
 
