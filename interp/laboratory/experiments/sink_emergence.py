@@ -117,7 +117,7 @@ class SinkEmergence(Experiment):
     width: int = 64
     context: int = 64
     batch: int = 8
-    steps: int = 800
+    steps: int = 600
     warmup: int = 100
     rate: float = 1.5e-2
     decay: float = 0.1

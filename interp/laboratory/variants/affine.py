@@ -29,6 +29,6 @@ class Affine(Variant):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         seen = reference.dense_mask(self.shape.mask, q.shape, k.shape[2], q.device)[:1].to(v.dtype)
         of_all = (seen / seen.sum(-1, keepdim=True)) @ v
-        a, b = 2 * self.scale(x).sigmoid(), self.even(x).tanh()
-        a, b = (each.transpose(1, 2)[..., None] for each in (a, b))
-        return a * self.see(q, k, v) + b * of_all
+        a, b = (f(x).transpose(1, 2)[..., None] for f in (self.scale, self.even))
+        weighted: Tensor = 2 * a.sigmoid() * self.see(q, k, v) + b.tanh() * of_all
+        return weighted

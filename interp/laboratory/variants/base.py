@@ -35,6 +35,8 @@ class Variant(AttentionModule):
     maps: ClassVar[int] = 1
     width_of: ClassVar[tuple[float, float]] = (1, 1)
     both_ways: ClassVar[bool] = False
+    q: nn.Module
+    k: nn.Module
     frequencies: Tensor
     slopes: Tensor
 

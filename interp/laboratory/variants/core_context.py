@@ -35,8 +35,9 @@ class CoreContext(Variant):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         whole = x.shape[1] // GROUP
-        groups_k, groups_v = (t[:, :, : whole * GROUP].unflatten(2, (whole, GROUP)) for t in (k, v))
-        last = q[:, :, : whole * GROUP].unflatten(2, (whole, GROUP))[..., -1:, :]
+        ends = x.shape[0], self.num_heads, whole, GROUP, self.d_head
+        groups_k, groups_v = (t[:, :, : whole * GROUP].reshape(ends) for t in (k, v))
+        last = q[:, :, : whole * GROUP].reshape(ends)[..., -1:, :]
         share = (self.d_head**-0.5 * last @ groups_k.mT).softmax(-1)  # (batch, head, group, 1, token)
         k, v = (torch.cat([(share @ g)[..., 0, :], t], 2) for g, t in ((groups_k, k), (groups_v, v)))
 

@@ -35,9 +35,10 @@ class Differential(Variant):
     def share(self) -> Tensor:
         """lambda: how much of the second pattern is taken off."""
         one, other = self.parts.prod(1).sum(-1).exp()
-        return one - other + self.first_share
+        taken: Tensor = one - other + self.first_share
+        return taken
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         z = self.see(q, k, v.repeat_interleave(2, 1))
-        apart: Tensor = self.norm(z[:, ::2] - self.share * z[:, 1::2])
-        return apart * (1 - self.first_share)
+        apart: Tensor = (1 - self.first_share) * self.norm(z[:, ::2] - self.share * z[:, 1::2])
+        return apart

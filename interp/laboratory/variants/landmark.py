@@ -42,7 +42,7 @@ class Landmark(Variant):
             return self.see(q, k, v)
         marks = self.turned(self.split(self.landmark(x), self.d_head))[:, :, BLOCK - 1 :: BLOCK]
         every = self.scores(q, k, mask=Mask.full())[..., : whole * BLOCK]
-        gate = self.d_head**-0.5 * q @ marks.mT - every.unflatten(-1, (whole, BLOCK)).logsumexp(-1)
+        gate = self.d_head**-0.5 * q @ marks.mT - every.reshape(*every.shape[:3], whole, BLOCK).logsumexp(-1)
         own = (torch.arange(length, device=x.device) // BLOCK)[:, None]
         gate = pad(torch.where(torch.arange(whole, device=x.device) < own, gate, 0), (0, 1))  # and a block that goes on
         return self.see(q, k, v, ScoreEdit(lambda s, b, h, i, j: s + gate[b, h, i, j // BLOCK]))

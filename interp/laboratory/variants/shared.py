@@ -21,9 +21,8 @@ class Updated(nn.Module):
         self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, 2 * heads * d_head, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        both = self.base(x).unflatten(-1, (self.heads, 1, -1)) + self.up(self.down(x)).unflatten(
-            -1, (self.heads, 2, -1)
-        )
+        base, update = self.base(x), self.up(self.down(x))
+        both: Tensor = base.unflatten(-1, (self.heads, 1, -1)) + update.unflatten(-1, (self.heads, 2, -1))
         return both.flatten(2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from headscope.interp.errors import HeadscopeError
@@ -36,6 +37,6 @@ class DualTriangle(Variant):
         super().__init__(shape, layer)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        halves = v.unflatten(-1, (2, -1)).transpose(2, 3).flatten(1, 2)  # (batch, head * 2, position, d_value / 2)
+        halves = torch.stack(v.chunk(2, -1), 2).flatten(1, 2)  # (batch, head * 2, position, d_value / 2)
         z = self.see(q, k, halves, mask=BOTH)
-        return z.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+        return torch.cat([z[:, ::2], z[:, 1::2]], -1)

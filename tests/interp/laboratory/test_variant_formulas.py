@@ -191,3 +191,12 @@ def test_it_is_its_formula(name: str) -> None:
     )
     with torch.enable_grad():  # what training computes
         assert torch.allclose(attention(x), found, rtol=1e-9, atol=1e-9 * float(found.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["landmark", "core_context"])
+def test_a_text_shorter_than_a_block_is_read_as_by_softmax(name: str) -> None:
+    shape = Shape(heads=HEADS, width=HEADS * D, context=LENGTH)
+    one, other = VARIANTS[name](shape, 0), VARIANTS["softmax"](shape, 0)
+    other.load_state_dict(one.state_dict(), strict=False)
+    x = torch.randn(2, 5, HEADS * D)
+    assert torch.allclose(one(x), other(x), atol=1e-6)  # the same sums of five terms of size 1
