@@ -28,6 +28,8 @@ EXPERIMENTS: Registry[Experiment] = Registry(
         "linear_regression": "linear_regression:LinearRegression",
         "position_bias": "position_bias:PositionBias",
         "scan_and_snap": "scan_and_snap:ScanAndSnap",
+        "sink_emergence": "sink_emergence:SinkEmergence",
+        "variants": "variants:Variants",
     },
 )
 
