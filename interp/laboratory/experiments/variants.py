@@ -63,7 +63,7 @@ class Variants(Experiment):
     heads: int = 4
     width: int = 64
     batch: int = 32
-    steps: int = 500
+    steps: int = 400
     rate: float = 5e-3
     decay: float = 0.01
     every: int = 100
