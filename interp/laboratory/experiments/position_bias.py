@@ -143,6 +143,7 @@ class PositionBias(Experiment):
         made = [self._of_row(name, numbers) for name in self.rows]
         both = [kind for kind in DEEPER if {f"{kind}_2", f"{kind}_6"} <= set(self.rows)]
         made += [_of_depth(kind, numbers) for kind in both]
+        made += [self._of_middle(numbers)] if "residual_rope" in self.rows else []
         deepest = [name for name in ("causal_6", "causal_2") if name in self.rows][:1]
         made += [_of_layers(name, numbers) for name in deepest]
         if "agreement" in numbers:
@@ -163,6 +164,13 @@ class PositionBias(Experiment):
         held = bool((_sign(ours["first_last"], error) == wanted).all())
         says = {1: "the first is preferred to the last", -1: "the last is preferred to the first", 0: "neither end is"}
         return Claim(f"{row.says}: {says[int(wanted)]}", ", ".join(f"{x:+.3f}" for x in row.paper), figures, held)
+
+    def _of_middle(self, numbers: Numbers) -> Claim:
+        early, late = (numbers[f"residual_rope/{name}"] for name in ("first_middle", "middle_last"))
+        error = 3 * (0.5 / self.questions) ** 0.5
+        says = f"{TABLE['residual_rope'].says}: the middle is lost (first-middle, middle-last)"
+        held = bool(((early > error) & (late < -error)).all())
+        return Claim(says, "+0.472, -0.241", f"{early.mean():+.3f}, {late.mean():+.3f}", held)
 
 
 def _sign(gap: NDArray[np.float64], error: float) -> NDArray[np.float64]:

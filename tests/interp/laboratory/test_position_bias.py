@@ -181,19 +181,20 @@ def test_rows_that_are_none_are_refused() -> None:
 
 
 def test_claims_are_judged_by_the_paper_and_by_what_chance_gives() -> None:
-    asked = PositionBias(rows=("causal_2", "causal_6", "rope_2", "decay_2", "window_2"))
-    gap = {"causal_2": 0.05, "causal_6": 0.04, "rope_2": 0.01, "decay_2": -0.01, "window_2": 0.2}
+    asked = PositionBias(rows=("causal_2", "causal_6", "rope_2", "decay_2", "window_2", "residual_rope"))
+    gap = {"causal_2": 0.05, "causal_6": 0.04, "rope_2": 0.01, "decay_2": -0.01, "window_2": 0.2, "residual_rope": 0.3}
     numbers = {
-        f"{row}/{key}": np.array([value, value + 0.001])
+        f"{row}/{key}": np.array([value, value + 0.002])
         for row, value in gap.items()
         for key in ("first_middle", "first_last", "middle_last")
     }
     layers = {f"causal_6/first_position_layer_{n}": np.array([0.1 * n, 0.2]) for n in range(6)}
     claims = asked.claims(numbers | layers | {"agreement": np.array([0.4, 0.5])})
     # 3 standard errors of a difference of two accuracies in 10,000 are 0.021: 0.01 is no bias, so decay has not held
-    assert [claim.held for claim in claims] == [True, True, True, False, None, False, False, True]
+    assert [claim.held for claim in claims] == [True, True, True, False, None, True, False, False, False, True]
     assert claims[0].paper == "+0.059, +0.077, +0.018" and claims[0].ours == "+0.051, +0.051, +0.051"
-    assert "depth 6 leans to the first more" in claims[5].says and claims[5].ours == "+0.051, +0.041"
+    assert "the middle is lost" in claims[7].says and claims[7].ours == "+0.301, +0.301"
+    assert "depth 6 leans to the first more" in claims[6].says and claims[6].ours == "+0.051, +0.041"
 
 
 @pytest.mark.slow
