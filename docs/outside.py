@@ -1,5 +1,5 @@
 """What the site takes from outside ``docs/`` (hooks of mkdocs): pages of the repository that the documentation links
-to, notebooks as pages, and the public names of the rooms.
+to, notebooks as pages, the public names of the rooms, and which pages a folder of the navigation has.
 
 Pages link to files where they lie, so that links work in the repository as well; here they become links within the
 site. A link to a file that is no page of the site is left as its text.
@@ -41,6 +41,24 @@ def place(path: str) -> str:
     if any(fnmatch(path, pattern) for pattern in (*READ, *IMAGES)):
         return f"repository/{path}".replace(".ipynb", ".md")
     return ""
+
+
+def on_config(config: Any) -> Any:
+    """A folder of the navigation becomes its pages, in the order in which its index names them."""
+    config.nav = [expanded(item) for item in config.nav]
+    return config
+
+
+def expanded(item: Any) -> Any:
+    """An item of the navigation with every folder below it as a list of pages."""
+    if isinstance(item, dict):
+        return {title: expanded(value) for title, value in item.items()}
+    if isinstance(item, list):
+        return [expanded(each) for each in item]
+    if not item.endswith("/"):
+        return item
+    index = (ROOT / "docs" / item / "index.md").read_text(encoding="utf-8")
+    return [f"{item}index.md", *(item + name for name in re.findall(r"\]\((\w+\.md)\)", index))]
 
 
 def on_files(files: Files, config: Any) -> Files:

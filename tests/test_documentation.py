@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from headscope.interp.cli import COMMANDS
 from headscope.interp.cli.app import app
@@ -84,6 +85,17 @@ def test_every_page_can_be_reached() -> None:
         linked = {(page.parent / target.partition("#")[0]).resolve() for target in LINK.findall(prose(page))}
         ahead += [each for each in linked if each.suffix == ".md" and each.exists() and each not in reached]
     assert not {str(page) for page in PAGES if page not in reached}
+
+
+def test_the_navigation_has_every_page(known: dict[str, Registry[Any]]) -> None:
+    def places(item: Any) -> list[str]:
+        values = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+        return [item] if isinstance(item, str) else [place for value in values for place in places(value)]
+
+    listed = places(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    folders = {f"catalogue/{group}/" for group in known}
+    own = {str(page.relative_to(ROOT / "docs")) for page in PAGES if ROOT / "docs" in page.parents}
+    assert set(listed) == folders | {page for page in own if not page.startswith(tuple(folders))}
 
 
 def test_the_catalogue_is_what_the_code_gives(known: dict[str, Registry[Any]], made: dict[str, str]) -> None:

@@ -46,6 +46,7 @@ EXAMPLES: dict[str, Example] = {
     "temperature": Example("--set temperature=0.5", "0.5", (1.0,)),
     "outside": Example("--set outside=0.1", "0.1", (1.0,)),
     "ntk": Example("--set ntk=2", "2", (1.0,)),
+    "grid": Example("--set 'grid=[10,10]'", "(10, 10)", ((24, 24),)),  # of the example's model
     "low": Example("--set low=0", "0.0", (None,)),
     "task": Example("--set task=my_task.yaml", '"my_task.yaml"'),
     "kept": Example("", "kept"),
@@ -85,9 +86,9 @@ def public(cls: type) -> str:
 
 
 def model(cls: type) -> str:
-    """The model of the example: one that sees pictures where the entry is about them."""
+    """The model of the example: one that sees pictures where the entry is about them, or is a way to choose tokens."""
     named = settings(cls)
-    pictures = getattr(cls, "reads", "text") == "images" or "image" in named
+    pictures = getattr(cls, "reads", "text") == "images" or "image" in named or hasattr(cls, "continued")
     return PICTURE_MODEL if pictures or any(one.default == "image" for one in named.values()) else TEXT_MODEL
 
 
@@ -139,20 +140,27 @@ def _policy(name: str, cls: type) -> Use:
     )
 
 
-def _judged_by(cls: type) -> str:
-    defaults = [one.default for one in settings(cls).values()]
-    return "hallucination" if "image" in defaults else "documents" if "document" in defaults else "text_loss"
+def _judge(cls: type) -> tuple[str, str, str]:
+    """A task on which an edit acts: its name, its options on the command line, and what Python calls it."""
+    named = settings(cls)
+    if model(cls) == PICTURE_MODEL:
+        return "hallucination", "", '"hallucination"'
+    if any(one.default == "document" for one in named.values()):
+        return "documents", "", '"documents"'
+    if {"at", "policy"} & set(named):  # it acts behind a prompt
+        return "needle", " --lengths 600", "NeedleTask(lengths=[600])"
+    return "text_loss", "", '"text_loss"'
 
 
 def _edit(name: str, cls: type) -> Use:
-    kind, task = name.replace("_", "-"), _judged_by(cls)
+    kind, (task, options, asked) = name.replace("_", "-"), _judge(cls)
     needs = [f"headscope probe truth --model {model(cls)} --out runs/probe"] if DIRECTIONS in _options(cls) else []
     build = f"headscope intervene {kind} --model {model(cls)}{_options(cls)} --out runs/{kind}"
-    judge = f"headscope evaluate {task} --model {model(cls)} --with runs/{kind} --controls 2 --out runs/evaluation"
-    run, names = f"{_load(cls)}\nedit = {_made(cls)}\n", "evaluate"
+    judge = f"headscope evaluate {task} --model {model(cls)} --with runs/{kind}{options} --controls 2 --out runs/{task}"
+    run, names = f"{_load(cls)}\nedit = {_made(cls)}\n", "evaluate NeedleTask" if options else "evaluate"
     if task == "text_loss":
-        run, names = f'{run}with apply(lm, edit):\n    lm.generate("The capital of France is")\n', "apply evaluate"
-    run += f'result = evaluate(lm, ["{task}"], [edit], controls=2)'
+        run, names = f'{run}with apply(lm, edit):\n    lm.generate("The capital of France is")\n', f"apply {names}"
+    run += f"result = evaluate(lm, [{asked}], [edit], controls=2)"
     return Use((*needs, build, judge), _python(cls, run, interp="load_model", interventions=names))
 
 
