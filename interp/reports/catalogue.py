@@ -50,8 +50,8 @@ def write(folder: Path, registries: Mapping[str, Registry[Any]]) -> None:
         made[f"{group}/index.md"] = rewritten(begin, {group: registry}, linked=True)
     for path, text in made.items():
         write_atomically(folder / path, text.encode())
-    for path in stale(folder, made):
-        path.unlink()
+    for old in stale(folder, made):
+        old.unlink()
 
 
 def stale(folder: Path, made: Iterable[str]) -> list[Path]:
@@ -72,6 +72,8 @@ def entry(registry: Registry[Any], row: Mapping[str, Any]) -> str:
     example = use(registry.group, row["name"], cls)
     commands = _code("sh", "\n".join(example.commands)) if example.commands else []
     refused = [f"- **{where}**: {why}" for where, why in row["refused"].items()]
+    for field, more in getattr(cls, "refused_with", {}).items():
+        refused += [f"- **{where}**, with `{field}`: {why}" for where, why in more.items()]
     parts = [
         WRITTEN,
         f"# {row['name']}",

@@ -47,6 +47,7 @@ EXAMPLES: dict[str, Example] = {
     "outside": Example("--set outside=0.1", "0.1", (1.0,)),
     "ntk": Example("--set ntk=2", "2", (1.0,)),
     "grid": Example("--set 'grid=[10,10]'", "(10, 10)", ((24, 24),)),  # of the example's model
+    "window": Example("--set window=4", "4", (16380,)),
     "low": Example("--set low=0", "0.0", (None,)),
     "task": Example("--set task=my_task.yaml", '"my_task.yaml"'),
     "kept": Example("", "kept"),
