@@ -27,7 +27,7 @@ from headscope.interp.reports.tables import rewritten
 
 ROOT = Path(__file__).parent.parent
 CATALOGUE = ROOT / "docs/catalogue"
-BESIDE = ("README.md", "CONTRIBUTING.md", "interp/heads/README.md")
+BESIDE = ("README.md", "CONTRIBUTING.md", "interp/heads/README.md", "interp/laboratory/README.md")
 PAGES = [*(ROOT / name for name in BESIDE), *sorted(ROOT.glob("docs/**/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -85,6 +85,11 @@ def test_every_page_can_be_reached() -> None:
         linked = {(page.parent / target.partition("#")[0]).resolve() for target in LINK.findall(prose(page))}
         ahead += [each for each in linked if each.suffix == ".md" and each.exists() and each not in reached]
     assert not {str(page) for page in PAGES if page not in reached}
+
+
+def test_every_notebook_is_named() -> None:
+    named = _read(ROOT / "docs/notebooks.md")
+    assert [path.name for path in ROOT.glob("notebooks/*.ipynb") if path.name not in named] == []
 
 
 def test_the_navigation_has_every_page(known: dict[str, Registry[Any]]) -> None:

@@ -19,7 +19,19 @@ if TYPE_CHECKING:
     from headscope.interp.laboratory.training import train as train
     from headscope.interp.laboratory.watch import Watch as Watch
 
-EXPERIMENTS: Registry[Experiment] = Registry("experiment", "experiments", "headscope.interp.laboratory.experiments", {})
+EXPERIMENTS: Registry[Experiment] = Registry(
+    "experiment",
+    "experiments",
+    "headscope.interp.laboratory.experiments",
+    {
+        "abrupt_icl": "abrupt_icl:AbruptICL",
+        "linear_regression": "linear_regression:LinearRegression",
+        "position_bias": "position_bias:PositionBias",
+        "scan_and_snap": "scan_and_snap:ScanAndSnap",
+        "sink_emergence": "sink_emergence:SinkEmergence",
+        "variants": "variants:Variants",
+    },
+)
 
 _PUBLIC = {"run_experiment": "experiment", "train": "training", "Watch": "watch"}  # which need torch
 
