@@ -50,6 +50,7 @@ EXAMPLES: dict[str, Example] = {
     "window": Example("--set window=4", "4", (16380,)),
     "low": Example("--set low=0", "0.0", (None,)),
     "task": Example("--set task=my_task.yaml", '"my_task.yaml"'),
+    "encoder": Example("", "lambda x, layer: torch.cat([x, -x], -1)", (None,)),
     "kept": Example("", "kept"),
     "spans": Example("", '{"start": (0, 4)}', ({},)),
     "targets": Example("", '{"previous": lambda query: query - 1}', ({},)),
@@ -100,6 +101,11 @@ def _made(cls: type) -> str:
     return f"{cls.__name__}({given})"
 
 
+def _for_python(cls: type) -> bool:
+    """Whether it needs something that no command line can give."""
+    return any(not example.shell for example in shown(cls).values())
+
+
 def _options(cls: type) -> str:
     return "".join(f" {example.shell}" for example in shown(cls).values() if example.shell)
 
@@ -130,14 +136,15 @@ def _statistic(name: str, cls: type) -> Use:
     names = "load_model trace"
     if "kept" in given:
         names, run = f"{names} keep_attention", f'with keep_attention(lm) as kept:\n    lm(["{PROMPT}"])\n{run}'
-    return Use(() if given else (command,), _python(cls, f"{_load(cls)}\n{run}", interp=names))
+    return Use(() if _for_python(cls) else (command,), _python(cls, f"{_load(cls)}\n{run}", interp=names))
 
 
 def _policy(name: str, cls: type) -> Use:
     command = f"headscope discover cache --model {model(cls)} --policies {name} --budgets 64,256 --out runs/cache"
     run = f"{_load(cls)}\nlosses = lose(lm, {_made(cls)}, [64, 256], [load_haystack()[:4000]])"
     return Use(
-        (command,), _python(cls, run, interp="load_model", interp__cache="lose", interp__prompts="load_haystack")
+        () if _for_python(cls) else (command,),
+        _python(cls, run, interp="load_model", interp__cache="lose", interp__prompts="load_haystack"),
     )
 
 
