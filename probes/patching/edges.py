@@ -142,7 +142,7 @@ def edge_attribution(
         raise HeadscopeError(f"direction is 'denoise' or 'noise', not {direction!r}")
     if direction == "denoise":
         pairs = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean)
-    parts = list(zip(pairs.batches(batch_size), pairs.where(positions).split(batch_size), strict=True))
+    parts = pairs.batches_at(batch_size, positions)
     found = [first_order(lm, part, where, metric, steps) for part, where in track(parts, "edges", enabled=progress)]
     base, other = (np.concatenate([getattr(one, name) for one in found]) for name in ("base", "other"))
     moved = np.concatenate([one.values for one in found])
@@ -187,8 +187,7 @@ def _true(
     """Their effects by path patching, everything else held: the mean over pairs of each, in order."""
     found: dict[tuple[str, str], list[NDArray[np.float64]]] = {edge: [] for edge in edges}
     base, other = [], []
-    parts = list(zip(pairs.batches(batch_size), pairs.where(positions).split(batch_size), strict=True))
-    for part, where in track(parts, "true edges", enabled=progress):
+    for part, where in track(pairs.batches_at(batch_size, positions), "true edges", enabled=progress):
         for receiver in dict.fromkeys(receiver for _, receiver in edges):
             senders = [sender for sender, one in edges if one == receiver]
             nodes = () if receiver == LOGITS else receivers_of(receiver, "q")

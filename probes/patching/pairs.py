@@ -129,6 +129,10 @@ class Pairs:
         check_counts(1, batch_size=size)
         return [self.part(slice(first, first + size)) for first in range(0, len(self), size)]
 
+    def batches_at(self, size: int, positions: Any) -> list[tuple[Pairs, Tensor]]:
+        """``batches``, and which tokens ``positions`` of these pairs mean in each: bool (example, token)."""
+        return list(zip(self.batches(size), torch.split(self.where(positions), size), strict=True))
+
     def where(self, positions: Any = None) -> Tensor:
         """Which tokens ``positions`` mean: bool (example, token).
 

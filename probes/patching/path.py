@@ -72,14 +72,13 @@ def path_patching(
     """
     lm = load_model(lm)
     nodes, folder = receivers_of(receivers, component), None if out is None else Path(out)
-    size = 25 if published else batch_size
-    parts, where = pairs.batches(size), pairs.where(positions).split(size)
+    parts = pairs.batches_at(25 if published else batch_size, positions)
     held: dict[int, Stage] = {}
 
     def stage(batch: int) -> Stage:
         if batch not in held:
             held.clear()
-            held[batch] = Stage(lm, parts[batch], nodes, where[batch], freeze_mlps, metric)
+            held[batch] = Stage(lm, parts[batch][0], nodes, parts[batch][1], freeze_mlps, metric)
         return held[batch]
 
     senders = [Node(n, h) for n in stage(0).layers if n < stage(0).top for h in range(lm.info.heads)]
@@ -99,12 +98,12 @@ def path_patching(
     if folder is not None:  # only there is a metric compared, which not every object can be
         config = {name: made[name] for name in ("model", "parameters", "prompts_sha256")}
         config |= {"weights": fingerprint(lm.inner), "metric": describe(metric), "together": together}
-        config |= {"answers": describe([pairs.answers, pairs.others]), "batches": [len(part) for part in parts]}
+        config |= {"answers": describe([pairs.answers, pairs.others]), "batches": [len(part) for part, _ in parts]}
         config |= {"where": describe(pairs.where(positions))}  # a name, or -1, means other tokens in other pairs
     with opened(None if folder is None else folder / "path_patching.jsonl", config) as journal:
         results = run_steps(journal, len(work), step, "path patching", progress=progress)
-    values = [np.full((len(part), lm.info.layers, lm.info.heads), np.nan) for part in parts]
-    base, other = ([np.zeros(len(part)) for part in parts] for _ in range(2))
+    values = [np.full((len(part), lm.info.layers, lm.info.heads), np.nan) for part, _ in parts]
+    base, other = ([np.zeros(len(part)) for part, _ in parts] for _ in range(2))
     for (batch, some), found in zip(work, results, strict=True):
         base[batch], other[batch] = (np.asarray(found[name], dtype=np.float64) for name in ("base", "other"))
         for node, row in zip(some, found["effects"], strict=True):
@@ -160,7 +159,7 @@ def path_effect(
     nodes, given = receivers_of(receivers, component), senders_of(senders)
     check_senders(given, nodes)
     values, base, other = [], [], []
-    for part, where in zip(pairs.batches(batch_size), pairs.where(positions).split(batch_size), strict=True):
+    for part, where in pairs.batches_at(batch_size, positions):
         stage = Stage(lm, part, nodes, where, freeze_mlps, metric, mlps=any(node.head is None for node in given))
         values.append(stage.effects([given])[0])
         base.append(stage.runs.base)
