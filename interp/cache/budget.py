@@ -37,7 +37,7 @@ class Budget:
             number = float("nan")
         if 0 < number < 1:
             return cls(share=number)
-        if number >= 1 and number == int(number) and not isinstance(given, bool):
+        if number >= 1 and number.is_integer() and not isinstance(given, bool):
             return cls(keys=int(number))
         raise HeadscopeError(f"a budget is a number of keys (256) or a share of the tokens (0.25), not {given!r}")
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.registry import check_numbers
 from headscope.kernels.kept import Keep
 
+COUNTED = ("active", "block", "chunk", "dilation", "kernel", "segment", "stride", "tokens", "window")  # 1 at least
 ONE_SEQUENCE: Mapping[str, str] = {
     "cross-attention": "no prompt ends there",
     "packed sequences": "keys are kept of one sequence an example",
@@ -43,6 +44,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_numbers(self, self.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, int) and value < (low := int(one.name in COUNTED and one.default != 0)):
+                raise HeadscopeError(f"{self.name}: {one.name} is {low} or more, not {value}")
 
     def keeps(self, reading: Reading, budgets: Sequence[Budget]) -> list[Keep]:
         """Which keys the rows of ``reading.call`` see, at each budget."""
@@ -90,7 +95,7 @@ class KeyPolicy(Policy):
         if bool(((sink + recent > kept) & (kept < reading.count)).any()):
             raise HeadscopeError(
                 f"{self.name} always keeps {int((sink + recent).max())} keys, more than its budget of "
-                f"{int(kept.min())}: give it a larger budget, or a smaller window"
+                f"{int(kept.min())}: give it a larger budget, or smaller settings (sink, recent, window)"
             )
         fixed = (reading.at < sink[:, None]) | (reading.at >= (reading.count - recent)[:, None])
         score = score.masked_fill((fixed & reading.keys)[:, None], torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from headscope.interp.cache.policy import Policy
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.registry import check_counts
 from headscope.interp.results.cache import MEASURES, NAME, CacheLosses, plain
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.loop import opened, run_steps
@@ -68,8 +70,14 @@ def lose(
     asked = [Budget.of(x) for x in ([budgets] if isinstance(budgets, int | float | str) else budgets)]
     if not asked or len(set(asked)) < len(asked):
         raise HeadscopeError("give at least one budget, and each once, e.g. budgets=[64, 256]")
-    if at not in ("decode", "prefill") or answer < 1:
-        raise HeadscopeError(f"at must be 'decode' or 'prefill' and answer 1 or more; got {at!r} and {answer}")
+    check_counts(1, answer=answer)
+    check_counts(0, first=first)
+    if at not in ("decode", "prefill"):
+        raise HeadscopeError(f"at must be 'decode' or 'prefill', not {at!r}")
+    if layers is not None and (isinstance(layers, int) or not list(layers)):
+        raise HeadscopeError(f"layers is a list of layers, [0, 5], or None for all, not {layers!r}")
+    if getattr(lm.model.config, "is_encoder_decoder", False):
+        raise HeadscopeError(f"{lm.name} reads with an encoder: keys are kept of one sequence, in a decoder alone")
     given = Prompts(lm, prompts)
     if at == "decode" and min(given.lengths) <= answer:
         raise HeadscopeError(
@@ -114,9 +122,23 @@ def lose(
     common = np.stack([np.array(one["overlap"], dtype=np.float64) for one in results], axis=-1)
     details = tuple({"tokens": one["tokens"], "prompt": one["prompt"]} for one in results)
     found = CacheLosses(tuple(chosen), tuple(str(b) for b in asked), values, common, made, details)
+    _say_whole(found, asked)
     if folder is not None:
         found.save(folder)
     return found
+
+
+def _say_whole(found: CacheLosses, budgets: Sequence[Budget]) -> None:
+    """Warn of policies that dropped nothing, at budgets below every prompt."""
+    prompts = torch.tensor([one["prompt"] for one in found.details])
+    for j, budget in enumerate(budgets):
+        for policy, error in zip(found.policies, found.values["error"][:, j], strict=True):
+            if np.nanmax(error) < 1e-6 and bool((budget.count(prompts) < prompts).all()):
+                warnings.warn(
+                    f"{policy} dropped nothing at a budget of {budget}: its settings reach beyond these prompts, or "
+                    "its rule saw no need; this is no measure of what it loses",
+                    stacklevel=3,
+                )
 
 
 def _named(policies: str | Policy | Iterable[str | Policy]) -> dict[str, Policy]:

@@ -52,6 +52,9 @@ class Journal:
                 raise HeadscopeError(
                     f"line {number} of {self.path} is damaged; delete that line, and its trial runs again"
                 ) from error
+        if not self.entries and found != config:  # stopped before anything was finished: nothing of it is lost
+            write_atomically(self.path, sealed_line({"headscope_run": config}))
+            return
         require_same(self.path, found, config)
         if torn:
             with writing(self.path), open(self.path, "r+b") as file:

@@ -138,3 +138,37 @@ def test_what_cannot_be_measured_gets_one_line(lm: LanguageModel, given: dict, s
     with pytest.raises(HeadscopeError, match=said) as error:
         lose(lm, **settings)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "given", "why"),
+    [
+        ("streaming_llm", {"sink": -5}, "sink is 0 or more, not -5"),
+        ("h2o", {"recent": -1}, "recent is 0 or more"),
+        ("block_sparse", {"block": 0}, "block is 1 or more, not 0"),
+        ("moba", {"block": -16}, "block is 1 or more"),
+        ("routed", {"window": 0}, "window is 1 or more"),
+    ],
+)
+def test_settings_that_count_are_counted(policy: str, given: dict[str, int], why: str) -> None:
+    with pytest.raises(HeadscopeError, match=why):
+        POLICIES[policy](**given)
+
+
+def test_what_cannot_be_asked_is_one_line(lm: LanguageModel, tmp_path: Path) -> None:
+    ids = [list(range(3, 33))]
+    for given, why in (
+        ({"answer": 1.5}, "answer is a whole number"),
+        ({"answer": "4"}, "answer is a whole number"),
+        ({"layers": []}, "layers is a list of layers"),
+        ({"layers": 1}, "layers is a list of layers"),
+        ({"budgets": float("inf")}, "a budget is a number"),
+    ):
+        with pytest.raises(HeadscopeError, match=why):
+            lose(lm, **{"policies": "h2o", "budgets": 8, "prompts": ids, "answer": 4, "progress": False} | given)
+    with pytest.raises(HeadscopeError, match="window of 64"):
+        lose(lm, "snapkv", 8, ids, answer=4, out=tmp_path, progress=False)
+    found = lose(lm, "h2o", 8, ids, answer=4, out=tmp_path, progress=False)  # the first left nothing finished behind
+    assert 0 < found.mean().min() < 1
+    with pytest.warns(UserWarning, match="longheads dropped nothing at a budget of 8"):
+        lose(lm, "longheads", 8, ids, answer=4, progress=False)
