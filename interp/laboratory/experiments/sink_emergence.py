@@ -169,6 +169,7 @@ class SinkEmergence(Experiment):
             watch=Watch(every=self.every, numbers=lambda model: self.measured(model, held.to(bench.device), arm)),
             rate=lambda step: min(1.0, (step + 1) / self.warmup),
             clip=1.0,
+            save_every=max(1, self.steps - 1),  # a killed run does not train again what had come to its end
         )
 
     def drawn(self, text: Tensor, count: int, seed: int, step: int, arm: Arm) -> Tensor:

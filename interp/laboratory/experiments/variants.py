@@ -118,6 +118,7 @@ class Variants(Experiment):
             steps=self.steps,
             watch=Watch(every=self.every, numbers=lambda model: measured(model, task, held)),
             clip=1.0,
+            save_every=max(1, self.steps - 1),  # a killed run does not train again what had come to its end
         )
         return model, rows[-1]
 
