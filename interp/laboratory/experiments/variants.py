@@ -63,10 +63,10 @@ class Variants(Experiment):
     heads: int = 4
     width: int = 64
     batch: int = 32
-    steps: int = 400
+    steps: int = 1000
     rate: float = 5e-3
     decay: float = 0.01
-    every: int = 100
+    every: int = 250
     samples: int = 128
 
     def quick(self) -> Self:
