@@ -63,10 +63,10 @@ class Variants(Experiment):
     heads: int = 4
     width: int = 64
     batch: int = 32
-    steps: int = 400
+    steps: int = 1000
     rate: float = 5e-3
     decay: float = 0.01
-    every: int = 100
+    every: int = 250
     samples: int = 128
 
     def quick(self) -> Self:
@@ -118,6 +118,7 @@ class Variants(Experiment):
             steps=self.steps,
             watch=Watch(every=self.every, numbers=lambda model: measured(model, task, held)),
             clip=1.0,
+            save_every=max(1, self.steps - 1),  # a killed run does not train again what had come to its end
         )
         return model, rows[-1]
 
