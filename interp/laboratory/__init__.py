@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from headscope.interp.laboratory.training import train as train
     from headscope.interp.laboratory.watch import Watch as Watch
 
-EXPERIMENTS: Registry[Experiment] = Registry("experiment", "experiments", "headscope.interp.laboratory.experiments", {})
+EXPERIMENTS: Registry[Experiment] = Registry(
+    "experiment",
+    "experiments",
+    "headscope.interp.laboratory.experiments",
+    {
+        "vision_transformer": "vision_transformer:VisionTransformerStudy",
+    },
+)
 
 _PUBLIC = {"run_experiment": "experiment", "train": "training", "Watch": "watch"}  # which need torch
 
