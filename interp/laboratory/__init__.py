@@ -24,6 +24,7 @@ EXPERIMENTS: Registry[Experiment] = Registry(
     "experiments",
     "headscope.interp.laboratory.experiments",
     {
+        "focusft": "focusft:FocuSFT",
         "vision_transformer": "vision_transformer:VisionTransformerStudy",
     },
 )
