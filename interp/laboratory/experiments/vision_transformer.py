@@ -113,8 +113,8 @@ class VisionTransformerStudy(Experiment):
         check_counts(2, mapped=self.mapped)
 
     def quick(self) -> Self:
-        small = {"images": "digits", "grid": 4, "width": 32, "layers": 3, "hidden": 64, "steps": 250, "batch": 64}
-        return replace(self, **small, lr=5e-3, pruned=200, mapped=60, codes=150)
+        small: dict[str, Any] = {"images": "digits", "grid": 4, "width": 32, "layers": 3, "hidden": 64}
+        return replace(self, **small, steps=250, batch=64, lr=5e-3, pruned=200, mapped=60, codes=150)
 
     def run(self, bench: Bench) -> Mapping[str, float]:
         data = sources.load(self.images)
@@ -128,15 +128,15 @@ class VisionTransformerStudy(Experiment):
             return cross_entropy(model(train[at]).logits, labels[at])
 
         def seen(model: Any) -> dict[str, float]:
-            said = torch.cat([model(part).logits.argmax(-1) for part in test.split(500)])
+            said = torch.cat([model(part).logits.argmax(-1) for part in torch.split(test, 500)])
             return {"accuracy": float((said == wanted).double().mean())}
 
-        watch = {"every": max(1, self.steps // 5), "numbers": seen, "inputs": {"pictures": test[:100]}}
-        adam = torch.optim.AdamW(model.parameters(), self.lr, weight_decay=0.05)
-        rows = bench.train(
-            "transformer", model, loss, adam, steps=self.steps, clip=1.0, rate=self._rate,
-            watch=Watch(**watch, statistics=("entropy", SinkMass(first=1))),
+        watch = Watch(
+            every=max(1, self.steps // 5), numbers=seen, inputs={"pictures": test[:100]},
+            statistics=("entropy", SinkMass(first=1)),
         )  # fmt: skip
+        adam = torch.optim.AdamW(model.parameters(), self.lr, weight_decay=0.05)
+        rows = bench.train("transformer", model, loss, adam, steps=self.steps, clip=1.0, rate=self._rate, watch=watch)
         found = study(
             model, test[: self.pruned], wanted[: self.pruned], mapped=self.mapped, steps=self.codes, seed=bench.seed
         )

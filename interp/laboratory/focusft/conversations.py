@@ -79,14 +79,11 @@ class Conversations:
         return torch.cat(parts, 1), torch.cat(answered, 1)
 
 
-def repeats(count: int, length: int, vocabulary: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+def repeats(count: int, length: int, vocabulary: int, source: torch.Generator) -> Tensor:
     """What a model reads before it is fine-tuned: ``START`` and ``length`` tokens that begin anew after an eighth to a
-    half of them, every text after its own number (text, 1 + length); and which tokens can be known from those before
-    them, bool. To say them, look for what followed the same token: the distance differs from text to text, so that it
-    cannot be learned by heart."""
+    half of them, every text after its own number (text, 1 + length). To say what comes, look for what followed the same
+    token: the distance differs from text to text, so that it cannot be learned by heart."""
     longest = length // 2
     words = torch.randint(1, vocabulary, (count, longest), generator=source)
     period = torch.randint(length // 8, longest + 1, (count, 1), generator=source)
-    at = torch.arange(length)
-    start = torch.full((count, 1), START)
-    return torch.cat([start, words.gather(1, at % period)], 1), torch.cat([start > START, at > period], 1)
+    return torch.cat([torch.full((count, 1), START), words.gather(1, torch.arange(length) % period)], 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Turned(Softmax):
 @contextmanager
 def seeing(model: Decoder, mask: Mask) -> Iterator[None]:
     """Inside the block the layers of ``model``, made with ``Turned``, attend under ``mask``."""
-    attentions = [layer.attention for layer in model.layers]
+    attentions: list[Any] = [layer.attention for layer in model.layers]
     for attention in attentions:
         attention.seen = mask
     try:

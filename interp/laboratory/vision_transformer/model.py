@@ -80,7 +80,7 @@ class VisionTransformer(nn.Module):
             raise HeadscopeError(f"pictures of {side} pixels a side are not {grid} whole patches; take a divisor")
         if width % heads:
             raise HeadscopeError(f"width {width} is not shared equally by {heads} heads")
-        self.grid, self.patch = grid, side // grid
+        self.grid, self.patch, self.heads = grid, side // grid, heads
         self.embed = nn.Linear(self.patch**2, width)
         self.cls = nn.Parameter(0.02 * torch.randn(width))
         self.places = nn.Parameter(0.02 * torch.randn(1 + grid**2, width))

@@ -56,9 +56,9 @@ def importance(model: VisionTransformer, pictures: Tensor, labels: Tensor) -> di
     before = _run(model, pictures)
     found: dict[str, list[list[NDArray[np.float64]]]] = {}
     for place, tokens in PLACES.items():
-        for layer, block in enumerate(model.layers):
+        for layer in range(len(model.layers)):
             row = []
-            for head in range(block.attention.num_heads):
+            for head in range(model.heads):
                 with attached(model, Pruned(head, tokens), layers=[layer]):
                     row.append(changes(before, _run(model, pictures), labels))
             for name in MEASURES:
@@ -85,5 +85,5 @@ def changes(before: Seen, after: Seen, labels: Tensor) -> dict[str, NDArray[np.f
 
 def _run(model: VisionTransformer, pictures: Tensor) -> Seen:
     with torch.no_grad():
-        parts = [model(batch) for batch in pictures.split(BATCH)]
+        parts = [model(batch) for batch in torch.split(pictures, BATCH)]
     return Seen(torch.cat([part.logits for part in parts]), torch.cat([part.cls for part in parts]))
