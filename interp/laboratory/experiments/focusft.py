@@ -25,6 +25,7 @@ from headscope.interp.registry import check_counts
 from headscope.interp.results.findings import Claim, Numbers
 
 ARMS = ("plain", "mask", "focusft")
+MEASURED = ("recall", "sink", "context")
 PRETRAINING, INNER, HELD_OUT = 1, 2, 3  # streams of draws of a seed, beside that of the conversations
 
 
@@ -121,19 +122,18 @@ class FocuSFT(Experiment):
             return {"recall": recall(model, *held), **attention_shares(model, *held)}
 
         adam = torch.optim.AdamW(model.parameters(), self.lr, weight_decay=0.01)
-        watch = Watch(every=max(1, self.steps // 4), numbers=seen)
+        every = next(n for n in range(max(1, self.steps // 4), 0, -1) if self.steps % n == 0)  # so one is at ``steps``
+        watch = Watch(every=every, numbers=seen)
         rows = bench.train(
             arm, model, self._loss(bench, arm), adam, steps=steps, watch=watch, rate=_warm(self.steps), clip=1.0
         )
-        numbers = {f"{name}, {arm}": float(rows[-1][name]) for name in ("recall", "sink", "context")}
+        numbers = {f"{name}, {arm}": float(rows[-1][name]) for name in MEASURED}
         with self._as_trained(bench, arm, model, *held):
             shares = attention_shares(model, *held)
         numbers |= {f"{name} while it trains, {arm}": value for name, value in shares.items()}
         if arm == "plain":
             same = next(row for row in rows if row["step"] >= self.steps)
-            numbers |= {
-                f"{name}, plain after as many steps": float(same[name]) for name in ("recall", "sink", "context")
-            }
+            numbers |= {f"{name}, plain after as many steps": float(same[name]) for name in MEASURED}
         if arm == "focusft":
             numbers |= {f"{name}, after": value for name, value in self._inner_losses(bench, model, *held).items()}
         return numbers
