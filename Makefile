@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Both make .venv first, from pyproject.toml with constraints.txt.
+# `make docs` makes the documentation's site, in an environment of its own.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -8,7 +9,7 @@ DISCOVER := $(BIN)/headscope discover --model $(MODEL) --out $(DEMO)/heads --top
 export PYTHONUNBUFFERED := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint docs clean
 .DELETE_ON_ERROR:
 
 $(READY): pyproject.toml constraints.txt
@@ -43,5 +44,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.venv-docs/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip -c constraints.txt
+	.venv-docs/bin/python -m pip install --progress-bar on -c constraints.txt --group docs
+	touch $@
+
+# site/index.html; a warning (a link that leads nowhere, a name that is not there) is an error. Nothing is fetched.
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-docs site runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -14,7 +14,7 @@ With lse known the pattern comes tile by tile (``streaming.weights``), and one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,6 +36,17 @@ class Kept(NamedTuple):
     recall: Tensor
     error: Tensor
     divergence: Tensor
+
+
+class _Part(NamedTuple):
+    """A few rows: their ``mass`` (batch, head, row) and what a sink logit takes (``rest``), their output z, and under
+    each ``Keep`` the mass that is kept and z - z'."""
+
+    rows: slice
+    mass: Tensor
+    rest: Tensor
+    z: Tensor
+    each: Iterator[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -61,6 +72,42 @@ def losses(
     Raises:
         ValueError: inputs that do not belong together.
     """
+    here, first, lse = _rows(scores, v, queries, lse)
+    found = [Kept(*(torch.full_like(lse, torch.nan) for _ in Kept._fields)) for _ in keeps]
+    for rows, mass, rest, z, each in _parts(here, v, keeps, first, lse, held):
+        for (kept, less), into in zip(each, found, strict=True):
+            into.recall[:, :, rows] = kept / mass
+            into.error[:, :, rows] = less.norm(dim=-1) / z.norm(dim=-1)
+            share = torch.where(mass > 0, (kept + rest) / (mass + rest), torch.nan)
+            into.divergence[:, :, rows] = -torch.log(share).clamp(max=0.0)
+    return found
+
+
+@torch.no_grad()
+def differing(
+    scores: Scores,
+    v: Tensor,
+    keeps: Sequence[Keep],
+    above: float,
+    *,
+    queries: tuple[int, int] | None = None,
+    lse: Tensor | None = None,
+    held: int | None = None,
+) -> list[Tensor]:
+    """How many entries of z and z' differ by more than ``above`` under each of ``keeps``: (batch, head, row) each.
+
+    Arguments and errors as in ``losses``.
+    """
+    here, first, lse = _rows(scores, v, queries, lse)
+    found = [torch.zeros_like(lse) for _ in keeps]
+    for rows, _, _, _, each in _parts(here, v, keeps, first, lse, held):
+        for (_, less), into in zip(each, found, strict=True):
+            into[:, :, rows] = (less.abs() > above).sum(-1).to(into.dtype)
+    return found
+
+
+def _rows(scores: Scores, v: Tensor, queries: tuple[int, int] | None, lse: Tensor | None) -> tuple[Scores, int, Tensor]:
+    """The scores of the query rows that are asked for, the first of them, and their lse."""
     scores.check(v)
     first, stop = queries or (0, scores.shape[2])
     here = scores.rows(slice(first, stop))
@@ -69,24 +116,31 @@ def losses(
         assert lse is not None
     if lse.shape != here.shape[:3]:
         raise ValueError(f"lse must be (batch, head, row) {here.shape[:3]}; got {tuple(lse.shape)}")
-    found = [Kept(*(torch.full_like(lse, torch.nan) for _ in Kept._fields)) for _ in keeps]
+    return here, first, lse
+
+
+def _parts(
+    here: Scores, v: Tensor, keeps: Sequence[Keep], first: int, lse: Tensor, held: int | None
+) -> Iterator[_Part]:
+    """The rows of ``here``, which begin at the call's row ``first``, a tile at a time."""
     v = v.to(lse.dtype)
     for tile in log_weights(here, lse, held=held):
         told = tile._replace(rows=slice(tile.rows.start + first, tile.rows.stop + first))
         p, own = tile.log_p.exp(), v[:, :, tile.keys]
         mass, z = p.sum(-1), _weighted(p, own)
-        rest = (1.0 - mass).clamp(min=0.0) if scores.sinks is not None else torch.zeros_like(mass)
-        for keep, into in zip(keeps, found, strict=True):
-            chosen = keep[:, :, None, tile.keys] if isinstance(keep, Tensor) else keep(told)
-            kept = p * chosen
-            held_mass = kept.sum(-1)
-            total = held_mass + rest
-            less = z - _weighted(kept, own) / torch.where(total > 0, total, 1.0)[..., None] * (mass + rest)[..., None]
-            into.recall[:, :, tile.rows] = held_mass / mass
-            into.error[:, :, tile.rows] = less.norm(dim=-1) / z.norm(dim=-1)
-            share = torch.where(mass > 0, total / (mass + rest), torch.nan)
-            into.divergence[:, :, tile.rows] = -torch.log(share).clamp(max=0.0)
-    return found
+        rest = (1.0 - mass).clamp(min=0.0) if here.sinks is not None else torch.zeros_like(mass)
+        yield _Part(tile.rows, mass, rest, z, _restricted(p, own, told, keeps, mass, rest, z))
+
+
+def _restricted(
+    p: Tensor, v: Tensor, tile: Tile, keeps: Sequence[Keep], mass: Tensor, rest: Tensor, z: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The kept mass and z - z' under each of ``keeps``, one at a time."""
+    for keep in keeps:
+        kept = p * (keep[:, :, None, tile.keys] if isinstance(keep, Tensor) else keep(tile))
+        held = kept.sum(-1)
+        total = torch.where(held + rest > 0, held + rest, 1.0)
+        yield held, z - _weighted(kept, v) / total[..., None] * (mass + rest)[..., None]
 
 
 def fewest(mass: Tensor, share: float) -> Tensor:

@@ -49,7 +49,7 @@ def run(*arguments):
             assert not stop.code, (arguments, stop.code)
     return out.getvalue()
 
-model, page = sys.argv[1:]
+model, pages = sys.argv[1:]
 found = {kind: json.loads(run("list", kind, "--json"))[kind] for kind in ("methods", "statistics", "edits", "tasks")}
 run("discover", NAMES[0], "-m", model, "--text", "texts.txt", "--set", "length=12", "--out", "runs/heads", "--json")
 run("trace", "-m", model, "-p", TEXT, "--statistics", NAMES[1], "--out", "runs/trace", "--json")
@@ -58,7 +58,7 @@ task = json.dumps([TEXT])
 run("evaluate", NAMES[3], "-m", model, "--with", "runs/edit.safetensors", "--controls", "2", "--set", f"texts={task}",
     "--out", "runs/evaluation", "--json")
 run("report", "runs")
-run("list", "--write", page)
+run("list", "--write", pages)
 json.dump(found, open("found.json", "w"))
 """
 
@@ -87,10 +87,10 @@ def saved(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def session(work: Path, path: list[Path], model: Path, names: list[str]) -> dict[str, Any]:
     """Run SESSION in ``work`` with ``path`` before every other; what the lists hold."""
     (work / "texts.txt").write_text(TEXTS[0])
-    shutil.copy(ROOT / "README.md", work / "page.md")
+    shutil.copytree(ROOT / "docs/catalogue", work / "catalogue")
     code = f"NAMES = {names!r}\nTEXT = {TEXTS[0]!r}\n{SESSION}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, str(model), "page.md"]
+    command = [sys.executable, "-c", code, str(model), "catalogue"]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads((work / "found.json").read_text())
@@ -149,6 +149,13 @@ def check_results(lm: LanguageModel, work: Path, method: str, statistic: str, ta
     assert method.replace("_", " ") in report and "Mean mass that queries put on the first token" in report
 
 
+def has_page(catalogue: Path, kind: str, name: str) -> bool:
+    """Whether it is in the registry's table, with a page."""
+    linked = f"| [`{name}`]({name}.md) |" in (catalogue / kind / "index.md").read_text()
+    assert linked == (catalogue / kind / f"{name}.md").exists()
+    return linked
+
+
 def test_there_is_an_example_of_each_kind_with_its_line() -> None:
     assert [Path(name).parts[1] for name in EXAMPLES] == ["heads", "statistics", "outputs", "tasks"]
     assert [len(code.splitlines()) <= 50 for code in EXAMPLES.values()] == [True] * 4
@@ -156,7 +163,7 @@ def test_there_is_an_example_of_each_kind_with_its_line() -> None:
 
 
 def test_one_file_and_one_line_are_enough(lm: LanguageModel, saved: Path, tmp_path: Path) -> None:
-    """The examples in a copy of the repository: listed, run, reported, and in the page's tables."""
+    """The examples in a copy of the repository: listed, run, reported, and with a page each."""
     skipped = shutil.ignore_patterns("__pycache__", "benchmarks", "*.md", "*.json", "*.svg")
     for room in ROOMS:
         shutil.copytree(ROOT / room, tmp_path / "headscope" / room, ignore=skipped)
@@ -173,10 +180,7 @@ def test_one_file_and_one_line_are_enough(lm: LanguageModel, saved: Path, tmp_pa
     for kind, name, file in zip(KINDS, names, EXAMPLES, strict=True):
         row = next(row for row in found[kind] if row["name"] == name)
         assert row["file"] == file and row["summary"] and row["unit"] is not None
-        assert (
-            f"| `{name}` |" in (tmp_path / "page.md").read_text()
-            and f"| `{name}` |" not in (ROOT / "README.md").read_text()
-        )
+        assert has_page(tmp_path / "catalogue", kind, name) and not has_page(ROOT / "docs/catalogue", kind, name)
     check_results(lm, tmp_path, "first_token", "effective_keys", "top_one")
 
 
@@ -197,15 +201,15 @@ def test_a_package_of_ones_own_joins_through_entry_points(lm: LanguageModel, sav
     found = session(tmp_path, here, saved, names)
     for kind, name in zip(KINDS, names, strict=True):
         assert any(row["name"] == name and row["file"].endswith(".py") for row in found[kind])
-        assert f"| `{name}` |" in (tmp_path / "page.md").read_text()
+        assert has_page(tmp_path / "catalogue", kind, name)
     check_results(lm, tmp_path, names[0], names[1], names[3])
 
 
-@pytest.mark.parametrize("name", ["README.md", "interp/heads/README.md"])
-def test_the_tables_are_true(name: str) -> None:
+def test_the_table_of_what_was_reproduced_is_true() -> None:
     from headscope.interp.cli.listing import registries
     from headscope.interp.reports.tables import rewritten
 
+    name = "interp/heads/README.md"
     page = (ROOT / name).read_text(encoding="utf-8")
     assert rewritten(page, registries()) == page, f"run `headscope list --write {name}`"
 

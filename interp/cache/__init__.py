@@ -5,7 +5,8 @@ made when the prompt was read, decides once what stays in the cache. ``rows/``: 
 one: a file, and a line in ``POLICIES``.
 
 ``lose`` (``survey``) runs prompts and measures per layer and head what each policy loses; nothing of the model changes.
-``headscope.interventions`` has the edit, ``EvictKeys``, that runs a model under a policy.
+``headscope.interventions`` has the edit, ``EvictKeys``, that runs a model under a policy. ``long_context_scores``
+(``texts``) asks the same of texts: which of them have parts that look far back.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from headscope.interp.registry import Registry
 if TYPE_CHECKING:
     from headscope.interp.cache.policy import Policy
     from headscope.interp.cache.survey import lose as lose
+    from headscope.interp.cache.texts import LADM as LADM
+    from headscope.interp.cache.texts import long_context_scores as long_context_scores
+    from headscope.interp.cache.texts import long_context_spans as long_context_spans
 
 POLICIES: Registry[Policy] = Registry(
     "policy",
@@ -34,19 +38,27 @@ POLICIES: Registry[Policy] = Registry(
         "expected_attention": "keys.expected_attention:ExpectedAttention",
         "ems": "keys.ems:EMS",
         "dapq": "keys.dapq:DapQ",
+        "s3": "keys.s3:S3",
         "streaming_llm": "rows.streaming_llm:StreamingLLM",
         "top_k": "rows.top_k:TopK",
         "vertical_slash": "rows.vertical_slash:VerticalSlash",
         "block_sparse": "rows.block_sparse:BlockSparse",
         "flexprefill": "rows.flexprefill:FlexPrefill",
         "moba": "rows.moba:MoBA",
+        "critiprefill": "rows.critiprefill:CritiPrefill",
+        "rectified_spaattn": "rows.rectified:Rectified",
+        "longheads": "rows.longheads:LongHeads",
+        "neighbourhood": "rows.neighbourhood:Neighbourhood",
+        "routed": "rows.routed:Routed",
     },
 )
 
-__all__ = ["POLICIES", "lose"]
+_HOME = {"lose": "survey", "LADM": "texts", "long_context_scores": "texts", "long_context_spans": "texts"}
+
+__all__ = ["POLICIES", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "lose":
-        return import_module("headscope.interp.cache.survey").lose  # which needs torch
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)  # which needs torch
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,9 +15,9 @@ def blocks_of(reading: Reading, size: int) -> Tensor:
 
 def block_means(x: Tensor, reading: Reading, size: int) -> Tensor:
     """Means of ``x`` (batch, head, token, d) over the tokens of each block: (batch, head, block, d), in float32 at
-    least. Padding to the left is left out; the last block may be short."""
+    least. Padding is left out; the last block may be short."""
     index = blocks_of(reading, size)[:, : x.shape[2]]
-    real = (reading.at[:, : x.shape[2]] >= 0).to(torch.promote_types(x.dtype, torch.float32))
+    real = reading.real[:, : x.shape[2]].to(torch.promote_types(x.dtype, torch.float32))
     count = int(index.max()) + 1
     sums = real.new_zeros(*x.shape[:2], count, x.shape[3])
     place = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from headscope.interp.cache.budget import Budget
 from headscope.interp.cache.policy import Policy
@@ -17,6 +18,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.cache import CacheLosses
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.minference import HeadPatterns, SparsePattern
+from headscope.interp.results.scores import HeadScores
 from headscope.interp.sites.given import Loadable
 
 Candidate = tuple[tuple[str, int, int], Policy, Budget]  # as a configuration names it, and as it is measured
@@ -72,16 +74,23 @@ def search_patterns(
     for _, policy, budget in candidates:
         found = lose(lm, policy, [budget], prompts, at="prefill", first=first, progress=progress)
         recall.append(found.mean()[0, 0])
-    score = np.stack(recall)
-    layers = []
-    for layer in range(score.shape[1]):
+    names = [_relabelled(name) if released else name for name, _, _ in candidates]
+    return best_patterns(np.stack(recall), names)
+
+
+def best_patterns(
+    score: NDArray[np.float64], names: Sequence[tuple[str, int, int]], *, lowest: bool = False
+) -> HeadPatterns:
+    """Every head's candidate of the highest (or ``lowest``) score (candidate, layer, head), the first of equals; heads
+    whose scores are NaN are left out."""
+    best = np.where(np.isnan(score), np.inf, score if lowest else -score).argmin(0)
+    layers: list[dict[int, SparsePattern]] = []
+    for layer, row in enumerate(best.tolist()):
         own = {}
-        for head in range(score.shape[2]):
-            if np.isnan(score[:, layer, head]).any():
-                continue
-            best = int(score[:, layer, head].argmax())
-            kind, vertical, slash = _relabelled(candidates[best][0]) if released else candidates[best][0]
-            own[head] = SparsePattern(kind, vertical, slash, float(score[best, layer, head]))
+        for head, index in enumerate(row):
+            if not np.isnan(score[:, layer, head]).any():
+                kind, vertical, slash = names[index]
+                own[head] = SparsePattern(kind, vertical, slash, float(score[index, layer, head]))
         layers.append(own)
     return HeadPatterns(tuple(layers))
 
@@ -118,7 +127,34 @@ def retrieval_heads(
             f"{', '.join(found.policies)} at {', '.join(found.budgets)}"
         )
     lost = 1.0 - found.mean()[found.policies.index(policy), found.budgets.index(str(budget))]
-    shared = lost.reshape(lost.shape[0], -1, group).mean(-1).repeat(group, axis=1)
-    full = shared >= np.nanquantile(shared, sparsity)
+    return _reaching(lost.reshape(lost.shape[0], -1, group).mean(-1), sparsity, group)
+
+
+def full_heads(gates: HeadScores, *, sparsity: float = 0.5, group: int = 1, seed: int = 42) -> HeadSet:
+    """The heads that keep everything under DuoAttention's gates; all others stream.
+
+    Their rule (``duo_attn/utils.py``, ``sparsify_attention_heads`` @ fe93c314): noise from U(0, 1e-6) on every gate, so
+    that ties fall by chance, and full are those that reach the ``sparsity`` quantile. Their draws are numpy's global
+    ones; ours come from ``seed``.
+
+    Args:
+        gates: one a query head, alike within a group (``from_duo_attention(..., group=)``, or a trained result's).
+        sparsity: the share of key heads that stream.
+        group: query heads of a key head.
+
+    Raises:
+        HeadscopeError: a sparsity outside [0, 1), or query heads of a group that have different gates.
+    """
+    each = gates.mean.reshape(gates.mean.shape[0], -1, group)
+    if not 0 <= sparsity < 1 or not (np.isnan(each) | (each == each[..., :1])).all():
+        raise HeadscopeError(f"full heads need a sparsity from 0 to below 1, and one gate for each {group} query heads")
+    noise = np.random.default_rng(seed).uniform(0, 1e-6, each.shape[:2])
+    return _reaching(each[..., 0] + noise, sparsity, group)
+
+
+def _reaching(scores: NDArray[np.float64], sparsity: float, group: int) -> HeadSet:
+    """The query heads of the key heads (layer, kv_head) that reach the ``sparsity`` quantile, the highest first."""
+    shared = scores.repeat(group, axis=1)
+    full = shared >= np.nanquantile(scores, sparsity)
     pairs = sorted(zip(*map(np.ndarray.tolist, np.nonzero(full)), strict=True), key=lambda at: (-shared[at], at))
     return HeadSet(tuple(pairs), tuple(float(shared[at]) for at in pairs), name=f"retrieval, {sparsity:.0%} streaming")

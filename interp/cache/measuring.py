@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class Measuring(Handler):
         self.policies, self.budgets, self.prompt, self.measured = policies, budgets, prompt, measured
         self.rotations = rotations
         self.ahead: Mapping[int, AHEAD] = {}
+        self.carried: list[dict[int, Tensor]] = [{} for _ in policies]
         self.layers: dict[int, dict[str, NDArray[np.float64]]] = {}
         self.overlaps: list[Tensor] = []
 
@@ -68,7 +70,8 @@ class Measuring(Handler):
         keeps: list[Keep] = []
         for i, policy in enumerate(self.policies):
             own = self.ahead.get(i, {}).get(place)
-            told = reading if own is None else Reading(call, stop, self.measured, reading.rotation, own)
+            told = reading if own is None else replace(reading, ahead=own)
+            told = replace(told, carried=self.carried[i]) if "carried" in policy.needs else told
             keeps += policy.keeps(told, self.budgets)
         found = losses(call.inputs(), call.value, keeps, queries=self.measured, lse=reduced.lse)
         each = {name: [getattr(one, name)[0].nanmean(-1) for one in found] for name in Kept._fields}

@@ -31,7 +31,8 @@ class Policy:
     """Base of the policies.
 
     Class variables: ``name``, as in the registry; ``unit``, of the score; ``source``; ``refused``, where it is not
-    exact and why; ``needs``, what of a ``Reading`` it cannot do without: ``"rotation"``, ``"ahead"``, ``"measured"``.
+    exact and why; ``needs``, what of a ``Reading`` it cannot do without: ``"rotation"``, ``"ahead"``, ``"measured"``,
+    ``"carried"`` (it goes by what it decided in the layers below, so that all of them are measured).
     """
 
     name: ClassVar[str]

@@ -21,7 +21,8 @@ class Reading:
     ``stop`` (batch,): where each example's prompt ends, as an index of rows and keys. ``measured = (first, stop)``: the
     rows in which the loss is measured, where they are in the call (only an oracle may look). ``rotation``: how the
     layer turns queries and keys. ``ahead`` (batch, head, n, d_head): queries of n tokens that were appended to the
-    prompt for a policy that asks for them.
+    prompt for a policy that asks for them. ``carried``: what the policy itself left at earlier layers of this text, by
+    layer.
 
     Raises:
         HeadscopeError: no prompt can be told: cross-attention, packed sequences, padding between tokens, a pass that
@@ -33,6 +34,7 @@ class Reading:
     measured: tuple[int, int] | None = None
     rotation: Rotation | None = None
     ahead: Tensor | None = None
+    carried: dict[int, Tensor] = field(default_factory=dict)
     _received: dict[tuple[tuple[int, ...], ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +68,12 @@ class Reading:
     def keys(self) -> Tensor:
         """The prompt's keys: bool (batch, key)."""
         return (self.at >= 0) & (self.at < self.count[:, None])
+
+    @cached_property
+    def real(self) -> Tensor:
+        """The call's keys that are tokens, not padding: bool (batch, key)."""
+        end = self.call.mask.end
+        return self.at >= 0 if end is None else (self.at >= 0) & (self.at < (end.to(self.start) - self.start)[:, None])
 
     @cached_property
     def scored(self) -> Tensor:

@@ -80,6 +80,9 @@ def lose(
         raise HeadscopeError(
             f"first={first} is a row of at='prefill', and the shortest text has {min(given.lengths)} tokens"
         )
+    for name, policy in chosen.items():
+        if layers is not None and "carried" in policy.needs:
+            raise HeadscopeError(f"{name} goes by what it decided in the layers below: measure all layers (no layers=)")
     config: dict[str, Any] = {
         "policies": list(chosen),
         "settings": [_settings(policy) for policy in chosen.values()],
@@ -128,11 +131,18 @@ def _named(policies: str | Policy | Iterable[str | Policy]) -> dict[str, Policy]
 
 def _label(policy: Policy) -> str:
     other = {f.name: getattr(policy, f.name) for f in fields(policy) if getattr(policy, f.name) != f.default}
+    other = {key: _told(value) for key, value in other.items()}
     return policy.name + (f"({', '.join(f'{key}={value}' for key, value in other.items())})" if other else "")
 
 
 def _settings(policy: Policy) -> dict[str, Any]:
-    return {field.name: getattr(policy, field.name) for field in fields(policy)}
+    """A policy's settings, JSON-able: a function is told by its name alone."""
+    held = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    return {key: _told(value) for key, value in held.items()}
+
+
+def _told(value: Any) -> Any:
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
 
 
 def _ahead(lm: LanguageModel, policy: Policy, ids: torch.Tensor) -> AHEAD:

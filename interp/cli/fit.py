@@ -9,12 +9,15 @@ import typer
 
 from headscope.interp.cli.app import Device, Dtype, Json, Model, Run, Settings, app
 
-DATA = "JSON lines; iti: question, choices, labels (or text, label); lofit: prompt, response (or chosen, rejected)."
+DATA = (
+    "JSON lines; iti: question, choices, labels (or text, label); lofit: prompt, response (or chosen, rejected); "
+    "duo_attention: prompt, response, or the word passkeys."
+)
 
 
 @app.command()
 def fit(
-    kind: Annotated[str, typer.Argument(help="iti or lofit; `headscope list fits` names them.")],
+    kind: Annotated[str, typer.Argument(help="iti, lofit or duo_attention; `headscope list fits` names them.")],
     model: Model,
     data: Annotated[str, typer.Option("--data", "-d", help=DATA)],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write, for `headscope evaluate --with`.")],

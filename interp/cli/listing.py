@@ -35,17 +35,21 @@ def listing(
     ] = None,
     as_json: Json = False,
     write: Annotated[
-        Path | None, typer.Option("--write", help="Make this Markdown page's tables of them anew.")
+        Path | None,
+        typer.Option("--write", help="Make a Markdown page's tables of them, or a folder of pages, anew."),
     ] = None,
 ) -> None:
     """List what can be named: head methods, statistics, cache policies, edits, decodings, fits, tasks, experiments."""
     from headscope.interp.cli import console
     from headscope.interp.cli.settings import read_text
     from headscope.interp.errors import HeadscopeError
+    from headscope.interp.reports import catalogue
     from headscope.interp.reports.tables import rewritten
     from headscope.interp.runs.files import write_atomically
 
     known = registries()
+    if write is not None and write.is_dir():
+        return catalogue.write(write, known)
     if write is not None:
         return write_atomically(write, rewritten(read_text(write), known).encode())
     if what not in known:

@@ -19,6 +19,7 @@ from headscope.interp.laboratory.watch import Watch
 from headscope.interp.registry import check_numbers
 from headscope.interp.results.findings import Claim, Findings, Numbers, numbers_of
 from headscope.interp.runs.journal import Journal
+from headscope.interp.runs.measured import hardware
 from headscope.interp.runs.provenance import provenance
 
 
@@ -109,19 +110,12 @@ def run_experiment(
         if seed not in journal.entries:
             journal.add(seed, _one(experiment, seed, place, folder))
     outcomes = [journal.entries[seed] for seed in seeds]
-    made = provenance(None, command=command) | {"device": named(place)}
+    made = provenance(None, command=command) | {"device": hardware(place)}
     claims = experiment.claims(numbers_of(outcomes))
     found = Findings(experiment.name, settings, tuple(seeds), outcomes, claims, made)
     if folder is not None:
         found.save(folder / "findings.json")
     return found
-
-
-def named(device: str) -> str:
-    """A device in words: the card's name, or the processor's cores that torch uses."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    return f"CPU, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
 
 
 def _one(experiment: Experiment, seed: int, device: str, folder: Path | None) -> dict[str, Any]:

@@ -35,13 +35,32 @@ def check_chat(chat: Any) -> None:
         if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
             raise HeadscopeError(f"the content of message {i} is a text or a list of parts: write {CHAT}")
         for part in content:
-            if (is_picture(part) and not set(_KEYS) & set(part)) or (part.get("type") == "text" and "text" not in part):
+            kind = str(part.get("type"))
+            if (is_picture(part) and not set(_KEYS) & set(part)) or (kind in ("text", "video") and kind not in part):
                 raise HeadscopeError(f"message {i} holds a part without its {part['type']}: write {CHAT}")
 
 
 def is_picture(part: Mapping[str, Any]) -> bool:
     """Whether a part of a message is a picture."""
     return part.get("type") in ("image", "image_url")
+
+
+def frames_of(part: Mapping[str, Any]) -> list[NDArray[np.uint8]]:
+    """The frames of a video part as bytes, (height, width, 3) each.
+
+    Raises:
+        HeadscopeError: it holds no frames (a file is not decoded here), one cannot be read, or they differ in size.
+    """
+    given = part["video"]
+    if isinstance(given, str | Path | Mapping) or not hasattr(given, "__len__") or not len(given):
+        raise HeadscopeError(
+            f"a video is given by its frames, a list of pictures or an array (frame, height, width, 3), not by "
+            f"{_short(given)}: decode the file first (PyAV, decord), and take the frames that the model is to see"
+        )
+    frames = [pixels(frame) for frame in given]
+    if len({frame.shape for frame in frames}) > 1:
+        raise HeadscopeError(f"the frames of a video differ in size ({frames[0].shape} and others): make them alike")
+    return frames
 
 
 def picture_of(part: Mapping[str, Any]) -> Any:
@@ -53,25 +72,29 @@ def picture_of(part: Mapping[str, Any]) -> Any:
 
 
 def with_bytes(chat: Sequence[Message]) -> list[Message]:
-    """The chat with every picture read, so that a processor gets the bytes that ``pixels`` makes of it.
+    """The chat with every picture and frame read, so that a processor gets the bytes that ``pixels`` makes of it.
 
     Raises:
         HeadscopeError: it is no chat; a picture cannot be read.
     """
-    from PIL import Image
-
     check_chat(chat)
     made: list[Message] = []
     for message in chat:
         parts = message["content"]
         if not isinstance(parts, str):
-            read = [
-                {"type": "image", "image": Image.fromarray(pixels(picture_of(p)))} if is_picture(p) else p
-                for p in parts
-            ]
-            message = {**message, "content": read}
+            message = {**message, "content": [_read(part) for part in parts]}
         made.append(message)
     return made
+
+
+def _read(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    from PIL import Image
+
+    if is_picture(part):
+        return {"type": "image", "image": Image.fromarray(pixels(picture_of(part)))}
+    if part.get("type") == "video":
+        return {"type": "video", "video": [Image.fromarray(frame) for frame in frames_of(part)]}
+    return part
 
 
 def pixels(picture: Any) -> NDArray[np.uint8]:

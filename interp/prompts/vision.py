@@ -77,7 +77,8 @@ def vision_prompt(
         processor: its processor (``transformers.AutoProcessor``), with a fast tokenizer.
         messages: chats as ``processor.apply_chat_template`` takes them: ``{"role": "user", "content": [{"type":
             "image", "image": picture}, {"type": "text", "text": "What is this?"}]}``, pictures as ``pixels`` takes them
-            (``headscope.interp.prompts.pictures``).
+            (``headscope.interp.prompts.pictures``). A video is its frames, all of which are read: ``{"type": "video",
+            "video": [picture, ...]}``; transformers' processors of videos need torchvision.
         add_generation_prompt: end with the opening of the assistant's turn; False for a chat that holds the response.
         chat_template: for a processor without one of its own (PaliGemma's).
 
@@ -129,6 +130,8 @@ class _Reading:
         listening = copy.copy(processor)
         listening.tokenizer = tokenizer = _Listening(processor.tokenizer)
         wanted = {"padding": True, "return_text_replacement_offsets": True}
+        if any(part.get("type") == "video" for chat in chats for part in _parts(chat)):
+            wanted["do_sample_frames"] = False  # the frames that were given are those that are meant
         try:
             output = listening.apply_chat_template(
                 chats, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=wanted, **options
@@ -170,6 +173,10 @@ class _Listening:
 
 def _is_batch(messages: Sequence[Any]) -> bool:
     return isinstance(messages, Sequence) and bool(messages) and isinstance(messages[0], list | tuple)
+
+
+def _parts(chat: list[Message]) -> list[Any]:
+    return [part for message in chat if not isinstance(message["content"], str) for part in message["content"]]
 
 
 def _texts(chat: list[Message]) -> list[tuple[str, str]]:

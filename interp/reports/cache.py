@@ -10,13 +10,13 @@ SHOWN = ("policy", "budget", "recall", "ci_low_recall", "ci_high_recall", "error
 
 
 def cache_page(found: CacheLosses) -> Report:
-    """Curves over budgets, a map of heads for each budget, keys in common, and the table behind them."""
-    made = found.provenance
-    model = (made.get("model") or {}).get("name", "")
-    prompts = [int(one["prompt"]) for one in found.details]
-    page = Report(
-        "What a cache would lose", f"{model}, {len(prompts)} prompts of {min(prompts)} to {max(prompts)} tokens"
-    )
+    """Curves over budgets, maps of heads and keys in common at each budget, and the table behind them."""
+    page = Report("What a cache would lose", _of(found))
+    return add_losses(page, found).provenance(found.provenance)
+
+
+def add_losses(page: Report, found: CacheLosses) -> Report:
+    """Add what ``cache_page`` shows."""
     page.text(
         "Each head's own attention, as the full model computes it, held against what it would be if only the kept keys "
         "were there. Recall: the share of its mass on kept keys. Error: |z - z'| / |z| of its output. Divergence: "
@@ -28,10 +28,16 @@ def cache_page(found: CacheLosses) -> Report:
     for measure in MEASURES:
         if found.to_frame()[measure].notna().any():
             page.figure(plots.budget_curve(found, measure), f"{measure} by budget")
-    page.heading("Head by head")
     for budget in found.budgets:
         page.figure(plots.policy_map(found, budget), f"recall of every head at {budget}")
-    page.heading("Agreement")
-    page.figure(plots.overlap_map(found), f"keys in common at {found.budgets[0]}")
-    page.heading("Numbers")
-    return page.table(found.to_frame()[list(SHOWN)], "Means over layers, heads and prompts").provenance(made)
+    for budget in found.budgets:
+        page.figure(plots.overlap_map(found, budget), f"keys in common at {budget}")
+    caption = f"Means over layers, heads and prompts ({_of(found)})"
+    return page.table(found.to_frame()[list(SHOWN)], caption)
+
+
+def _of(found: CacheLosses) -> str:
+    """Of which model and prompts."""
+    model = (found.provenance.get("model") or {}).get("name", "")
+    prompts = [int(one["prompt"]) for one in found.details]
+    return f"{model}, {len(prompts)} prompts of {min(prompts)} to {max(prompts)} tokens"

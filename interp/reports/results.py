@@ -15,10 +15,12 @@ from headscope.interp import plots
 from headscope.interp.analysis.reliability import split_half
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.record import MANIFEST, load_record
+from headscope.interp.reports.cache import add_losses
 from headscope.interp.reports.comparison import add_agreements
 from headscope.interp.reports.evaluation import add_evaluation
 from headscope.interp.reports.page import Report
 from headscope.interp.reports.readable import readable
+from headscope.interp.results.cache import NAME, CacheLosses
 from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.results.scores import HeadScores, find_all
 
@@ -30,6 +32,7 @@ class Results:
     scores: dict[str, HeadScores]
     evaluations: dict[str, Any]
     records: dict[str, Any]
+    losses: dict[str, CacheLosses]  # of policies for a cache
     model: str = ""  # as it was named on the command line that made the results
 
     @classmethod
@@ -47,9 +50,11 @@ class Results:
             for path in sorted(folder.rglob("evaluation.parquet"))
         }
         records = {str(p.parent.relative_to(folder)): load_record(p.parent) for p in sorted(folder.rglob(MANIFEST))}
-        if not (scores or evaluations or records):
+        kept = sorted(folder.rglob(f"{NAME}.parquet"))
+        losses = {str(path.parent.relative_to(folder)): CacheLosses.load(path.parent) for path in kept}
+        if not (scores or evaluations or records or losses):
             raise HeadscopeError(f"{folder} holds no results; run `headscope discover`, `probe`, `trace` or `evaluate`")
-        return cls(scores, evaluations, records, _named_model(folder))
+        return cls(scores, evaluations, records, losses, _named_model(folder))
 
     def summary(self) -> list[dict[str, Any]]:
         """One row a method: its best head, and where scores lie in [0, 1], how many heads pass 0.1 (else None)."""
@@ -72,7 +77,7 @@ class Results:
 
     def report(self, prompt: str | None, model: str | None) -> Report:
         """Compose the page."""
-        first = next(iter(self.scores.values()), None) or next(iter(self.evaluations.values()), None)
+        first = next(iter([*self.scores.values(), *self.evaluations.values(), *self.losses.values()]), None)
         made = first.provenance if first is not None else {}
         model_of = made.get("model")
         page = Report("headscope report", str(model_of.get("name") or "") if isinstance(model_of, dict) else "")
@@ -83,6 +88,8 @@ class Results:
         add_agreements(page, self.scores)
         for place, result in self.evaluations.items():
             add_evaluation(page, result, place)
+        for place, lost in self.losses.items():
+            add_losses(page.heading(f"What a cache would lose {place}"), lost)
         for place, record in self.records.items():
             page.heading(f"Record {place}")
             for variable in record.data_vars:

@@ -12,12 +12,18 @@ from headscope.interp.registry import Registry
 _BLOCK = re.compile(r"<!-- (\w+): written by [^>]*-->\n.*?<!-- end of \1 -->", re.DOTALL)
 
 
-def table(registry: Registry[Any]) -> str:
-    """Name, what it is, unit and source of every entry, as a Markdown table."""
+def cell(text: str) -> str:
+    """``text`` as it stands in a cell."""
+    return text.replace("|", "\\|")
+
+
+def table(registry: Registry[Any], linked: bool = False) -> str:
+    """Name, what it is, unit and source of every entry, as a Markdown table; ``linked``: names lead to ``NAME.md``."""
     lines = [f"| {registry.kind} | | unit | source |", "|---|---|---|---|"]
     for row in registry.rows():
-        cells = [f"`{row['name']}`", row["summary"], row["unit"], row["source"]]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        name = f"[`{row['name']}`]({row['name']}.md)" if linked else f"`{row['name']}`"
+        cells = [name, row["summary"], row["unit"], row["source"]]
+        lines.append("| " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -28,25 +34,25 @@ def reproduction(registry: Registry[Any]) -> str:
         cls = registry[row["name"]]
         told = [getattr(cls, name, "") for name in ("tests", "reproduced", "not_reproduced")]
         cells = [f"`{row['name']}`", row["source"], row["file"], *told]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(cell, cells)) + " |")
     return "\n".join(lines)
 
 
-def blocks(registries: Mapping[str, Registry[Any]]) -> dict[str, str]:
+def blocks(registries: Mapping[str, Registry[Any]], linked: bool = False) -> dict[str, str]:
     """Every table by the name of its marks: a registry's, and ``reproduction``, of the head methods."""
-    made = {name: table(registry) for name, registry in registries.items()}
+    made = {name: table(registry, linked) for name, registry in registries.items()}
     if "methods" in registries:
         made["reproduction"] = reproduction(registries["methods"])
     return made
 
 
-def rewritten(page: str, registries: Mapping[str, Registry[Any]]) -> str:
-    """``page`` with every block between marks of a table's name made anew; others stay.
+def rewritten(page: str, registries: Mapping[str, Registry[Any]], linked: bool = False) -> str:
+    """``page`` with every block between marks of a table's name made anew; others stay. ``linked`` as of ``table``.
 
     Raises:
         HeadscopeError: the page has the marks of no table.
     """
-    tables = blocks(registries)
+    tables = blocks(registries, linked)
     found: set[str] = set()
 
     def anew(match: re.Match[str]) -> str:

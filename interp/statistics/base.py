@@ -43,8 +43,10 @@ PACKED: Mapping[str, str] = {
 class Statistic:
     """Base of the declarations. ``kind``: values belong to queries, keys, blocks of both, or outputs at positions.
 
-    ``label`` lets two statistics of one class stand in one trace: their variables, and the dimensions that they add of
-    their own, are then named ``"{label}.{name}"`` (``records.labels.own`` gives them back under their plain names).
+    Args:
+        label: lets two statistics of one class stand in one trace: their variables, and the dimensions that they add of
+            their own, are then named ``"{label}.{name}"`` (``records.labels.own`` gives them back under their plain
+            names).
     """
 
     label: str | None = field(default=None, kw_only=True)

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headscope.interp.models import load_model
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions import EditValueVectors, MultipleChoice, TextLoss, evaluate
 from headscope.interventions.mechanisms.anchoring import study_anchor
 from headscope.probes.lenses.anchored import away_from_anchor
@@ -61,14 +58,9 @@ def main() -> None:
             "rows": rounded(summary.drop(columns=["p"], errors="ignore").to_dict("records")),
             "letters": result.details,
         },
-        "device": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
-        "provenance": provenance(
-            lm, tasks={task.name: task.parameters(lm)}, prompts_at_most=given.prompts, last=given.last
-        ),
     }
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    tasks = {task.name: task.parameters(lm)}
+    save_measured(given.out, document, lm, tasks=tasks, prompts_at_most=given.prompts, last=given.last)
 
 
 if __name__ == "__main__":

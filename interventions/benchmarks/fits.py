@@ -32,7 +32,7 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.boundary import prompt_boundary
 from headscope.interp.results.bootstrap import bootstrap_mean
 from headscope.interp.results.headset import HeadSet
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions import ITI, LoFiT, TextLoss, apply, lora
 from headscope.interventions.applying import size
 from headscope.interventions.base import Intervention
@@ -215,14 +215,10 @@ def main() -> None:
         bench.seed(seed, {name: split(make(seed), seed, sizes) for name, make in TASKS.items()})
     summary = bench.summary()
     print("\n".join(json.dumps(row) for row in summary))
-    if given.out:
-        settings = {name: value for name, value in vars(given).items() if name not in ("out", "model")}
-        device = torch.cuda.get_device_name() if lm.device.type == "cuda" else str(lm.device)
-        chosen = {f"{task}, {method}": value for (task, method), value in bench.chosen.items()}
-        document = {"device": device, "summary": summary, "chosen": chosen, "rows": [_short(row) for row in bench.rows]}
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        made = provenance(lm, **settings)
-        given.out.write_text(json.dumps({**document, "provenance": made}, indent=1, default=str) + "\n")
+    settings = {name: value for name, value in vars(given).items() if name not in ("out", "model")}
+    chosen = {f"{task}, {method}": value for (task, method), value in bench.chosen.items()}
+    document = {"summary": summary, "chosen": chosen, "rows": [_short(row) for row in bench.rows]}
+    save_measured(given.out, document, lm, **settings)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from headscope.interp.models import load_model
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions import Pine, apply
 
 FACTS = (("Alba", "Lisbon"), ("Boris", "Oslo"), ("Clara", "Vienna"), ("Dario", "Athens"))
@@ -95,9 +95,7 @@ def main() -> None:
     orders = list(permutations(range(len(FACTS))))[: given.orders]
     rows = {name: measure(lm, pine, orders) for name, pine in (("unedited", False), ("PINE", True))}
     print(json.dumps(rows, indent=1))
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"rows": rows, "provenance": provenance(lm)}, indent=1, default=str) + "\n")
+    save_measured(given.out, {"rows": rows}, lm)
 
 
 if __name__ == "__main__":

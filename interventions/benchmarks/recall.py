@@ -9,16 +9,13 @@ country and scaled on the rest.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from headscope.interp.models import load_model
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions.mechanisms.suppression import study_suppression
 from headscope.probes.attribution.mlp_decomposition import mlp_decomposition
 from headscope.probes.lenses.recall import LEADS, capitals, topic_ranks
@@ -57,14 +54,7 @@ def main() -> None:
         found[f"MLP of layer {layer}"] = {"r2": round(fit.r2, 4), "rows": records(fit.to_frame())}
         print(layer, fit.r2, fit.to_frame().to_string(), flush=True)
     print(found["median rank of the country, best heads"])
-    document = {
-        **found,
-        "device": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
-        "provenance": provenance(lm, leads=given.leads, controls=given.controls),
-    }
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    save_measured(given.out, found, lm, leads=given.leads, controls=given.controls)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,11 @@ object identification. "wrong" are the two other colours of the question, as in 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headscope.interp.models import load_model
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions.mechanisms.repair import circuit_roles, force_heads
 from headscope.probes.circuits.coloured import coloured_objects
 from headscope.probes.circuits.ioi import ioi
@@ -57,12 +53,8 @@ def main() -> None:
             name: [[*head, round(w, 4)] for head, w in zip(h, h.weights, strict=True)] for name, h in named.items()
         },
         "rows": rows,
-        "device": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
-        "provenance": provenance(lm, find=given.find, pairs=given.pairs, randoms=given.randoms),
     }
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    save_measured(given.out, document, lm, find=given.find, pairs=given.pairs, randoms=given.randoms)
 
 
 if __name__ == "__main__":

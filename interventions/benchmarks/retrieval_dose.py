@@ -18,7 +18,7 @@ from typing import Any
 
 from headscope.interp import heads
 from headscope.interp.models import load_model
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions import AblateHeads, NeedleTask, TextLoss, evaluate
 
 DOSES = "1,2,5,10"
@@ -70,12 +70,9 @@ def main() -> None:
     document = {
         "heads": [[*head, round(score, 4)] for head, score in zip(most, most.weights, strict=True)],
         "rows": rows,
-        "provenance": provenance(lm, tasks={task.name: task.parameters(lm) for task in tasks}),
     }
     print("\n".join(json.dumps(row) for row in rows))
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    save_measured(given.out, document, lm, tasks={task.name: task.parameters(lm) for task in tasks})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.haystack import load_haystack
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interp.statistics import Distance
 from headscope.interp.statistics.queries import Last
 from headscope.interp.tracing.recording import trace
@@ -68,12 +68,7 @@ def main() -> None:
                     row |= {"recall": round(sum(recalls) / len(recalls), 3), "trials": len(recalls)}
             print(json.dumps(row), flush=True)
             rows.append(row)
-    if given.out:
-        device = torch.cuda.get_device_name() if lm.device.type == "cuda" else str(lm.device)
-        made = provenance(lm, scored=given.scored, depths=given.depths)
-        document = {"device": device, "rows": rows, "provenance": made}
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    save_measured(given.out, {"rows": rows}, lm, scored=given.scored, depths=given.depths)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from headscope.interp.models import load_model
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions import ScaleSinks, TextLoss, evaluate
 
 DOSES = (0.25, 0.5, 0.75, 0.9, 1.0)
@@ -48,11 +48,8 @@ def main() -> None:
                 "by passage": [round(float(x), 4) for x in loss - plain],
             }
         )
-    document = {"rows": rows, "provenance": provenance(lm, task=task.parameters(lm))}
     print("\n".join(json.dumps(row) for row in rows))
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    save_measured(given.out, {"rows": rows}, lm, task=task.parameters(lm))
 
 
 if __name__ == "__main__":

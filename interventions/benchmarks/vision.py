@@ -11,7 +11,6 @@ scene, with intervals and p by permutation. A run that was interrupted goes on f
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from headscope.interp.heads.vision.attention import debiased, image_attention
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.scenes.world import GRID
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions import evaluate
 from headscope.interventions.attention.adapt_span import AdaptSpanLogits
 from headscope.interventions.attention.emphasize_span import EmphasizeSpan
@@ -78,11 +77,6 @@ def tasks(samples: int, batch: int) -> list[SceneTask]:
     ]
 
 
-def named_device() -> str:
-    """What it ran on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
 def main() -> None:
     """Evaluate and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,9 +98,7 @@ def main() -> None:
         folder = None if given.folder is None else given.folder / task.name
         found = evaluate(lm, task, conditions, controls=given.controls, out=folder, progress=False)
         tables.append({"task": task.name, "summary": found.summary().to_dict("records"), "details": found.details})
-        made = {"device": named_device()} | provenance(lm, samples=given.samples, controls=given.controls)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"tables": tables, "provenance": made}, indent=1, default=str) + "\n")
+        save_measured(given.out, {"tables": tables}, lm, samples=given.samples, controls=given.controls)
         print(task.name, found.summary(), flush=True)
 
 

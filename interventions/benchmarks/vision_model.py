@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from headscope.interp.models import load_model
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions import evaluate
-from headscope.interventions.benchmarks.vision import named_device
 from headscope.interventions.tasks.hallucination import Hallucination
 from headscope.interventions.tasks.pope import Pope
 from headscope.interventions.tasks.scenes import SceneTask
@@ -58,9 +57,7 @@ def main() -> None:
         row |= {key: first[key] for key in ("mean", "ci_low", "ci_high", "n")} | values
         rows.append(row)
         print(json.dumps(row, default=float), flush=True)
-        made = {"device": named_device()} | provenance(lm, samples=given.samples)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"rows": rows, "provenance": made}, indent=1, default=str) + "\n")
+        save_measured(given.out, {"rows": rows}, lm, samples=given.samples)
 
 
 if __name__ == "__main__":

@@ -16,5 +16,6 @@ FITS: Registry[Fit] = Registry(
     {
         "iti": "iti:ITI",
         "lofit": "lofit:LoFiT",
+        "duo_attention": "duo_attention:DuoAttention",
     },
 )

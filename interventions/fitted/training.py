@@ -36,6 +36,10 @@ class Schedule:
         """Optimiser steps for so many examples; the last batch of an epoch may be smaller."""
         return self.epochs * math.ceil(examples / self.batch)
 
+    def factor(self, step: int, steps: int) -> float:
+        """What the rate is multiplied with at ``step`` (from 0) of ``steps``."""
+        return 1 - step / steps
+
 
 def train(
     parameters: Sequence[Tensor],
@@ -63,12 +67,13 @@ def train(
         parameters, lr=schedule.rate, betas=schedule.betas, eps=schedule.eps, weight_decay=schedule.decay
     )
     draw = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(examples, generator=draw).tolist() for _ in range(schedule.epochs)]
-    batches = [order[i : i + schedule.batch] for order in orders for i in range(0, examples, schedule.batch)]
+    steps, each = schedule.steps(examples), math.ceil(examples / schedule.batch)
+    orders = [torch.randperm(examples, generator=draw).tolist() for _ in range(math.ceil(steps / each))]
+    batches = [order[i : i + schedule.batch] for order in orders for i in range(0, examples, schedule.batch)][:steps]
     curve: Curve = []
     for step, batch in enumerate(track(batches, what, enabled=progress)):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.rate * (1 - step / len(batches))
+            group["lr"] = schedule.rate * schedule.factor(step, steps)
         try:
             loss = objective(batch)
         except HeadscopeError as error:

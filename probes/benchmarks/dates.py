@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.probes.linear.layers import probe_layers
 from headscope.probes.tokens.dates import PERIODS, date_pairs
 from headscope.probes.tokens.fragmentation import fragmentation
@@ -76,14 +74,7 @@ def main() -> None:
             "baselines": {name: round(x, 3) for name, x in probe.baselines.items()},
         }
         print(period, place, row, flush=True)
-    document = {
-        **found,
-        "device": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
-        "provenance": provenance(lm, count=given.count, seeds=given.seeds),
-    }
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    save_measured(given.out, found, lm, count=given.count, seeds=given.seeds)
 
 
 if __name__ == "__main__":

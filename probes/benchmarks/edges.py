@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import spearmanr
 
 from headscope.interp import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.runs.provenance import versions
+from headscope.interp.runs.measured import save_measured
 from headscope.probes import attribution_patching, edge_attribution, ioi, patch_heads
 from headscope.probes.patching.attribution import correlation, sampled
 from headscope.probes.patching.pairs import Pairs
@@ -70,19 +68,12 @@ def main() -> None:
     asked = parser.parse_args()
     lm = load_model(asked.model, dtype="float32")
     pairs = ioi(lm, asked.pairs)
-    device = f"{torch.get_num_threads()} threads, {platform.machine()} CPU"
-    made = {
-        "device": torch.cuda.get_device_name() if lm.device.type == "cuda" else device,
-        "model": lm.name,
-        "versions": versions(),
-        "pairs": asked.pairs,
+    found = {
         "heads": heads(lm, pairs, asked.sample),
         "edges": edges(lm, pairs, asked.sample),
     }
-    text = json.dumps(made, indent=1)
-    print(text)
-    if asked.out:
-        asked.out.write_text(text + "\n")
+    print(json.dumps(found, indent=1))
+    save_measured(asked.out, found, lm, pairs=asked.pairs, sample=asked.sample)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +17,7 @@ import torch
 
 from headscope.interp import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.runs.provenance import versions
+from headscope.interp.runs.measured import save_measured
 from headscope.probes.circuits.circuit import compare_circuits
 from headscope.probes.circuits.coloured import coloured_objects
 from headscope.probes.circuits.evaluation import evaluate_circuit, faithfulness_curve, top_circuit
@@ -106,15 +105,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     lm = load_model(asked.model, dtype="float32")
-    cuda = lm.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads, {platform.machine()} CPU"
     found, seconds = timed(lambda: measure(lm, asked.small))
-    made = {"device": device, "model": lm.name, "versions": versions(), "small": asked.small, "seconds": seconds}
-    text = json.dumps({**made, **found}, indent=1)
-    print(text)
-    if asked.out:
-        asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(text + "\n")
+    print(json.dumps(found, indent=1))
+    save_measured(asked.out, {"seconds": seconds, **found}, lm, small=asked.small)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,8 @@ def attribution_patching(
     at = "z" if fix == "qk" else component
     sites = [at, *(["mlp_out"] if mlps else [])]
     heads, layers_mlp, bases, others = [], [], [], []
-    for part in track(pairs.batches(batch_size), "attribution", enabled=progress):
-        where = part.where(positions)
+    parts = list(zip(pairs.batches(batch_size), pairs.where(positions).split(batch_size), strict=True))
+    for part, where in track(parts, "attribution", enabled=progress):
         recompute = (component, where) if fix == "qk" else None
         seen = Linear(lm, part, sites, direction, metric, steps, recompute, dropout)
         of_heads, of_mlps = _estimates(lm, seen, at, part.real if fix == "qk" else where, where, dropout)

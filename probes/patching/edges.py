@@ -142,10 +142,8 @@ def edge_attribution(
         raise HeadscopeError(f"direction is 'denoise' or 'noise', not {direction!r}")
     if direction == "denoise":
         pairs = replace(pairs, clean=pairs.corrupt, corrupt=pairs.clean)
-    found = [
-        first_order(lm, part, part.where(positions), metric, steps)
-        for part in track(pairs.batches(batch_size), "edges", enabled=progress)
-    ]
+    parts = list(zip(pairs.batches(batch_size), pairs.where(positions).split(batch_size), strict=True))
+    found = [first_order(lm, part, where, metric, steps) for part, where in track(parts, "edges", enabled=progress)]
     base, other = (np.concatenate([getattr(one, name) for one in found]) for name in ("base", "other"))
     moved = np.concatenate([one.values for one in found])
     values = share(moved + base[:, None, None], base, other, normalize=normalize)
@@ -189,11 +187,12 @@ def _true(
     """Their effects by path patching, everything else held: the mean over pairs of each, in order."""
     found: dict[tuple[str, str], list[NDArray[np.float64]]] = {edge: [] for edge in edges}
     base, other = [], []
-    for part in track(pairs.batches(batch_size), "true edges", enabled=progress):
+    parts = list(zip(pairs.batches(batch_size), pairs.where(positions).split(batch_size), strict=True))
+    for part, where in track(parts, "true edges", enabled=progress):
         for receiver in dict.fromkeys(receiver for _, receiver in edges):
             senders = [sender for sender, one in edges if one == receiver]
             nodes = () if receiver == LOGITS else receivers_of(receiver, "q")
-            stage = Stage(lm, part, nodes, positions, True, metric)
+            stage = Stage(lm, part, nodes, where, True, metric)
             for sender, row in zip(senders, stage.effects([[Node.of(one)] for one in senders]), strict=True):
                 found[sender, receiver].append(row)
         base.append(stage.runs.base)

@@ -76,6 +76,17 @@ def check_senders(given: Sequence[Node], receivers: Sequence[Node]) -> None:
             raise HeadscopeError(f"{node} can send nothing to {', '.join(map(str, receivers))}: it is not before them")
 
 
+def senders_of(given: Any) -> list[Node]:
+    """Senders as nodes: several, or one by itself.
+
+    Raises:
+        HeadscopeError: no such node.
+    """
+    if isinstance(given, str):
+        given = given.split(",")
+    return [Node.of(one) for one in ([given] if isinstance(given, Node) else given)]
+
+
 def receivers_of(given: Any, component: str) -> tuple[Node, ...]:
     """Receivers as nodes; () is the logits.
 
@@ -93,6 +104,10 @@ def receivers_of(given: Any, component: str) -> tuple[Node, ...]:
     if isinstance(given, tuple) and len(given) == 2 and all(isinstance(x, int) for x in given):
         given = [given]
     given = list(given)
+    if given == [LOGITS]:
+        return ()
+    if LOGITS in given:
+        raise HeadscopeError(f"the logits are no head that others stand beside: give receivers={LOGITS!r} alone")
     if not given:
         raise HeadscopeError(f"no heads were given as receivers: name some, such as 'L3H2.q', or {LOGITS!r}")
     return tuple(Node.of(one, component) for one in given)

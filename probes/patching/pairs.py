@@ -133,7 +133,7 @@ class Pairs:
         """Which tokens ``positions`` mean: bool (example, token).
 
         None: all; a number: one, from the prompt's end if negative; a name of ``spans``; a span (first, stop), or one
-        an example, counted from the example's first token.
+        an example, counted from the example's first token; what this returned, for these pairs, stands for itself.
 
         Raises:
             HeadscopeError: no such span, one that reaches beyond its prompt, or a prompt in which nothing is meant.
@@ -141,6 +141,8 @@ class Pairs:
         at, real = torch.arange(self.clean.shape[1]).expand(len(self), -1), self.real
         if positions is None:
             return real
+        if isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.shape == real.shape:
+            return positions
         if isinstance(positions, str):
             if positions not in self.spans:
                 raise HeadscopeError(f"no span is called {positions!r}; these pairs have {list(self.spans)}")

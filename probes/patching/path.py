@@ -18,7 +18,7 @@ from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.probes.patching.activation import Runs
-from headscope.probes.patching.nodes import LOGITS, Node, check_senders, receivers_of
+from headscope.probes.patching.nodes import LOGITS, Node, check_senders, receivers_of, senders_of
 from headscope.probes.patching.pairs import Metric, Pairs, logit_difference, measure, share
 from headscope.probes.patching.places import Change, Place, Places, chunks, in_turn, layers_of, put
 
@@ -72,13 +72,14 @@ def path_patching(
     """
     lm = load_model(lm)
     nodes, folder = receivers_of(receivers, component), None if out is None else Path(out)
-    parts = pairs.batches(25 if published else batch_size)
+    size = 25 if published else batch_size
+    parts, where = pairs.batches(size), pairs.where(positions).split(size)
     held: dict[int, Stage] = {}
 
     def stage(batch: int) -> Stage:
         if batch not in held:
             held.clear()
-            held[batch] = Stage(lm, parts[batch], nodes, positions, freeze_mlps, metric)
+            held[batch] = Stage(lm, parts[batch], nodes, where[batch], freeze_mlps, metric)
         return held[batch]
 
     senders = [Node(n, h) for n in stage(0).layers if n < stage(0).top for h in range(lm.info.heads)]
@@ -156,11 +157,11 @@ def path_effect(
         HeadscopeError: no such node, or a sender that comes before none of the receivers in the pass.
     """
     lm = load_model(lm)
-    nodes, given = receivers_of(receivers, component), [Node.of(sender) for sender in senders]
+    nodes, given = receivers_of(receivers, component), senders_of(senders)
     check_senders(given, nodes)
     values, base, other = [], [], []
-    for part in pairs.batches(batch_size):
-        stage = Stage(lm, part, nodes, positions, freeze_mlps, metric, mlps=any(node.head is None for node in given))
+    for part, where in zip(pairs.batches(batch_size), pairs.where(positions).split(batch_size), strict=True):
+        stage = Stage(lm, part, nodes, where, freeze_mlps, metric, mlps=any(node.head is None for node in given))
         values.append(stage.effects([given])[0])
         base.append(stage.runs.base)
         other.append(stage.runs.other)

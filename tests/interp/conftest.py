@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BatchFeature,
     Gemma3Processor,
     Idefics3Processor,
     LlavaOnevisionProcessor,
@@ -27,6 +28,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.video_utils import VideoMetadata, make_batched_videos
 
 from headscope.interp import load_model
 from headscope.interp.models import LanguageModel
@@ -36,7 +38,8 @@ SQUARE = {"height": 32, "width": 32}
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}<eos>\n"
+    "{% if c['type'] == 'image' %}IMAGE{% elif c['type'] == 'video' %}VIDEO{% else %}{{ c['text'] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}<eos>\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 NAMES = ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "idefics3", "paligemma")
@@ -96,6 +99,25 @@ def _without_video(kind: type) -> type:
     return type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda self, name, value: None})
 
 
+class Frames:
+    """In place of a Qwen video processor: patches of ``patch`` pixels, two frames and two by two of them a token."""
+
+    merge_size, temporal_patch_size, patch = 2, 2, 8
+    model_input_names = ("pixel_values_videos", "video_grid_thw")
+
+    def __call__(self, videos: Any, do_sample_frames: bool = True, **_: Any) -> BatchFeature:
+        assert not do_sample_frames
+        grids, rows = [], []
+        for video in make_batched_videos(videos):
+            x = torch.tensor(np.stack([np.asarray(frame) for frame in video])).float().permute(0, 3, 1, 2) / 127.5 - 1
+            frames, _, high, wide = x.shape
+            grids.append((frames // 2, high // 8, wide // 8))
+            x = x.reshape(frames // 2, 2, 3, high // 16, 2, 8, wide // 16, 2, 8)
+            rows.append(x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * 8 * 8))  # two by two, then patches
+        made = {"pixel_values_videos": torch.cat(rows), "video_grid_thw": torch.tensor(grids)}
+        return BatchFeature(made | {"video_metadata": [VideoMetadata(1, fps=2.0, frames_indices=[0]) for _ in grids]})
+
+
 def _processor(name: str) -> Any:
     """The processor of one architecture, for images of 32 x 32 pixels in patches of 8."""
     if name == "llava":
@@ -124,8 +146,10 @@ def _processor(name: str) -> Any:
         special = {key: f"<|{token}|>" for key, token in zip(keys, names, strict=True)}
         sizes = {"patch_size": 8, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 256, "max_pixels": 4096}
         kind = _without_video(QWEN[name])
-        template = TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-        return kind(Qwen2VLImageProcessorPil(**sizes), _tokenizer(**special), None, chat_template=template)
+        template = TEMPLATE
+        for media in ("IMAGE", "VIDEO"):
+            template = template.replace(media, f"<|vision_start|><|{media.lower()}_pad|><|vision_end|>")
+        return kind(Qwen2VLImageProcessorPil(**sizes), _tokenizer(**special), Frames(), chat_template=template)
     if name == "gemma3":
         special = {
             "image_token": "<image_soft_token>",

@@ -33,6 +33,7 @@ from headscope.interp.models.llava import RANK, SCALE, tokenizer, trained_part, 
 from headscope.interp.models.packages import PACKAGED, ensure_packaged
 from headscope.interp.prompts.scenes.drawing import arrays, render
 from headscope.interp.prompts.scenes.world import CLASSES, COLOURS, balanced_scene
+from headscope.interp.runs.measured import hardware
 
 BETAS = (0.9, 0.98)
 Log = Callable[..., None]
@@ -215,7 +216,7 @@ def main() -> None:
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
     accelerator, log = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no"), Clock()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    device = hardware("cuda" if torch.cuda.is_available() else "cpu")
     folder = ensure_packaged(PACKAGED[LANGUAGE])
     model = untrained(folder)
     if torch.cuda.is_available():

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,11 +23,13 @@ from headscope.interp.attention.handler import Handler
 from headscope.interp.cache import POLICIES
 from headscope.interp.cache.budget import Budget
 from headscope.interp.cache.reading import Reading
+from headscope.interp.cache.rows.neighbourhood import gna_mask
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached
 from headscope.interp.sites.rotary import rotations
 from headscope.kernels.kept import losses
 from headscope.kernels.request import Request
+from headscope.kernels.streaming.weights import Tile
 
 WINDOW, LATER, GROUP = 6, 4, 2
 
@@ -121,6 +125,29 @@ def ems(one: One, w: int = 3) -> Tensor:
     return torch.maximum(everywhere * local.mean(-1, keepdim=True) / everywhere.mean(-1, keepdim=True), local)
 
 
+FEATURES = torch.randn(8, 20, generator=torch.Generator().manual_seed(5)).double()
+
+
+def s3(one: One, active: int = 4, window: int = 3) -> Tensor:
+    """Feature by feature: what the last 3 queries and a key activate, both before RoPE."""
+    n, d = one.count, one.q.shape[-1]
+    back = rotary(torch.arange(n), d)
+
+    def features(x: Tensor) -> list[list[dict[int, float]]]:
+        z = (torch.einsum("tji,htj->hti", back, x[:, :n]) @ FEATURES).relu()
+        return [[{int(f): float(v) for v, f in zip(*t.topk(active), strict=True) if v > 0} for t in h] for h in z]
+
+    keys, queries, score = features(one.k), features(one.q), torch.zeros(one.k.shape[0], n).double()
+    for g, mine in enumerate(keys):
+        for t, own in enumerate(mine):
+            for h in range(g * GROUP, (g + 1) * GROUP):
+                for query in queries[h][-window:]:
+                    for f in query.keys() & own.keys():
+                        many = sum(f in other for other in mine)
+                        score[g, t] += query[f] / (math.log(1 + many) + 1) / GROUP
+    return score
+
+
 def oracle(one: One) -> Tensor:
     return grouped(one.whole[:, one.count :, : one.count].sum(1))
 
@@ -135,6 +162,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], Callable[[One], Tensor]]] = {
     "expected_attention": ({"sink": 2, "ahead_tokens": 50}, expected),
     "ems": ({"window": 3}, ems),
     "oracle": ({}, oracle),
+    "s3": ({"encoder": lambda x, layer: x @ FEATURES.to(x), "active": 4, "window": 3}, s3),
 }
 
 
@@ -278,7 +306,7 @@ def gates(one: One, block: int = 3, top: int = 2) -> Tensor:
     return shown
 
 
-def pooled(one: One, block: int = 3, top: int = 2) -> Tensor:
+def pooled(one: One, block: int = 4, top: int = 2) -> Tensor:
     """MInference's blocks: mean queries by mean keys of blocks that begin no later."""
     total = one.count + LATER
     shown = torch.zeros_like(one.whole, dtype=torch.bool)
@@ -329,11 +357,107 @@ def flexprefill(one: One, b: int = 2, gamma: float = 0.8, tau: float = 0.3, few:
     return shown
 
 
+def longheads(one: One, w: int = 2, n: int = 3, begin: int = 3) -> Tensor:
+    """LongHeads, token by token, from queries and keys turned back by matrices; a row of the prompt without itself."""
+    d, total = one.q.shape[-1], one.count + LATER
+    turn = rotary(torch.arange(total), d)
+    q, k = (torch.einsum("tji,htj->hti", turn, x) for x in (one.q, one.k))  # R^T: before RoPE
+    shown = torch.ones_like(one.whole, dtype=torch.bool)
+    for h in range(q.shape[0]):
+        summary = []
+        for g in range(total // w):
+            here = slice(g * w, g * w + w)
+            local_q, local_k = (torch.einsum("tij,tj->ti", turn[:w], x[here]) for x in (q[h], k[h // GROUP]))
+            c = ((one.scale * local_q @ local_k.T).softmax(-1) @ one.v[h // GROUP, here]).mean(0)
+            summary.append((one.scale * local_k @ c).softmax(-1) @ local_k)
+        for t in range(begin, total):
+            own = t // w
+            forced = {0, own - 1, own}
+            score = {g: float(q[h, t] @ summary[g]) for g in range(1, own - 1)}
+            kept = forced | set(sorted(score, key=lambda g: -score[g])[: n - len(forced)])
+            shown[h, t] = torch.tensor([j // w in kept and (j != t or t >= one.count) for j in range(total)])
+    return shown
+
+
+def critical_blocks(one: One, S: int = 4, c: int = 2) -> Tensor:
+    """CritiPrefill's P of one layer by itself: (kv_head, segment, block), 0 where a block is not before it."""
+    n = one.count
+    P = torch.zeros(one.k.shape[0], -(-n // S), -(-n // c)).double()
+    for g in range(P.shape[0]):
+        for s in range(1, P.shape[1]):
+            score = torch.zeros(s * S // c).double()
+            for b in range(len(score)):
+                keys = one.prompt[g, b * c : (b + 1) * c]
+                for q in one.q[g * GROUP : (g + 1) * GROUP, s * S : min((s + 1) * S, n)]:
+                    middle = (q.amax(0) + q.amin(0)) / 2
+                    score[b] += max(float(middle @ keys.amax(0)), float(middle @ keys.amin(0))) / GROUP
+            P[g, s, : len(score)] = score.softmax(-1)
+    return P
+
+
+def critiprefill(one: One, S: int = 2, c: int = 1, top: int = 1) -> Tensor:
+    """The first segment, the last and what comes later are dense; the others see themselves and the best block."""
+    P = critical_blocks(one, S, c)
+    shown = torch.ones_like(one.whole, dtype=torch.bool)
+    for h in range(one.whole.shape[0]):
+        for t in range(S, (one.count - 1) // S * S):
+            best = P[h // GROUP, t // S, : t // S * S // c].topk(top).indices.tolist()
+            shown[h, t] = torch.tensor([j // c in best or j // S == t // S for j in range(shown.shape[-1])])
+    return shown
+
+
+def rectified(
+    one: One, b: int = 2, share: float = 0.6, alone: int = 1, least: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rectified SpaAttn block by block: what is seen, the kept share R of every row, and the rectified output."""
+    total, scale = one.count + LATER, one.scale
+    parts = [slice(alone, alone)] + [slice(x, min(x + b, total)) for x in range(alone, total, b)]
+    shown = torch.zeros_like(one.whole, dtype=torch.bool)
+    kept, out = torch.ones(one.whole.shape[:2]).double(), torch.zeros_like(one.q)
+    for h in range(one.whole.shape[0]):
+        q, k, v = one.q[h], one.k[h // GROUP], one.v[h // GROUP]
+        shown[h, :alone] = True
+        rest = torch.zeros_like(q)
+        for r in range(1, len(parts)):
+            mean_q, single = q[parts[r]].mean(0), k[:alone]
+            mean_k = torch.stack([k[parts[c]].mean(0) for c in range(1, r + 1)])
+            p = (scale * torch.cat([single, mean_k]) @ mean_q).softmax(-1)
+            sizes = torch.tensor([parts[c].stop - parts[c].start for c in range(1, r + 1)]).double()
+            P = torch.cat([p[:alone].sum()[None], sizes * p[alone:]])
+            P = P / P.sum()
+            order = P.argsort(descending=True)
+            many = max(int((P[order].cumsum(0) <= share).sum()) + 1, least)
+            critical = set(order[:many].tolist()) | {0, r, max(r - 1, 0)}
+            dq = (q[parts[r]] - mean_q).abs().mean(0)
+            for c in range(r + 1):
+                if c in critical:
+                    shown[h, parts[r], parts[c] if c else slice(0, alone)] = True
+                    continue
+                own = mean_k[c - 1]
+                dk = (k[parts[c]] - own).abs().mean(0)
+                if abs(mean_q @ own) > abs(dq @ own) + abs(mean_q @ dk):
+                    kept[h, parts[r]] -= P[c]
+                    rest[parts[r]] += P[c] * v[parts[c]].mean(0)
+        a = one.whole[h] * shown[h]
+        out[h] = kept[h, :, None] * (a @ v) / a.sum(-1, keepdim=True) + rest
+    return shown, kept, out
+
+
+def neighbours(one: One) -> Tensor:
+    """A window of 4 around tiles of 3, of every second key, of a text that goes on: rows of a longer axis."""
+    total = one.count + LATER
+    return gna_mask(60, 4, 3, 2)[:total, :total].expand_as(one.whole)
+
+
 ROWS: dict[str, tuple[dict[str, Any], int, Callable[[One], Tensor]]] = {
     "vertical_slash": ({"window": 3, "vertical": 2, "slash": 3, "first": 1, "near": 1}, 5, vertical_and_slash),
     "moba": ({"block": 3}, 7, gates),
-    "block_sparse": ({"block": 3}, 6, pooled),
+    "block_sparse": ({"block": 4}, 8, pooled),  # short last blocks, some of them before padding
     "flexprefill": ({"block": 2, "gamma": 0.8, "tau": 0.3}, 2, flexprefill),
+    "longheads": ({"chunk": 2, "begin": 3}, 7, longheads),
+    "critiprefill": ({"segment": 2, "block": 1, "begin": 1, "skip": 0}, 1, critiprefill),
+    "rectified_spaattn": ({"block": 2, "share": 0.6, "alone": 1}, 2, lambda one: rectified(one)[0]),
+    "neighbourhood": ({"stride": 3, "dilation": 2, "causal": False}, 4, neighbours),
 }
 
 
@@ -352,6 +476,108 @@ def test_rows_see_what_the_specification_shows(
             mine = found[b, :, one.first : one.stop + LATER]
             assert (mine - wanted).abs().max() < 1e-5
             assert 0.2 < float(wanted.mean()) < 0.999
+
+
+def test_critiprefill_blends_in_the_layer_before(readings: list[Reading]) -> None:
+    """The same calls as layers 1 and 2 of a model: 0.25 P' + 0.75 P; a layer that is skipped is whole."""
+    policy = POLICIES["critiprefill"](segment=4, block=2, begin=1)
+    carried: dict[int, Tensor] = {}
+    each = [replace(x, call=x.call.with_(layer=i + 1), carried=carried) for i, x in enumerate(readings)]
+    found = [policy.criticality(reading) for reading in each]
+    for b in range(found[0].shape[0]):
+        own = [critical_blocks(One(reading, b)) for reading in each]
+        wanted = own[0], 0.25 * own[0] + 0.75 * own[1]
+        for mine, P in zip(found, wanted, strict=True):
+            assert (mine[b, :, 1 : P.shape[1], : P.shape[2]] - P[:, 1:]).abs().max() < 1e-5
+    tile = policy.keeps(readings[0], [Budget(keys=4)])[0](Tile(slice(0, 9), slice(0, 9), torch.zeros(1, 4, 9, 9)))
+    assert tile.all() and readings[0].call.layer == 0
+
+
+def test_the_rectified_output_and_the_estimated_recall(readings: list[Reading]) -> None:
+    """Sums of at most 18 weights of 1e-7 each, times values of a few units: 1e-5."""
+    policy, budget, repaired = POLICIES["rectified_spaattn"](block=2, share=0.6, alone=1), Budget(keys=2), 0
+    for reading in readings:
+        kept, out = policy.implicit(reading, budget).kept, policy.output(reading, budget)
+        for b in range(out.shape[0]):
+            one = One(reading, b)
+            _, wanted, z = rectified(one)
+            assert (out[b, :, one.first : one.stop + LATER] - z).abs().max() < 1e-5
+            mine = kept[b, :, 1:].repeat_interleave(2, -1)[:, : wanted.shape[1] - 1]
+            assert (mine - wanted[:, 1:]).abs().max() < 1e-5
+            repaired += int((wanted < 1).sum())
+    assert repaired
+
+
+def test_layers_that_keep_enough_of_the_last_rows_are_sparse(readings: list[Reading]) -> None:
+    """By hand from the last 3 rows; whichever the threshold, a text is whole or is the sparse policy's."""
+    budget, policy = [Budget(keys=3)], POLICIES["routed"](sparse="knorm", window=3)
+    for reading in readings:
+        sparse = POLICIES["knorm"]().keeps(reading, budget)[0]
+        assert isinstance(sparse, Tensor)
+        recall = []
+        for b in range(reading.stop.shape[0]):
+            one = One(reading, b)
+            shown = sparse[b, :, one.first : one.stop].repeat_interleave(4 // sparse.shape[1], 0)
+            recall.append(float((one.A[:, -3:] * shown[:, None]).sum(-1).mean()))
+        for least in (*((x + 1e-4) for x in recall), *((x - 1e-4) for x in recall)):
+            whole = [x < least for x in recall]
+            routed = replace(policy, least=least)
+            assert routed.kept_whole(reading, budget)[0].tolist() == whole
+            keep = routed.keeps(reading, budget)[0]
+            assert isinstance(keep, Tensor)
+            for b, dense in enumerate(whole):
+                assert keep[b].all() if dense else torch.equal(keep[b], sparse[b])
+        rows = replace(policy, sparse="moba", least=1.0).keeps(reading, budget)[0]
+        tile = Tile(slice(4, 9), slice(0, 9), torch.zeros(1, 4, 5, 9))
+        assert callable(rows) and rows(tile).shape[-2:] == (5, 9)
+    with pytest.raises(HeadscopeError, match="oracle needs measured"):
+        POLICIES["routed"](sparse="oracle")
+    with pytest.raises(HeadscopeError, match="did you mean 'knorm'"):
+        POLICIES["routed"](sparse="knrm")
+
+
+def grid_by_hand(shape: tuple[int, ...], w: int, s: int, dl: int, causal: bool) -> Tensor:
+    """The definition, place by place, of windows alike along every axis."""
+    places = list(product(*map(range, shape)))
+    mask = torch.ones(len(places), len(places), dtype=torch.bool)
+    for a, query in enumerate(places):
+        for b, key in enumerate(places):
+            for x, i, j in zip(shape, query, key, strict=True):
+                members = [y for y in range(x) if y % dl == i % dl]
+                at, other, last = i // dl, j // dl, len(members) - 1
+                if causal:
+                    seen = other <= at and min(at // s * s + s - 1, last) - other < w
+                else:
+                    leader = min(at // s * s + s // 2, last)
+                    centre = min(max(leader, w // 2), last - (w // 2 + w % 2 - 1))
+                    seen = centre - w // 2 <= other <= centre + w // 2 + w % 2 - 1
+                mask[a, b] &= seen and j % dl == i % dl
+    return mask
+
+
+def test_neighbourhoods_of_grids() -> None:
+    settings = [(4, 1, 1), (5, 1, 1), (4, 3, 2), (3, 2, 3), (6, 6, 1)]
+    cases = [((13,), *one) for one in settings] + [((6, 7), 3, 2, 2)]
+    for (shape, w, s, dl), causal in product(cases, [False, True]):
+        mask = gna_mask(shape if len(shape) > 1 else shape[0], w, s, dl, causal)
+        assert torch.equal(mask, grid_by_hand(shape, w, s, dl, causal)), (shape, w, s, dl, causal)
+        if not causal:
+            assert (mask.sum(-1) == w ** len(shape)).all()  # windows move at borders, and do not shrink
+    both = gna_mask((6, 5), (3, 2), (1, 2), causal=(True, False))
+    assert torch.equal(both, torch.kron(gna_mask(6, 3, 1, 1, True).int(), gna_mask(5, 2, 2).int()).bool())
+    with pytest.raises(HeadscopeError, match="a stride of 1 to the window"):
+        gna_mask(8, 3, 4)
+    with pytest.raises(HeadscopeError, match="2 values for 1 axes"):
+        gna_mask(8, (3, 3))
+    with pytest.raises(HeadscopeError, match="more than the window, 2"):
+        POLICIES["neighbourhood"](stride=3).shows(torch.arange(4), torch.arange(4), torch.tensor(2))
+
+
+def test_a_stride_of_one_is_a_sliding_window() -> None:
+    at = torch.arange(9)
+    seen = POLICIES["neighbourhood"]().shows(at[:, None], at[None, :], torch.tensor(3))
+    gap = at[:, None] - at[None, :]
+    assert torch.equal(seen, (gap >= 0) & (gap < 3))
 
 
 def test_flexprefill_takes_more_blocks_of_query_aware_heads(monkeypatch: pytest.MonkeyPatch) -> None:

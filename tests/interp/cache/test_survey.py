@@ -81,6 +81,9 @@ def test_while_reading_the_whole_text_is_measured(lm: LanguageModel) -> None:
 def test_every_policy_runs_and_none_beats_the_ceilings(lm: LanguageModel) -> None:
     small = {"snapkv": {"window": 4}, "ems": {"window": 4}, "dapq": {"tokens": 4}}
     small |= {"moba": {"block": 4}, "block_sparse": {"block": 2}, "flexprefill": {"block": 4}}
+    small |= {"longheads": {"chunk": 2, "begin": 4}, "critiprefill": {"segment": 4, "block": 2, "begin": 4}}
+    small |= {"rectified_spaattn": {"block": 4}, "routed": {"sparse": "knorm"}}
+    small |= {"s3": {"encoder": lambda x, layer: torch.cat([x, -x], -1), "active": 4}}
     every = [POLICIES[name](**small.get(name, {})) for name in POLICIES]
     found = lose(lm, every, [8], PROMPTS[:1], answer=ANSWER, progress=False)
     recall = dict(zip([policy.name for policy in every], found.mean()[:, 0], strict=True))
@@ -125,6 +128,8 @@ def test_a_run_is_kept_resumed_and_read_again(lm: LanguageModel, tmp_path: Path)
         ({"budgets": []}, "at least one budget"),
         ({"answer": 30}, "of which the last 30 are the answer"),
         ({"first": 3}, "is a row of at='prefill'"),
+        ({"policies": "s3"}, "which only Python can give"),
+        ({"policies": "critiprefill", "layers": [1]}, "measure all layers"),
         ({"at": "never"}, "'decode' or 'prefill'"),
     ],
 )

@@ -41,6 +41,9 @@ def test_policies_are_compared(capsys: pytest.CaptureFixture[str], model: str, t
     assert (out / "cache.html").stat().st_size > 1_000_000 and not find_all(out)
     config = json.loads((out / "discover-cache.config.json").read_text())
     assert config["settings"]["window"] == 4 and config["settings"]["answer"] == 6
+    code, _, err = run(capsys, "report", str(out))
+    page = (out / "report.html").read_text()
+    assert code == 0 and "What a cache would lose" in page and "keys in common at 0.5" in page, err
     _figures_hold(found)
 
 

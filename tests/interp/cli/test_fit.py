@@ -10,7 +10,7 @@ import pytest
 
 from headscope.interp.cli import main
 from headscope.interp.models import load_model
-from headscope.interventions import AddToHeads, AffineHeads, load_intervention
+from headscope.interventions import AddToHeads, AffineHeads, EvictKeys, load_intervention
 from headscope.interventions.fitted import FITS
 
 DATA: dict[str, list[dict[str, Any]]] = {
@@ -18,8 +18,11 @@ DATA: dict[str, list[dict[str, Any]]] = {
         {"question": f"{i} and {i + 1}?", "choices": [f"{i} up", f"{i} down"], "labels": [1, 0]} for i in range(10)
     ],
     "lofit": [{"prompt": f"{i} and", "response": f" {i + 1} go"} for i in range(10)],
+    "duo_attention": [{"prompt": f"{i} and more", "response": f" {i + 1} go"} for i in range(3)],
 }
 SETTINGS = {"iti": ("share=0.4", "alpha=3"), "lofit": ("top=3", "epochs=1", "offset_rate=0.1")}
+SETTINGS |= {"duo_attention": ("sink=1", "recent=2", "keep_sink=1", "keep_recent=2", "updates=3")}
+HEADS = {"iti": 3, "lofit": 3, "duo_attention": 4}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -39,7 +42,7 @@ def test_every_fit_gives_an_edit_to_evaluate(capsys: pytest.CaptureFixture[str],
         command = ("fit", kind, "--model", model, "--data", str(data), "--out", str(out), *options)
         code, printed, err = run(capsys, *command, "--json")
         assert code == 0, err
-        assert len(json.loads(printed)["heads"]) == 3 and json.loads(printed)["file"] == str(out)
+        assert len(json.loads(printed)["heads"]) == HEADS[kind] and json.loads(printed)["file"] == str(out)
         code, _, err = run(capsys, *command)
         assert code == 2 and "is there already" in err and err.count("\n") == 1
         out.with_name(f"{kind}.json").unlink(), out.unlink()
@@ -47,9 +50,9 @@ def test_every_fit_gives_an_edit_to_evaluate(capsys: pytest.CaptureFixture[str],
         assert code == 0 and "heads" in printed and "saved:" in err
         edits += ["--with", str(out)]
     lm = load_model(model)
-    assert [type(load_intervention(x, lm)) for x in edits[1::2]] == [AddToHeads, AffineHeads]
+    assert [type(load_intervention(x, lm)) for x in edits[1::2]] == [AddToHeads, AffineHeads, EvictKeys]
     small = ("--set", "length=16", "--set", "passages=2", "--controls", "1", "--json")
-    code, printed, err = run(capsys, "evaluate", "text_loss", "--model", model, *edits[2:], *small)
+    code, printed, err = run(capsys, "evaluate", "text_loss", "--model", model, *edits[2:4], *small)
     assert code == 0, err
     changed = [row["delta"] for row in json.loads(printed)["summary"] if row["kind"] == "intervention"]
     assert len(changed) == 1 and abs(changed[0]) > 1e-6

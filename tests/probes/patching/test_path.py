@@ -13,6 +13,8 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
+from headscope.probes.patching.attribution import attribution_patching
+from headscope.probes.patching.edges import edge_attribution
 from headscope.probes.patching.nodes import Node
 from headscope.probes.patching.pairs import Pairs
 from headscope.probes.patching.path import Stage, path_effect, path_patching
@@ -176,6 +178,30 @@ def test_a_name_is_not_taken_for_other_tokens(tiny_model, pairs: Pairs, tmp_path
         path_patching(lm, there, **settings)
 
 
+def test_a_span_an_example_is_cut_with_the_batches(tiny_model, pairs: Pairs) -> None:
+    """Spans are of the pairs, not of whatever batch they are run in."""
+    lm, spans = tiny_model("llama"), [(int(n) - 1 - 4 * (i % 2), int(n)) for i, n in enumerate(pairs.lengths)]
+
+    def effect(positions: object, batch: int) -> np.ndarray:
+        return path_effect(lm, pairs, "L0H1", "L2H1.v", positions=positions, batch_size=batch)
+
+    assert np.allclose(effect(spans, 2), effect(spans, 9), **CLOSE)
+    assert not np.allclose(effect(spans, 9), effect(-1, 9), **CLOSE)
+    paths = [path_patching(lm, pairs, "L2H0.v", positions=spans, batch_size=n, progress=False) for n in (2, 9)]
+    estimates = [attribution_patching(lm, pairs, positions=spans, batch_size=n, progress=False) for n in (2, 9)]
+    edges = [edge_attribution(lm, pairs, positions=spans, batch_size=n, sample=0, progress=False) for n in (2, 9)]
+    for one, two in (
+        [found.trials for found in paths],
+        [found.scores.trials for found in estimates],
+        [found.values for found in edges],
+    ):
+        assert np.allclose(one, two, equal_nan=True, **CLOSE)
+
+
+def test_one_sender_by_name_and_logits_in_a_list(lm: LanguageModel, pairs: Pairs) -> None:
+    assert np.array_equal(path_effect(lm, pairs, "L0H1"), path_effect(lm, pairs, ["L0H1"], ["logits"]))
+
+
 def test_equal_prompts_send_nothing(lm: LanguageModel, pairs: Pairs) -> None:
     found = path_patching(lm, replace(pairs, corrupt=pairs.clean), "L2H0.v", normalize=False)
     assert np.nanmax(np.abs(found.trials)) < 1e-5
@@ -188,6 +214,7 @@ def test_nodes_by_name_and_what_is_refused(pairs: Pairs, tiny_model, unchanged_o
     for call, words in (
         (lambda: path_patching(lm, pairs, "H3"), "names no node"),
         (lambda: path_patching(lm, pairs, []), "no heads were given"),
+        (lambda: path_effect(lm, pairs, "L0H0", ["logits", "L2H1"]), "the logits are no head"),
         (lambda: path_effect(lm, pairs, ["L0H0"], HeadSet(())), "no heads were given"),
         (lambda: path_patching(lm, pairs, "L0H0"), "none can send"),
         (lambda: path_patching(lm, pairs, "L5H0"), "has no L5H0.q"),

@@ -86,6 +86,45 @@ def test_mass_on_spans_equals_eager(built, picture):
                 assert float(p[..., at].sum(-1).max()) > 0.05, "too little mass for this test to notice a mistake"
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_frames_of_a_video_are_a_span(vision_model, picture, name):
+    """Two frames and two by two patches are a token; a picture in the same chat is another span."""
+    model, made = vision_model(name)
+    frames, image = [picture(i, 32, 32) for i in range(4)], {"type": "image", "image": picture(9, 32, 32)}
+
+    def read(video):
+        parts = [{"type": "video", "video": video}, image, {"type": "text", "text": "?"}]
+        return vision_prompt(model, made, [{"role": "user", "content": parts}])
+
+    prompt = read(frames)
+    ids = prompt.inputs["input_ids"][0].tolist()
+    token = made.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    spans = {kind: covered(prompt.spans[kind][0]) for kind in ("video", "video_0", "image")}
+    assert spans["video"] == spans["video_0"] == [i for i, one in enumerate(ids) if one == token]
+    assert len(spans["video"]) == 2 * 2 * 2 and len(spans["image"]) == 2 * 2
+    with prompt.published(), trace(model, SpanMass({kind: kind for kind in ("video", "image")})) as tracer:
+        model(**prompt.inputs, use_cache=False)
+    with eager_weights(model) as seen, torch.no_grad():
+        model(**prompt.inputs, use_cache=False)
+    for where, p in seen:
+        if tower_of(where, model) == "language":
+            got = tracer.record["span_mass"].sel(example=0, layer=parse_name(where, None)[1])
+            for kind in ("video", "image"):  # as in test_mass_on_spans_equals_eager
+                wanted = p[0][..., spans[kind]].double().sum(-1)
+                np.testing.assert_allclose(got.sel(span=kind), wanted, atol=1600 * EPS)
+                assert float(wanted.max()) > 0.05
+    assert torch.equal(read(np.stack(frames)).inputs["pixel_values_videos"], prompt.inputs["pixel_values_videos"])
+    for given, why in (
+        ("a.mp4", "given by its frames"),
+        ([], "given by its frames"),
+        ([picture(0, 32, 32), picture(1, 64, 32)], "differ in size"),
+    ):
+        with pytest.raises(HeadscopeError, match=why):
+            vision_prompt(model, made, [{"role": "user", "content": [{"type": "video", "video": given}]}])
+    with pytest.raises(HeadscopeError, match="without its video"):
+        vision_prompt(model, made, [{"role": "user", "content": [{"type": "video"}]}])
+
+
 def test_a_chat_publishes_its_spans_and_its_end(vision_model, picture):
     """By name is by position; and the end is where generation begins, on either side of the padding."""
     model, made = vision_model("llava")

@@ -1,0 +1,1 @@
+"""In-context classification of Reddy (2024): sequences, the attention-only network, its progress measures."""

@@ -1,0 +1,1 @@
+"""A recall task in which the one relevant token of every answer is known."""
