@@ -25,11 +25,13 @@ EXPERIMENTS: Registry[Experiment] = Registry(
     "headscope.interp.laboratory.experiments",
     {
         "abrupt_icl": "abrupt_icl:AbruptICL",
+        "focusft": "focusft:FocuSFT",
         "linear_regression": "linear_regression:LinearRegression",
         "position_bias": "position_bias:PositionBias",
         "scan_and_snap": "scan_and_snap:ScanAndSnap",
         "sink_emergence": "sink_emergence:SinkEmergence",
         "variants": "variants:Variants",
+        "vision_transformer": "vision_transformer:VisionTransformerStudy",
     },
 )
 

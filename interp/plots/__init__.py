@@ -7,6 +7,7 @@ from headscope.interp.plots.doses import dose_response
 from headscope.interp.plots.learning import learning_curve
 from headscope.interp.plots.maps import head_map, ranked, statistic_map
 from headscope.interp.plots.pattern import pattern
+from headscope.interp.plots.patterns import pattern_map
 from headscope.interp.plots.picture import on_picture
 from headscope.interp.plots.profile import statistic_profile
 from headscope.interp.plots.prompt import head_on_prompt
@@ -26,6 +27,7 @@ __all__ = [
     "on_picture",
     "overlap_map",
     "pattern",
+    "pattern_map",
     "policy_map",
     "ranked",
     "score_scatter",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +92,15 @@ def test_an_experiment_resumes_and_is_judged(tmp_path: Path) -> None:
         run_experiment(Copying(), seeds=(1, 1))
     with pytest.raises(HeadscopeError, match="no curve 'copper'; choose copier"):
         kept.curve("copper", "entropy")
+
+
+def test_a_label_with_one_row_is_a_map_of_heads(tmp_path: Path) -> None:
+    rows = {"step": 9, "drop": [[0.1, 0.2], [0.3, None]], "drop.low": [[0, 0], [0, 0]], "drop.high": [[1, 1], [1, 1]]}
+    curves = {"heads": [rows], "model": [{"step": 0, "loss": 1.0}, {"step": 9, "loss": 0.5}]}
+    found = Findings("some", {}, (4,), [{"numbers": {"loss": 0.5}, "curves": curves}], [], {"device": "CPU"})
+    page = lab_page(found).save(tmp_path / "page.html").read_text()
+    packed = re.findall(r'id="data-\d+">([^<]+)<', page)
+    first, second = (json.loads(gzip.decompress(base64.b64decode(one))) for one in packed)
+    assert first["layout"]["title"]["text"] == "drop of heads, seed 4" and first["data"][0]["type"] == "heatmap"
+    assert "interval [0, 1]" in first["data"][0]["text"][0][0] and "drop.low of" not in page
+    assert second["layout"]["title"]["text"] == "Loss of model"
