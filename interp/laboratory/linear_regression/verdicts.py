@@ -64,9 +64,12 @@ def _order(numbers: Numbers, several: Sequence[int], examples: int) -> Claim:
     one = numbers[f"loss_h1_L{examples}"]
     losses = {h: numbers[f"loss_h{h}_L{examples}"] for h in several}
     beside = ", ".join(f"{name} {_spread(numbers[f'{name}_L{examples}'])}" for name in ("descent", "debiased", "bayes"))
-    held = all(bool((x < one).all()) for x in losses.values())
+    held = all(bool((x <= (1 - NEAR) * one).all()) for x in losses.values())
     return Claim(
-        "Several heads do better than one", "0.43 against 0.22", f"1: {_spread(one)}; {_heads(losses)}; {beside}", held
+        "Several heads do better than one, by a tenth at least",
+        "0.43 against 0.22",
+        f"1: {_spread(one)}; {_heads(losses)}; {beside}",
+        held,
     )
 
 
