@@ -17,7 +17,7 @@ class Differential(Variant):
     parameters as softmax attention; then an RMS norm of each head, times 1 - lambda_0.
 
     lambda = exp(a1.b1) - exp(a2.b2) + lambda_0, of four learned vectors a layer; lambda_0 = 0.8 - 0.6 exp(-0.3 layer).
-    A head is traced as its two patterns, side by side.
+    A head is traced as its two patterns, side by side. The formula is from memory of the paper.
     """
 
     name: ClassVar[str] = "differential"

@@ -22,7 +22,7 @@ class Landmark(Variant):
 
     That is exactly a softmax of s + the landmark's score - logsumexp of s over the block. The paper puts a landmark
     token behind every block of 50; [OURS]: no token is put in, a landmark is a second key of the block's last token,
-    and blocks are of 8. Landmarks have no slope under ALiBi.
+    and blocks are of 8. Landmarks have no slope under ALiBi. The formula is from memory of the paper.
 
     Raises:
         HeadscopeError: the shape's mask is not plainly causal.
