@@ -177,7 +177,7 @@ def test_parameters_come_back() -> None:
 
 @pytest.mark.slow
 def test_it_learns_in_context_or_in_weights() -> None:
-    small = replace(AbruptICL().quick(), rate=0.2, steps=600, few=(16,), tests=200, every=150)
+    small = replace(AbruptICL().quick(), rate=0.2, steps=500, few=(16,), tests=200, every=125)
     found = run_experiment(small, seeds=(0,), device="cpu")
     numbers = {name: float(value[0]) for name, value in found.numbers.items()}
     assert numbers["ic_base"] > 0.7 and numbers["ic2_base"] > 0.7  # 0.5: choosing among the context's labels
@@ -186,4 +186,4 @@ def test_it_learns_in_context_or_in_weights() -> None:
     assert numbers["ila1_height_base"] > 0.25 and numbers["ila1_height_K16"] < 0.1
     said = found.verdicts().set_index("claim")["held"]
     assert said["Many classes favour the context (IC)"] == said["Few classes favour the weights (IW)"] == "yes"
-    assert found.curve("base", "alpha")["step"].tolist() == [0, 150, 300, 450, 600]
+    assert found.curve("base", "alpha")["step"].tolist() == [0, 125, 250, 375, 500]
