@@ -43,7 +43,13 @@ def lab(
         folder = None if out is None else out / one.name
         drawn = numbers(seeds, int, "--seeds")
         found = run_experiment(asked, seeds=drawn, out=folder, device=device, command=command)
-        shown.append({"experiment": one.name, "claims": found.verdicts().to_dict("records"), "numbers": found.numbers})
+        shown.append(
+            {
+                "experiment": one.name,
+                "claims": found.verdicts().to_dict("records"),
+                "numbers": found.summary().to_dict("records"),
+            }
+        )
         if folder is not None:
             lab_page(found).save(folder / "page.html")
         if not as_json:
