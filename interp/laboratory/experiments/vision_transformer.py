@@ -23,6 +23,7 @@ from headscope.interp.laboratory.vision_transformer.pruning import MEASURES, PLA
 from headscope.interp.laboratory.vision_transformer.reach import maps, mean_hops, patterns, profile
 from headscope.interp.laboratory.watch import Watch
 from headscope.interp.registry import check_counts
+from headscope.interp.reports.page import Report
 from headscope.interp.results.findings import Claim, Numbers
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.statistics import SinkMass
@@ -142,8 +143,9 @@ class VisionTransformerStudy(Experiment):
         )
         bench.curves["heads"] = [{"step": self.steps, **_of_heads(found)}]
         if bench.folder is not None:
-            bench.folder.mkdir(parents=True, exist_ok=True)
-            plots.pattern_map(found.embedding).write_html(bench.folder / "patterns.html", include_plotlyjs="cdn")
+            page = Report("Map of patterns", f"seed {bench.seed}")
+            page.figure(plots.pattern_map(found.embedding), "Heads whose patterns look alike lie close together")
+            page.save(bench.folder / "patterns.html")
         parameters = sum(p.numel() for p in model.parameters())
         return {"parameters": parameters, "accuracy": rows[-1]["accuracy"], **_numbers(found)}
 

@@ -196,4 +196,4 @@ def test_the_study_in_small(tmp_path: Path) -> None:
     assert np.shape(row["all.drop"]) == (2, 4) and np.abs(row["patches.distance"][1]).max() == 0
     rings = sum(np.array(row[f"ring.{hop}"]) for hop in range(4))
     np.testing.assert_allclose(rings + row["cls_mass"], 1, atol=5 * 5e-6)  # each is rounded to 5 places
-    assert "L1H3" in (tmp_path / "seed-0" / "patterns.html").read_text()
+    assert "Heads whose patterns look alike" in (tmp_path / "seed-0" / "patterns.html").read_text()
