@@ -70,27 +70,9 @@ def lose(
     asked = [Budget.of(x) for x in ([budgets] if isinstance(budgets, int | float | str) else budgets)]
     if not asked or len(set(asked)) < len(asked):
         raise HeadscopeError("give at least one budget, and each once, e.g. budgets=[64, 256]")
-    check_counts(1, answer=answer)
-    check_counts(0, first=first)
-    if at not in ("decode", "prefill"):
-        raise HeadscopeError(f"at must be 'decode' or 'prefill', not {at!r}")
-    if layers is not None and (isinstance(layers, int) or not list(layers)):
-        raise HeadscopeError(f"layers is a list of layers, [0, 5], or None for all, not {layers!r}")
-    if getattr(lm.model.config, "is_encoder_decoder", False):
-        raise HeadscopeError(f"{lm.name} reads with an encoder: keys are kept of one sequence, in a decoder alone")
+    _check(lm, chosen, at, answer, first, layers)
     given = Prompts(lm, prompts)
-    if at == "decode" and min(given.lengths) <= answer:
-        raise HeadscopeError(
-            f"a prompt has {min(given.lengths)} tokens, of which the last {answer} are the answer: give longer ones, "
-            "or a smaller answer="
-        )
-    if not 0 <= first < min(given.lengths) or (first and at == "decode"):
-        raise HeadscopeError(
-            f"first={first} is a row of at='prefill', and the shortest text has {min(given.lengths)} tokens"
-        )
-    for name, policy in chosen.items():
-        if layers is not None and "carried" in policy.needs:
-            raise HeadscopeError(f"{name} goes by what it decided in the layers below: measure all layers (no layers=)")
+    _check_lengths(given.lengths, at, answer, first)
     config: dict[str, Any] = {
         "policies": list(chosen),
         "settings": [_settings(policy) for policy in chosen.values()],
@@ -126,6 +108,35 @@ def lose(
     if folder is not None:
         found.save(folder)
     return found
+
+
+def _check(
+    lm: LanguageModel, policies: dict[str, Policy], at: str, answer: int, first: int, layers: Sequence[int] | None
+) -> None:
+    """Refuse what cannot be asked of any text."""
+    check_counts(1, answer=answer)
+    check_counts(0, first=first)
+    if at not in ("decode", "prefill"):
+        raise HeadscopeError(f"at must be 'decode' or 'prefill', not {at!r}")
+    if layers is not None and (isinstance(layers, int) or not list(layers)):
+        raise HeadscopeError(f"layers is a list of layers, [0, 5], or None for all, not {layers!r}")
+    if getattr(lm.model.config, "is_encoder_decoder", False):
+        raise HeadscopeError(f"{lm.name} reads with an encoder: keys are kept of one sequence, in a decoder alone")
+    for name, policy in policies.items():
+        if layers is not None and "carried" in policy.needs:
+            raise HeadscopeError(f"{name} goes by what it decided in the layers below: measure all layers (no layers=)")
+
+
+def _check_lengths(lengths: Sequence[int], at: str, answer: int, first: int) -> None:
+    """Refuse texts that are too short for what is measured of them."""
+    shortest = min(lengths)
+    if at == "decode" and shortest <= answer:
+        raise HeadscopeError(
+            f"a prompt has {shortest} tokens, of which the last {answer} are the answer: give longer ones, or a "
+            "smaller answer="
+        )
+    if first >= shortest or (first and at == "decode"):
+        raise HeadscopeError(f"first={first} is a row of at='prefill', and the shortest text has {shortest} tokens")
 
 
 def _say_whole(found: CacheLosses, budgets: Sequence[Budget]) -> None:

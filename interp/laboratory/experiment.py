@@ -25,12 +25,14 @@ from headscope.interp.runs.provenance import provenance
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Where one seed of an experiment runs. ``curves`` holds what was recorded of each model it trained."""
+    """Where one seed of an experiment runs. ``curves`` holds what was recorded of each model it trained, ``settings``
+    are the experiment's, which its checkpoints keep."""
 
     seed: int
     device: str
     folder: Path | None
     curves: dict[str, list[dict[str, Any]]]
+    settings: Mapping[str, Any]
 
     def train(
         self,
@@ -45,7 +47,8 @@ class Bench:
     ) -> list[dict[str, Any]]:
         """``train`` under a label of its own; further arguments are its."""
         folder = None if self.folder is None else self.folder / label
-        rows = train(model, loss, optimizer, steps=steps, watch=watch, folder=folder, device=self.device, **more)
+        rows = train(model, loss, optimizer, steps=steps, watch=watch, folder=folder, device=self.device,
+                     settings={"seed": self.seed, **self.settings}, **more)  # fmt: skip
         self.curves[label] = rows
         return rows
 
@@ -101,14 +104,16 @@ def run_experiment(
     """
     if not seeds or len(set(seeds)) != len(seeds):
         raise HeadscopeError(f"give different seeds, at least one, not {list(seeds)}")
+    if device not in (None, "cpu", "cuda"):
+        raise HeadscopeError(f"the laboratory runs on cpu or cuda, not {device!r}: CUDA_VISIBLE_DEVICES chooses a card")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = json.loads(json.dumps(asdict(experiment)))
     folder = None if out is None else Path(out)
-    config = {"experiment": experiment.name, "settings": settings, "device": place.partition(":")[0]}
+    config = {"experiment": experiment.name, "settings": settings, "device": place}
     journal = Journal(None if folder is None else folder / "lab.jsonl", config)
     for seed in seeds:
         if seed not in journal.entries:
-            journal.add(seed, _one(experiment, seed, place, folder))
+            journal.add(seed, _one(experiment, seed, place, folder, settings))
     outcomes = [journal.entries[seed] for seed in seeds]
     made = provenance(None, command=command) | {"device": hardware(place)}
     claims = experiment.claims(numbers_of(outcomes))
@@ -118,9 +123,11 @@ def run_experiment(
     return found
 
 
-def _one(experiment: Experiment, seed: int, device: str, folder: Path | None) -> dict[str, Any]:
+def _one(
+    experiment: Experiment, seed: int, device: str, folder: Path | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     start = time.perf_counter()
     torch.manual_seed(seed)
-    bench = Bench(seed, device, None if folder is None else folder / f"seed-{seed}", {})
+    bench = Bench(seed, device, None if folder is None else folder / f"seed-{seed}", {}, settings)
     numbers = {name: float(value) for name, value in experiment.run(bench).items()}
     return {"numbers": numbers, "curves": bench.curves, "seconds": round(time.perf_counter() - start, 1)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.laboratory.watch import Watch
 from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.journal import plain, require_same
 
 Loss = Callable[[Any, int], Tensor]  # of the model and the step
 
@@ -31,6 +32,7 @@ def train(
     folder: Path | None = None,
     save_every: int = 1000,
     device: str | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Train ``model`` for ``steps`` optimizer steps, and return the rows that ``watch`` recorded.
 
@@ -48,14 +50,16 @@ def train(
         folder: of checkpoints; None keeps none.
         save_every: steps between two checkpoints.
         device: ``"cpu"`` keeps a run there; None takes accelerate's choice (a GPU where there is one).
+        settings: whatever else decides what is trained, JSON-able: checkpoints keep it.
 
     Raises:
-        HeadscopeError: the loss is no number any more; the checkpoint belongs to another number of steps.
+        HeadscopeError: the loss is no number any more; the checkpoint is of other steps or settings.
     """
     accelerator = Accelerator(cpu=device == "cpu")
     model, optimizer = accelerator.prepare(model, optimizer)
     base = [group["lr"] for group in optimizer.param_groups]
-    first, rows = _resume(accelerator, folder, steps)
+    made = plain({"steps": steps, **(settings or {})})
+    first, rows = _resume(accelerator, folder, made)
     for step in range(first, steps):
         if step % watch.every == 0:
             rows.append({"step": step, **watch.measure(model)})
@@ -73,7 +77,7 @@ def train(
             accelerator.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         if folder is not None and (step + 1) % save_every == 0 and step + 1 < steps:
-            _save(accelerator, folder, step + 1, steps, rows)
+            _save(accelerator, folder, step + 1, made, rows)
     rows.append({"step": steps, **watch.measure(model)})
     return rows
 
@@ -84,11 +88,11 @@ def generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device).manual_seed(mixed)
 
 
-def _save(accelerator: Accelerator, folder: Path, step: int, steps: int, rows: list[dict[str, Any]]) -> None:
+def _save(accelerator: Accelerator, folder: Path, step: int, made: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """A new folder, then the line that names it: a kill in between leaves the last one in force."""
     kept = folder / f"step-{step}"
     accelerator.save_state(str(kept))
-    line = {"step": step, "steps": steps, "rows": rows}
+    line = {"step": step, "settings": made, "rows": rows}
     write_atomically(folder / "training.json", json.dumps(line).encode())
     for old in folder.glob("step-*"):
         if old != kept:
@@ -97,12 +101,11 @@ def _save(accelerator: Accelerator, folder: Path, step: int, steps: int, rows: l
             old.rmdir()
 
 
-def _resume(accelerator: Accelerator, folder: Path | None, steps: int) -> tuple[int, list[dict[str, Any]]]:
+def _resume(accelerator: Accelerator, folder: Path | None, made: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
     line = None if folder is None else folder / "training.json"
     if folder is None or line is None or not line.exists():
         return 0, []
     found = json.loads(line.read_text())
-    if found["steps"] != steps:
-        raise HeadscopeError(f"{folder} holds a training of {found['steps']} steps, not {steps}: choose another folder")
+    require_same(line, found["settings"], made)
     accelerator.load_state(str(folder / f"step-{found['step']}"))
     return int(found["step"]), list(found["rows"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -20,16 +21,17 @@ class Route:
 
     def __init__(self, model: nn.Module) -> None:
         self.handlers: list[Handler] = []
+        placed = [(m, where, layer) for _, m, where, layer in numbered(model) if isinstance(m, AttentionModule)]
+        for module, where, layer in placed:
+            if module.layer_idx != layer:
+                raise HeadscopeError(f"{where} of layer {layer} was made with layer={module.layer_idx}")
+        self._modules = [module for module, _, _ in placed]
+        for module, where, _ in placed:
+            module.where, module.handlers = where, self.handlers
         self._hooks = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
-        self._modules = [module for _, module, _, _ in numbered(model) if isinstance(module, AttentionModule)]
-        for _, module, where, layer in numbered(model):
-            if isinstance(module, AttentionModule):
-                if module.layer_idx != layer:
-                    raise HeadscopeError(f"{where} of layer {layer} was made with layer={module.layer_idx}")
-                module.where, module.handlers = where, self.handlers
 
     def close(self) -> None:
         """Take everything off."""
@@ -51,11 +53,13 @@ class Route:
                 handler.end_forward()
 
 
+_ROUTES: WeakKeyDictionary[nn.Module, Route] = WeakKeyDictionary()
+
+
 @contextmanager
 def attached(model: nn.Module, handler: Handler) -> Iterator[Route]:
     """Have ``handler`` see every attention call of ``model``; contexts nest, and the last to leave restores it."""
-    route: Route = vars(model).get("_headscope_route") or Route(model)
-    vars(model)["_headscope_route"] = route
+    route = _ROUTES.get(model) or _ROUTES.setdefault(model, Route(model))
     route.handlers.append(handler)
     try:
         yield route
@@ -63,12 +67,12 @@ def attached(model: nn.Module, handler: Handler) -> Iterator[Route]:
         route.handlers.remove(handler)
         if not route.handlers:
             route.close()
-            vars(model).pop("_headscope_route", None)
+            _ROUTES.pop(model, None)
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether anything of ours is on the model now."""
-    return "_headscope_route" in vars(model)
+    return model in _ROUTES
 
 
 def verify_once(model: nn.Module) -> Verification:

@@ -31,6 +31,7 @@ from headscope.probes import (
     attention_knockout,
     attention_saliency,
     attribution_patching,
+    edge_attribution,
     patch_heads,
     path_patching,
 )
@@ -50,6 +51,7 @@ METHODS: dict[str, Callable[[LanguageModel, Pairs], Any]] = {
     "attribution patching": lambda lm, pairs: attribution_patching(lm, pairs, **QUIET),
     "attribution patching of q, QK fix": lambda lm, pairs: attribution_patching(lm, pairs, "q", fix="qk", **QUIET),
     "attribution patching, dropout": lambda lm, pairs: attribution_patching(lm, pairs, dropout=True, **QUIET),
+    "edge attribution": lambda lm, pairs: edge_attribution(lm, pairs, **QUIET),
     "attention knockout": lambda lm, pairs: attention_knockout(
         lm, pairs, (0, 64), window=1, relative=False, together=1, progress=False
     ),

@@ -166,6 +166,8 @@ def test_what_cannot_be_asked_is_one_line(lm: LanguageModel, tmp_path: Path) -> 
     ):
         with pytest.raises(HeadscopeError, match=why):
             lose(lm, **{"policies": "h2o", "budgets": 8, "prompts": ids, "answer": 4, "progress": False} | given)
+    with pytest.raises(HeadscopeError, match="reads with an encoder"):
+        lose(LanguageModel.wrap(tiny_model("t5", "encoder-decoder"), None), "h2o", 8, ids, answer=4, progress=False)
     with pytest.raises(HeadscopeError, match="window of 64"):
         lose(lm, "snapkv", 8, ids, answer=4, out=tmp_path, progress=False)
     found = lose(lm, "h2o", 8, ids, answer=4, out=tmp_path, progress=False)  # the first left nothing finished behind

@@ -92,3 +92,5 @@ def test_a_module_of_another_layer_is_named() -> None:
     model.layers = nn.ModuleList([Attention(0), Attention(0)])
     with pytest.raises(HeadscopeError, match="layer 1 was made with layer=0"), trace(model, "entropy"):
         pass
+    assert not model._forward_hooks and not model._forward_pre_hooks and not is_attached(model)
+    assert all(layer.where == "" and not layer.handlers for layer in model.layers)

@@ -94,7 +94,7 @@ SMALL = Variants(
 
 
 def numbers_of(experiment: Variants) -> tuple[dict[str, NDArray[np.float64]], Bench]:
-    bench = Bench(0, "cpu", None, {})
+    bench = Bench(0, "cpu", None, {}, {})
     return {name: np.array([value]) for name, value in experiment.run(bench).items()}, bench
 
 

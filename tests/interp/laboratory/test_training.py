@@ -6,6 +6,8 @@ import base64
 import gzip
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from headscope.interp import HeadscopeError
-from headscope.interp.laboratory.experiment import run_experiment
+from headscope.interp.laboratory.experiment import Bench, run_experiment
 from headscope.interp.laboratory.training import generator, train
 from headscope.interp.laboratory.watch import Watch
 from headscope.interp.reports.laboratory import lab_page
@@ -51,8 +53,9 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
     again = train(model, loss, adam, folder=tmp_path, save_every=3, **settings)
     assert again == rows and [row["step"] for row in rows] == [0, 4, 8, 12]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
-    with pytest.raises(HeadscopeError, match="12 steps, not 20"):
-        train(model, loss, adam, folder=tmp_path, **(settings | {"steps": 20}))
+    for name, changed in (("steps", {"steps": 20}), ("seed", {"settings": {"seed": 1}})):
+        with pytest.raises(HeadscopeError, match=rf"other settings \({name}\)"):
+            train(model, loss, adam, folder=tmp_path, **(settings | changed))
 
 
 def test_a_watch_changes_nothing() -> None:
@@ -72,6 +75,27 @@ def test_a_loss_that_is_no_number_is_said() -> None:
         train(model, lambda m, step: loss(m, step) * (torch.nan if step == 2 else 1), adam, steps=4, watch=WATCH)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stopped(Copying):
+    """A copier whose training breaks off before any seed is finished."""
+
+    stop: bool = True
+
+    def run(self, bench: Bench) -> Mapping[str, float]:
+        model, adam = made()
+        fine = stopping if self.stop else loss
+        bench.train("copier", model, fine, adam, steps=12, watch=WATCH, save_every=3)
+        return {"loss": 0.0, "before": 1.0}
+
+
+def test_a_seed_that_was_stopped_is_not_gone_on_with_under_other_settings(tmp_path: Path) -> None:
+    """The journal has nothing to lose, and the checkpoint has."""
+    with pytest.raises(Stop):
+        run_experiment(Stopped(), out=tmp_path, device="cpu")
+    with pytest.raises(HeadscopeError, match=r"other settings \(stop\)"):
+        run_experiment(Stopped(stop=False), out=tmp_path, device="cpu")
+
+
 def test_draws_depend_on_seed_and_step() -> None:
     drawn = {float(torch.rand(1, generator=generator(seed, step))) for seed in range(9) for step in range(-1, 99)}
     assert len(drawn) > 895  # of 900: float32 has 2^24 values between 0 and 1
@@ -88,6 +112,8 @@ def test_an_experiment_resumes_and_is_judged(tmp_path: Path) -> None:
     assert "it learns" in lab_page(kept).save(tmp_path / "page.html").read_text()
     with pytest.raises(HeadscopeError, match="other settings"):
         run_experiment(Copying(steps=31), seeds=(0,), out=tmp_path, device="cpu")
+    with pytest.raises(HeadscopeError, match="on cpu or cuda, not 'cuda:1'"):
+        run_experiment(Copying(), device="cuda:1")
     with pytest.raises(HeadscopeError, match="different seeds"):
         run_experiment(Copying(), seeds=(1, 1))
     with pytest.raises(HeadscopeError, match="no curve 'copper'; choose copier"):

@@ -48,6 +48,17 @@ def test_settings_are_compared_as_json(tmp_path: Path) -> None:
     Journal(tmp_path / "run.jsonl", {"path": "a", "lengths": [1, 2]})
 
 
+def test_a_run_that_finished_nothing_gives_way_to_another(tmp_path: Path) -> None:
+    """Settings that failed at once are corrected in the same folder; one finished trial holds it."""
+    path = tmp_path / "run.jsonl"
+    Journal(path, CONFIG)
+    other = Journal(path, {"method": "induction"})
+    other.add(0, {"score": 1.0})
+    assert Journal(path, {"method": "induction"}).entries == {0: {"score": 1.0}}
+    with pytest.raises(HeadscopeError, match="other settings"):
+        Journal(path, CONFIG)
+
+
 def test_in_memory_only() -> None:
     journal = Journal(None, CONFIG)
     journal.add(0, {"score": 1.0})

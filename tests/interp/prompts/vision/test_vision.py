@@ -106,13 +106,14 @@ def test_frames_of_a_video_are_a_span(vision_model, picture, name):
         model(**prompt.inputs, use_cache=False)
     with eager_weights(model) as seen, torch.no_grad():
         model(**prompt.inputs, use_cache=False)
-    for where, p in seen:
-        if tower_of(where, model) == "language":
-            got = tracer.record["span_mass"].sel(example=0, layer=parse_name(where, None)[1])
-            for kind in ("video", "image"):  # as in test_mass_on_spans_equals_eager
-                wanted = p[0][..., spans[kind]].double().sum(-1)
-                np.testing.assert_allclose(got.sel(span=kind), wanted, atol=1600 * EPS)
-                assert float(wanted.max()) > 0.05
+    weights = {parse_name(where, None)[1]: p for where, p in seen if tower_of(where, model) == "language"}
+    assert weights and sorted(weights) == tracer.record["layer"].to_numpy().tolist()
+    for layer, p in weights.items():
+        got = tracer.record["span_mass"].sel(example=0, layer=layer)
+        for kind in ("video", "image"):  # as in test_mass_on_spans_equals_eager
+            wanted = p[0][..., spans[kind]].double().sum(-1)
+            np.testing.assert_allclose(got.sel(span=kind), wanted, atol=1600 * EPS)
+            assert float(wanted.max()) > 0.05
     assert torch.equal(read(np.stack(frames)).inputs["pixel_values_videos"], prompt.inputs["pixel_values_videos"])
     for given, why in (
         ("a.mp4", "given by its frames"),
