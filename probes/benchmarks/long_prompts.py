@@ -53,7 +53,7 @@ METHODS: dict[str, Callable[[LanguageModel, Pairs], Any]] = {
     "attribution patching, dropout": lambda lm, pairs: attribution_patching(lm, pairs, dropout=True, **QUIET),
     "edge attribution": lambda lm, pairs: edge_attribution(lm, pairs, **QUIET),
     "attention knockout": lambda lm, pairs: attention_knockout(
-        lm, pairs, (0, 64), window=1, relative=False, together=1, progress=False
+        lm, pairs, (0, 16), window=1, relative=False, together=1, progress=False
     ),
     "saliency": lambda lm, pairs: attention_saliency(lm, {"input_ids": pairs.clean[:1]}, 7),
 }
