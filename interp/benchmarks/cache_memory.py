@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python -m headscope.interp.benchmarks.cache_memory --layers 1 \\
         --out interp/benchmarks/results/cache-memory.json
 
-Every case runs in a process of its own, whose peak of resident memory (``ru_maxrss``) is read at its end. The text is
-random tokens. ``--layers`` keeps the model's first so many layers: time grows with them, the peak is a layer's.
+Every case runs in a process of its own. On a CPU the peak of its resident memory (``ru_maxrss``) is read at its end,
+with ``--device cuda`` the peak of what torch allocated on the card. The text is random tokens. ``--layers`` keeps the
+model's first so many layers: time grows with them, the peak is a layer's.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from headscope.kernels.benchmarks.pages import machine
 UNTRACED = "untraced"
 
 
-def cut(name: str, layers: int, tokens: int) -> LanguageModel:
-    """A model's first ``layers`` layers (0: all) on the CPU, in float32, allowed to read ``tokens``, more than it was
-    trained for if need be: what it says of them is not asked."""
-    lm = load_model(name, device="cpu", dtype="float32")
+def cut(name: str, layers: int, tokens: int, device: str, dtype: str) -> LanguageModel:
+    """A model's first ``layers`` layers (0: all), allowed to read ``tokens``, more than it was trained for if need be:
+    what it says of them is not asked."""
+    lm = load_model(name, device=device, dtype=dtype)
     model = lm.inner
     model.config.max_position_embeddings = max(tokens, model.config.max_position_embeddings)
     if layers:
@@ -42,7 +43,9 @@ def cut(name: str, layers: int, tokens: int) -> LanguageModel:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """One case in this process: seconds, its peak in MiB, and the mean recall."""
-    lm = cut(given.model, given.layers, given.tokens)
+    lm = cut(given.model, given.layers, given.tokens, given.device, given.dtype)
+    if given.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     ids = torch.randint(3, 40_000, (given.tokens,), generator=torch.Generator().manual_seed(0))
     begin, found = time.perf_counter(), None
     if given.case == UNTRACED:
@@ -50,7 +53,10 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     else:
         found = lose(lm, given.case, [given.budget], [ids], answer=given.answer, progress=False)
     seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if given.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     row = {"case": given.case, "seconds": round(seconds, 1), "peak_mib": round(peak)}
     return row if found is None else {**row, "recall": round(float(found.per_prompt().mean()), 4)}
 
@@ -58,6 +64,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--policies", default="h2o", help="each is a case")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope.interp.models import load_model
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.measured import save_measured
 from headscope.interventions import EvictKeys, NeedleTask, TextLoss, evaluate
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -61,10 +61,8 @@ def main() -> None:
             }
         )
     print("\n".join(json.dumps(row) for row in rows))
-    if given.out:
-        made = provenance(lm, needle=needle.parameters(lm), text_loss=prose.parameters(lm))
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps({"rows": rows, "provenance": made}, indent=1, default=str) + "\n")
+    settings = {"needle": needle.parameters(lm), "text_loss": prose.parameters(lm)}
+    save_measured(given.out, {"rows": rows}, lm, **settings)
 
 
 if __name__ == "__main__":
