@@ -140,8 +140,8 @@ def _statistic(name: str, cls: type) -> Use:
 
 
 def _policy(name: str, cls: type) -> Use:
-    command = f"headscope discover cache --model {model(cls)} --policies {name} --budgets 64,256 --out runs/cache"
-    run = f"{_load(cls)}\nlosses = lose(lm, {_made(cls)}, [64, 256], [load_haystack()[:4000]])"
+    command = f"headscope discover cache --model {model(cls)} --policies {name} --budgets 128,256 --out runs/cache"
+    run = f"{_load(cls)}\nlosses = lose(lm, {_made(cls)}, [128, 256], [load_haystack()[:4000]])"
     return Use(
         () if _for_python(cls) else (command,),
         _python(cls, run, interp="load_model", interp__cache="lose", interp__prompts="load_haystack"),
