@@ -1,9 +1,10 @@
 """Registries: what a user names, by name. Head methods, statistics, edits and tasks are each in one.
 
-Everything a user names is a small frozen dataclass (a *declaration*). Its fields are its settings, and ``settings``
-reads them for the command line, the documents and provenance; its docstring is its page; class variables say the rest:
-``unit``, ``higher_is_better``, ``source``, ``refused``. To add one: a file, and a line in its registry. A package of
-somebody else adds its own through an entry point of the group ``headscope.KIND`` (``name = "module:Class"``).
+Everything a user names is a small frozen dataclass (a *declaration*), but for attention variants, which are modules.
+Its fields are its settings, and ``settings`` reads them for the command line, the documents and provenance; its
+docstring is its page; class variables say the rest: ``unit``, ``higher_is_better``, ``source``, ``refused``. To add
+one: a file, and a line in its registry. A package of somebody else adds its own through an entry point of the group
+``headscope.KIND`` (``name = "module:Class"``).
 
 Classes are imported when they are asked for, so that reading a registry's names costs nothing.
 """
@@ -14,7 +15,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from importlib import import_module, metadata
@@ -109,11 +110,11 @@ class Setting:
 
 def settings(cls: type) -> dict[str, Setting]:
     """The settings of a declaration: every field that its constructor takes, described by an ``Args:`` section of the
-    class or of one that it is made from."""
+    class or of one that it is made from; of a class that is no dataclass (an attention variant) none."""
     meanings: dict[str, str] = {}
     for base in cls.__mro__:
         meanings = {**_arguments(vars(base).get("__doc__") or ""), **meanings}
-    known = {field.name: field for field in fields(cls) if field.init}
+    known = {field.name: field for field in fields(cls) if field.init} if is_dataclass(cls) else {}
     own_first = [name for base in cls.__mro__ for name in vars(base).get("__annotations__", ()) if name in known]
     found = {}
     for name in dict.fromkeys(own_first):

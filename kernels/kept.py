@@ -31,22 +31,27 @@ Keep = Tensor | Callable[[Tile], Tensor]
 
 
 class Kept(NamedTuple):
-    """What rows lose under one ``Keep``: (batch, head, row) each; NaN for a row that sees no key."""
+    """What rows lose under one ``Keep``: (batch, head, row) each; NaN for a row that sees no key.
+
+    ``kept``: of the keys that are counted, how many a row sees with it.
+    """
 
     recall: Tensor
     error: Tensor
     divergence: Tensor
+    kept: Tensor
 
 
 class _Part(NamedTuple):
-    """A few rows: their ``mass`` (batch, head, row) and what a sink logit takes (``rest``), their output z, and under
-    each ``Keep`` the mass that is kept and z - z'."""
+    """A few rows, the ``tile`` of their weights: their ``mass`` (batch, head, row) and what a sink logit takes
+    (``rest``), their output z, and under each ``Keep`` the keys it shows, the mass that is kept and z - z'."""
 
     rows: slice
+    tile: Tile
     mass: Tensor
     rest: Tensor
     z: Tensor
-    each: Iterator[tuple[Tensor, Tensor]]
+    each: Iterator[tuple[Tensor, Tensor, Tensor]]
 
 
 @torch.no_grad()
@@ -57,6 +62,7 @@ def losses(
     *,
     queries: tuple[int, int] | None = None,
     lse: Tensor | None = None,
+    counted: Tensor | None = None,
     held: int | None = None,
 ) -> list[Kept]:
     """The loss of the query rows ``queries = (first, stop)`` (None: all) under each of ``keeps``.
@@ -67,6 +73,7 @@ def losses(
         keeps: the kept keys. What a keep shows beyond what the mask shows has no effect.
         queries: rows of the call.
         lse: (batch, head, row) of those rows, a sink logit included, where it is known.
+        counted: bool (batch, key), the keys that ``kept`` counts; None: all.
         held: scores in a tile.
 
     Raises:
@@ -74,12 +81,15 @@ def losses(
     """
     here, first, lse = _rows(scores, v, queries, lse)
     found = [Kept(*(torch.full_like(lse, torch.nan) for _ in Kept._fields)) for _ in keeps]
-    for rows, mass, rest, z, each in _parts(here, v, keeps, first, lse, held):
-        for (kept, less), into in zip(each, found, strict=True):
+    for rows, tile, mass, rest, z, each in _parts(here, v, keeps, first, lse, held):
+        seen = tile.log_p > -torch.inf
+        counts = seen if counted is None else seen & counted[:, None, None, tile.keys]
+        for (shown, kept, less), into in zip(each, found, strict=True):
             into.recall[:, :, rows] = kept / mass
             into.error[:, :, rows] = less.norm(dim=-1) / z.norm(dim=-1)
             share = torch.where(mass > 0, (kept + rest) / (mass + rest), torch.nan)
             into.divergence[:, :, rows] = -torch.log(share).clamp(max=0.0)
+            into.kept[:, :, rows] = torch.where(mass > 0, (shown & counts).sum(-1).to(mass.dtype), torch.nan)
     return found
 
 
@@ -100,8 +110,8 @@ def differing(
     """
     here, first, lse = _rows(scores, v, queries, lse)
     found = [torch.zeros_like(lse) for _ in keeps]
-    for rows, _, _, _, each in _parts(here, v, keeps, first, lse, held):
-        for (_, less), into in zip(each, found, strict=True):
+    for rows, *_, each in _parts(here, v, keeps, first, lse, held):
+        for (_, _, less), into in zip(each, found, strict=True):
             into[:, :, rows] = (less.abs() > above).sum(-1).to(into.dtype)
     return found
 
@@ -129,18 +139,19 @@ def _parts(
         p, own = tile.log_p.exp(), v[:, :, tile.keys]
         mass, z = p.sum(-1), _weighted(p, own)
         rest = (1.0 - mass).clamp(min=0.0) if here.sinks is not None else torch.zeros_like(mass)
-        yield _Part(tile.rows, mass, rest, z, _restricted(p, own, told, keeps, mass, rest, z))
+        yield _Part(tile.rows, tile, mass, rest, z, _restricted(p, own, told, keeps, mass, rest, z))
 
 
 def _restricted(
     p: Tensor, v: Tensor, tile: Tile, keeps: Sequence[Keep], mass: Tensor, rest: Tensor, z: Tensor
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The kept mass and z - z' under each of ``keeps``, one at a time."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The keys that are shown, the kept mass and z - z' under each of ``keeps``, one at a time."""
     for keep in keeps:
-        kept = p * (keep[:, :, None, tile.keys] if isinstance(keep, Tensor) else keep(tile))
+        shown = keep[:, :, None, tile.keys] if isinstance(keep, Tensor) else keep(tile)
+        kept = p * shown
         held = kept.sum(-1)
         total = torch.where(held + rest > 0, held + rest, 1.0)
-        yield held, z - _weighted(kept, v) / total[..., None] * (mass + rest)[..., None]
+        yield shown, held, z - _weighted(kept, v) / total[..., None] * (mass + rest)[..., None]
 
 
 def fewest(mass: Tensor, share: float) -> Tensor:

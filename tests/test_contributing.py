@@ -30,12 +30,12 @@ EXAMPLES = {
     match[1]: match[0] for match in re.findall(r"^```python\n(# (\S+\.py)\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 }
 LINES = re.findall(r'The line, in `(\S+)`: `("(\w+)": "([\w.]+):(\w+)",)`', PAGE)
-KINDS = ("methods", "statistics", "edits", "tasks")
+KINDS = ("methods", "statistics", "edits", "tasks", "variants")
 WORDS = "w1 w5 w9 w2 w7 w7 w3 w1 w5 w4 w8 w8 w2 w6 w1 w1 w1 w0 w3 w2".split()
 TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(3)]
 TOLERANCE = 1e-5
 
-# What a user does with what was added, in one process: the four lists, a discovery, an evaluation and a report.
+# What a user does with what was added, in one process: the lists, a discovery, an evaluation, a report, an experiment.
 SESSION = """
 import contextlib, io, json, sys
 from headscope.interp.cli import main
@@ -50,7 +50,7 @@ def run(*arguments):
     return out.getvalue()
 
 model, pages = sys.argv[1:]
-found = {kind: json.loads(run("list", kind, "--json"))[kind] for kind in ("methods", "statistics", "edits", "tasks")}
+found = {kind: json.loads(run("list", kind, "--json"))[kind] for kind in KINDS}
 run("discover", NAMES[0], "-m", model, "--text", "texts.txt", "--set", "length=12", "--out", "runs/heads", "--json")
 run("trace", "-m", model, "-p", TEXT, "--statistics", NAMES[1], "--out", "runs/trace", "--json")
 run("intervene", NAMES[2], "-m", model, "--heads", "L0H1,L1H3", "--out", "runs/edit.safetensors")
@@ -58,6 +58,8 @@ task = json.dumps([TEXT])
 run("evaluate", NAMES[3], "-m", model, "--with", "runs/edit.safetensors", "--controls", "2", "--set", f"texts={task}",
     "--out", "runs/evaluation", "--json")
 run("report", "runs")
+few = [f"--set={x}" for x in ("positions=", "steps=1", "samples=4", "width=16", "keys=4", f"variants={NAMES[4]}")]
+run("lab", "variants", *few, "--seeds", "0", "--device", "cpu", "--out", "runs/lab")
 run("list", "--write", pages)
 json.dump(found, open("found.json", "w"))
 """
@@ -88,7 +90,7 @@ def session(work: Path, path: list[Path], model: Path, names: list[str]) -> dict
     """Run SESSION in ``work`` with ``path`` before every other; what the lists hold."""
     (work / "texts.txt").write_text(TEXTS[0])
     shutil.copytree(ROOT / "docs/catalogue", work / "catalogue")
-    code = f"NAMES = {names!r}\nTEXT = {TEXTS[0]!r}\n{SESSION}"
+    code = f"KINDS = {KINDS!r}\nNAMES = {names!r}\nTEXT = {TEXTS[0]!r}\n{SESSION}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(model), "catalogue"]
     done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
@@ -127,7 +129,7 @@ def top_one(lm: LanguageModel, factor: float) -> float:
     return float((said == ids[0, 1:]).double().mean())
 
 
-def check_results(lm: LanguageModel, work: Path, method: str, statistic: str, task: str) -> None:
+def check_results(lm: LanguageModel, work: Path, method: str, statistic: str, task: str, variant: str) -> None:
     """What the session wrote, against the untouched model's eager attention and a plain hook."""
     from headscope.interp import load_record
     from headscope.interp.results.evaluation import Evaluation
@@ -145,6 +147,8 @@ def check_results(lm: LanguageModel, work: Path, method: str, statistic: str, ta
     means = trials.groupby("kind")["score"].mean()
     assert means["baseline"] == top_one(lm, 1.0) and means["intervention"] == top_one(lm, -1.0)
     assert (trials["task"] == task).all() and set(trials["kind"]) == {"baseline", "intervention", "control"}
+    lab = json.loads((work / "runs/lab/variants/findings.json").read_text())["outcomes"][0]
+    assert list(lab["curves"]) == [variant] and 0 <= lab["numbers"][f"{variant} accuracy"] <= 1
     report = (work / "runs/report.html").read_text()
     assert method.replace("_", " ") in report and "Mean mass that queries put on the first token" in report
 
@@ -157,9 +161,24 @@ def has_page(catalogue: Path, kind: str, name: str) -> bool:
 
 
 def test_there_is_an_example_of_each_kind_with_its_line() -> None:
-    assert [Path(name).parts[1] for name in EXAMPLES] == ["heads", "statistics", "outputs", "tasks"]
-    assert [len(code.splitlines()) <= 50 for code in EXAMPLES.values()] == [True] * 4
-    assert [line[2] for line in LINES] == ["first_token", "effective_keys", "negate_heads", "top_one"]
+    assert [Path(name).parts[1] for name in EXAMPLES] == ["heads", "statistics", "outputs", "tasks", "laboratory"]
+    assert [len(code.splitlines()) <= 50 for code in EXAMPLES.values()] == [True] * 5
+    assert [line[2] for line in LINES] == ["first_token", "effective_keys", "negate_heads", "top_one", "cosine"]
+
+
+def test_the_variant_is_its_formula() -> None:
+    """In float64, of eight positions."""
+    from headscope.interp.laboratory.decoder import Shape
+
+    scope: dict[str, Any] = {"__name__": "cosine"}
+    exec(next(code for name, code in EXAMPLES.items() if "variants" in name), scope)
+    layer = scope["Cosine"](Shape(width=16, heads=2, positions="none"), 0).double()
+    x = torch.randn(3, 8, 16, dtype=torch.float64)
+    q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (layer.q, layer.k, layer.v))
+    cosine = (q @ k.mT) / q.norm(dim=-1, keepdim=True) / k.norm(dim=-1)[:, :, None]
+    p = (10 * cosine).masked_fill(~torch.ones(8, 8).tril().bool(), -torch.inf).softmax(-1)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.out((p @ v).transpose(1, 2).flatten(2)), atol=1e-12, rtol=0)
 
 
 def test_one_file_and_one_line_are_enough(lm: LanguageModel, saved: Path, tmp_path: Path) -> None:
@@ -181,7 +200,7 @@ def test_one_file_and_one_line_are_enough(lm: LanguageModel, saved: Path, tmp_pa
         row = next(row for row in found[kind] if row["name"] == name)
         assert row["file"] == file and row["summary"] and row["unit"] is not None
         assert has_page(tmp_path / "catalogue", kind, name) and not has_page(ROOT / "docs/catalogue", kind, name)
-    check_results(lm, tmp_path, "first_token", "effective_keys", "top_one")
+    check_results(lm, tmp_path, "first_token", "effective_keys", "top_one", "cosine")
 
 
 def test_a_package_of_ones_own_joins_through_entry_points(lm: LanguageModel, saved: Path, tmp_path: Path) -> None:
@@ -202,7 +221,7 @@ def test_a_package_of_ones_own_joins_through_entry_points(lm: LanguageModel, sav
     for kind, name in zip(KINDS, names, strict=True):
         assert any(row["name"] == name and row["file"].endswith(".py") for row in found[kind])
         assert has_page(tmp_path / "catalogue", kind, name)
-    check_results(lm, tmp_path, names[0], names[1], names[3])
+    check_results(lm, tmp_path, names[0], names[1], names[3], names[4])
 
 
 def test_the_table_of_what_was_reproduced_is_true() -> None:

@@ -73,7 +73,7 @@ class Measuring(Handler):
             told = reading if own is None else replace(reading, ahead=own)
             told = replace(told, carried=self.carried[i]) if "carried" in policy.needs else told
             keeps += policy.keeps(told, self.budgets)
-        found = losses(call.inputs(), call.value, keeps, queries=self.measured, lse=reduced.lse)
+        found = losses(call.inputs(), call.value, keeps, queries=self.measured, lse=reduced.lse, counted=reading.keys)
         each = {name: [getattr(one, name)[0].nanmean(-1) for one in found] for name in Kept._fields}
         mass = self._mass(reading)
         none = torch.full_like(each["recall"][0], torch.nan)

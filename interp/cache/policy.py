@@ -46,12 +46,30 @@ class Policy:
         check_numbers(self, self.name)
         for one in fields(self):
             value = getattr(self, one.name)
+            if str(one.type) == "bool" and not isinstance(value, bool):
+                raise HeadscopeError(f"{self.name}: {one.name} is true or false, not {value!r:.60}")
             if isinstance(value, int) and value < (low := int(one.name in COUNTED and one.default != 0)):
                 raise HeadscopeError(f"{self.name}: {one.name} is {low} or more, not {value}")
 
     def keeps(self, reading: Reading, budgets: Sequence[Budget]) -> list[Keep]:
-        """Which keys the rows of ``reading.call`` see, at each budget."""
+        """Which keys the rows of ``reading.call`` see, at each budget.
+
+        Raises:
+            HeadscopeError: as ``check``.
+        """
         raise NotImplementedError
+
+    def check(self, tokens: Tensor, kept: Tensor) -> None:
+        """Refuse prompts of so many ``tokens`` (batch,) of which ``kept`` (batch,) are to stay: what can be told before
+        anything is read.
+
+        Raises:
+            HeadscopeError: a prompt too short, or a budget too small, for the settings.
+        """
+
+    def idle(self, tokens: Tensor, kept: Tensor) -> str:
+        """Why nothing is left to choose in any of such prompts, where that is so; else nothing."""
+        return ""
 
     def appended(self, ids: Sequence[int]) -> list[int]:
         """Tokens to be read after the prompt ``ids``, whose queries it asks for (``ahead``)."""
@@ -78,25 +96,42 @@ class KeyPolicy(Policy):
         """How many first and how many last tokens stay whatever their score, of ``kept`` (batch,) that do."""
         return torch.full_like(kept, self.sink), torch.full_like(kept, self.recent)
 
+    def check(self, tokens: Tensor, kept: Tensor) -> None:
+        kept = torch.minimum(kept, tokens)
+        fixed = self._fixed(tokens, kept)
+        if bool(((fixed > kept) & (kept < tokens)).any()):
+            raise HeadscopeError(
+                f"{self.name} always keeps {int(fixed.max())} keys, more than its budget of {int(kept.min())}: give it "
+                "a larger budget, or smaller settings (sink, recent, window)"
+            )
+
+    def idle(self, tokens: Tensor, kept: Tensor) -> str:
+        fixed = self._fixed(tokens, kept)
+        if bool(((fixed < kept) | (kept >= tokens)).any()):
+            return ""
+        return f"it always keeps {int(fixed.max())} first or last tokens, so that its scores choose no key"
+
+    def _fixed(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        """How many keys stay whatever their score."""
+        sink, recent = (torch.minimum(x, tokens) for x in self.always(kept))
+        return sink + recent
+
     def sets(self, reading: Reading, budgets: Sequence[Budget]) -> list[Tensor]:
         """The prompt's kept keys at each budget: bool (batch, kv_head or head or 1, key).
 
         Equal scores are kept in the order of the text.
 
         Raises:
-            HeadscopeError: what is always kept is more than the budget.
+            HeadscopeError: as ``check``.
         """
+        for budget in budgets:
+            self.check(reading.count, budget.count(reading.count))
         score = self.scores(reading).masked_fill(~reading.keys[:, None], -torch.inf)
         return [self._best(reading, score, budget) for budget in budgets]
 
     def _best(self, reading: Reading, score: Tensor, budget: Budget) -> Tensor:
         kept = torch.minimum(budget.count(reading.count), reading.count)
         sink, recent = (torch.minimum(x, reading.count) for x in self.always(kept))
-        if bool(((sink + recent > kept) & (kept < reading.count)).any()):
-            raise HeadscopeError(
-                f"{self.name} always keeps {int((sink + recent).max())} keys, more than its budget of "
-                f"{int(kept.min())}: give it a larger budget, or smaller settings (sink, recent, window)"
-            )
         fixed = (reading.at < sink[:, None]) | (reading.at >= (reading.count - recent)[:, None])
         score = score.masked_fill((fixed & reading.keys)[:, None], torch.inf)
         return heaviest(score, kept)
@@ -129,4 +164,6 @@ class RowPolicy(Policy):
         raise NotImplementedError
 
     def keeps(self, reading: Reading, budgets: Sequence[Budget]) -> list[Keep]:
+        for budget in budgets:
+            self.check(reading.count, budget.count(reading.count))
         return [self.rule(reading, budget) for budget in budgets]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites import attached
 from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.rotary import rotations
+from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sweeps.batches import Prompts
 
 At = Literal["decode", "prefill"]
@@ -63,32 +65,36 @@ def lose(
         out: folder for ``cache.json``, ``cache.parquet`` and the journal that makes a killed run resume.
 
     Raises:
-        HeadscopeError: no policy or two of one name, no prompt, one not longer than ``answer``, a budget smaller than
-            what a policy always keeps, or a model that cannot be traced exactly.
+        HeadscopeError: no policy or two of one name, no prompt or one twice, one not longer than ``answer``, a prompt
+            too short or a budget too small for a policy (``Policy.check``), or a model that cannot be traced exactly.
+
+    Warns where a budget holds every prompt whole, and of policies that had nothing to choose or dropped nothing.
     """
     lm, chosen = load_model(lm), _named(policies)
-    asked = [Budget.of(x) for x in ([budgets] if isinstance(budgets, int | float | str) else budgets)]
-    if not asked or len(set(asked)) < len(asked):
-        raise HeadscopeError("give at least one budget, and each once, e.g. budgets=[64, 256]")
+    asked = _budgets(budgets)
     _check(lm, chosen, at, answer, first, layers)
     given = Prompts(lm, prompts)
     _check_lengths(given.lengths, at, answer, first)
+    _check_each_once(given)
+    _check_policies(chosen, asked, _prompt_tokens(given.lengths, at, answer))
     config: dict[str, Any] = {
         "policies": list(chosen),
         "settings": [_settings(policy) for policy in chosen.values()],
         "budgets": [str(budget) for budget in asked],
         "prompts_sha256": given.sha256,
+        "measures": list(MEASURES),
         **{"at": at, "answer": answer, "first": first, "layers": layers},
     }
     made = provenance(lm, **config)
     folder = None if out is None else Path(out)
     files = [f"{NAME}.{end}" for end in ("json", "parquet", "trials.jsonl")] if folder else []
-    announce(((n, 0) for n in given.lengths), files)
     turned = rotations(lm, None) if any("rotation" in policy.needs for policy in chosen.values()) else {}
+    passes = 1 + sum("ahead" in policy.needs for policy in chosen.values())
+    announce(((n, 0) for n in given.lengths for _ in range(passes)), files)
 
     def step(index: int) -> dict[str, Any]:
         ids = given.batch([index])["input_ids"]
-        prompt = ids.shape[1] - (answer if at == "decode" else 0)
+        prompt = _prompt_tokens([ids.shape[1]], at, answer)[0]
         measured = prompt if at == "decode" else first, ids.shape[1]
         handler = Measuring(list(chosen.values()), asked, prompt, measured, turned)
         handler.ahead = {i: _ahead(lm, policy, ids[:, :prompt]) for i, policy in enumerate(chosen.values())}
@@ -114,12 +120,15 @@ def _check(
     lm: LanguageModel, policies: dict[str, Policy], at: str, answer: int, first: int, layers: Sequence[int] | None
 ) -> None:
     """Refuse what cannot be asked of any text."""
+    if answer is None or first is None:
+        raise HeadscopeError("answer and first are whole numbers; leave them out for their defaults")
     check_counts(1, answer=answer)
     check_counts(0, first=first)
     if at not in ("decode", "prefill"):
         raise HeadscopeError(f"at must be 'decode' or 'prefill', not {at!r}")
-    if layers is not None and (isinstance(layers, int) or not list(layers)):
-        raise HeadscopeError(f"layers is a list of layers, [0, 5], or None for all, not {layers!r}")
+    if layers is not None and not (_several(layers) and len(layers) and all(isinstance(x, Integral) for x in layers)):
+        raise HeadscopeError(f"layers is a list of layers, [0, 5], or None for all, not {layers!r:.60}")
+    tower_size(lm, None).check_layers(layers or ())
     if getattr(lm.model.config, "is_encoder_decoder", False):
         raise HeadscopeError(f"{lm.name} reads with an encoder: keys are kept of one sequence, in a decoder alone")
     for name, policy in policies.items():
@@ -139,22 +148,74 @@ def _check_lengths(lengths: Sequence[int], at: str, answer: int, first: int) -> 
         raise HeadscopeError(f"first={first} is a row of at='prefill', and the shortest text has {shortest} tokens")
 
 
+def _prompt_tokens(lengths: Sequence[int], at: str, answer: int) -> list[int]:
+    """How many tokens of texts are the prompt."""
+    return [n - answer if at == "decode" else n for n in lengths]
+
+
+def _check_each_once(given: Prompts) -> None:
+    """Refuse a text that is there twice: the interval would take it for two that agree."""
+    seen: dict[tuple[int, ...], int] = {}
+    for i in range(len(given)):
+        first = seen.setdefault(tuple(given.batch([i])["input_ids"][0].tolist()), i)
+        if first != i:
+            raise HeadscopeError(
+                f"prompt {i} is prompt {first} again, and would count as one more: give each prompt once"
+            )
+
+
+def _check_policies(policies: Mapping[str, Policy], budgets: Sequence[Budget], prompts: Sequence[int]) -> None:
+    """Refuse policies and budgets that do not fit prompts of so many tokens; warn where nothing is left to choose."""
+    tokens = torch.tensor(prompts)
+    for budget in budgets:
+        kept = budget.count(tokens)
+        for policy in policies.values():
+            policy.check(tokens, kept)
+        if bool((kept >= tokens).all()):
+            _warn(f"a budget of {budget} holds every prompt whole (the longest has {max(prompts)} tokens)")
+        for name, policy in policies.items():
+            if why := policy.idle(tokens, kept):
+                _warn(f"{name} at a budget of {budget}: {why}; give a larger budget, or smaller settings")
+
+
+def _warn(line: str) -> None:
+    """A warning of whoever called ``lose``."""
+    warnings.warn(line, stacklevel=4)
+
+
 def _say_whole(found: CacheLosses, budgets: Sequence[Budget]) -> None:
     """Warn of policies that dropped nothing, at budgets below every prompt."""
     prompts = torch.tensor([one["prompt"] for one in found.details])
     for j, budget in enumerate(budgets):
         for policy, error in zip(found.policies, found.values["error"][:, j], strict=True):
             if np.nanmax(error) < 1e-6 and bool((budget.count(prompts) < prompts).all()):
-                warnings.warn(
+                _warn(
                     f"{policy} dropped nothing at a budget of {budget}: its settings reach beyond these prompts, or "
-                    "its rule saw no need; this is no measure of what it loses",
-                    stacklevel=3,
+                    "its rule saw no need; this is no measure of what it loses"
                 )
+
+
+def _budgets(budgets: Any) -> list[Budget]:
+    """One budget or several."""
+    given = [budgets] if isinstance(budgets, int | float | str | Budget) else budgets
+    asked = [Budget.of(x) for x in given] if _several(given) else []
+    if not asked or len(set(asked)) < len(asked):
+        raise HeadscopeError(f"give at least one budget, and each once, e.g. budgets=[64, 256], not {budgets!r:.60}")
+    return asked
+
+
+def _several(given: Any) -> bool:
+    """Whether it is a collection, and no text."""
+    return isinstance(given, Iterable) and not isinstance(given, str)
 
 
 def _named(policies: str | Policy | Iterable[str | Policy]) -> dict[str, Policy]:
     """Policies by the names that results call them: that of the registry, and settings that differ from the default."""
-    given = [policies] if isinstance(policies, str | Policy) else list(policies)
+    given = [policies] if isinstance(policies, str | Policy) else policies
+    if not _several(given):
+        raise HeadscopeError(
+            f"policies are names or declarations, such as 'snapkv' or SnapKV(window=16), not {given!r:.60}"
+        )
     made = [each if isinstance(each, Policy) else POLICIES[each]() for each in given]
     named = {_label(policy): policy for policy in made}
     if not named or len(named) < len(made):

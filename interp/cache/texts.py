@@ -115,7 +115,7 @@ def long_context_scores(
     Raises:
         HeadscopeError: no text, one shorter than ``LADM.shortest``, or a model that cannot be traced exactly.
     """
-    lm, asked = load_model(lm), settings or LADM()
+    lm, asked = load_model(lm), _settings(settings)
     given = Prompts(lm, texts)
     _long_enough(given, asked)
     files = [] if out is None else ["ladm.trials.jsonl"]
@@ -148,10 +148,16 @@ def long_context_spans(lm: Loadable, text: str | Sequence[int], settings: LADM |
     Raises:
         HeadscopeError: as ``long_context_scores``.
     """
-    lm, asked = load_model(lm), settings or LADM()
+    lm, asked = load_model(lm), _settings(settings)
     given = Prompts(lm, [text])
     _long_enough(given, asked)
     return _read(lm, given.batch([0])["input_ids"], asked)
+
+
+def _settings(given: LADM | None) -> LADM:
+    if given is not None and not isinstance(given, LADM):
+        raise HeadscopeError(f"settings of LADM are LADM(chunk=128), not {given!r:.60}")
+    return given or LADM()
 
 
 def _long_enough(given: Prompts, asked: LADM) -> None:

@@ -8,6 +8,9 @@ The one door that may import every room, inside its commands, so that ``--help``
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -44,7 +47,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for name in COMMANDS:
         import_module(f"{__name__}.{name}")
     try:
-        code = app(args=arguments, standalone_mode=False)
+        with _warnings_in_one_line():
+            code = app(args=arguments, standalone_mode=False)
         if code == 130:  # what typer makes of Ctrl-C; older ones raise Abort
             raise KeyboardInterrupt
         sys.exit(code)
@@ -60,3 +64,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of our output has gone (| head)
         sys.stderr.close()
         sys.exit(0)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show warnings that are meant for users as a line on stderr, as errors are, without the code they came from."""
+    with warnings.catch_warnings():
+        plain = warnings.showwarning
+
+        def show(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if category is UserWarning:
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                plain(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield

@@ -7,7 +7,7 @@ from typing import Any
 
 from headscope.interp.cli.app import Run
 
-BUDGETS, POLICIES_ASKED = "64,256,1024", "snapkv,h2o,keydiff,streaming_llm,oracle,top_k"
+BUDGETS, POLICIES_ASKED = "128,256,512", "snapkv,h2o,keydiff,streaming_llm,oracle,top_k"
 
 
 def discover_cache(
@@ -16,6 +16,7 @@ def discover_cache(
     """Measure the policies and print what they lose; with ``--out``, results and a page.
 
     Settings (``given["set"]``) are those of ``lose`` (answer, at, first, layers) and of the policies that have them.
+    A dry run goes through ``lose`` as far as its work, so that it refuses what the run would.
     Without ``data``, prompts are passages of the bundled prose, ``--samples`` (8) of ``--lengths`` (1,088) tokens.
     """
     from headscope.interp.cache import POLICIES, lose
@@ -30,7 +31,10 @@ def discover_cache(
 
     names = [name.strip() for name in (policies or POLICIES_ASKED).split(",") if name.strip()]
     POLICIES.check(names)
-    if given.get("depths") is not None or given.get("text") is not None:
+    if len(set(names)) < len(names):
+        raise HeadscopeError(f"--policies names each policy once; got {','.join(names)}")
+    named = {option for option in ("depths", "text", "lengths", "samples") if given.get(option) is not None}
+    if named & ({"depths", "text"} if data is None else named):
         raise HeadscopeError("discover cache takes --data, or --samples and --lengths, and no --depths or --text")
     settings = assignments(given.get("set") or ())
     own: dict[str, Any] = {key: settings.pop(key) for key in ("answer", "at", "first", "layers") if key in settings}
@@ -43,9 +47,11 @@ def discover_cache(
     if data is not None:
         prompts = read_prompts([], data)
     else:
-        lengths = numbers(given["lengths"], int, "--lengths") if given.get("lengths") else [1088]
-        for length in lengths:
-            prompts += [one.ids for one in sequences.first_windows(lm, None, length, given.get("samples") or 8)]
+        lengths = [1088] if given.get("lengths") is None else numbers(given["lengths"], int, "--lengths")
+        samples = 8 if given.get("samples") is None else given["samples"]
+        if len(lengths) != 1:  # passages of several lengths begin alike, and are no trials of their own
+            raise HeadscopeError("discover cache takes passages of one length: --lengths 1088")
+        prompts += [one.ids for one in sequences.first_windows(lm, None, lengths[0], samples)]
     if run.dry:
         with estimate.dry_run() as work:
             lose(lm, chosen, asked, prompts, out=run.out, **own)
@@ -68,8 +74,11 @@ def discover_cache(
             "interval": interval_text(row["ci_low_recall"], row["ci_high_recall"]) or "-",
             "error of z": row["error"],
             "divergence": row["divergence"],
-            "needed keys": row["needed"],
+            "kept": row["kept"],
+            "needed": row["needed"],
         }
         for row in rows
     ]
-    console.show_rows(table, f"what policies lose: means over heads and {len(found.details)} prompts", False)
+    if found.few:
+        console.note(found.few)
+    console.show_rows(table, f"what policies lose: means over heads and {found.prompts} prompts", False)

@@ -47,7 +47,7 @@ def discover(
         ),
     ] = None,
     policies: Annotated[str | None, typer.Option("--policies", help="cache: policies, e.g. snapkv,h2o.")] = None,
-    budgets: Annotated[str | None, typer.Option("--budgets", help="cache: keys or shares, e.g. 64,256,0.1.")] = None,
+    budgets: Annotated[str | None, typer.Option("--budgets", help="cache: keys or shares, e.g. 128,256,0.1.")] = None,
     seed: Seed = 0,
     top: Top = 10,
     setting: Settings = None,

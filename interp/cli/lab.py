@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,7 @@ def lab(
     command = shlex.join(["headscope", *sys.argv[1:]])
     shown = []
     for one in chosen:
-        asked = one.quick() if quick else one
+        asked = replace(one.quick(), **given) if quick else one  # what was asked for is not made smaller
         folder = None if out is None else out / one.name
         drawn = numbers(seeds, int, "--seeds")
         found = run_experiment(asked, seeds=drawn, out=folder, device=device, command=command)

@@ -18,20 +18,22 @@ def registries() -> dict[str, Registry[Any]]:
     from headscope.interp.cache import POLICIES
     from headscope.interp.heads import METHODS
     from headscope.interp.laboratory import EXPERIMENTS
+    from headscope.interp.laboratory.variants import VARIANTS
     from headscope.interp.statistics import STATISTICS
     from headscope.interventions.decoding import DECODINGS
     from headscope.interventions.edits import EDITS
     from headscope.interventions.fitted import FITS
     from headscope.interventions.tasks import TASKS
 
-    every = (METHODS, STATISTICS, POLICIES, EDITS, DECODINGS, FITS, TASKS, EXPERIMENTS)
+    every = (METHODS, STATISTICS, POLICIES, EDITS, DECODINGS, FITS, TASKS, EXPERIMENTS, VARIANTS)
     return {registry.group: registry for registry in every}
 
 
 @app.command("list")
 def listing(
     what: Annotated[
-        str | None, typer.Argument(help="methods, statistics, policies, edits, decodings, fits, tasks or experiments.")
+        str | None,
+        typer.Argument(help="methods, statistics, policies, edits, decodings, fits, tasks, experiments or variants."),
     ] = None,
     as_json: Json = False,
     write: Annotated[
@@ -39,7 +41,8 @@ def listing(
         typer.Option("--write", help="Make a Markdown page's tables of them, or a folder of pages, anew."),
     ] = None,
 ) -> None:
-    """List what can be named: head methods, statistics, cache policies, edits, decodings, fits, tasks, experiments."""
+    """List what can be named: head methods, statistics, cache policies, edits, decodings, fits, tasks, experiments,
+    attention variants."""
     from headscope.interp.cli import console
     from headscope.interp.cli.settings import read_text
     from headscope.interp.errors import HeadscopeError

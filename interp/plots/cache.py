@@ -23,9 +23,10 @@ def budget_curve(found: CacheLosses, measure: str = "recall") -> go.Figure:
     frame = frame[frame[measure].notna()]
     if frame.empty:
         raise HeadscopeError(f"no policy has {measure}, so there is nothing to draw")
-    prompts = int(frame["prompts"].iloc[0])
-    bars = f", bars: {found.level:.0%} interval over them" if prompts > 1 else ""
-    fig = style.figure(f"{measure.capitalize()} by budget", f"mean over heads and {prompts} prompts{bars}", inner=320)
+    bars = "" if found.few else f", bars: {found.level:.0%} interval over them"
+    fig = style.figure(
+        f"{measure.capitalize()} by budget", f"mean over heads and {found.prompts} prompts{bars}", inner=320
+    )
     colours = style.TEMPLATE.layout.colorway
     for i, policy in enumerate(frame["policy"].unique()):
         own = frame[frame["policy"] == policy]

@@ -6,7 +6,7 @@ from headscope.interp import plots
 from headscope.interp.reports.page import Report
 from headscope.interp.results.cache import MEASURES, CacheLosses
 
-SHOWN = ("policy", "budget", "recall", "ci_low_recall", "ci_high_recall", "error", "divergence", "needed")
+SHOWN = ("policy", "budget", "recall", "ci_low_recall", "ci_high_recall", "error", "divergence", "kept", "needed")
 
 
 def cache_page(found: CacheLosses) -> Report:
@@ -20,11 +20,14 @@ def add_losses(page: Report, found: CacheLosses) -> Report:
     page.text(
         "Each head's own attention, as the full model computes it, held against what it would be if only the kept keys "
         "were there. Recall: the share of its mass on kept keys. Error: |z - z'| / |z| of its output. Divergence: "
-        "KL(kept || full) in nats. Needed: how many kept keys hold 95 % of the mass on kept ones."
+        "KL(kept || full) in nats. Kept: keys of the prompt that a row sees. Needed: how many of them hold 95 % of the "
+        "mass on kept ones."
     )
     page.text(
         "What is lost in one layer does not reach the next here; an evaluation under the edit EvictKeys says that."
     )
+    if found.few:
+        page.text(found.few)
     for measure in MEASURES:
         if found.to_frame()[measure].notna().any():
             page.figure(plots.budget_curve(found, measure), f"{measure} by budget")

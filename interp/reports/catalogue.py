@@ -109,6 +109,7 @@ def _facts(registry: Registry[Any], row: Mapping[str, Any], cls: type) -> str:
         "range": "" if between is None else f"{between[0]:g} to {between[1]:g}",
         "a high number": high,
         "a number is of": f"a {cls.per}" if hasattr(cls, "per") and registry.group == "methods" else "",
+        "patterns a head": str(cls.maps) if hasattr(cls, "maps") else "",
         "reads": {"images": "images and text", "text": "text"}.get(getattr(cls, "reads", ""), ""),
         "source": _linked(row["source"]),
         "class": f"`{cls.__module__}.{row['class']}`",

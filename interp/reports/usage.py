@@ -140,8 +140,8 @@ def _statistic(name: str, cls: type) -> Use:
 
 
 def _policy(name: str, cls: type) -> Use:
-    command = f"headscope discover cache --model {model(cls)} --policies {name} --budgets 64,256 --out runs/cache"
-    run = f"{_load(cls)}\nlosses = lose(lm, {_made(cls)}, [64, 256], [load_haystack()[:4000]])"
+    command = f"headscope discover cache --model {model(cls)} --policies {name} --budgets 128,256 --out runs/cache"
+    run = f"{_load(cls)}\nlosses = lose(lm, {_made(cls)}, [128, 256], [load_haystack()[:4000]])"
     return Use(
         () if _for_python(cls) else (command,),
         _python(cls, run, interp="load_model", interp__cache="lose", interp__prompts="load_haystack"),
@@ -191,6 +191,15 @@ def _experiment(name: str, cls: type) -> Use:
     return Use((f"headscope lab {name} --quick --out runs/lab",), python)
 
 
+def _variant(name: str, cls: type) -> Use:
+    mask, more = (", mask=Mask.full()", {"kernels__masks": "Mask"}) if getattr(cls, "both_ways", False) else ("", {})
+    made = f"model = Decoder(Shape(layers=2{mask}), {cls.__name__})"
+    run = f'{made}\nwith trace(model, ["entropy"]) as tracer:\n    model(torch.arange(32)[None])\ntracer.record'
+    python = _python(cls, run, interp="trace", interp__laboratory__decoder="Decoder Shape", **more)
+    beside = name if name == "softmax" else f"softmax,{name}"
+    return Use((f"headscope lab variants --set variants={beside} --set positions= --out runs/lab",), python)
+
+
 _WRITERS: Mapping[str, Callable[[str, type], Use]] = {
     "methods": _method,
     "statistics": _statistic,
@@ -200,4 +209,5 @@ _WRITERS: Mapping[str, Callable[[str, type], Use]] = {
     "fits": _fit,
     "tasks": _task,
     "experiments": _experiment,
+    "variants": _variant,
 }

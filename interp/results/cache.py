@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.results.bootstrap import bootstrap_mean
+from headscope.interp.results.paired import FEW
 from headscope.interp.runs.sealed import read_beside, unsealed, write_results
 
-FORMAT = 1
+FORMAT = 2
 NAME = "cache"  # of the files
 MEASURES: Mapping[str, str] = {  # and their units
     "recall": "share of the true mass",
     "error": "|z - z'| / |z|",
     "divergence": "nats",
+    "kept": "keys",
     "needed": "keys",
 }
 AXES = ("policy", "budget", "prompt", "layer", "head")  # of every measure, and of the table's rows
@@ -45,6 +47,9 @@ class CacheLosses:
     - ``recall``: the share of a row's mass that lies on kept keys, in [0, 1];
     - ``error``: |z - z'| / |z| of the head's output with and without the policy, before the output projection;
     - ``divergence``: KL(kept || full) of the patterns, which is the mean of -log recall where there are no sink logits;
+    - ``kept``: how many keys of the prompt a row sees under the policy. It is the budget where that many are kept and
+      in the row's reach; less in a layer with a sliding window, for early rows of a prompt that is measured itself, and
+      for a policy that counts a row's own last tokens in its budget; more for one whose settings keep keys beyond it;
     - ``needed``: the fewest kept keys of the prompt that hold 95 % of the mass that the rows put on kept keys of it.
 
     ``overlap`` (policy, policy, budget, prompt): of the prompt's keys that either of two policies keeps, the share that
@@ -53,7 +58,10 @@ class CacheLosses:
     All of them are of one layer whose inputs are the full model's: what is lost in one layer does not add to the next.
     What a model under the policy gets wrong is the edit's matter (``headscope.interventions``, ``EvictKeys``).
 
-    ``details`` says of each prompt how many tokens it has, and which rows were measured.
+    ``details`` says of each prompt how many tokens it has, and how many of them are the prompt.
+
+    Intervals are percentile bootstraps over prompts, which count as independent; there is none below ``FEW`` (6) of
+    them, where none would cover (see ``results.paired.mean_interval``).
     """
 
     policies: tuple[str, ...]
@@ -66,8 +74,18 @@ class CacheLosses:
     resamples: int = 2000
 
     def __repr__(self) -> str:
-        prompts = self.values["recall"].shape[2]
-        return f"CacheLosses({', '.join(self.policies)} at {', '.join(self.budgets)} keys, {prompts} prompts)"
+        return f"CacheLosses({', '.join(self.policies)} at {', '.join(self.budgets)} keys, {self.prompts} prompts)"
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts were measured."""
+        return int(self.values["recall"].shape[2])
+
+    @property
+    def few(self) -> str:
+        """A sentence where they are too few for intervals, else nothing."""
+        many = f"{self.prompts} prompt{'s' if self.prompts > 1 else ''}"
+        return f"{many}: no intervals, which say nothing of fewer than {FEW}." if self.prompts < FEW else ""
 
     def mean(self, measure: str = "recall") -> NDArray[np.float64]:
         """The mean over prompts: (policy, budget, layer, head)."""
@@ -81,8 +99,8 @@ class CacheLosses:
             return np.asarray(np.nansum(values, axis=-1) / known.sum(-1))
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each policy and budget: the mean of every measure over layers and heads, and its interval over
-        prompts (``ci_low_recall`` and so on; NaN with a single prompt)."""
+        """A row for each policy and budget: the mean of every measure over layers and heads, its interval over
+        prompts (``ci_low_recall`` and so on; NaN below ``FEW`` prompts), and how many prompts there are."""
         rows: dict[str, Any] = {
             "policy": [p for p in self.policies for _ in self.budgets],
             "budget": list(self.budgets) * len(self.policies),
@@ -92,10 +110,11 @@ class CacheLosses:
             low, high = self._interval(np.moveaxis(values, 2, 0))
             rows |= {measure: values.mean(-1).ravel(), f"ci_low_{measure}": low.ravel()}
             rows |= {f"ci_high_{measure}": high.ravel()}
-        return pd.DataFrame({**rows, "prompts": self._of("recall").shape[2]})
+        return pd.DataFrame({**rows, "prompts": self.prompts})
 
     def heads_frame(self, measure: str = "recall") -> pd.DataFrame:
-        """A row for each policy, budget, layer and head: the mean of a measure, its interval over prompts, and n."""
+        """A row for each policy, budget, layer and head: the mean of a measure, its interval over prompts (NaN below
+        ``FEW``), and n."""
         mean = self.mean(measure)
         low, high = self._interval(np.moveaxis(self._of(measure), 2, 0))
         policy, budget, layer, head = (x.ravel() for x in np.indices(mean.shape))
@@ -108,9 +127,12 @@ class CacheLosses:
             "ci_low": low.ravel(),
             "ci_high": high.ravel(),
         }
-        return pd.DataFrame({**columns, "n": self._of(measure).shape[2]})
+        return pd.DataFrame({**columns, "n": self.prompts})
 
     def _interval(self, trials: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if len(trials) < FEW:
+            none = np.full(trials.shape[1:], np.nan)
+            return none, none.copy()
         return bootstrap_mean(trials, level=self.level, resamples=self.resamples)
 
     def _of(self, measure: str) -> NDArray[np.float64]:

@@ -45,6 +45,10 @@ class Prompts:
             prompts = [prompts]
         if hasattr(prompts, "tolist"):
             prompts = prompts.tolist()  # arrays, tensors, columns of tables
+        if not isinstance(prompts, Iterable) and not hasattr(prompts, "__getitem__"):
+            raise HeadscopeError(
+                f"prompts are texts or sequences of token ids, in a list, not {type(prompts).__name__}"
+            )
         self._source: Any = prompts if hasattr(prompts, "__getitem__") else list(prompts)
         self._lm = lm
         self.lengths: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
@@ -66,12 +67,18 @@ class EvictKeys(FindingEdit, ScoresEdit):
         super().__post_init__()
         if self.read is not None and (isinstance(self.read, bool) or not isinstance(self.read, int) or self.read < 1):
             raise HeadscopeError(f"EvictKeys: read must be a whole number of tokens from 1 on, not {self.read!r}")
+        if not isinstance(self.options, Mapping | None):
+            raise HeadscopeError(f"EvictKeys: options are settings by name, {{'window': 32}}, not {self.options!r:.60}")
         made: Policy = make(POLICIES[self.policy], self.policy, self.options or {})
         if "edits" in made.refused:
             raise HeadscopeError(f"EvictKeys cannot run {self.policy}: {made.refused['edits']}; choose another policy")
         budget = Budget.of(self.budget)
         if isinstance(made, RowPolicy) and budget.keys is None:
             raise HeadscopeError(f"EvictKeys: {self.policy} takes a number of keys, not a share: budget=256")
+        if budget.keys is not None:  # of any prompt that is longer
+            kept = torch.tensor([budget.keys])
+            if why := made.idle(kept + 1, kept):
+                warnings.warn(f"EvictKeys: {self.policy} at a budget of {budget}: {why}", stacklevel=3)
         for name, value in (("_made", made), ("_kept", budget), ("_rotations", {})):
             object.__setattr__(self, name, value)
 

@@ -29,7 +29,8 @@ def test_it_is_softmax_over_the_kept_keys(kind: str, options: dict[str, Any]) ->
     dense = torch.rand(batch, heads, ROWS, KEYS) < 0.3
     first, stop = 3, 17
     keeps = [fixed, lambda tile: dense[:, :, tile.rows, tile.keys], torch.ones(1, 1, KEYS, dtype=torch.bool)]
-    found = losses(wide, v, keeps, queries=(first, stop), held=5 * batch * heads * KEYS)
+    some = torch.arange(KEYS).expand(batch, -1) % 3 > 0
+    found = losses(wide, v, keeps, queries=(first, stop), counted=some, held=5 * batch * heads * KEYS)
 
     s = reference.dense_scores(wide)
     p = reference.normalise(s, case.sinks)
@@ -50,6 +51,9 @@ def test_it_is_softmax_over_the_kept_keys(kind: str, options: dict[str, Any]) ->
             assert mine[empty[:, :, first:stop]].isnan().all()
             known = ~(empty | (none if name == "divergence" else empty))[:, :, first:stop]
             torch.testing.assert_close(mine[known], wanted[known], atol=1e-9, rtol=1e-9)
+        seen = (s > -torch.inf) & shown & some[:, None, None]
+        known = ~empty[:, :, first:stop]
+        assert torch.equal(got.kept[known], seen.sum(-1)[:, :, first:stop][known].double())
 
 
 def test_a_row_by_hand() -> None:
@@ -61,7 +65,8 @@ def test_a_row_by_hand() -> None:
     assert float(got.recall) == pytest.approx(1 / 2)
     assert float(got.error) == pytest.approx((10 / 3 - 13 / 6) / (13 / 6))
     assert float(got.divergence) == pytest.approx(math.log(2))
-    assert [float(x) for x in nothing] == pytest.approx([0.0, 1.0, math.inf])
+    assert float(got.kept) == 2
+    assert [float(x) for x in nothing] == pytest.approx([0.0, 1.0, math.inf, 0.0])
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

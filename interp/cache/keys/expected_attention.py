@@ -47,6 +47,11 @@ class ExpectedAttention(KeyPolicy):
     values: bool = True
     epsilon: float = 0.0
 
+    def check(self, tokens: Tensor, kept: Tensor) -> None:
+        if bool((tokens <= self.sink).any()):
+            raise HeadscopeError(f"{self.name} needs a prompt of more than {self.sink} tokens")
+        super().check(tokens, kept)
+
     def scores(self, reading: Reading) -> Tensor:
         call, key = reading.call, reading.scored
         each = [self._future(reading, b) for b in range(key.shape[0])]
@@ -71,8 +76,6 @@ class ExpectedAttention(KeyPolicy):
         if rotation is None:
             raise HeadscopeError(f"{self.name} turns queries to later positions and was not told how the layer does")
         first, stop = int(reading.start[example]) + self.sink, int(reading.stop[example])
-        if first >= stop:
-            raise HeadscopeError(f"{self.name} needs a prompt of more than {self.sink} tokens")
         query = reading.call.query[example, :, first:stop]
         at = torch.arange(first, stop, device=query.device)
         query = rotation.turn(query, -rotation.angles(at))

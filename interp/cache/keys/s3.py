@@ -55,6 +55,13 @@ class S3(KeyPolicy):
         if min(self.active, self.window, self.kernel) < 1 or self.kernel % 2 == 0:
             raise HeadscopeError(f"{self.name}: active, window and kernel must be 1 or more, and kernel odd")
 
+    def check(self, tokens: Tensor, kept: Tensor) -> None:
+        if not callable(self.encoder):
+            raise HeadscopeError(
+                "s3 needs an encoder of keys, which only Python can give: S3(encoder=lambda x, layer: features)"
+            )
+        super().check(tokens, kept)
+
     def scores(self, reading: Reading) -> Tensor:
         call, key = reading.call, reading.scored
         at = reading.at.clamp(min=0)
@@ -72,9 +79,7 @@ class S3(KeyPolicy):
         """The largest features of ``x`` (batch, head, token, d) at positions ``at`` (batch, token), others 0."""
         rotation = reading.rotation
         if self.encoder is None or rotation is None:
-            raise HeadscopeError(
-                "s3 needs an encoder of keys, which only Python can give: S3(encoder=lambda x, layer: features)"
-            )
+            raise HeadscopeError(f"{self.name} turns keys back and was not told how the layer turns them")
         z = self.encoder(rotation.turn(x, -rotation.angles(at)[:, None]), reading.call.layer).relu()
         if z.shape[:-1] != x.shape[:-1] or z.shape[-1] < self.active:
             raise HeadscopeError(

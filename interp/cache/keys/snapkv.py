@@ -41,12 +41,15 @@ class SnapKV(KeyPolicy):
         if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise HeadscopeError(f"{self.name}: window must be 1 or more, and kernel odd")
 
-    def scores(self, reading: Reading) -> Tensor:
-        if bool((reading.count <= self.window).any()):
+    def check(self, tokens: Tensor, kept: Tensor) -> None:
+        if bool((tokens <= self.window).any()):
             raise HeadscopeError(
                 f"{self.name} needs a prompt longer than its window of {self.window} tokens; this one has "
-                f"{int(reading.count.min())}: give a smaller window (window=...)"
+                f"{int(tokens.min())}: give a smaller window (window=...)"
             )
+        super().check(tokens, kept)
+
+    def scores(self, reading: Reading) -> Tensor:
         mass = reading.received_in_prompt(self.window) / self.window
         before = (reading.at >= 0) & (reading.at < (reading.count - self.window)[:, None])
         return reading.by_group(smoothed(mass * before[:, None], self.kernel))

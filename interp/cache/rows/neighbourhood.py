@@ -44,14 +44,26 @@ class Neighbourhood(RowPolicy):
     dilation: int = 1
     causal: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.stride < 1 or self.dilation < 1 or not isinstance(self.causal, bool):
-            raise HeadscopeError(f"{self.name}: stride and dilation must be 1 or more, and causal true or false")
+    def check(self, tokens: Tensor, kept: Tensor) -> None:
+        self._wide_enough(kept)
+        shortest, reach = int(tokens.min()), (kept - 1) * self.dilation + 1
+        if self.dilation > 1 and bool((reach > tokens).any()):
+            raise HeadscopeError(
+                f"{self.name}: {int(kept.max())} keys at a dilation of {self.dilation} reach over {int(reach.max())} "
+                f"tokens, and a prompt has {shortest}: give a smaller dilation or budget, or longer prompts"
+            )
+        if self.stride >= shortest:
+            raise HeadscopeError(
+                f"{self.name}: a stride of {self.stride} reaches over a whole prompt of {shortest} tokens, so that all "
+                "queries share one window: give a smaller stride, or longer prompts"
+            )
 
-    def shows(self, query: Tensor, key: Tensor, kept: Tensor) -> Tensor:
+    def _wide_enough(self, kept: Tensor) -> None:
         if bool((kept < self.stride).any()):
             raise HeadscopeError(f"{self.name}: a stride of {self.stride} is more than the window, {int(kept.min())}")
+
+    def shows(self, query: Tensor, key: Tensor, kept: Tensor) -> Tensor:
+        self._wide_enough(kept)
         return _seen(query, key, kept, self.stride, self.dilation, self.causal) & (key <= query)
 
     def rule(self, reading: Reading, budget: Budget) -> Keep:

@@ -50,7 +50,26 @@ class Routed(Policy):
         if needs:
             raise HeadscopeError(f"{self.name}: {self.sparse} needs {' and '.join(needs)}, which a route has not")
 
+    def check(self, tokens: Tensor, kept: Tensor) -> None:
+        if bool((tokens <= self.window).any()):
+            raise HeadscopeError(
+                f"{self.name} decides by the last {self.window} rows of a prompt, and one has {int(tokens.min())} "
+                "tokens: give longer prompts, or a smaller window (window=...)"
+            )
+        try:
+            self._policy().check(tokens, kept)
+        except HeadscopeError as error:
+            raise HeadscopeError(
+                f"{self.name} runs {self.sparse} as it is, without settings, and there {error}; or name another "
+                "(sparse=...)"
+            ) from error
+
+    def idle(self, tokens: Tensor, kept: Tensor) -> str:
+        return self._policy().idle(tokens, kept)
+
     def keeps(self, reading: Reading, budgets: Sequence[Budget]) -> list[Keep]:
+        for budget in budgets:
+            self.check(reading.count, budget.count(reading.count))
         keeps = self._policy().keeps(reading, budgets)
         return [_or_whole(keep, whole) for keep, whole in zip(keeps, self._whole(reading, keeps), strict=True)]
 

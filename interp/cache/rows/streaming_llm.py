@@ -34,14 +34,17 @@ class StreamingLLM(RowPolicy):
 
     sink: int = 4
 
+    def check(self, tokens: Tensor, kept: Tensor) -> None:
+        if bool((kept <= self.sink).any()):
+            raise HeadscopeError(f"{self.name} keeps {self.sink} first tokens, which leaves none of {int(kept.min())}")
+
     def shows(self, query: Tensor, key: Tensor, kept: Tensor) -> Tensor:
         """Whether queries see keys, both at positions from their example's first token, where ``kept`` are seen.
 
         Raises:
             HeadscopeError: no more than the first tokens are kept.
         """
-        if bool((kept <= self.sink).any()):
-            raise HeadscopeError(f"{self.name} keeps {self.sink} first tokens, which leaves none of {int(kept.min())}")
+        self.check(kept, kept)
         return (key < self.sink) | (query - key < kept - self.sink)
 
     def rule(self, reading: Reading, budget: Budget) -> Keep:

@@ -15,7 +15,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Text
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts import sequences
-from headscope.interp.tracing.reference_run import keep_attention
+from headscope.interp.tracing.reference_run import ReferenceRun, keep_attention
 
 Measure = Literal["js", "symmetric_kl", "code_jsd"]
 ROWS = 64  # query rows whose patterns are held at a time
@@ -45,23 +45,41 @@ def head_distances(
     Raises:
         HeadscopeError: other layers or tokens, or a measure that there is not.
     """
-    if measure not in ("js", "symmetric_kl", "code_jsd"):
-        raise HeadscopeError(f"measure={measure!r}: choose 'js', 'symmetric_kl' or 'code_jsd'")
+    _check(measure)
     found, theirs = (sequences.first_windows(one, texts, length, samples) for one in (lm, other))
     if [one.ids.tolist() for one in found] != [one.ids.tolist() for one in theirs]:
         raise HeadscopeError(
             f"{lm.name} and {other.name} read these texts as different tokens, so their rows cannot be compared: give "
             "models with one tokenizer"
         )
-    examples = []
-    for sample in found:
-        mine, others = (_calls(one, sample.ids) for one in (lm, other))
-        layers = [call.layer for call in mine]
-        if layers != [call.layer for call in others]:
-            raise HeadscopeError(f"{lm.name} and {other.name} do not have the same layers: compare models that do")
-        examples.append(np.stack([_distances(a, b, measure) for a, b in zip(mine, others, strict=True)]))
-    whole = np.stack(examples)
-    coordinates = {"example": np.arange(len(whole)), "layer": layers}
+    each = [run_distances(*(_read(one, sample.ids) for one in (lm, other)), measure=measure) for sample in found]
+    return xr.concat(each, "example").assign_coords(example=np.arange(len(each)))
+
+
+def run_distances(one: ReferenceRun, other: ReferenceRun, *, measure: Measure = "js") -> xr.DataArray:
+    """``head_distances`` of two runs over the same tokens that ``keep_attention`` kept: of two checkpoints of a
+    training, of models of the laboratory, of whatever reads no texts.
+
+    (example, layer, head, other), the mean over all rows, in nats. Patterns are made from queries and keys, ``ROWS``
+    rows at a time, so that no map is held. That both read the same tokens is for who ran them to see to. Where heads
+    of the same number are meant (checkpoints of one training), it is the diagonal over head and other; at more tokens
+    than are fit for the mean over all pairs, ``statistics.Divergence`` takes that alone, row by row.
+
+    Raises:
+        HeadscopeError: nothing kept, other layers, examples, rows or keys, padding, or a measure that there is not.
+    """
+    _check(measure)
+    places = [[(call.layer, call.mask.query_offset) for call in run.calls] for run in (one, other)]
+    if not places[0] or places[0] != places[1]:
+        raise HeadscopeError(
+            f"the two runs do not have the same layers (of one {len(places[0])} calls were kept, of the other "
+            f"{len(places[1])}): compare models that do, and keep one pass of each"
+        )
+    layers = [_distances(a, b, measure) for a, b in zip(one.calls, other.calls, strict=True)]
+    if len(set(layer for layer, _ in places[0])) < len(layers):
+        raise HeadscopeError("a layer was kept more than once, in pieces or in several towers: keep one pass of one")
+    whole = np.stack(layers, axis=1)
+    coordinates = {"example": np.arange(len(whole)), "layer": [layer for layer, _ in places[0]]}
     dims = ("example", "layer", "head", "other")
     return xr.DataArray(whole, coordinates, dims, name=measure, attrs={"unit": "nats"})
 
@@ -85,26 +103,38 @@ def match_heads(distances: xr.DataArray) -> xr.Dataset:
     return xr.Dataset(variables, {"layer": distances["layer"].to_numpy()})
 
 
-def _calls(lm: LanguageModel, ids: Tensor) -> tuple[AttentionCall, ...]:
+def _check(measure: str) -> None:
+    if measure not in ("js", "symmetric_kl", "code_jsd"):
+        raise HeadscopeError(f"measure={measure!r}: choose 'js', 'symmetric_kl' or 'code_jsd'")
+
+
+def _read(lm: LanguageModel, ids: Tensor) -> ReferenceRun:
     with keep_attention(lm) as kept:
         lm.forward(ids[None], logits=1, cache=False)
-    return kept.calls
+    return kept
 
 
 def _distances(one: AttentionCall, other: AttentionCall, measure: Measure) -> np.ndarray:
-    """Every head of a call against every head of the other (head, other): the mean over rows, in float64."""
+    """Every head of a call against every head of the other (example, head, other): the mean over rows, in float64."""
+    sizes = [(x.query.shape[0], x.query.shape[2], x.key.shape[2]) for x in (one, other)]
+    if sizes[0] != sizes[1] or any(x.mask.start is not None or x.mask.end is not None for x in (one, other)):
+        raise HeadscopeError(
+            f"layer {one.layer} attends with (example, query, key) of {sizes[0]} and of {sizes[1]}, or with padding: "
+            "compare heads that read the same tokens, all of one length"
+        )
     rows = one.query.shape[2]
     calls = [x.with_(query=x.query.double(), key=x.key.double(), value=x.value.double()) for x in (one, other)]
-    total = torch.zeros(one.query.shape[1], other.query.shape[1], dtype=torch.float64, device=one.query.device)
+    heads = one.query.shape[1], other.query.shape[1]
+    total = torch.zeros(one.query.shape[0], *heads, dtype=torch.float64, device=one.query.device)
     for first in range(0, rows, ROWS):
-        p, r = (x.pattern(rows=slice(first, min(rows, first + ROWS)))[0] for x in calls)
-        for head, mine in enumerate(p):
-            total[head] += _divergence(mine[None], r.to(mine.device), measure).sum(-1)
+        p, r = (x.pattern(rows=slice(first, min(rows, first + ROWS))) for x in calls)
+        for head in range(heads[0]):
+            total[:, head] += _divergence(p[:, head, None], r.to(p.device), measure).sum(-1)
     return np.asarray((total / rows).cpu().numpy())
 
 
 def _divergence(p: Tensor, r: Tensor, measure: Measure) -> Tensor:
-    """Of patterns (1, row, key) and (head, row, key): (head, row)."""
+    """Of patterns (..., 1, row, key) and (..., head, row, key): (..., head, row)."""
     if measure == "symmetric_kl":
         return _kl(p, r) + _kl(r, p)
     m = (p + r) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headscope.interp.heads.position.matching import match_heads, run_distances
 from headscope.interp.laboratory.decoder import Decoder, Shape
 from headscope.interp.laboratory.experiment import Bench, Experiment
 from headscope.interp.laboratory.recall.measures import measured, recall_loss
@@ -19,6 +21,7 @@ from headscope.interp.laboratory.training import generator
 from headscope.interp.laboratory.variants import VARIANTS
 from headscope.interp.laboratory.watch import Watch
 from headscope.interp.results.findings import Claim, Numbers
+from headscope.interp.tracing.reference_run import ReferenceRun, keep_attention
 from headscope.kernels.masks import Mask
 
 PROBE = -1  # the step whose draws are the held-out texts
@@ -32,7 +35,9 @@ class Variants(Experiment):
 
     Beside them softmax attention with other positions (NoPE, ALiBi, RoPE), trained on one length and asked at others:
     the same pairs among more blanks, accuracy, noise and mean distance of the heads (Kazemnejad et al. 2023, arXiv
-    2305.19466, whose tasks are others).
+    2305.19466, whose tasks are others); and, as there, how far the heads of any two of them are apart on the same texts
+    (``none-rope head_distance``): Jensen-Shannon divergence in nats, of the heads of a layer that fit each other best,
+    and ``unmatched`` the mean over all pairs of its heads (``heads.position.matching``).
 
     Sources are the variants' own; no paper has this task [OURS], whose claims are the papers' directions. A variant
     that learns slowly at this learning rate may do well at another. What it does not show: what a variant does in
@@ -82,13 +87,20 @@ class Variants(Experiment):
         for name in self.variants.split(","):
             model, last = self.trained(bench, name, "rope")
             found |= {f"{name} {number}": value for number, value in last.items() if number != "step"}
+        runs: dict[str, ReferenceRun] = {}
         for positions in filter(None, self.positions.split(",")):
             model, _ = self.trained(bench, "softmax", positions, label=f"positions {positions}")
+            with keep_attention(model) as runs[positions], torch.no_grad():
+                model(self.drawn(self.task, bench, self.samples, PROBE)[0])
             for times in map(int, self.times.split(",")):
                 task = replace(self.task, blanks=times * self.task.length - self.keys - self.queries)
                 held = self.drawn(task, bench, self.samples, PROBE)
                 for number in ("accuracy", "noise", "distance"):
                     found[f"{positions} x{times} {number}"] = measured(model, task, held)[number]
+        for one, other in combinations(sorted(runs), 2):
+            matched = match_heads(run_distances(runs[one], runs[other]))
+            found[f"{one}-{other} head_distance"] = float(matched["distance"].mean())
+            found[f"{one}-{other} head_distance unmatched"] = float(matched["unmatched"].mean())
         return found
 
     def trained(

@@ -444,9 +444,9 @@ def rectified(
 
 
 def neighbours(one: One) -> Tensor:
-    """A window of 4 around tiles of 3, of every second key, of a text that goes on: rows of a longer axis."""
+    """A window of 3 around tiles of 3, of every second key, of a text that goes on: rows of a longer axis."""
     total = one.count + LATER
-    return gna_mask(60, 4, 3, 2)[:total, :total].expand_as(one.whole)
+    return gna_mask(60, 3, 3, 2)[:total, :total].expand_as(one.whole)
 
 
 ROWS: dict[str, tuple[dict[str, Any], int, Callable[[One], Tensor]]] = {
@@ -457,7 +457,7 @@ ROWS: dict[str, tuple[dict[str, Any], int, Callable[[One], Tensor]]] = {
     "longheads": ({"chunk": 2, "begin": 3}, 7, longheads),
     "critiprefill": ({"segment": 2, "block": 1, "begin": 1, "skip": 0}, 1, critiprefill),
     "rectified_spaattn": ({"block": 2, "share": 0.6, "alone": 1}, 2, lambda one: rectified(one)[0]),
-    "neighbourhood": ({"stride": 3, "dilation": 2, "causal": False}, 4, neighbours),
+    "neighbourhood": ({"stride": 3, "dilation": 2, "causal": False}, 3, neighbours),
 }
 
 

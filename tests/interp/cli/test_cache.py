@@ -37,14 +37,35 @@ def test_policies_are_compared(capsys: pytest.CaptureFixture[str], model: str, t
         (p, b) for p in ("snapkv(window=4)", "h2o", "top_k") for b in ("8", "0.5")
     ]
     found = CacheLosses.load(out)
-    assert rows[0]["recall"] == pytest.approx(found.mean()[0, 0].mean()) and rows[0]["needed"] > 0
+    assert rows[0]["recall"] == pytest.approx(found.mean()[0, 0].mean())
+    assert rows[0]["kept"] == 8 >= rows[0]["needed"] > 0
+    assert rows[0]["ci_low_recall"] is None and rows[0]["prompts"] == 3  # too few for an interval
     assert (out / "cache.html").stat().st_size > 1_000_000 and not find_all(out)
     config = json.loads((out / "discover-cache.config.json").read_text())
     assert config["settings"]["window"] == 4 and config["settings"]["answer"] == 6
     code, _, err = run(capsys, "report", str(out))
     page = (out / "report.html").read_text()
     assert code == 0 and "What a cache would lose" in page and "keys in common at 0.5" in page, err
+    assert "3 prompts: no intervals" in page
     _figures_hold(found)
+
+
+def test_the_table_says_what_was_kept_and_a_dry_run_what_would_be_refused(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(json.dumps({"input_ids": list(range(5, 60))}) + "\n")
+    asked = ["discover", "cache", "--model", model, "--policies", "snapkv", "--data", str(data)]
+    window = ["--set", "window=4", "--set", "answer=6"]
+    code, printed, err = run(capsys, *asked, *window, "--budgets", "4")
+    assert code == 0 and "kept" in printed and "1 prompt: no intervals" in err
+    assert "warning: snapkv(window=4) at a budget of 4: it always keeps 4" in err and "survey.py" not in err
+    for wrong, said in (
+        (["--budgets", "3", *window], "always keeps 4 keys"),
+        (["--budgets", "8"], "64 are the answer"),
+    ):
+        code, printed, err = run(capsys, *asked, *wrong, "--dry-run")
+        assert (code, printed) == (2, "") and said in err
 
 
 def _figures_hold(found: CacheLosses) -> None:
@@ -68,6 +89,8 @@ def _figures_hold(found: CacheLosses) -> None:
         (["discover", "cache", "--policies", "snapvk"], "did you mean 'snapkv'"),
         (["discover", "cache", "--policies", "knorm", "--set", "window=3"], "knorm has no setting 'window'"),
         (["discover", "cache", "--depths", "3"], "no --depths"),
+        (["discover", "cache", "--data", "x.txt", "--samples", "3"], "takes --data, or --samples"),
+        (["discover", "cache", "--policies", "h2o,h2o"], "each policy once"),
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:

@@ -11,15 +11,16 @@ from typer.testing import CliRunner
 from headscope.interp.cli import COMMANDS
 from headscope.interp.cli.app import app
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.laboratory.variants import VARIANTS
 
 SMALL = ["scan_and_snap", "--device", "cpu", "--seeds", "0,1", "--set", "steps=2", "--set", "small_steps=2"]
 SWEEP = ["--set", "sweep_last=[1]", "--set", "sweep_rates=[1.0]", "--set", "sweep_ratios=[1.0]", "--set", "length=12"]
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, command: str = "lab") -> str:
     for name in COMMANDS:
         __import__(f"headscope.interp.cli.{name}")
-    found = CliRunner().invoke(app, ["lab", *arguments])
+    found = CliRunner().invoke(app, [command, *arguments])
     if found.exception is not None:
         raise found.exception
     return found.stdout
@@ -35,6 +36,15 @@ def test_json_holds_every_number_and_the_folder_the_findings(tmp_path: Path) -> 
     assert len(shown["claims"]) == len(held["claims"]) > 0
     assert (tmp_path / "scan_and_snap" / "page.html").exists()
     assert "what held" in run(*SMALL, *SWEEP, "--out", str(tmp_path))  # from what is there
+    run(*SMALL, *SWEEP, "--quick", "--out", str(tmp_path / "quick"))
+    quick = json.loads((tmp_path / "quick" / "scan_and_snap" / "findings.json").read_text())["settings"]
+    assert quick["steps"] == 2 and quick["length"] == 12  # what is asked for stands
+
+
+def test_attention_variants_are_listed() -> None:
+    rows = json.loads(run("variants", "--json", command="list"))["variants"]
+    assert [row["name"] for row in rows] == list(VARIANTS)
+    assert all(row["summary"] and row["source"] and row["settings"] == [] for row in rows)
 
 
 def test_what_cannot_be_run_is_one_line() -> None:

@@ -113,5 +113,7 @@ def test_lengths_and_differences() -> None:
     numbers, bench = numbers_of(experiment)
     assert list(bench.curves) == ["softmax", "differential", "positions none", "positions rope"]
     assert numbers["none x3 distance"][0] > 2 * numbers["none x1 distance"][0]  # patterns are uniform still
+    apart, spread = (numbers[f"none-rope head_distance{which}"][0] for which in ("", " unmatched"))
+    assert 0 < apart <= spread < np.log(2)
     says = [claim.says for claim in experiment.claims(numbers)]
     assert says[0].startswith("differential: less noise") and says[1].startswith("NoPE goes further than rope")
