@@ -17,6 +17,7 @@ COMMANDS = (
     "listing",
     "trace",
     "exemplars",
+    "explore",
     "discover",
     "compare",
     "taxonomy",

@@ -47,6 +47,10 @@ class Answers:
         }  # fmt: skip
 
     @property
+    def _tokens(self) -> int:
+        return max(len(run.tokens) for run in self.runs)
+
+    @property
     def compared(self) -> bool:
         """Whether there is a difference to show: two runs over texts of one length, with the same heads."""
         if len(self.runs) < 2:
@@ -82,7 +86,7 @@ class Answers:
             "edges": edges(first),
             "side": SIDE,
             "strip": STRIP,
-            "top": top_level(len(first.tokens)),
+            "top": top_level(self._tokens),
             "causal": all(each.right == 0 for each in mask),
             "windows": {layer: kept.call.mask.left for layer, kept in first.layers.items()},
             "held": sum(run.nbytes for run in self.runs),
@@ -121,6 +125,8 @@ class Answers:
     def _tile(
         self, run: int, layer: int, head: int, pool: Any, level: int, i: int, j: int, finer: bool = False
     ) -> Answer:
+        if min(run, level, i, j) < 0 or level > top_level(self._tokens) or pool not in ("mass", "max"):
+            raise ValueError("no such tile")
         place = Place(level, i, j)
         if run == DIFFERENCE and not self.compared:
             raise HeadscopeError("the two runs differ in their tokens or heads, so they have no difference")
@@ -138,6 +144,9 @@ class Answers:
 
     def _edge(self, run: int, layer: int, head: int, name: str, level: int, i: int) -> Answer:
         """A piece of the statistic ``name`` along the map, its mean over 2**level tokens a value: float32."""
+
+        if min(run, level, i) < 0 or level > top_level(self._tokens) or i * STRIP << level >= self._tokens:
+            raise ValueError("no such piece")
 
         def piece(one: Run) -> NDArray[np.float32]:
             values = edge(one, name, layer, head)

@@ -68,7 +68,9 @@ def wanted(answers: Answers, chosen: Sequence[tuple[int, int]]) -> Iterator[tupl
         for layer, head in heads if said else ():
             yield f"time lines of {what}", [f"answer/{run}/{layer}/{head}" for run in said]
         for layer, head in heads if answers.runs[0].grids else ():
-            yield f"last token over the picture, {what}", [f"picture/{run}/{layer}/{head}/{last}" for run in runs]
+            first = answers.runs[0].prompt_length or last
+            asked = [f"picture/{run}/{layer}/{head}/{at}" for run in runs for at in range(first, tokens)]
+            yield f"answer's (or last) tokens over the picture, {what}", asked
     for what, heads in (("chosen heads", chosen), ("other heads", others)):
         for level in range(top - 1, -1, -1):
             cell = f"{1 << level} x {1 << level} tokens a cell" if level else "single weights"

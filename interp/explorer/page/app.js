@@ -53,6 +53,7 @@ class App {
     this.resize = new ResizeObserver(() => this.layout());
     this.resize.observe(this.stage);
     this.go("heads");
+    this.opened = performance.now(); // for measurements
   }
 
   // -- the bar above --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ class Side {
     this.picture = make("div", { class: "card picture" });
     this.legend = make("div", { class: "card" });
     this.plain = true; // leave out the first tokens and the diagonal
-    this.element = make("aside", { class: "side" }, this.legend, this.reading, this.actions, this.heavy, this.picture);
+    this.element = make("aside", { class: "side" }, this.legend, this.reading, this.actions, this.picture, this.heavy);
   }
 
   show() {
@@ -145,7 +145,7 @@ class Side {
       const answer = await app.source.ask(question);
       this.picture.replaceChildren(make("h3", {}, `From “${shown(run.tokens[position], 16)}” to the picture`), ...pictures(app, run, answer, pane.scale));
     } catch {
-      this.picture.replaceChildren(make("h3", {}, "Picture"), make("p", { class: "soft" }, "This file holds the picture for the last token only."));
+      this.picture.replaceChildren(make("h3", {}, "Picture"), make("p", { class: "soft" }, "This file does not hold the picture for this token."));
     }
   }
 }
@@ -170,7 +170,7 @@ function pictures(app, run, answer, scale) {
       const [w, h] = [((right - left) / columns) * zoom, ((bottom - top) / rows) * zoom];
       values.forEach((value, i) => {
         const at = [left * zoom + (i % columns) * w, top * zoom + Math.floor(i / columns) * h];
-        context.globalAlpha = 0.12 + 0.68 * Math.sqrt(Math.abs(value) / most);
+        context.globalAlpha = 0.78 * Math.sqrt(Math.abs(value) / most);
         context.fillStyle = scale.kind === "change" ? scale.css(value) : `rgb(${between(VIRIDIS, Math.abs(value) / most).join(" ")})`;
         context.fillRect(at[0], at[1], w - 0.5, h - 0.5);
       });

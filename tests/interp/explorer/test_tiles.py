@@ -169,8 +169,8 @@ def test_edges_are_the_records_and_the_weights_statistics(lm: LanguageModel) -> 
             fine = np.frombuffer(answers(f"edge/0/{layer}/{head}/{name}/0/0").data, "<f4")
             np.testing.assert_array_equal(fine, run.records[0][name].isel(example=0).sel(layer=layer, head=head))
             np.testing.assert_allclose(fine, expected[layer, head], atol=BOUND * 150)
-            coarse = np.frombuffer(answers(f"edge/0/{layer}/{head}/{name}/2/0").data, "<f4")
-            blocks = [expected[layer, head, i : i + 4].mean() for i in range(0, 150, 4)]
+            coarse = np.frombuffer(answers(f"edge/0/{layer}/{head}/{name}/1/0").data, "<f4")
+            blocks = [expected[layer, head, i : i + 2].mean() for i in range(0, 150, 2)]
             np.testing.assert_allclose(coarse, blocks, atol=BOUND * 150)
     table = {one["name"]: one["tables"][0] for one in answers("open").facts["statistics"]}
     np.testing.assert_allclose(table["entropy"]["values"], definition["entropy"].mean(-1).ravel(), rtol=1e-4)
@@ -191,6 +191,14 @@ def test_a_token_is_seen_from_both_sides(lm: LanguageModel, monkeypatch: pytest.
     np.testing.assert_allclose(seen.cells, p[:, :, 20].reshape(8, 50, 3).max(-1), atol=BOUND)
     np.testing.assert_allclose(seen.mass[:, 0], p[:, :, 20].max(-1), atol=BOUND)
     for question in ("query/0/150", "key/0/-1", "tile/0/0/4/mass/0/0/0", "tile/0/9/0/mass/0/0/0", "edge/0/0/0/no/0/0"):
+        with pytest.raises(HeadscopeError):
+            Answers([run])(question)
+    for question in (
+        "tile/0/0/0/mass/40/0/0",
+        "tile/0/0/0/mass/0/-1/0",
+        "tile/0/0/0/sum/0/0/0",
+        "edge/0/0/0/entropy/0/9",
+    ):
         with pytest.raises(HeadscopeError):
             Answers([run])(question)
     for question in ("nothing/0", "tile/0", "tile/1/0/0/mass/0/0/0", "", "tile/2/0/0/mass/0/0/0", "answer/0/0/0"):
