@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.explorer import views
-from headscope.interp.explorer.overview import Column, columns_of, columns_of_scores, edge, edges
+from headscope.interp.explorer.overview import Column, columns_of, edge, edges
 from headscope.interp.explorer.run import Run
 from headscope.interp.explorer.tiles import SIDE, Place, Tile, top_level
-from headscope.interp.results.scores import HeadScores
 
 STRIP = 1024  # values in a piece of an edge
 DIFFERENCE = 2  # the "run" that is run 1 less run 0
@@ -34,12 +33,12 @@ class Answer(NamedTuple):
 
 
 class Answers:
-    """Answers about one run, or two and their difference."""
+    """Answers about one run, or two and their difference; ``more`` columns of the overview are of no run."""
 
-    def __init__(self, runs: Sequence[Run], scores: Sequence[HeadScores] = (), title: str = "") -> None:
+    def __init__(self, runs: Sequence[Run], more: Sequence[Column] = (), title: str = "") -> None:
         self.runs, self.title = list(runs), title
         self.own: list[list[Column]] = [columns_of(run.records) for run in runs]
-        self.scores = columns_of_scores(scores)
+        self.more = list(more)
         self.heads = [(layer, head) for layer, kept in runs[0].layers.items() for head in range(kept.heads)]
         self._kinds: dict[str, Callable[..., Answer]] = {
             "open": self._open, "tile": self._tile, "finer": self._finer, "edge": self._edge, "query": self._query,
@@ -117,7 +116,7 @@ class Answers:
             if self.compared and len(tables) == 2:
                 tables.append({"values": _less(tables[1]["values"], tables[0]["values"])})
             found.append({**_described(column), "tables": tables})
-        found += [{**_described(one), "tables": [one.table(self.heads)], "scores": True} for one in self.scores]
+        found += [{**_described(one), "tables": [one.table(self.heads)], "scores": True} for one in self.more]
         return found
 
     # -- maps ----------------------------------------------------------------------------------------------------------

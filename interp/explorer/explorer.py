@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.explorer.answers import Answers
 from headscope.interp.explorer.export import document
+from headscope.interp.explorer.overview import columns_of, columns_of_scores
 from headscope.interp.explorer.run import Prompt, Run, record_run
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
@@ -31,6 +33,8 @@ class Explorer:
         beside: a second run: another prompt, checkpoint, or the same under an edit. Their difference (``beside`` less
             ``run``) is shown where both have as many tokens and the same heads.
         scores: results of head methods, as further columns of the overview.
+        record: a record of the same model, of many prompts say, as further columns: of several examples the mean over
+            them with a 95 % bootstrap interval.
         title: by default the run's name.
         height: of the view in a notebook, in pixels.
 
@@ -43,6 +47,7 @@ class Explorer:
         beside: Run | None = None,
         *,
         scores: HeadScores | Sequence[HeadScores] = (),
+        record: xr.Dataset | None = None,
         title: str | None = None,
         height: int = 680,
     ) -> None:
@@ -56,8 +61,8 @@ class Explorer:
                 )
         self.runs = [run] if beside is None else [run, beside]
         self.height = height
-        self.answers = Answers(self.runs, scores, title or run.name)
-        self._scores = scores
+        columns = [*columns_of_scores(scores), *columns_of([] if record is None else [record], " (record)")]
+        self.answers = Answers(self.runs, columns, title or run.name)
 
     @cached_property
     def widget(self) -> ExplorerWidget:
@@ -107,7 +112,7 @@ class Explorer:
         """The heads that a page shows closest: by the first score; else by the largest change between two runs; else
         by the entropy that is left beside the sink."""
         heads = self.answers.heads
-        column = self.answers.scores[0] if self.answers.scores else None
+        column = self.answers.more[0] if self.answers.more else None
         if column is not None:
             value = {head: column.values.get(head, (float("-inf"),))[0] for head in heads}
         else:
@@ -129,6 +134,7 @@ def explore(
     spans: Mapping[str, Any] | None = None,
     statistics: Named | Iterable[Named] | None = None,
     scores: HeadScores | Sequence[HeadScores] = (),
+    record: xr.Dataset | None = None,
     generate: int = 0,
     layers: Sequence[int] | None = None,
     device: torch.device | str | None = None,
@@ -148,4 +154,4 @@ def explore(
     run = record_run(lm, prompt, spans=spans, **options)
     if beside is not None and not isinstance(beside, Run):
         run.name, beside = "first prompt", record_run(lm, beside, name="second prompt", **options)
-    return Explorer(run, beside, scores=scores, title=title, height=height)
+    return Explorer(run, beside, scores=scores, record=record, title=title, height=height)

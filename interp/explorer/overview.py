@@ -37,15 +37,17 @@ class Column:
         return dict(zip(("values", "low", "high", "n"), made, strict=True))
 
 
-def columns_of(records: Sequence[xr.Dataset]) -> list[Column]:
+def columns_of(records: Sequence[xr.Dataset], suffix: str = "") -> list[Column]:
     """Every statistic of a run's records: its mean over queries with the range of the middle 80 % of them, or its
-    largest value over keys. Of several examples, the mean over them with a 95 % bootstrap interval."""
+    largest value over keys. Of several examples, the mean over them with a 95 % bootstrap interval. ``suffix`` stands
+    behind each name."""
     found: dict[str, Column] = {}
     for record in records:
         for name, variable in _variables(record):
             unit = unit_of(name.split(" ")[0])
             about, values = _reduced(variable)
-            column = found.setdefault(name, Column(name, name.replace("_", " "), _said(unit), about, {}))
+            own = name + suffix
+            column = found.setdefault(own, Column(own, own.replace("_", " "), _said(unit), about, {}))
             column.values.update(values)
     return list(found.values())[:MOST]
 

@@ -188,6 +188,10 @@ class _Reading:
 
     @classmethod
     def of(cls, lm: LanguageModel, prompt: Prompt) -> _Reading:
+        if getattr(lm.inner.config, "is_encoder_decoder", False):
+            raise HeadscopeError(
+                f"{lm.name} reads two sequences, and the explorer shows one: record statistics with trace(tower=...)"
+            )
         if isinstance(prompt, VisionItem):
             one = look(lm, prompt)
             own = {key: rows[0] for key, rows in one.prompt.spans.items() if rows[0] and not key.endswith("_0")}

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from headscope.interp import trace
 from headscope.interp.cli import main
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.explorer import Explorer, explore, record_run
 from headscope.interp.explorer.assets import FOLDER, PARTS, script, style
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.scores import HeadScores
+from headscope.interp.statistics import Entropy
 from tests.interp.explorer.conftest import PROMPT
 
 
@@ -63,6 +65,19 @@ def test_a_page_keeps_its_budget_and_says_what_it_leaves_out(lm: LanguageModel, 
     with pytest.raises(HeadscopeError, match="holds no head L7H0"):
         explorer.save(tmp_path / "no.html", heads="L7H0")
     assert not (tmp_path / "no.html").exists()
+
+
+def test_a_record_of_many_prompts_has_intervals_over_them(lm: LanguageModel) -> None:
+    with trace(lm, [Entropy()]) as tracer:
+        lm([PROMPT[:60], PROMPT[60:140], PROMPT[140:]])
+    record = tracer.record
+    explorer = explore(lm, PROMPT, record=record)
+    found = {one["name"]: one for one in explorer.answers("open").facts["statistics"]}
+    table, about = found["entropy (record)"]["tables"][0], found["entropy (record)"]["about"]
+    each = record["entropy"].mean("query").to_numpy().reshape(3, -1)
+    np.testing.assert_allclose(table["values"], each.mean(0), rtol=1e-4)
+    assert "bootstrap" in about and table["n"] == [3] * 8 and found["entropy"]["about"].startswith("mean over queries")
+    assert (np.array(table["low"]) <= each.mean(0)).all() and (np.array(table["low"]) >= each.min(0) - 1e-4).all()
 
 
 def test_scores_stand_first_with_their_intervals(lm: LanguageModel) -> None:

@@ -7,7 +7,9 @@ weights as much of the sum. Halves on their way to the page add 2**-11 of a valu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from headscope.interp.explorer.answers import DIFFERENCE, Answers
 from headscope.interp.explorer.kept import KeptLayer, example_of
 from headscope.interp.explorer.tiles import SIDE, Place, Tiles, top_level
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.prompts.vision_data import ask
 from headscope.interp.survey.tiny import tiny_model
+from headscope.interventions import ScaleSinks, apply
 from headscope.kernels import reference
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Redistribution
@@ -242,7 +246,39 @@ def test_a_difference_is_the_difference_of_the_dense_maps(lm: LanguageModel) -> 
         Answers([first, shorter])(f"tile/{DIFFERENCE}/0/0/mass/0/0/0")
 
 
+def test_a_run_under_an_edit_is_the_edited_models(lm: LanguageModel) -> None:
+    plain = record_run(lm, PROMPT)
+    with apply(lm, ScaleSinks("L1H2")):
+        edited = record_run(lm, PROMPT)
+    p, q = (run.layers[1].weights(torch.arange(150), slice(0, 150)).double() for run in (plain, edited))
+    expected = p[2].clone()
+    expected[1:, 0] = 0  # the first row sees the sink alone
+    expected[1:] /= expected[1:].sum(-1, keepdim=True)
+    assert (q[2] - expected).abs().max() <= BOUND / (1 - p[2, 1:, 0].max()) and (q[1] - p[1]).abs().max() <= BOUND
+    cells = np.frombuffer(Answers([plain, edited])(f"tile/{DIFFERENCE}/1/2/mass/0/0/0").data, "<f2")
+    change = (q - p)[2, :SIDE, :SIDE].numpy()
+    seen = ~np.isnan(cells.reshape(SIDE, SIDE))
+    assert np.abs(cells.reshape(SIDE, SIDE) - change)[seen].max() <= BOUND + HALF
+    entropy = torch.special.entr(q[2]).sum(-1)
+    np.testing.assert_allclose(edited.records[0]["entropy"].sel(layer=1, head=2)[0], entropy, atol=1e-4)
+
+
+def test_a_picture_shows_the_weights_of_its_tokens(
+    vision_lm: Callable[..., LanguageModel], picture: Callable[..., Any]
+) -> None:
+    run = record_run(vision_lm("llava"), ask(picture(0), "What is it?"))
+    (grid,) = run.grids
+    facts, data = Answers([run])(f"picture/0/1/1/{len(run.tokens) - 1}")
+    row = run.layers[1].weights(torch.tensor([len(run.tokens) - 1]), slice(0, len(run.tokens)))[1, 0].numpy()
+    np.testing.assert_array_equal(np.frombuffer(data, "<f4").reshape(facts["shapes"][0]), row[grid.positions])
+    places = [at for first, stop in run.spans["image"] for at in range(first, stop)]
+    assert sorted(grid.positions.ravel()) == places and row[places].max() > 0
+    assert Answers([run])("open").facts["runs"][0]["pictures"][0].startswith("data:image/jpeg;base64,")
+
+
 def test_what_cannot_be_explored_is_refused(lm: LanguageModel) -> None:
+    with pytest.raises(HeadscopeError, match="reads two sequences"):
+        record_run(LanguageModel.wrap(tiny_model("t5", "encoder-decoder")), [3, 4, 5])
     with pytest.raises(HeadscopeError, match="lies beyond the text"):
         record_run(lm, "w1 w2 w3", spans={"far": (10, 12)})
     with pytest.raises(HeadscopeError):
