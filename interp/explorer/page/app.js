@@ -8,6 +8,7 @@ class App {
     Object.assign(this, { element, source, page: options.page ?? false, height: options.height ?? 680 });
     Object.assign(this, { screen: "heads", run: 0, head: null, pool: "mass", kind: "log", history: [], hits: { shown: [], at: -1, text: "" } });
     element.classList.add("headscope-explorer");
+    element.dataset.lmSuppressShortcuts = "true"; // as in make
     element.headscope = this; // for tests and measurements
     this.toolTip = make("div", { class: "tip", hidden: true });
     this.theme();
@@ -132,7 +133,9 @@ class App {
     const shownElement = { heads: this.heads.element, map: this.mapScreen, token: this.token.element, line: this.line.element }[screen];
     if (this.stage.firstChild !== shownElement) this.stage.replaceChildren(shownElement);
     if (screen === "map") {
-      this.maps.replaceChildren(...this.panes.map((one) => one.element));
+      const elements = this.panes.map((one) => one.element);
+      const there = [...this.maps.children]; // put back, an element would lose the focus
+      if (elements.length !== there.length || elements.some((one, i) => one !== there[i])) this.maps.replaceChildren(...elements);
       this.maps.dataset.count = this.panes.length;
     }
     this.showBar();
@@ -278,6 +281,7 @@ class App {
     const at = this.head ? this.index.get(this.head.join("/")) : 0;
     this.head = this.open.heads[(at + step + this.open.heads.length) % this.open.heads.length];
     this.go(this.screen, true);
+    this.focus();
   }
 
   key(event) {

@@ -2,9 +2,12 @@
 
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 
+const FOCUSED = new Set(["canvas", "button", "input", "tr", "summary"]);
+
 /** An element: `make("div", { class: "x", onclick: f }, "text", child)`. */
 function make(tag, settings = {}, ...children) {
   const element = document.createElement(tag);
+  if (FOCUSED.has(tag)) element.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves keys that are pressed here alone
   for (const [name, value] of Object.entries(settings)) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);

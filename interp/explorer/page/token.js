@@ -170,7 +170,7 @@ class Token {
     const box = make("label", { class: "soft small" }, make("input", { type: "checkbox", checked: this.plain, onchange: (event) => {
       this.plain = event.target.checked;
       this.showBest();
-    } }), " without the first four tokens and itself");
+    } }), " not the first four, nor itself");
     this.best.replaceChildren(make("div", { class: "card" }, make("h3", {}, this.kind === "query" ? "Strongest looks" : "Strongest lookers"), box, ...rows));
   }
 }

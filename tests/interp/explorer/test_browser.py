@@ -216,6 +216,15 @@ def test_the_live_widget_asks_for_what_is_seen(browser: Any, lm: LanguageModel) 
         assert not [one for one in asked if one in near]  # what is at hand is not asked for again
         bytes_held = page.evaluate("() => globalThis[Symbol.for('headscope.recent')].bytes")
         assert 0 < bytes_held <= 32e6
+        page.locator("canvas.map").first.click(position={"x": 200, "y": 250})
+        for key, screen in (("]", "map"), ("+", "map"), ("Escape", "heads")):  # the focus stays in the widget
+            page.keyboard.press(key)
+            assert do(page, "return app.screen;") == screen
+        assert do(page, "return app.head;") == [0, 1]
+        page.keyboard.press("/")
+        page.keyboard.type("needle")
+        assert page.locator(".found").first.inner_text() == "1 found"
+        do(page, "app.openHead([0, 0]); app.view.centre(200, 199, 30, app.panes[0].size); app.draw();")
         page.locator(".headscope-explorer").nth(1).locator("tbody tr").first.click()
         page.wait_for_timeout(300)
         assert page.locator(".headscope-explorer").nth(1).get_attribute("data-screen") == "map"
