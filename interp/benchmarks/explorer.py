@@ -92,8 +92,8 @@ def timed_tiles(run: Run, each: int = 10) -> dict[str, Any]:
     return found
 
 
-def looked_at(explorer: Explorer) -> dict[str, Any]:
-    """What the page takes, driven in chromium."""
+def looked_at(explorer: Explorer, patience: float) -> dict[str, Any]:
+    """What the page takes, driven in chromium; the far view has ``patience`` seconds to become exact."""
     with chromium() as browser, served(explorer) as (address, asked):
         with opened(browser, "about:blank") as page:
             blank = memory(browser, page)
@@ -103,10 +103,17 @@ def looked_at(explorer: Explorer) -> dict[str, Any]:
             middle = len(explorer.answers.heads) // 2
             began = time.perf_counter()
             page.evaluate(f"() => {APP}.openHead({APP}.open.heads[{middle}])")
-            page.wait_for_function(DONE)
+            page.wait_for_function(DONE, timeout=120_000)
             first_s = time.perf_counter() - began
-            page.wait_for_function(EXACT, timeout=600_000)
-            exact_s = time.perf_counter() - began
+            try:
+                page.wait_for_function(EXACT, timeout=1000 * patience)
+                exact_s = time.perf_counter() - began
+            except Exception:  # of Playwright: it was not exact in time
+                exact_s = None
+            unfinished = (
+                f"{APP}.panes.flatMap((pane) => pane.unfinished()).map(({{answer}}) => [answer.rows, answer.of])"
+            )
+            rows = page.evaluate(f"() => {unfinished}")
             draw, count = random.Random(1), len(explorer.runs[0].tokens)
             for _ in range(PLACES):
                 query = draw.randrange(count)
@@ -135,6 +142,7 @@ def looked_at(explorer: Explorer) -> dict[str, Any]:
         "open_s": open_s,
         "head_seen_s": first_s,
         "head_exact_s": exact_s,
+        "rows_by_then": rows,  # of each tile in sight that was not exact yet
         "answers": answers,
         "questions": len(asked),
         "cache_mb": held / 1e6,
@@ -152,6 +160,7 @@ def main() -> None:
     parser.add_argument("--made", action="store_true", help="drawn queries and keys of one layer, no forward pass")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-browser", action="store_true")
+    parser.add_argument("--patience", type=float, default=120, help="seconds for the far view to become exact")
     parser.add_argument("--save", type=Path)
     given = parser.parse_args()
     lm = load_model("smollm2-135m", device=given.device)
@@ -173,7 +182,7 @@ def main() -> None:
     found["tiles"] = timed_tiles(run)
     if not given.no_browser and CHROMIUM is not None:
         fresh = Explorer(Run(run.name, run.tokens, run.layers, run.records))  # nothing that was computed before
-        found["browser"] = looked_at(fresh)
+        found["browser"] = looked_at(fresh, given.patience)
     found["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     for name, value in found.items():
         print(name, value)

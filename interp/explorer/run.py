@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -132,8 +132,9 @@ def record_run(
     named = {key: span for key, span in named.items() if span}
     asked = [Entropy(), SinkMass(), Distance(), KeyMass()]
     asked += [SpanMass({key: [span] for key, span in named.items()})] if named else []
-    known = {type(each) for each in asked}
-    asked += [one for one in (declared(statistics) if statistics is not None else ()) if type(one) not in known]
+    known = {name for each in asked for name in each.recorded}
+    more = declared(statistics) if statistics is not None else ()
+    asked += [one for one in more if not known & set(one.recorded)]
     capture = Capture(device)
     with (
         read.published(),
@@ -206,11 +207,15 @@ class _Reading:
     def rest(self) -> dict[str, Any]:
         return {key: x for key, x in self.inputs.items() if key not in ("input_ids", "attention_mask")}
 
-    def published(self) -> Any:
-        """What edits may ask: the prompt's end, and its spans by name."""
-        if self.prompt_length is None:
-            return published_spans({key: [rows] for key, rows in self.spans.items()}) if self.spans else nullcontext()
-        return _both(prompt_boundary(self.prompt_length), self.spans)
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Inside the block edits may ask for the prompt's end, and for its spans by name."""
+        with ExitStack() as stack:
+            if self.prompt_length is not None:
+                stack.enter_context(prompt_boundary(self.prompt_length))
+            if self.spans:
+                stack.enter_context(published_spans({key: [rows] for key, rows in self.spans.items()}))
+            yield
 
     def generate(self, count: int) -> None:
         """Add what the model says next."""
@@ -223,12 +228,3 @@ class _Reading:
         with torch.no_grad(), self.published():
             made = self.lm.model.generate(**inputs, **options, pad_token_id=pad)
         self.inputs = extended(self.inputs, made[0, self.prompt_length :].tolist())
-
-
-def _both(boundary: Any, spans: Mapping[str, list[Span]]) -> Any:
-    from contextlib import ExitStack
-
-    stack = ExitStack()
-    stack.enter_context(boundary)
-    stack.enter_context(published_spans({key: [rows] for key, rows in spans.items()}))
-    return stack

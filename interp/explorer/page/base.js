@@ -100,6 +100,6 @@ class Recent {
   }
 }
 
-const CACHE_BYTES = 32e6; // answers; painted tiles take 10 MB more at most
-const PAINTED = 150;
+const CACHE_BYTES = 32e6; // answers; painted tiles take 6 MB more at most
+const PAINTED = 96;
 const recent = (globalThis[Symbol.for("headscope.recent")] ??= new Recent(CACHE_BYTES));
