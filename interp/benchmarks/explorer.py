@@ -6,7 +6,7 @@
 
 A forward pass of SmolLM2-135M (its first ``--layers`` layers) over the bundled prose, repeated; beyond its context of
 8,192 tokens what it attends to means little, and costs what it costs. ``--made`` takes drawn queries and keys of one
-layer instead, with neighbours and a first token that are looked at. The page then does what a reader does: it opens,
+head instead, with neighbours and a first token that are looked at. The page then does what a reader does: it opens,
 opens a head, zooms in to single tokens at 12 places, and says how long each answer took, from question to numbers.
 """
 
@@ -34,6 +34,7 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts import load_haystack
 from headscope.interp.runs.measured import save_measured
 from headscope.kernels.masks import Mask
+from headscope.kernels.request import Request
 
 APP = "document.querySelector('.headscope-explorer').headscope"
 PLACES = 12
@@ -59,18 +60,21 @@ def recorded(lm: LanguageModel, tokens: int) -> Run:
 
 
 def drawn(lm: LanguageModel, tokens: int, device: str) -> Run:
-    """One layer of nine heads of 64 dimensions, three key heads: a walk, so that neighbours are alike, and a sink."""
+    """One head of 64 dimensions: a walk, so that neighbours are alike, and a first token that is looked at. The lse of
+    its rows is computed once, as a forward pass does."""
     generator = torch.Generator().manual_seed(0)
-    key = torch.randn(1, 3, tokens, 64, generator=generator)
+    key = torch.randn(1, 1, tokens, 64, generator=generator)
     for i in (1, 2, 4, 8):  # each key holds some of those before it
         key[:, :, i:] = 0.8 * key[:, :, i:] + 0.6 * key[:, :, :-i]
     key[:, :, 0] *= 3
-    query = key.repeat_interleave(3, 1) + 0.5 * torch.randn(1, 9, tokens, 64, generator=generator)
+    query = key + 0.5 * torch.randn(1, 1, tokens, 64, generator=generator)
     query, key = query.to(device), key.to(device)
     call = AttentionCall(query, key, key, Mask.causal(), 64**-0.5, layer=0, module="layers.*")
+    lse = call.attend(Request(output=False, lse=True)).lse
+    assert lse is not None
     words = lm.tokenizer(load_haystack())["input_ids"]
     texts = lm.tokenizer.convert_ids_to_tokens((words * (1 + tokens // len(words)))[:tokens])
-    return Run("drawn", texts, {0: KeptLayer(call)})
+    return Run("drawn", texts, {0: KeptLayer(call, lse[0])})
 
 
 def timed_tiles(run: Run, each: int = 10) -> dict[str, Any]:
@@ -157,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--layers", type=int, help="keep the model's first layers alone")
-    parser.add_argument("--made", action="store_true", help="drawn queries and keys of one layer, no forward pass")
+    parser.add_argument("--made", action="store_true", help="drawn queries and keys of one head, no forward pass")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-browser", action="store_true")
     parser.add_argument("--patience", type=float, default=120, help="seconds for the far view to become exact")
