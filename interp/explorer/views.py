@@ -18,7 +18,7 @@ from headscope.interp.statistics.spans import Span
 
 CELLS = 256  # along a text
 TOP = 3  # tokens that are named a head
-AT_ONCE = 1 << 21  # weights
+AT_ONCE = 1 << 24  # numbers held at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,8 @@ def _row(kept: KeptLayer, query: int) -> NDArray[np.float32]:
 def _column(kept: KeptLayer, key: int) -> NDArray[np.float32]:
     _check(key, kept.keys)
     rows = torch.arange(kept.queries, device=kept.call.query.device)
-    step = AT_ONCE if kept.call.redistribution is None else max(1, AT_ONCE // (kept.heads * kept.keys))
+    each = kept.call.query.shape[-1] if kept.call.redistribution is None else kept.keys  # of a row of one head
+    step = max(1, AT_ONCE // (kept.heads * each))
     parts = [kept.weights(part, slice(key, key + 1))[..., 0] for part in torch.split(rows, step)]
     found: NDArray[np.float32] = torch.cat(parts, 1).float().cpu().numpy()
     return found
@@ -90,7 +91,7 @@ def answer(
     rows = torch.arange(first, kept.queries, device=kept.call.query.device)
     width = cell_width(kept.keys)
     cells, masses = [], []
-    for part in torch.split(rows, max(1, AT_ONCE // kept.keys)):
+    for part in torch.split(rows, max(1, AT_ONCE // (8 * kept.keys))):
         weights = kept.weights(part, slice(0, kept.keys), head)[0].float().cpu().numpy()
         cells.append(along(weights, width))
         each = [sum((weights[:, a:b].sum(1) for a, b in span), np.zeros(len(weights), np.float32)) for span in spans]

@@ -38,7 +38,7 @@ const UNPRINTABLE = /[\p{C}\p{Zl}\p{Zp}]/u;
 /** A token with every character visible: spaces, line breaks, controls and direction marks too. */
 function shown(text, limit = 24) {
   let visible = "";
-  for (const one of String(text).slice(0, 4 * limit)) {
+  for (const one of String(text ?? "").slice(0, 4 * limit)) {
     const code = one.codePointAt(0).toString(16);
     visible += MARKS[one] ?? (UNPRINTABLE.test(one) ? `\\u${code.padStart(4, "0")}` : one);
   }
