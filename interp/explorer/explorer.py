@@ -16,6 +16,7 @@ from headscope.interp.explorer.answers import Answers
 from headscope.interp.explorer.export import document
 from headscope.interp.explorer.overview import Column, columns_of, columns_of_scores
 from headscope.interp.explorer.run import Prompt, Run, record_run
+from headscope.interp.models import load_model
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.files import write_atomically
@@ -154,7 +155,8 @@ def explore(
         HeadscopeError: as ``record_run`` and ``Explorer``.
     """
     options: dict[str, Any] = {"statistics": statistics, "generate": generate, "layers": layers, "device": device}
+    lm = load_model(lm)
     run = record_run(lm, prompt, spans=spans, **options)
     if beside is not None and not isinstance(beside, Run):
         run.name, beside = "first prompt", record_run(lm, beside, name="second prompt", **options)
-    return Explorer(run, beside, scores=scores, record=record, title=title, height=height)
+    return Explorer(run, beside, scores=scores, record=record, title=title or lm.name, height=height)
