@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from headscope.interp import heads as heads
     from headscope.interp import plots as plots
     from headscope.interp.errors import HeadscopeError as HeadscopeError
+    from headscope.interp.explorer import Explorer as Explorer
+    from headscope.interp.explorer import explore as explore
+    from headscope.interp.explorer import record_run as record_run
     from headscope.interp.models import load_model as load_model
     from headscope.interp.prompts.vision import vision_prompt as vision_prompt
     from headscope.interp.records.record import append_record as append_record
@@ -29,16 +32,19 @@ if TYPE_CHECKING:
     from headscope.interp.tracing.tracer import Tracer as Tracer
 
 _HOME = {
+    "Explorer": "explorer",
     "HeadScores": "results.scores",
     "HeadSet": "results.headset",
     "HeadscopeError": "errors",
     "Tracer": "tracing.tracer",
     "append_record": "records.record",
     "each_part": "records.record",
+    "explore": "explorer",
     "keep_attention": "tracing.reference_run",
     "load_model": "models",
     "load_record": "records.record",
     "open_record": "records.record",
+    "record_run": "explorer",
     "response_steps": "tracing.generation",
     "save_record": "records.record",
     "sweep": "sweeps",

@@ -38,6 +38,7 @@ FLOORS = (
     "analysis",
     "plots",
     "reports",
+    "explorer",
     "sweeps",
     "cache",
     "survey",

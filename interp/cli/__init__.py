@@ -20,6 +20,7 @@ COMMANDS = (
     "listing",
     "trace",
     "exemplars",
+    "explore",
     "discover",
     "compare",
     "taxonomy",

@@ -24,19 +24,20 @@ class Tile(NamedTuple):
     log_p: Tensor
 
 
-def log_tile(scores: Scores, lse: Tensor, rows: slice, keys: slice) -> Tensor:
-    """log p (batch, head, row, key) of rows ``rows`` and keys ``keys`` (slices with both ends) in the dtype of ``lse``
-    (batch, head, row), which is of those rows."""
+def log_tile(scores: Scores, lse: Tensor, rows: slice | Tensor, keys: slice) -> Tensor:
+    """log p (batch, head, row, key) of rows ``rows`` and keys ``keys`` in the dtype of ``lse`` (batch, head, row),
+    which is of those rows: slices with both ends, of rows also indices (n,) ascending."""
     q, k, mask, bias, edit = scores.q, scores.k, scores.mask, scores.bias, scores.edit
     batch, heads, _, d = q.shape
-    n, m, kv_heads = rows.stop - rows.start, keys.stop - keys.start, k.shape[1]
+    at = torch.arange(rows.start, rows.stop, device=q.device) if isinstance(rows, slice) else rows
+    n, m, kv_heads = at.numel(), keys.stop - keys.start, k.shape[1]
     queries = (q[:, :, rows].to(lse.dtype) * scores.scale).reshape(batch, kv_heads, heads // kv_heads * n, d)
     s = torch.matmul(queries, k[:, :, keys].to(lse.dtype).transpose(-1, -2)).view(batch, heads, n, m)
     if scores.softcap is not None:
         s.div_(scores.softcap).tanh_().mul_(scores.softcap)
     if bias is not None:
         s.add_(bias[:, :, None, keys])
-    at, columns = (torch.arange(x.start, x.stop, device=q.device) for x in (rows, keys))
+    columns = torch.arange(keys.start, keys.stop, device=q.device)
     each = torch.arange(heads, device=q.device)
     if edit is not None and s.numel():
         examples = torch.arange(batch, device=q.device)
