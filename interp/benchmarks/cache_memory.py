@@ -1,11 +1,14 @@
 """Memory of measuring a policy for a cache on a long text, above that of the untraced pass.
 
-    OMP_NUM_THREADS=1 python -m headscope.interp.benchmarks.cache_memory --layers 1 \\
+    OMP_NUM_THREADS=4 python -m headscope.interp.benchmarks.cache_memory --layers 2 \\
         --out interp/benchmarks/results/cache-memory.json
 
 Every case runs in a process of its own. On a CPU the peak of its resident memory (``ru_maxrss``) is read at its end,
 with ``--device cuda`` the peak of what torch allocated on the card. The text is random tokens. ``--layers`` keeps the
 model's first so many layers: time grows with them, the peak is a layer's.
+
+    python -m headscope.interp.benchmarks.cache_memory --tokens 131072 --device cuda --dtype bfloat16 \\
+        --policies h2o,snapkv,streaming_llm --out interp/benchmarks/results/cache-memory-h200.json
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from headscope.interp.cache import lose
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.runs.measured import hardware
 from headscope.kernels.benchmarks.pages import machine
 
 UNTRACED = "untraced"
@@ -86,7 +90,12 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     if given.out:
         settings = {key: value for key, value in vars(given).items() if key not in ("out", "case")}
-        document = {"rows": rows, "settings": settings, "machine": machine(), "command": " ".join(sys.argv[1:])}
+        document = {
+            "rows": rows,
+            "settings": settings,
+            "machine": machine() | {"device": hardware(given.device)},
+            "command": " ".join(sys.argv[1:]),
+        }
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -37,6 +37,8 @@ class Budget:
             number = float("nan")
         if 0 < number < 1:
             return cls(share=number)
+        if number == 1 and (isinstance(given, float) or "." in str(given)):
+            raise HeadscopeError(f"a budget of {given} is one key or all of them: say 1, or a share below 1")
         if number >= 1 and number.is_integer() and not isinstance(given, bool):
             return cls(keys=int(number))
         raise HeadscopeError(f"a budget is a number of keys (256) or a share of the tokens (0.25), not {given!r}")

@@ -126,8 +126,9 @@ def _check(
     check_counts(0, first=first)
     if at not in ("decode", "prefill"):
         raise HeadscopeError(f"at must be 'decode' or 'prefill', not {at!r}")
-    if layers is not None and not (_several(layers) and len(layers) and all(isinstance(x, Integral) for x in layers)):
-        raise HeadscopeError(f"layers is a list of layers, [0, 5], or None for all, not {layers!r:.60}")
+    whole = _several(layers) and all(isinstance(x, Integral) and not isinstance(x, bool) for x in layers or ())
+    if layers is not None and not (whole and layers and len(set(layers)) == len(layers)):
+        raise HeadscopeError(f"layers is a list of different layers, [0, 5], or None for all, not {layers!r:.60}")
     tower_size(lm, None).check_layers(layers or ())
     if getattr(lm.model.config, "is_encoder_decoder", False):
         raise HeadscopeError(f"{lm.name} reads with an encoder: keys are kept of one sequence, in a decoder alone")

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.models.language_model import LanguageModel
+from headscope.interp.models.processors import processor_of
 from headscope.interp.prompts.boundary import prompt_boundary
 from headscope.interp.prompts.pictures import Message, with_bytes
 from headscope.interp.prompts.spans import by_offsets
@@ -74,7 +76,8 @@ def vision_prompt(
 
     Args:
         model: load_model's result or a Hugging Face model of images and text.
-        processor: its processor (``transformers.AutoProcessor``), with a fast tokenizer.
+        processor: its processor (``transformers.AutoProcessor``), with a fast tokenizer. None: that which
+            load_model's result finds.
         messages: chats as ``processor.apply_chat_template`` takes them: ``{"role": "user", "content": [{"type":
             "image", "image": picture}, {"type": "text", "text": "What is this?"}]}``, pictures as ``pixels`` takes them
             (``headscope.interp.prompts.pictures``). A video is its frames, all of which are read: ``{"type": "video",
@@ -88,9 +91,11 @@ def vision_prompt(
             could be trusted.
     """
     inner = bare_model(model)
+    if processor is None and isinstance(model, LanguageModel):
+        processor = processor_of(model)
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "apply_chat_template"):
         raise HeadscopeError(
-            f"{type(processor).__name__} is no processor of images and text: give lm.processor, or the model's "
+            f"{type(processor).__name__} is no processor of images and text: give the model's, "
             "transformers.AutoProcessor.from_pretrained(...)"
         )
     batch: Sequence[Any] = messages if _is_batch(messages) else [messages]

@@ -65,7 +65,13 @@ def ask(
     boxes: Mapping[str, Sequence[float]] | None = None,
     name: str = "",
 ) -> VisionItem:
-    """One question about one picture or a list of them (as ``pixels`` takes them: PIL image, array, path)."""
+    """One question about one picture or a list of them (as ``pixels`` takes them: PIL image, array, path).
+
+    Raises:
+        HeadscopeError: ``text`` is not text.
+    """
+    if not isinstance(text, str):
+        raise HeadscopeError(f"what is asked of a picture is text, not {text!r:.60}")
     several = pictures if isinstance(pictures, list | tuple) else [pictures]
     parts = [{"type": "image", "image": str(one) if isinstance(one, Path) else one} for one in several]
     chat: list[Message] = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,9 @@ class Paint(FindingEdit, SpanEdit):
     The paper's best values; the code's arguments have beta 0.3, its script alpha 0.9 (above which text degenerates). It
     edits layers 2 to 31 of 32, here the same share of the depth [OURS].
 
+    ``tokens="random"`` is the control: as many local and as many summary tokens at random places of each picture, the
+    same places in every prompt of as many tokens [OURS].
+
     What it does not show: that these tokens hold objects.
 
     Args:
@@ -40,6 +44,8 @@ class Paint(FindingEdit, SpanEdit):
         alpha: of local tokens.
         beta: of summary tokens.
         local: share of a picture's tokens that are local ones.
+        tokens: those that the "tower" picks out, or "random" ones.
+        seed: of random tokens.
         strength: the factor on both amounts.
     """
 
@@ -48,6 +54,8 @@ class Paint(FindingEdit, SpanEdit):
     alpha: float = 0.7
     beta: float = 0.4
     local: float = 0.25
+    tokens: Literal["tower", "random"] = "tower"
+    seed: int = 0
     during: During = "answer"
 
     source: ClassVar[str] = "Arif et al. 2025, arXiv 2501.12206; hasanar1f/llava-hallunication-fix @ c5ee7da"
@@ -65,12 +73,23 @@ class Paint(FindingEdit, SpanEdit):
             number("Paint", name, getattr(self, name))
         if not 0 <= self.local <= 1:
             raise HeadscopeError(f"Paint: local is a share in [0, 1], not {self.local!r}")
+        if self.tokens not in ("tower", "random"):
+            raise HeadscopeError(f"Paint: tokens is 'tower' or 'random', not {self.tokens!r}")
         object.__setattr__(self, "_seen", {})
 
     @property
     def neutral(self) -> bool:
         """Both amounts are 0."""
         return super().neutral or self.alpha == self.beta == 0
+
+    @property
+    def chooses(self) -> bool:
+        """Which tokens, for each picture."""
+        return self.tokens != "random"
+
+    def with_random_choice(self, seed: int) -> Paint:
+        """As many tokens at random places of each picture."""
+        return replace(self, tokens="random", seed=seed)
 
     def in_force(self, model: ModelLike, tower: str | None) -> Paint:
         """A copy that knows its layers, and those of the vision tower.
@@ -139,7 +158,10 @@ class Paint(FindingEdit, SpanEdit):
                 )
             for i in range(pictures):
                 first, late = (one[0][i, 1:] if patches > each else one[1][i] for one in held)
+                at = places[i * each : (i + 1) * each]
+                if self.tokens == "random":
+                    at = at[torch.from_numpy(np.random.default_rng([self.seed, each]).permutation(each)).to(at.device)]
                 for row, tokens in zip(found, selected(first, late, self.local), strict=True):
-                    mine = places[i * each : (i + 1) * each][sorted(tokens)]
+                    mine = at[sorted(tokens)]
                     row[mine[:, 0], mine[:, 1]] = True
         return torch.nn.functional.pad(found.transpose(0, 1), (call.mask.key_offset, 0))

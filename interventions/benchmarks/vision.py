@@ -17,6 +17,7 @@ no edit. It takes a backward pass a candidate and one caption at a time: minutes
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from headscope.interp.heads.vision.attention import debiased, image_attention
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.prompts.scenes.world import GRID
+from headscope.interp.results.evaluation import Evaluation
 from headscope.interp.runs.measured import save_measured
 from headscope.interventions import evaluate
 from headscope.interventions.attention.adapt_span import AdaptSpanLogits
@@ -80,6 +82,13 @@ def rejections(lm: LanguageModel) -> list[Intervention]:
     return [SaliencyRejection(alpha=0.0), SaliencyRejection()]
 
 
+CONDITIONS: dict[str, Callable[[LanguageModel], list[Intervention]]] = {
+    "all": edits,
+    "paint": lambda lm: [Paint()],
+    "sgrs": rejections,
+}
+
+
 def tasks(samples: int, batch: int) -> list[SceneTask]:
     """Captions last: they take longest."""
     return [
@@ -87,6 +96,14 @@ def tasks(samples: int, batch: int) -> list[SceneTask]:
         Pope(samples=2 * samples, batch=batch),
         Hallucination(samples=samples, batch=batch),
     ]
+
+
+def by_trial(found: Evaluation) -> dict[str, str]:
+    """By condition, every trial's score in their order: each is 0 or 1, a digit."""
+    scores = found.scores(next(iter(found.metrics)))
+    if not scores.isin((0, 1)).all(axis=None):
+        raise ValueError("a score that is neither 0 nor 1")
+    return {str(name): "".join(str(int(x)) for x in column) for name, column in scores.items()}
 
 
 def main() -> None:
@@ -99,12 +116,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--controls", type=int, default=1)
     parser.add_argument("--skip", nargs="*", type=int, default=[], help="conditions to leave out, by their place")
-    parser.add_argument("--conditions", choices=("all", "sgrs"), default="all")
+    parser.add_argument("--conditions", choices=CONDITIONS, default="all")
     parser.add_argument("--tasks", nargs="+", default=["spatial", "pope", "hallucination"])
     given = parser.parse_args()
     lm = load_model(given.model, dtype=torch.float32)
-    chosen = edits if given.conditions == "all" else rejections
-    conditions = [edit for place, edit in enumerate(chosen(lm)) if place not in given.skip]
+    asked = CONDITIONS[given.conditions](lm)
+    conditions = [edit for place, edit in enumerate(asked) if place not in given.skip]
     tables: list[dict[str, Any]] = []
     for task in tasks(given.samples, given.batch):
         if task.name not in given.tasks:
@@ -112,6 +129,7 @@ def main() -> None:
         folder = None if given.folder is None else given.folder / task.name
         found = evaluate(lm, task, conditions, controls=given.controls, out=folder, progress=False)
         tables.append({"task": task.name, "summary": found.summary().to_dict("records"), "details": found.details})
+        tables[-1]["trials"] = by_trial(found)
         save_measured(given.out, {"tables": tables}, lm, samples=given.samples, controls=given.controls)
         print(task.name, found.summary(), flush=True)
 

@@ -29,8 +29,8 @@ class SceneTask(VisionTask):
 
     Args:
         samples: scenes; of ``hallucination`` of each pair.
-        image: "own"; "other": the picture of another scene; "blank": a grey one. With the last two what is said is said
-            from the words alone.
+        image: "own"; "other": the picture of another scene of the same kind, which shares what the question gives away;
+            "blank": a grey one, so that what is said is said from the words alone.
         seed: of the scenes.
     """
 

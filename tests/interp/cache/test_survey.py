@@ -144,7 +144,7 @@ def test_a_run_is_kept_resumed_and_read_again(lm: LanguageModel, tmp_path: Path)
         ({"policies": "s3"}, "which only Python can give"),
         ({"policies": "critiprefill", "layers": [1]}, "measure all layers"),
         ({"at": "never"}, "'decode' or 'prefill'"),
-        ({"layers": [1.5]}, "layers is a list of layers"),
+        ({"layers": [1.5]}, "layers is a list of different layers"),
         ({"layers": [7]}, "layer 7 does not exist"),
         ({"answer": None}, "answer and first are whole numbers"),
         ({"budgets": None}, "at least one budget"),
@@ -208,8 +208,10 @@ def test_what_cannot_be_asked_is_one_line(lm: LanguageModel, tmp_path: Path) -> 
     for given, why in (
         ({"answer": 1.5}, "answer is a whole number"),
         ({"answer": "4"}, "answer is a whole number"),
-        ({"layers": []}, "layers is a list of layers"),
-        ({"layers": 1}, "layers is a list of layers"),
+        ({"layers": []}, "layers is a list of different layers"),
+        ({"layers": 1}, "layers is a list of different layers"),
+        ({"layers": [True]}, "layers is a list of different layers"),
+        ({"layers": [1, 1]}, "layers is a list of different layers"),
         ({"budgets": float("inf")}, "a budget is a number"),
     ):
         with pytest.raises(HeadscopeError, match=why):

@@ -141,10 +141,18 @@ def test_as_by_hand(
     compare(vlm, batch, singles, dense, generated, edit, [hand, hand])
 
 
+@pytest.mark.parametrize("edit", [Paint(), Paint().with_random_choice(3)], ids=["tower", "random"])
 def test_paint(
-    vlm: LanguageModel, batch: VisionPrompt, singles: list[VisionPrompt], dense: Any, generated: Any, tmp_path: Path
+    vlm: LanguageModel,
+    batch: VisionPrompt,
+    singles: list[VisionPrompt],
+    dense: Any,
+    generated: Any,
+    tmp_path: Path,
+    edit: Paint,
 ) -> None:
-    """Each picture's own tokens, of the attention that the vision tower gives when asked for it."""
+    """Each picture's own tokens, of the attention that the vision tower gives when asked for it; or as many others."""
+    order = np.random.default_rng([3, 16]).permutation(16) if edit.tokens == "random" else np.arange(16)
     tower = vlm.model.model.vision_tower
     hands = []
     for prompt in singles:
@@ -154,16 +162,15 @@ def test_paint(
         tower.set_attn_implementation("sdpa")
         top, bottom = paint_tokens(maps[0][0], maps[-2][0])
         amount = torch.zeros(16, dtype=torch.float64)
-        amount[top], amount[bottom] = 0.7, 0.4
+        amount[order[sorted(top)]], amount[order[sorted(bottom)]] = 0.7, 0.4
 
         def hand(layer: int, scores: Tensor, p: Tensor, length: int, x: Tensor, amount: Tensor = amount) -> Tensor:
             new = scores + (of_image(amount, p.shape[-1]) * scores.abs()).nan_to_num()
             return torch.where((torch.arange(p.shape[-1]) >= length - 1)[:, None], new.softmax(-1), p)
 
         hands.append(hand)
-    compare(vlm, batch, singles, dense, generated, Paint(), hands)
-    loaded = load_intervention(Paint(alpha=0.9).save(tmp_path / "paint", vlm), vlm)
-    assert loaded == Paint(alpha=0.9) != Paint()
+    compare(vlm, batch, singles, dense, generated, edit, hands)
+    assert load_intervention(edit.save(tmp_path / "paint", vlm), vlm) == edit != Paint(alpha=0.9)
     with apply(vlm, Paint() + BoostRecent(beta=1.0)):
         both = generated(batch)[1]
     with apply(vlm, Paint()), apply(vlm, BoostRecent(beta=1.0)):

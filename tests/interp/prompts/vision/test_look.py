@@ -15,6 +15,7 @@ from headscope.interp.models.processors import processor_of
 from headscope.interp.prompts.grids import ImageGrid, Made, grids_of
 from headscope.interp.prompts.look import extended, look
 from headscope.interp.prompts.pictures import pixels
+from headscope.interp.prompts.vision import vision_prompt
 from headscope.interp.prompts.vision_data import VisionItem, ask, vision_items
 
 
@@ -132,12 +133,16 @@ def test_what_is_no_data_gets_one_line(folder, picture, tmp_path_factory) -> Non
     for boxes, said in (({"a": (50, 50, 10)}, "the box of 'a' is"), ({"a": 3}, "not 3"), ([1, 2, 3, 4], "have names")):
         with pytest.raises(HeadscopeError, match=said):
             ask(picture(0), boxes=boxes)
+    with pytest.raises(HeadscopeError, match="what is asked of a picture is text, not None"):
+        ask(picture(0), None)
 
 
 def test_tokens_lie_where_the_processor_looked(vision_lm, picture) -> None:
     """64 x 40 pixels: a square cut out of the middle (LLaVA), padded to one, or all of it; and two pictures at once."""
     item = ask([picture(0), picture(1, 64, 40)])
-    one = look(vision_lm("llava"), item)
+    one = look(lm := vision_lm("llava"), item)
+    made = vision_prompt(lm, None, item.chat)  # with the processor that is the model's own
+    assert torch.equal(made.inputs["input_ids"], vision_prompt(lm, processor_of(lm), item.chat).inputs["input_ids"])
     assert [(g.box, g.image) for g in one.grids] == [((12, 0, 52, 40), 0), ((0, 12, 40, 52), 1)]
     assert one.grids[0].positions.ravel().tolist() == one.tokens[:16].tolist()
     settings = processor_of(one.lm).image_processor

@@ -193,7 +193,7 @@ def test_what_cannot_be_placed_is_refused(vision_model, picture, template):
     with pytest.raises(HeadscopeError, match="at least one message"):
         vision_prompt(model, made, [])
     for who, given, said in (
-        (made.tokenizer, chat(picture(0)), "is no processor of images and text: give lm.processor"),
+        (made.tokenizer, chat(picture(0)), "is no processor of images and text: give the model's"),
         (made, "What is it?", "a chat is a list of messages, not str"),
         (made, [{"content": "What is it?"}], "message 0 of the chat has no role"),
         (made, [{"role": "user", "content": None}], "a text or a list of parts"),
