@@ -10,7 +10,7 @@ from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import rows as triton_rows
-from headscope.kernels.triton.device import last_dim_contiguous
+from headscope.kernels.triton.device import last_dim_contiguous, score
 from headscope.kernels.triton.features import decode, encode, width
 from headscope.kernels.triton.masks import rules
 from headscope.kernels.triton.rows import Rows
@@ -50,16 +50,15 @@ def rows(
         v,
         mask=mask,
         scale=scale,
-        softcap=softcap,
-        bias=bias,
         columns=columns,
-        consecutive=positions is None,
     ):
         filled = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
         seen = rules(mask, q.shape[0], positions)
         sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
         with falls_back("Triton's own kernel"):
-            hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, scale, sparse=sparse)
+            hopper.fill_rows(
+                q, k, v, columns, sinks, filled, sizes, seen, score(scale, softcap, bias), sparse=sparse
+            )
             found = filled
     if found is None:
         found = triton_rows.rows(
@@ -108,9 +107,9 @@ def columns(
     first, stop = queries or (0, n)
     sizes = triton_columns.Sizes(heads, heads // k.shape[1], n, first, stop, keys)
     seen = rules(mask, batch)
-    if hopper.takes(q, k, None, mask=mask, scale=scale, softcap=softcap, bias=bias):
+    if hopper.takes(q, k, None, mask=mask, scale=scale):
         with falls_back("Triton's own kernel"):
-            hopper.fill_columns(q, k, lse, sums, most, sizes, seen, scale)
+            hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(scale, softcap, bias))
             return sums, most
     triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
     return sums, most

@@ -33,6 +33,7 @@ from headscope.kernels.triton.device import (
     FLOOR,
     HIDDEN,
     LOG2E,
+    PRECISION,
     biased,
     key_tile,
     launch,
@@ -140,9 +141,9 @@ def _kernel(
     plain: tl.constexpr = score.softcap is None and score.bias is None
     linear = tl.zeros([BM, NF], tl.float32)
     output = tl.zeros([BM, DV], tl.float32)
-    # under chunks and segments no tile is known to be whole, and that loop is left out: one that never runs, behind the
+    # under segments in pieces no tile is known to be whole, and that loop is left out: one that never runs, behind the
     # copy engine's fetches, crashes the ptxas of Triton 3.6
-    part: tl.constexpr = 1 if rules.chunk is not None or rules.segments is not None else 0
+    part: tl.constexpr = 1 if rules.segments is not None else 0
     for masked in tl.static_range(part, 2):
         if masked:
             before = (full_lo - lo) // BN
@@ -159,7 +160,7 @@ def _kernel(
             j = tl.arange(0, BN)
             left = sizes.keys - start
             kt = key_tile(k, b, kv, start, left, strides[1].position, d, D, BN, masked == 0, TMA)
-            s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
+            s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
             if not (plain and masked == 0):
                 s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
             if masked:
@@ -172,10 +173,10 @@ def _kernel(
                 p, a, state = absorb(s, 1.0, state, position, begin, results)
             if results.linear is not None:
                 ft = load_rows(f + step * strides[3].position, j, strides[3].position, left, NF, NF, masked == 0)
-                linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision="ieee")
+                linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision=PRECISION)
             if results.output is not None:
                 vt = key_tile(v, b, kv, start, left, strides[2].position, dv, DV, BN, masked == 0, TMA)
-                output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision="ieee")
+                output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision=PRECISION)
 
     split = tl.program_id(2).to(tl.int64)
     row = ((split * batches + b64) * sizes.heads + h64) * sizes.rows + i
