@@ -56,9 +56,7 @@ def rows(
         seen = rules(mask, q.shape[0], positions)
         sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
         with falls_back("Triton's own kernel"):
-            hopper.fill_rows(
-                q, k, v, columns, sinks, filled, sizes, seen, score(scale, softcap, bias), sparse=sparse
-            )
+            hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, score(scale, softcap, bias), sparse=sparse)
             found = filled
     if found is None:
         found = triton_rows.rows(

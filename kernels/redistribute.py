@@ -159,7 +159,7 @@ def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtyp
     result = Reduced(lse=lse if request.lse else None)
     for name in SUMS:
         if getattr(parts[0].found, name) is not None:
-            setattr(result, name, reduce(torch.add, _terms(parts, name)))
+            setattr(result, name, _sum(parts, name))
     if result.entropy is not None:
         result.entropy = reduce(torch.add, (torch.special.entr(part.mass) for part in parts), result.entropy)
     if request.max:
@@ -175,6 +175,15 @@ def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtyp
             setattr(result, name, None if x is None else x[:, :, request.query_rows])
     result.output = None if result.output is None else result.output.to(dtype)
     return result
+
+
+def _sum(parts: list[_Part], name: str) -> Tensor:
+    """What ``_terms`` gives, added up without a tensor for each."""
+    total = parts[0].mass.new_zeros(())
+    for part in parts:
+        x = getattr(part.found, name)
+        total = torch.addcmul(total, x, part.mass.view(part.mass.shape + (1,) * (x.dim() - 3)))
+    return total
 
 
 def _terms(parts: list[_Part], name: str) -> Iterator[Tensor]:

@@ -6,6 +6,8 @@
    no key twice, and lse is the log of the sum over all segments, those outside any span without an output: one pass.
 3. A segment is a call on a slice of the keys whose mask has a larger key offset; where the examples of a batch name
    different spans, the mask's ``start`` and ``end`` tell them apart. No kernel is needed.
+4. The output of a span that is one segment goes where it will stay, and is scaled there once lse is known; only
+   segments of which spans are sums are kept beside the result.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class SpanOutputs(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """Attention over one segment, and which spans hold it: bool (batch or 1, span); no output where none does."""
+    """Attention over one segment, and which spans hold it: bool (batch or 1, span); no output where no sum needs it."""
 
     output: Tensor | None
     lse: Tensor
@@ -59,21 +61,28 @@ def span_outputs(
     ends = named.new_tensor([[0, count]]).expand(named.shape[0], -1)
     cuts = torch.cat([named.flatten(1), ends], 1).sort().values
     whole = replace(scores, sinks=None)
-    segments = []
-    for start, stop in zip(cuts[:, :-1].T, cuts[:, 1:].T, strict=True):
-        inside = (named[..., 0] <= start[:, None]) & (stop[:, None] <= named[..., 1]) & (start < stop)[:, None]
+    shape = (batch, heads, queries, named.shape[1])
+    output, segments = v.new_zeros(*shape, v.shape[3]), []
+    parts = list(zip(cuts[:, :-1].T, cuts[:, 1:].T, strict=True))
+    holds = [(named[..., 0] <= start[:, None]) & (stop[:, None] <= named[..., 1]) for start, stop in parts]
+    holds = [held & (start < stop)[:, None] for held, (start, stop) in zip(holds, parts, strict=True)]
+    alone = torch.stack([held.any(0) for held in holds]).sum(0) == 1  # (span,): it is one segment
+    for inside, (start, stop) in zip(holds, parts, strict=True):
         if not (start < stop).any() or (lse is not None and not inside.any()):
             continue
         keys, here = _slice(whole, start, stop)
         request = Request(output=bool(inside.any()), lse=True)
         got = attention.attend(here, v[:, :, keys], request=request, engine=engine)
         assert got.lse is not None
-        segments.append(_Segment(got.output, got.lse, inside.to(device)))
-    shape = (batch, heads, queries, named.shape[1])
+        mine = inside.any(0)
+        for n in (mine & alone).nonzero()[:, 0].tolist():
+            assert got.output is not None
+            output[..., n, :] = got.output
+        segments.append(_Segment(got.output if (mine & ~alone).any() else None, got.lse, inside.to(device)))
     if not segments:
-        return SpanOutputs(v.new_zeros(*shape, v.shape[3]), v.new_zeros(shape).to(_wide(v)))
+        return SpanOutputs(output, v.new_zeros(shape).to(_wide(v)))
     lse = reference.log_total(torch.stack([x.lse for x in segments], -1), scores.sinks) if lse is None else lse
-    return _summed(segments, lse, v, shape)
+    return SpanOutputs(output, _summed(segments, lse, output, alone.tolist()))
 
 
 def _checked(spans: Sequence[Span] | Tensor, batch: int, keys: int) -> Tensor:
@@ -101,19 +110,26 @@ def _slice(scores: Scores, start: Tensor, stop: Tensor) -> tuple[slice, Scores]:
     return keys, replace(here, mask=replace(here.mask, start=begin, end=end))
 
 
-def _summed(segments: list[_Segment], lse: Tensor, v: Tensor, shape: tuple[int, ...]) -> SpanOutputs:
-    """Steps 1 and 2: the segments' outputs and masses, summed over the spans (batch, head, query, span) they lie in."""
-    output, mass = v.new_zeros(*shape, v.shape[3]), torch.zeros(shape, dtype=_wide(v), device=v.device)
+def _summed(segments: list[_Segment], lse: Tensor, output: Tensor, alone: list[bool]) -> Tensor:
+    """Steps 1, 2 and 4: the mass (batch, head, query, span), of the segments in every span; ``output`` is completed."""
+    mass = torch.zeros(output.shape[:-1], dtype=_wide(output), device=output.device)
     weights = [torch.exp(x.lse - lse).masked_fill_(x.lse == -torch.inf, 0.0) for x in segments]
-    for n in range(shape[-1]):
-        total = mass.new_zeros(*shape[:-1], v.shape[3])
+    for n, one in enumerate(alone):
+        total = None
         for segment, weight in zip(segments, weights, strict=True):
-            if segment.output is not None and segment.inside[:, n].any():
-                share = weight * segment.inside[:, n, None, None]
-                mass[..., n] += share
-                total += share[..., None] * segment.output
-        output[..., n, :] = total
-    return SpanOutputs(output, mass)
+            if not segment.inside[:, n].any():
+                continue
+            share = weight * segment.inside[:, n, None, None]
+            mass[..., n] += share
+            if one:
+                output[..., n, :] *= share[..., None]
+            else:
+                assert segment.output is not None
+                total = output.new_zeros((), dtype=mass.dtype) if total is None else total
+                total = torch.addcmul(total, segment.output, share[..., None])
+        if total is not None:
+            output[..., n, :] = total
+    return mass
 
 
 def _wide(v: Tensor) -> torch.dtype:

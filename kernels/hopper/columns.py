@@ -1,8 +1,8 @@
 """The column reductions of ``triton_columns``, for Hopper (see ``hopper``).
 
-A block is 384 keys of one head, 128 a group (64 of wide heads), which stay; queries stream past in tiles of 64. The groups take turns at
-the matrix unit: one multiplies, then takes exponentials and sums while the others multiply. Rows r and r + 8 of a tile
-are one thread's, so it adds them at once and keeps half as many sums.
+A block is 384 keys of one head, 128 a group (64 of wide heads), which stay; queries stream past in tiles of 64. The
+groups take turns at the matrix unit: one multiplies, then takes exponentials and sums while the others multiply. Rows r
+and r + 8 of a tile are one thread's, so it adds them at once and keeps half as many sums.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -87,7 +87,9 @@ def _pairs(p):
 
 
 @gluon.jit
-def _gather(s, norm, sums, start, mine, where, sizes, rules, score, part: gl.constexpr, SUM: gl.constexpr, MAX: gl.constexpr):
+def _gather(
+    s, norm, sums, start, mine, where, sizes, rules, score, part: gl.constexpr, SUM: gl.constexpr, MAX: gl.constexpr
+):
     """Add the weights of products ``s`` with the keys from ``mine`` to their sums and maxima."""
     total, highest = sums
     b, h, _kv, _begin = where

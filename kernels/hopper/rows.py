@@ -82,11 +82,11 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
 
 
 @gluon.jit
-def _tile(n, b, h, start, q, smem, bars, position, state, linear, given, MASKED: gl.constexpr, MIXED: gl.constexpr):
+def _tile(n, start, q, smem, bars, position, state, linear, given, MASKED: gl.constexpr, MIXED: gl.constexpr):
     """The n-th tile of keys: (the next n, the sums, the sums of features where the tile's are ``MIXED``)."""
     _q_smem, k_smem, f_smem = smem
     _q_ready, ready, free = bars
-    sizes, rules, results, score = given
+    b, h, sizes, rules, results, score = given
     BN: gl.constexpr = k_smem.shape[3]
     STAGES: gl.constexpr = k_smem.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -109,8 +109,8 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     """One group: the statistics of 64 rows."""
     q_smem, k_smem, f_smem = smem
     q_ready, ready, free = bars
-    sizes, rules, results, score = given
-    b, h, _kv, row, _example = where
+    b, h, sizes, rules, results, score = given
+    _b, _h, _kv, row, _example = where
     BN: gl.constexpr = k_smem.shape[3]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
@@ -132,15 +132,21 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
                     before = state[0]
                     linear = enter(linear, c, state[1], True)
                     for at in range(start, until, BN):
-                        n, state, linear = _tile(n, b, h, at, q, smem, bars, position, state, linear, given, False, False)
+                        n, state, linear = _tile(
+                            n, b, h, at, q, smem, bars, position, state, linear, given, False, False
+                        )
                     linear = leave(linear, c, before, state, True)
                 else:
                     for at in range(start, -until, BN):
-                        n, state, linear = _tile(n, b, h, at, q, smem, bars, position, state, linear, given, False, True)
+                        n, state, linear = _tile(
+                            n, b, h, at, q, smem, bars, position, state, linear, given, False, True
+                        )
                 start = gl.maximum(until, -until)
         else:
             for at in range(start, to, BN):
-                n, state, linear = _tile(n, b, h, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES)
+                n, state, linear = _tile(
+                    n, b, h, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES
+                )
     skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, ready, free, BN)
     finish(i, state, linear, results, sizes, sinks, b, h, True)
 
@@ -172,7 +178,7 @@ def _kernel(
         at, smem = (q_at, k_at, f_at), (q_smem, k_smem, buffers(f_at, STAGES))
         columns = of_example(columns, b * batch, sizes.keys, BN, f_at.block_type.shape[2])
     bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS))
-    given = (sizes, rules, results, score)
+    given = (b, h, sizes, rules, results, score)
     fence_async_shared()
     gl.warp_specialize(
         [

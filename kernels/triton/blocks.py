@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +22,8 @@ from headscope.kernels.triton import tuning
 from headscope.kernels.triton.device import (
     HIDDEN,
     LOG2E,
-    PRECISION,
+    PARTS,
+    WHOLE,
     biased,
     last_dim_contiguous,
     launch,
@@ -62,9 +62,10 @@ def _norms(lse, row, b, sizes, rules):
 
 
 @triton.jit
-def _weights(qt, kt, norm, row, key, b, h, sizes, rules, score, MASKED: tl.constexpr):
+def _weights(qt, kt, norm, row, key, b, h, sizes, rules, score, D: tl.constexpr, MASKED: tl.constexpr):
     """The weights of a tile (row, key)."""
-    s = biased(scored(tl.dot(qt, tl.trans(kt), input_precision=PRECISION), score), score, b, h, key[None, :], sizes.keys)
+    s = scored(tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE), score)
+    s = biased(s, score, b, h, key[None, :], sizes.keys)
     if MASKED:
         seen = visible(row + rules.query_offset, key + rules.key_offset, b, rules) & (key < sizes.keys)[None, :]
         s = tl.where(seen, s, HIDDEN)
@@ -136,7 +137,7 @@ def _kernel(
                 j = tl.arange(0, TILE)
                 base = k + start.to(tl.int64) * strides[1].position
                 kt = load_rows(base, j, strides[1].position, sizes.keys - start, d, D, masked == 0)
-                p = _weights(qt, kt, norm, row, start + j, b, h, sizes, rules, score, masked == 1)
+                p = _weights(qt, kt, norm, row, start + j, b, h, sizes, rules, score, D, masked == 1)
                 _keep(out, _pool(p, BLOCKS, MAX), begin, start, sizes, SIZE)
     else:
         for strip in range(lo // STRIP, tl.cdiv(hi, STRIP)):
@@ -147,7 +148,7 @@ def _kernel(
                 qt = signed(load_rows(q, row, strides[0].position, sizes.queries, d, D, False), score)
                 kt = load_rows(k, key, strides[1].position, sizes.keys, d, D, False)
                 norm = _norms(lse, row, b, sizes, rules)
-                part = _pool(_weights(qt, kt, norm, row, key, b, h, sizes, rules, score, True), 1, MAX)
+                part = _pool(_weights(qt, kt, norm, row, key, b, h, sizes, rules, score, D, True), 1, MAX)
                 total = tl.maximum(total, part) if MAX else total + part
             _keep(out, total, begin, strip * STRIP, sizes, SIZE)
 

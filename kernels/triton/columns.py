@@ -21,7 +21,8 @@ from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.device import (
     HIDDEN,
     LOG2E,
-    PRECISION,
+    PARTS,
+    WHOLE,
     biased,
     key_tile,
     launch,
@@ -99,7 +100,7 @@ def _kernel(
                 norm = tl.where(position >= tl.load(rules.start + b).to(tl.int32), norm, float("inf"))
             if rules.end is not None:
                 norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
-            s = tl.dot(kt, tl.trans(qt), input_precision=PRECISION)
+            s = tl.dot(kt, tl.trans(qt), input_precision=PARTS if D <= 128 else WHOLE)
             if score.softcap is None and score.bias is None and masked == 0:
                 t = s * (score.scale * LOG2E) - norm[None, :]
             else:

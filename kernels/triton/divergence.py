@@ -23,7 +23,8 @@ from headscope.kernels.triton import tuning
 from headscope.kernels.triton.device import (
     LN2,
     LOG2E,
-    PRECISION,
+    PARTS,
+    WHOLE,
     last_dim_contiguous,
     launch,
     load_rows,
@@ -34,7 +35,6 @@ from headscope.kernels.triton.device import (
     strides,
 )
 from headscope.kernels.triton.masks import key_range, rules, visible
-
 
 SMALLEST = tl.constexpr(2.0**-126)  # the smallest weight with all its bits
 
@@ -112,8 +112,12 @@ def _kernel(
             left = sizes.keys - start
             kt = load_rows(k + step * strides[1].position, j, strides[1].position, left, d, D, masked == 0)
             wt = load_rows(w + step * strides[3].position, j, strides[3].position, left, d, D, masked == 0)
-            log_p = scored(tl.dot(qt, tl.trans(kt), input_precision=PRECISION), score) - norm[:, None]
-            log_r = scored(tl.dot(ut, tl.trans(wt), input_precision=PRECISION), score) - other[:, None]
+            log_p = (
+                scored(tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE), score) - norm[:, None]
+            )
+            log_r = (
+                scored(tl.dot(ut, tl.trans(wt), input_precision=PARTS if D <= 128 else WHOLE), score) - other[:, None]
+            )
             if masked:
                 seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
                 log_p = tl.where(seen, log_p, -1e30)

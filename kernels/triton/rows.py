@@ -33,7 +33,8 @@ from headscope.kernels.triton.device import (
     FLOOR,
     HIDDEN,
     LOG2E,
-    PRECISION,
+    PARTS,
+    WHOLE,
     biased,
     key_tile,
     launch,
@@ -160,7 +161,7 @@ def _kernel(
             j = tl.arange(0, BN)
             left = sizes.keys - start
             kt = key_tile(k, b, kv, start, left, strides[1].position, d, D, BN, masked == 0, TMA)
-            s = tl.dot(qt, tl.trans(kt), input_precision=PRECISION)
+            s = tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE)
             if not (plain and masked == 0):
                 s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
             if masked:
@@ -173,10 +174,10 @@ def _kernel(
                 p, a, state = absorb(s, 1.0, state, position, begin, results)
             if results.linear is not None:
                 ft = load_rows(f + step * strides[3].position, j, strides[3].position, left, NF, NF, masked == 0)
-                linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision=PRECISION)
+                linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision=PARTS if D <= 128 else WHOLE)
             if results.output is not None:
                 vt = key_tile(v, b, kv, start, left, strides[2].position, dv, DV, BN, masked == 0, TMA)
-                output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision=PRECISION)
+                output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision=PARTS if D <= 128 else WHOLE)
 
     split = tl.program_id(2).to(tl.int64)
     row = ((split * batches + b64) * sizes.heads + h64) * sizes.rows + i

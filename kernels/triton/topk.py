@@ -28,7 +28,8 @@ from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.device import (
     FLOOR,
     HIDDEN,
-    PRECISION,
+    PARTS,
+    WHOLE,
     biased,
     last_dim_contiguous,
     launch,
@@ -101,7 +102,7 @@ def _kernel(
         start = lo + (tiles - 1 - tile) * BN
         base = k + start.to(tl.int64) * strides[1].position
         kt = load_rows(base, j, strides[1].position, sizes.keys - start, d, D, False)
-        s = scored(tl.dot(qt, tl.trans(kt), input_precision=PRECISION), score)
+        s = scored(tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE), score)
         s = biased(s, score, b, h[:, None], (start + j)[None, :], sizes.keys)
         seen = visible(position, start + j + rules.key_offset, b, rules) & (start + j < hi)[None, :]
         s = tl.where(seen, s, HIDDEN)

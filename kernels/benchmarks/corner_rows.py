@@ -1,0 +1,304 @@
+"""The rows of ``corners``: what is timed beside SDPA, what it cost before, and what it may cost.
+
+``make`` gives a row's measurements on fresh tensors, divided by ``less`` in length (1; more to try the script).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headscope.kernels import attention, flex
+from headscope.kernels import gpu_passes as passes
+from headscope.kernels.blocks import blocks
+from headscope.kernels.divergence import divergence
+from headscope.kernels.hopper import columns as hopper_columns
+from headscope.kernels.hopper import rows as hopper_rows
+from headscope.kernels.masks import Mask
+from headscope.kernels.redistribute import redistribute
+from headscope.kernels.redistribution import Redistribution
+from headscope.kernels.request import Request
+from headscope.kernels.score_edits import distance_slope
+from headscope.kernels.scores import Scores
+from headscope.kernels.spans import span_outputs
+from headscope.kernels.triton import tuning
+from headscope.kernels.triton.topk import top_keys
+from headscope.kernels.triton.tuning import Tiles
+
+HEADS, KV_HEADS = 32, 8
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BFLOAT16 = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter has no bfloat16
+STATISTICS = frozenset({"lse", "entropy"})
+ONLY_LSE = frozenset({"lse"})
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One measurement: what runs, SDPA on the same tensors (None: ``run`` gives microseconds itself), the ratios."""
+
+    name: str
+    run: Callable[[], Any]
+    base: Callable[[], Any] | None
+    key: Any  # of the tensors: SDPA on them is timed once
+    now: float
+    target: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Measurements that share tensors."""
+
+    key: str
+    name: str
+    make: Callable[[int], Iterator[Timed]]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Other settings of a row's kernel: what ``module.name`` is to return while ``what`` is timed."""
+
+    row: str
+    what: tuple[str, ...]
+    module: Any
+    name: str
+    settings: list[Any]
+
+
+class Call:
+    """Tensors, their scores under a causal mask, and SDPA."""
+
+    def __init__(
+        self, n: int, d: int, less: int, *, dtype: torch.dtype = BFLOAT16, queries: int = 0, heads: int = HEADS
+    ) -> None:
+        n, heads = max(64, n // less), heads if less == 1 else 4
+        kv = max(1, heads * KV_HEADS // HEADS)
+        rows = queries or n
+        gen = torch.Generator(DEVICE).manual_seed(0)
+        shapes = ((1, heads, rows, d), (1, kv, n, d), (1, kv, n, d))
+        self.q, self.k, self.v = (torch.randn(s, generator=gen, device=DEVICE, dtype=dtype) for s in shapes)
+        self.gen, self.heads, self.n = gen, heads, n
+        self.key = (n, d, dtype, rows)
+        self.scores = Scores(self.q, self.k, Mask.causal(n - rows), d**-0.5)
+
+    def sdpa(self) -> Tensor:
+        return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=self.q.shape[2] > 1, enable_gqa=True)
+
+    def rows(self, wants: frozenset[str] = STATISTICS, *, features: Tensor | None = None, **options: Any) -> Any:
+        v = self.v if "output" in wants else None
+        call = self.scores.device_arguments | options
+        wants = wants if features is None else wants | {"linear"}
+        return passes.rows(self.q, self.k, v, wants=wants, features=features, **call)
+
+    def lse(self, **options: Any) -> Tensor:
+        lse: Tensor = self.rows(ONLY_LSE, **options).lse
+        return lse
+
+    def columns(self, lse: Tensor, **options: Any) -> Any:
+        return passes.columns(self.q, self.k, lse, **(self.scores.device_arguments | options))
+
+    def timed(self, name: str, run: Callable[[], Any], now: float, target: float) -> Timed:
+        return Timed(name, run, self.sdpa, self.key, now, target)
+
+
+WITH_OUTPUT = STATISTICS | {"output"}
+
+
+def width(d: int, now: tuple[float, ...], target: tuple[float, ...], less: int) -> Iterator[Timed]:
+    """Rows, rows with the output, columns."""
+    call = Call(16384, d, less)
+    yield call.timed("rows", call.rows, now[0], target[0])
+    yield call.timed("rows + output", partial(call.rows, WITH_OUTPUT), now[1], target[1])
+    yield call.timed("columns", partial(call.columns, call.lse()), now[2], target[2])
+
+
+def narrow(less: int) -> Iterator[Timed]:
+    call = Call(65536, 64, less)
+    spans = torch.arange(call.n, device=DEVICE)[:, None] * 16 // call.n == torch.arange(16, device=DEVICE)
+    yield call.timed("rows + 16 spans", partial(call.rows, features=spans), 0.67, 0.60)
+    lse = call.lse()
+    yield call.timed("columns", partial(call.columns, lse), 0.64, 0.52)
+    yield call.timed("columns + lse", lambda: call.columns(call.lse()), 1.24, 1.05)
+
+
+def single(d: int, less: int) -> Iterator[Timed]:
+    call = Call(8192, d, less, dtype=torch.float32)
+    yield call.timed("rows", call.rows, 0.6, 0.15)
+    yield call.timed("rows + output", partial(call.rows, WITH_OUTPUT), 2.3, 0.35)
+    yield call.timed("columns", partial(call.columns, call.lse()), 0.7, 0.15)
+
+
+def capped(d: int, less: int) -> Iterator[Timed]:
+    call = Call(16384, d, less)
+    yield call.timed("rows", partial(call.rows, softcap=50.0), 1.96, 0.8)
+    yield call.timed("rows + output", partial(call.rows, WITH_OUTPUT, softcap=50.0), 2.40, 1.3)
+
+
+def packed(less: int) -> Iterator[Timed]:
+    call = Call(16384, 128, less)
+    segments = torch.arange(call.n, device=DEVICE)[None] * 8 // call.n
+    mask = replace(call.scores.mask, segments=segments)
+    yield call.timed("rows", partial(call.rows, mask=mask), 1.89, 0.25)
+    yield call.timed("rows + output", partial(call.rows, WITH_OUTPUT, mask=mask), 2.5, 0.4)
+    yield call.timed("columns", partial(call.columns, call.lse(mask=mask), mask=mask), 1.9, 0.25)
+
+
+def maps(less: int) -> Iterator[Timed]:
+    call = Call(16384, 128, less)
+    lse = call.lse()
+    yield call.timed("blocks of 64", partial(blocks, call.scores, size=64, lse=lse), 1.41, 0.75)
+    yield call.timed("blocks of 128", partial(blocks, call.scores, size=128, lse=lse), 1.74, 0.75)
+
+
+def biased(less: int) -> Iterator[Timed]:
+    call = Call(16384, 128, less)
+    bias = torch.randn(1, call.heads, call.n, generator=call.gen, device=DEVICE)
+    yield call.timed("statistics", partial(call.rows, bias=bias), 0.85, 0.65)
+    yield call.timed("with output, statistics", partial(call.rows, WITH_OUTPUT, bias=bias), 1.49, 1.08)
+    yield call.timed("columns", partial(call.columns, call.lse(bias=bias), bias=bias), 0.8, 0.6)
+
+
+def apart(d: int, now: float, target: float, less: int) -> Iterator[Timed]:
+    call = Call(16384, d, less)
+    yield call.timed("divergence", partial(divergence, call.scores, replace(call.scores, k=call.v)), now, target)
+
+
+def moved(less: int) -> Iterator[Timed]:
+    call = Call(16384, 128, less)
+    first = torch.arange(call.n, device=DEVICE) < 1
+    scattered = torch.rand(1, call.heads, call.n, generator=call.gen, device=DEVICE) < 0.2
+    request = Request(output=True)
+    for name, keys, now, target in (("sink", first, 1.9, 1.15), ("scattered 20 %", scattered, 5.2, 1.5)):
+        move = Redistribution(keys, 0.5)
+        yield call.timed(name, partial(redistribute, call.scores, call.v, move, request=request), now, target)
+
+
+def split(n: int, spans: int, now: float, target: float, less: int) -> Iterator[Timed]:
+    call = Call(n, 128, less)
+    ends = [(i * call.n // spans, (i + 1) * call.n // spans) for i in range(spans)]
+    yield call.timed(f"{spans} spans", partial(span_outputs, call.scores, call.v, ends), now, target)
+
+
+def top(n: int, now: float, target: float, less: int) -> Iterator[Timed]:
+    call = Call(n, 128, less)
+    lse = call.lse()
+    listed = partial(top_keys, call.q, call.k, lse, count=16, **call.scores.device_arguments)
+    yield call.timed("top 16", listed, now, target)
+
+
+def edited(less: int) -> Iterator[Timed]:
+    call = Call(16384, 128, less)
+    scores = replace(call.scores, edit=distance_slope(torch.full((call.heads,), 1e-3, device=DEVICE)))
+    yield call.timed("output", partial(flex.attention, scores, call.v), 2.9, 1.8)
+    request = Request(output=False, lse=True, entropy=True)
+    yield call.timed("statistics", partial(attention.attend, scores, call.v, request=request), 50.0, 3.0)
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """``run`` captured once and replayed: no launches from Python."""
+    if DEVICE == "cpu":
+        return run
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def decode(less: int) -> Iterator[Timed]:
+    call = Call(131072, 128, less, queries=1)
+    lse = call.lse()
+    options = call.scores.device_arguments
+
+    def listed() -> Any:
+        return top_keys(call.q, call.k, call.lse(), count=16, **options)
+
+    sdpa = graphed(call.sdpa)
+    for name, run, now, target in (
+        ("columns", partial(call.columns, lse), 4.2, 1.3),
+        ("top 16 + lse", listed, 2.0, 1.3),
+        ("rows", call.rows, 0.56, 0.6),
+        ("rows + output", partial(call.rows, WITH_OUTPUT), 1.09, 1.1),
+    ):
+        yield Timed(name, graphed(run), sdpa, (*call.key, "graph"), now, target)
+
+
+def host(less: int) -> Iterator[Timed]:
+    """Microseconds of Python for a call whose work the card ends sooner."""
+    call = Call(1024, 128, less, heads=4)
+    targets = torch.zeros(1, call.n, 1, dtype=torch.int64, device=DEVICE)
+    asked = {
+        "rows": (call.rows, 240, 60),
+        "columns": (partial(call.columns, call.lse()), 240, 60),
+        "attend: lse, entropy": (_attends(call, Request(output=False, lse=True, entropy=True)), 310, 60),
+        "attend: output, lse, entropy": (_attends(call, Request(lse=True, entropy=True)), 310, 60),
+        "attend: targets": (_attends(call, Request(output=False, targets=targets)), 850, 80),
+    }
+    for name, (run, now, target) in asked.items():
+        yield Timed(name, partial(_python, run, 1 if less > 1 else 100), None, None, now, target)
+
+
+def _attends(call: Call, request: Request) -> Callable[[], Any]:
+    return partial(attention.attend, call.scores, call.v, request=request)
+
+
+def _python(run: Callable[[], Any], times: int) -> float:
+    for _ in range(3):
+        run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        run()
+    took = time.perf_counter() - began
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return 1e6 * took / times
+
+
+ROWS = [
+    Row("80", "d_head 80, 16k", partial(width, 80, (0.73, 1.48, 0.64), (0.58, 1.00, 0.55))),
+    Row("256", "d_head 256, 16k", partial(width, 256, (0.81, 2.51, 0.79), (0.50, 1.00, 0.50))),
+    Row("96", "d_head 96, 16k", partial(width, 96, (0.73, 1.48, 0.64), (0.58, 1.00, 0.55))),
+    Row("128", "d_head 128, 16k (as before)", partial(width, 128, (0.57, 0.99, 0.54), (0.58, 1.00, 0.55))),
+    Row("f64", "float32, d 64, 8k", partial(single, 64)),
+    Row("f128", "float32, d 128, 8k", partial(single, 128)),
+    Row("packed", "packed in 8, 16k", packed),
+    Row("cap", "softcap 50, d 128, 16k", partial(capped, 128)),
+    Row("bias", "key bias, 16k", biased),
+    Row("maps", "block map from lse, 16k", maps),
+    Row("div128", "divergence, d 128, 16k", partial(apart, 128, 5.1, 2.2)),
+    Row("div256", "divergence, d 256, 16k", partial(apart, 256, 8.0, 2.4)),
+    Row("moved", "moved mass, 16k", moved),
+    Row("4 spans", "span outputs, 16k", partial(split, 16384, 4, 2.6, 1.3)),
+    Row("16 spans", "span outputs, 16k", partial(split, 16384, 16, 11.0, 1.6)),
+    Row("2k spans", "span outputs, 2k", partial(split, 2048, 4, 28.0, 2.0)),
+    Row("narrow", "d_head 64, 64k", narrow),
+    Row("top 2k", "top 16 from lse, 2k", partial(top, 2048, 8.7, 3.0)),
+    Row("top 16k", "top 16 from lse, 16k", partial(top, 16384, 4.1, 1.6)),
+    Row("top 64k", "top 16 from lse, 64k", partial(top, 65536, 2.4, 1.4)),
+    Row("decode", "decode, 131,072 keys, replayed", decode),
+    Row("host", "host time of a call, us", host),
+    Row("cap256", "softcap 50, d 256, 16k", partial(capped, 256)),
+    Row("edit", "score edit, 16k", edited),
+]
+SINGLE = [Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 1), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2)]
+SQUARE = [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3), Tiles(128, 128, 8, 3), Tiles(128, 128, 4, 2), Tiles(64, 64, 4, 4)]
+APART = [Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(64, 128, 8, 2), Tiles(128, 128, 8, 2)]
+SWEEPS = [
+    Sweep("256", ("rows",), hopper_rows, "shape", [(64, 3), (128, 2)]),
+    Sweep("narrow", ("columns",), hopper_columns, "shape", [(64, 6), (128, 6), (128, 3)]),
+    Sweep("narrow", ("rows + 16 spans",), hopper_rows, "shape", [(64, 6), (128, 6), (128, 3)]),
+    *(Sweep(f, ("rows", "rows + output"), tuning, "row_tiles", SINGLE) for f in ("f128", "f64")),
+    *(Sweep(f, ("columns",), tuning, "column_tiles", [*SINGLE, Tiles(32, 64, 4, 2)]) for f in ("f128", "f64")),
+    Sweep("maps", ("blocks of 64", "blocks of 128"), tuning, "block_tiles", SQUARE),
+    Sweep("div128", ("divergence",), tuning, "divergence_tiles", APART),
+    Sweep("div256", ("divergence",), tuning, "divergence_tiles", [Tiles(64, 32, 4, 2), Tiles(64, 64, 8, 2)]),
+]
