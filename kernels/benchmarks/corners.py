@@ -1,6 +1,6 @@
 """Time the corners in which a kernel could be slow, each beside SDPA's default on the same tensors and its target.
 
-    python kernels/benchmarks/corners.py --check 120 --limit 400 --sweep --out kernels/benchmarks/results/h200-corners.json
+    python kernels/benchmarks/corners.py --check 120 --limit 400 --sweep --out h200-corners.json
 
 A row of ``corner_rows`` that fails says so and stops no other. Results are printed and saved row by row; after
 ``--limit`` seconds the rows that are left are named. ``--check``: first, for so many seconds, the kernels that the rows
@@ -17,7 +17,6 @@ import multiprocessing as mp
 import os
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,6 +33,7 @@ from headscope.kernels.benchmarks.clock import median
 from headscope.kernels.benchmarks.corner_rows import ROWS, SWEEPS, Row, Sweep, Timed
 
 CHECKED = ("Hopper's widths and options", "float32", "maps and divergences", "moved mass and spans")
+LONGEST = 60.0  # seconds for a row
 Job = tuple[int, int, int]  # row, sweep or -1, its setting
 
 
@@ -96,49 +96,73 @@ def time_one(row: Row, one: Timed, bases: dict[Any, float]) -> dict[str, Any]:
     return found | {"ms": ms, "SDPA ms": bases[one.key], "measured": ms / bases[one.key]}
 
 
-def run(sweep: bool, tiny: bool, began: float, limit: float, out: Path | None) -> list[dict[str, Any]]:
-    """Time every row until the limit."""
-    table: list[dict[str, Any]] = []
-    listed, bases = jobs(sweep), {}
-    if not tiny:
-        with mp.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
-            until = began + 0.55 * limit
-            said = pool.map(build, [(job, until) for job in listed], chunksize=1)
-        for job, words in zip(listed, said, strict=True):
+def say(found: dict[str, Any]) -> None:
+    """Print a measurement."""
+    value = f"{found['us']:.0f} us" if "us" in found else f"{found['ms']:.3f} ms {found['measured']:.2f}x"
+    asked = f"was {found['now']}, target {found['target']}"
+    rest = f"{found.get('extra MiB', 0):.0f} MiB {found['setting'] or ''}"
+    print(f"{found['row']:<32} {found['what']:<26} {value:<19} {asked:<25} {rest}", flush=True)
+
+
+def measure(job: Job, less: int, bases: dict[Any, float]) -> tuple[list[dict[str, Any]], dict[Any, float]]:
+    """The measurements of a row, or of what a sweep is about, and SDPA's times."""
+    row, sweep = ROWS[job[0]], SWEEPS[job[1]] if job[1] >= 0 else None
+    found = []
+    with setting(sweep, job[2]):
+        for one in row.make(less):
+            if sweep is None or one.name in sweep.what:
+                found.append(time_one(row, one, bases) | {"setting": named(job)})
+                say(found[-1])
+    return found, bases
+
+
+def named(job: Job) -> str | None:
+    """A sweep's setting, as it is printed."""
+    return None if job[1] < 0 else f"{SWEEPS[job[1]].name} {tuple(SWEEPS[job[1]].settings[job[2]])}"
+
+
+def build_all(listed: list[Job], until: float) -> None:
+    """Build every job's kernels, several at a time."""
+    with mp.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:
+        pending = [pool.apply_async(build, ((job, until),)) for job in listed]
+        for job, result in zip(listed, pending, strict=True):
+            try:
+                words = result.get(max(0.1, until + 15.0 - time.time()))
+            except mp.TimeoutError:  # a kernel that hangs, or a compiler that took its process down
+                words = "no answer"
             if words:
-                print(f"not built: {ROWS[job[0]].name} {job[1:]}: {words}", flush=True)
+                print(f"not built: {ROWS[job[0]].name} {named(job) or ''}: {words}", flush=True)
+
+
+def run(sweep: bool, tiny: bool, began: float, limit: float, out: Path | None) -> None:
+    """Time every row until the limit, in a process that is replaced where a row fails or takes a minute."""
+    listed, less, table = jobs(sweep), 64 if tiny else 1, []
+    bases: dict[Any, float] = {}
+    if not tiny:
+        build_all(listed, began + 0.55 * limit)
         print(f"{time.time() - began:.0f} s, kernels are built", flush=True)
-    for number, at, which in listed:
-        row, other = ROWS[number], SWEEPS[at] if at >= 0 else None
+    pool: Any = None
+    for job in listed:
+        about = {"row": ROWS[job[0]].name, "setting": named(job)}
         if time.time() - began > limit:
-            table.append({"row": row.name, "setting": str(other.settings[which]) if other else None, "no time": True})
-            print("no time:", row.name, table[-1]["setting"] or "", flush=True)
+            table.append(about | {"no time": True})
+            print("no time:", *about.values(), flush=True)
             continue
+        pool = pool or mp.get_context("spawn").Pool(1)
         try:
-            with setting(other, which):
-                for one in row.make(64 if tiny else 1):
-                    if other is not None and one.name not in other.what:
-                        continue
-                    found = time_one(row, one, bases)
-                    found["setting"] = f"{other.name} {tuple(other.settings[which])}" if other is not None else None
-                    table.append(found)
-                    value = (
-                        f"{found['us']:.0f} us" if "us" in found else f"{found['ms']:.3f} ms {found['measured']:.2f}x"
-                    )
-                    print(
-                        f"{row.name:<34} {one.name:<26} {value:<22} was {one.now}, target {one.target}"
-                        f" {found.get('extra MiB', '')} MiB {found['setting'] or ''}",
-                        flush=True,
-                    )
+            found, bases = pool.apply_async(measure, (job, less, bases)).get(LONGEST)
+            table += found
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            words = f"{type(error).__name__}: {str(error)[:300]} ({Path(where.filename).name}:{where.lineno})"
-            table.append({"row": row.name, "failed": words, "setting": str(other.settings[which]) if other else None})
-            print("FAILED", row.name, table[-1]["setting"] or "", words, flush=True)
+            words = f"{type(error).__name__}: {str(error)[:300]}"
+            table.append(about | {"failed": words})
+            print("FAILED", *about.values(), words, flush=True)
+            pool.terminate()
+            pool = None
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps({**device(), "rows": table}, indent=1) + "\n")
-    return table
+    if pool is not None:
+        pool.terminate()
 
 
 def main() -> int:

@@ -112,12 +112,10 @@ def _kernel(
             left = sizes.keys - start
             kt = load_rows(k + step * strides[1].position, j, strides[1].position, left, d, D, masked == 0)
             wt = load_rows(w + step * strides[3].position, j, strides[3].position, left, d, D, masked == 0)
-            log_p = (
-                scored(tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE), score) - norm[:, None]
-            )
-            log_r = (
-                scored(tl.dot(ut, tl.trans(wt), input_precision=PARTS if D <= 128 else WHOLE), score) - other[:, None]
-            )
+            s = tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE)
+            t = tl.dot(ut, tl.trans(wt), input_precision=PARTS if D <= 128 else WHOLE)
+            log_p = scored(s, score) - norm[:, None]
+            log_r = scored(t, score) - other[:, None]
             if masked:
                 seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
                 log_p = tl.where(seen, log_p, -1e30)

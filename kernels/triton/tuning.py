@@ -58,8 +58,8 @@ def block_tiles(d: int, dtype: torch.dtype) -> Tiles:
 def divergence_tiles(d: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the kernel of divergences, of which a program holds two."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 2) if d <= 128 else Tiles(16, 32, 4, 2)
-    return Tiles(64, 64, 4, 2)
+        return Tiles(64, 32, 4, 2) if d <= 128 else Tiles(16, 32, 4, 2)
+    return Tiles(64, 32, 4, 3) if d <= 128 else Tiles(64, 32, 4, 2)
 
 
 def key_splits(programs: int, keys: int, tile: int) -> int:
