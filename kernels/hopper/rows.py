@@ -132,21 +132,15 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
                     before = state[0]
                     linear = enter(linear, c, state[1], True)
                     for at in range(start, until, BN):
-                        n, state, linear = _tile(
-                            n, b, h, at, q, smem, bars, position, state, linear, given, False, False
-                        )
+                        n, state, linear = _tile(n, at, q, smem, bars, position, state, linear, given, False, False)
                     linear = leave(linear, c, before, state, True)
                 else:
                     for at in range(start, -until, BN):
-                        n, state, linear = _tile(
-                            n, b, h, at, q, smem, bars, position, state, linear, given, False, True
-                        )
+                        n, state, linear = _tile(n, at, q, smem, bars, position, state, linear, given, False, True)
                 start = gl.maximum(until, -until)
         else:
             for at in range(start, to, BN):
-                n, state, linear = _tile(
-                    n, b, h, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES
-                )
+                n, state, linear = _tile(n, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES)
     skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, ready, free, BN)
     finish(i, state, linear, results, sizes, sinks, b, h, True)
 
