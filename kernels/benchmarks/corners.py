@@ -136,7 +136,8 @@ def build_all(listed: list[Job], until: float) -> None:
 
 def run(sweep: bool, tiny: bool, began: float, limit: float, out: Path | None) -> None:
     """Time every row until the limit, in a process that is replaced where a row fails or takes a minute."""
-    listed, less, table = jobs(sweep), 64 if tiny else 1, []
+    listed, less = jobs(sweep), 64 if tiny else 1
+    table: list[dict[str, Any]] = []
     bases: dict[Any, float] = {}
     if not tiny:
         build_all(listed, began + 0.55 * limit)
