@@ -289,13 +289,14 @@ def _kernel(
     BN: gl.constexpr = k_at.block_type.shape[2]
     F: gl.constexpr = ABSENT if f_at is None else BESIDE if columns is None else APART
     b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
-    where = (b, h, h // sizes.group, b * batch, row)
+    example = b // sizes.repeat
+    where = (example, h, h // sizes.group, example * batch, row)
     q_smem, k_smem, v_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES), buffers(v_at, STAGES)
     at, smem = (q_at, k_at, v_at, v_at), (q_smem, k_smem, v_smem, v_smem)
     if F != ABSENT:
         at, smem = (q_at, k_at, v_at, f_at), (q_smem, k_smem, v_smem, buffers(f_at, STAGES))
     if F == APART:
-        columns = of_example(columns, b * batch, sizes.keys, BN, f_at.block_type.shape[2])
+        columns = of_example(columns, example * batch, sizes.keys, BN, f_at.block_type.shape[2])
     ready, free = barriers(STAGES, 1), barriers(STAGES, GROUPS)
     bars = (barriers(1, 1), ready, free, barriers(STAGES, 1), barriers(STAGES, GROUPS))
     given = (b, h, sizes, rules, results, score)
@@ -352,7 +353,7 @@ def output(
     """
     width = tile_width(q.shape[3])
     groups, stages, keys = shape(width)
-    pairs = q.shape[0] * sizes.heads
+    pairs = q.shape[0] * sizes.repeat * sizes.heads
     together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
     grid = (triton.cdiv(sizes.rows, groups * GROUP_ROWS.value) * pairs,)
     at = tiles(q, GROUP_ROWS.value, width), tiles(k, keys, width), tiles(v, keys, width)

@@ -165,12 +165,13 @@ def _kernel(
     BN: gl.constexpr = k_at.block_type.shape[2]
     FEATURES: gl.constexpr = f_at is not None
     b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
-    where = (b, h, h // sizes.group, row, b * batch)
+    example = b // sizes.repeat
+    where = (example, h, h // sizes.group, row, example * batch)
     q_smem, k_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES)
     at, smem = (q_at, k_at, k_at), (q_smem, k_smem, k_smem)
     if FEATURES:
         at, smem = (q_at, k_at, f_at), (q_smem, k_smem, buffers(f_at, STAGES))
-        columns = of_example(columns, b * batch, sizes.keys, BN, f_at.block_type.shape[2])
+        columns = of_example(columns, example * batch, sizes.keys, BN, f_at.block_type.shape[2])
     bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS))
     given = (b, h, sizes, rules, results, score)
     fence_async_shared()
@@ -190,7 +191,7 @@ def shape(width: int, features: int) -> tuple[int, int]:
     """Keys of a tile and how many tiles wait, for tiles ``width`` wide beside ``features`` columns (shared memory)."""
     if width <= 128:
         return 128, 4
-    return 64, 3 if features else 4
+    return (64, 3) if features else (128, 2)
 
 
 def rows(
@@ -204,7 +205,7 @@ def rows(
     score: Any,
 ) -> None:
     """Fill ``results`` (``triton_rows.Rows``, no output); ``columns`` (key, n) or (batch, key, n) in q's type."""
-    pairs = q.shape[0] * sizes.heads
+    pairs = q.shape[0] * sizes.repeat * sizes.heads
     together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
     grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
     width = tile_width(q.shape[3])
