@@ -9,6 +9,7 @@ from headscope.kernels.fallback import falls_back
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
+from headscope.kernels.triton import few_columns
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton.device import last_dim_contiguous, score
 from headscope.kernels.triton.features import decode, encode, width
@@ -111,6 +112,9 @@ def columns(
     first, stop = queries or (0, n)
     sizes = triton_columns.Sizes(heads, heads // k.shape[1], n, first, stop, keys)
     seen = rules(mask, batch)
+    if few_columns.takes(sizes):
+        few_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
+        return sums, most
     if hopper.takes(q, k, None, mask=mask, scale=scale):
         with falls_back("Triton's own kernel"):
             hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(scale, softcap, bias))

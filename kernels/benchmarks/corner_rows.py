@@ -1,6 +1,6 @@
-"""The rows of ``corners``: what is timed beside SDPA, what it cost before, and what it may cost.
+"""What ``corners`` times beside SDPA, what that cost before, and what it may cost; ``corner_list`` names all of it.
 
-``make`` gives a row's measurements on fresh tensors, divided by ``less`` in length (1; more to try the script).
+Every function gives a row's measurements on fresh tensors, divided by ``less`` in length (1; more to try the script).
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from headscope.kernels import attention, flex
 from headscope.kernels import gpu_passes as passes
 from headscope.kernels.blocks import blocks
 from headscope.kernels.divergence import divergence
-from headscope.kernels.hopper import columns as hopper_columns
-from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribute import redistribute
 from headscope.kernels.redistribution import Redistribution
@@ -28,9 +26,7 @@ from headscope.kernels.request import Request
 from headscope.kernels.score_edits import distance_slope
 from headscope.kernels.scores import Scores
 from headscope.kernels.spans import span_outputs
-from headscope.kernels.triton import tuning
 from headscope.kernels.triton.topk import top_keys
-from headscope.kernels.triton.tuning import Tiles
 
 HEADS, KV_HEADS = 32, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,26 +45,6 @@ class Timed:
     key: Any  # of the tensors: SDPA on them is timed once
     now: float
     target: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """Measurements that share tensors."""
-
-    key: str
-    name: str
-    make: Callable[[int], Iterator[Timed]]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Other settings of a row's kernel: what ``module.name`` is to return while ``what`` is timed."""
-
-    row: str
-    what: tuple[str, ...]
-    module: Any
-    name: str
-    settings: list[Any]
 
 
 class Call:
@@ -183,6 +159,9 @@ def split(n: int, spans: int, now: float, target: float, less: int) -> Iterator[
     call = Call(n, 128, less)
     ends = [(i * call.n // spans, (i + 1) * call.n // spans) for i in range(spans)]
     yield call.timed(f"{spans} spans", partial(span_outputs, call.scores, call.v, ends), now, target)
+    yield call.timed("from lse", partial(span_outputs, call.scores, call.v, ends, lse=call.lse()), now, target)
+    short = [(start, start + call.n // 64) for start, _ in ends]
+    yield call.timed("short ones", partial(span_outputs, call.scores, call.v, short), now, target)
 
 
 def top(n: int, now: float, target: float, less: int) -> Iterator[Timed]:
@@ -261,50 +240,3 @@ def _python(run: Callable[[], Any], times: int) -> float:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return 1e6 * took / times
-
-
-ROWS = [
-    Row("80", "d_head 80, 16k", partial(width, 80, (0.73, 1.48, 0.64), (0.58, 1.00, 0.55))),
-    Row("256", "d_head 256, 16k", partial(width, 256, (0.81, 2.51, 0.79), (0.50, 1.00, 0.50))),
-    Row("96", "d_head 96, 16k", partial(width, 96, (0.73, 1.48, 0.64), (0.58, 1.00, 0.55))),
-    Row("128", "d_head 128, 16k (as before)", partial(width, 128, (0.57, 0.99, 0.54), (0.58, 1.00, 0.55))),
-    Row("f64", "float32, d 64, 8k", partial(single, 64)),
-    Row("f128", "float32, d 128, 8k", partial(single, 128)),
-    Row("packed", "packed in 8, 16k", packed),
-    Row("cap", "softcap 50, d 128, 16k", partial(capped, 128)),
-    Row("bias", "key bias, 16k", biased),
-    Row("maps", "block map from lse, 16k", maps),
-    Row("div128", "divergence, d 128, 16k", partial(apart, 128, 5.1, 2.2)),
-    Row("div256", "divergence, d 256, 16k", partial(apart, 256, 8.0, 2.4)),
-    Row("moved", "moved mass, 16k", moved),
-    Row("4 spans", "span outputs, 16k", partial(split, 16384, 4, 2.6, 1.3)),
-    Row("16 spans", "span outputs, 16k", partial(split, 16384, 16, 11.0, 1.6)),
-    Row("2k spans", "span outputs, 2k", partial(split, 2048, 4, 28.0, 2.0)),
-    Row("narrow", "d_head 64, 64k", narrow),
-    Row("top 2k", "top 16 from lse, 2k", partial(top, 2048, 8.7, 3.0)),
-    Row("top 16k", "top 16 from lse, 16k", partial(top, 16384, 4.1, 1.6)),
-    Row("top 64k", "top 16 from lse, 64k", partial(top, 65536, 2.4, 1.4)),
-    Row("decode", "decode, 131,072 keys, replayed", decode),
-    Row("host", "host time of a call, us", host),
-    Row("cap256", "softcap 50, d 256, 16k", partial(capped, 256)),
-    Row("edit", "score edit, 16k", edited),
-]
-SINGLE = [Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 1), Tiles(128, 32, 8, 2), Tiles(64, 64, 8, 2)]
-SQUARE = [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3), Tiles(128, 128, 8, 3), Tiles(128, 128, 4, 2), Tiles(64, 64, 4, 4)]
-APART = [Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(128, 32, 8, 3)]
-SWEEPS = [
-    Sweep("256", ("rows",), hopper_rows, "shape", [(64, 3), (128, 2)]),
-    Sweep("narrow", ("columns",), hopper_columns, "shape", [(64, 6), (128, 6), (128, 3)]),
-    Sweep("narrow", ("rows + 16 spans",), hopper_rows, "shape", [(64, 6), (128, 6), (128, 3)]),
-    *(Sweep(f, ("rows", "rows + output"), tuning, "row_tiles", SINGLE) for f in ("f128", "f64")),
-    *(Sweep(f, ("columns",), tuning, "column_tiles", [*SINGLE, Tiles(32, 64, 4, 2)]) for f in ("f128", "f64")),
-    Sweep("maps", ("blocks of 64", "blocks of 128"), tuning, "block_tiles", SQUARE),
-    Sweep("div128", ("divergence",), tuning, "divergence_tiles", APART),
-    Sweep(
-        "div256",
-        ("divergence",),
-        tuning,
-        "divergence_tiles",
-        [Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2), Tiles(64, 32, 4, 3)],
-    ),
-]

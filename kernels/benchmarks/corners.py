@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/corners.py --check 120 --limit 400 --sweep --out h200-corners.json
 
-A row of ``corner_rows`` that fails says so and stops no other. Results are printed and saved row by row; after
+A row of ``corner_list`` that fails says so and stops no other. Results are printed and saved row by row; after
 ``--limit`` seconds the rows that are left are named. ``--check``: first, for so many seconds, the kernels that the rows
 run are held to the definition (``gpu_groups``), and 1 is the exit code if one is wrong. ``--sweep``: other tiles, too.
 Kernels are built beforehand, several at a time, into Triton's cache. ``--tiny`` runs every row at a few tokens, on a
@@ -30,9 +30,16 @@ import triton
 from headscope.kernels import fallback
 from headscope.kernels.benchmarks import gpu_groups
 from headscope.kernels.benchmarks.clock import median
-from headscope.kernels.benchmarks.corner_rows import ROWS, SWEEPS, Row, Sweep, Timed
+from headscope.kernels.benchmarks.corner_list import ROWS, SWEEPS, Row, Sweep
+from headscope.kernels.benchmarks.corner_rows import Timed
 
-CHECKED = ("Hopper's widths and options", "float32", "maps and divergences", "moved mass and spans")
+CHECKED = (
+    "Hopper's widths and options",
+    "float32",
+    "maps and divergences",
+    "moved mass and spans",
+    "top keys, few queries",
+)
 LONGEST = 60.0  # seconds for a row
 Job = tuple[int, int, int]  # row, sweep or -1, its setting
 

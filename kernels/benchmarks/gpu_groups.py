@@ -110,6 +110,24 @@ def groups() -> dict[str, list[Job]]:
         "moved mass and spans": [
             ("moves", {**base, "kind": "causal", "d_head": 128, "queries": 1100, "keys": 1100, "move": "onto a set"}),
             ("spans", {**base, "kind": "causal", "d_head": 80, "queries": 1100, "keys": 1100}),
+            ("spans", {**base, "kind": "left padding", "d_head": 128, "queries": 1100, "keys": 1100, "sinks": True}),
+            ("spans", {**base, "kind": "segments", "d_head": 256, "queries": 1100, "keys": 1100, "bias": True}),
+            ("spans", {**base, "kind": "window", "d_head": 64, "softcap": 5.0}),
+        ],
+        "top keys, few queries": [
+            *(
+                ("top", {**base, "kind": kind, "d_head": 128, "queries": 900, "keys": 900})
+                for kind in ("causal", "segments")
+            ),
+            ("top", {**base, "kind": "window", "d_head": 64, "softcap": 5.0, "sinks": True, "bias": True}),
+            ("top", {**base, "kind": "causal", "d_head": 80, "dtype": torch.float32}),
+            ("top", {**base, "kind": "causal", "d_head": 256}),
+            ("same", {**base, "d_head": 64}),
+            *(
+                ("narrow", {**base, "kind": kind, "d_head": d, "queries": n, "keys": 3000, "bias": True})
+                for kind, d, n in (("causal", 128, 1), ("window", 64, 3), ("left padding", 256, 2))
+            ),
+            ("all", {**base, "kind": "causal", "d_head": 128, "queries": 70, "keys": 150, "features": 3}),
         ],
         "every rule at every width": [("narrow", spec) for spec in wide + bare + single],
         "widths fetched by threads": [("narrow", spec) for spec in odd],
@@ -207,6 +225,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "broken": broken,
     "all": both,
     "pairs": gpu_check.check_pairs,
+    "same": gpu_check_edits.check_equal,
     **gpu_check_edits.CHECKS,
 }
 

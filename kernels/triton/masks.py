@@ -119,6 +119,28 @@ def visible(q, k, b, rules):
 
 
 @triton.jit
+def sees(q, k, b, rules):
+    """Whether each query at positions ``q`` (n,) of example ``b`` sees the key at the same place of ``k`` (n,)."""
+    seen = q == q
+    if rules.right is not None:
+        seen = seen & (k <= q + rules.right)
+    if rules.left is not None:
+        seen = seen & (k >= q - rules.left)
+    if rules.start is not None:
+        seen = seen & (k >= tl.load(rules.start + b).to(tl.int32))
+    if rules.end is not None:
+        seen = seen & (k < tl.load(rules.end + b).to(tl.int32))
+    if rules.chunk is not None:
+        seen = seen & (chunk_of(k, b, rules) == chunk_of(q, b, rules))
+    if rules.segments is not None:
+        seen = seen & (segment_of(k, b, rules) == segment_of(q, b, rules))
+    elif rules.begins is not None:
+        seen = seen & (k >= segment_bound(rules.begins, q, b, rules))
+        seen = seen & (k < segment_bound(rules.ends, q, b, rules))
+    return seen
+
+
+@triton.jit
 def chunk_of(x, b, rules):
     """The chunk of positions ``x``, rounding towards minus infinity as Python does."""
     if rules.origin is not None:

@@ -52,11 +52,23 @@ def column_tiles(d: int, dtype: torch.dtype) -> Tiles:
     return Tiles(128, 128, 4, 2, copy_engine=False) if d <= 128 else Tiles(64, 64, 4, 2)
 
 
+def few_column_tiles(d: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the column kernel of few queries, which are one tile."""
+    return Tiles(0, 64 if dtype == torch.float32 or d > 128 else 128, 4, 1)
+
+
 def block_tiles(d: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the kernel of block maps, as wide as high."""
     if dtype == torch.float32:
         return Tiles(64, 64, 4, 2) if d <= 128 else Tiles(32, 32, 4, 2)
     return Tiles(128, 128, 4, 2) if d <= 128 else Tiles(64, 64, 4, 2)
+
+
+def top_tiles(d: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel of heaviest keys that walks twice; as many buckets as ``keys``."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 4, 2) if d <= 128 else Tiles(16, 32, 4, 2)
+    return Tiles(64, 64, 4, 3) if d <= 128 else Tiles(64, 64, 4, 2)
 
 
 def divergence_tiles(d: int, dtype: torch.dtype) -> Tiles:
