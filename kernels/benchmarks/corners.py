@@ -25,13 +25,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import triton
 
 from headscope.kernels import fallback
 from headscope.kernels.benchmarks import gpu_groups
 from headscope.kernels.benchmarks.clock import median
 from headscope.kernels.benchmarks.corner_list import ROWS, SWEEPS, Row, Sweep
 from headscope.kernels.benchmarks.corner_rows import Timed
+from headscope.kernels.benchmarks.pages import machine
 
 CHECKED = (
     "Hopper's widths and options",
@@ -44,10 +44,10 @@ LONGEST = 60.0  # seconds for a row
 Job = tuple[int, int, int]  # row, sweep or -1, its setting
 
 
-def device() -> dict[str, str]:
-    """What the numbers were measured on."""
-    names = {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU", **names}
+def about_run() -> dict[str, Any]:
+    """What makes a table of the rows: see ``pages``."""
+    command = " ".join(["python kernels/benchmarks/corners.py", *sys.argv[1:]])
+    return {"kind": "corners", "machine": machine(), "command": command}
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def run(sweep: bool, tiny: bool, began: float, limit: float, out: Path | None) -
             pool = None
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({**device(), "rows": table}, indent=1) + "\n")
+            out.write_text(json.dumps({**about_run(), "rows": table}, indent=1) + "\n")
     if pool is not None:
         pool.terminate()
 
@@ -183,7 +183,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     began = time.time()
-    print(device(), flush=True)
+    print(machine(), flush=True)
     wrong = 0
     if args.check:
         wrong = sum(group.failed for group in gpu_groups.check(args.check, CHECKED).values())
