@@ -79,7 +79,7 @@ ROWS = [
 ]
 TOP = [Tiles(128, 64, 8, 2), Tiles(128, 64, 4, 2), Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2)]
 FEW = [Tiles(0, 64, 4, 1), Tiles(0, 128, 8, 1), Tiles(0, 256, 8, 1)]
-APART = [Tiles(128, 32, 8, 4), Tiles(128, 32, 4, 3), Tiles(64, 16, 4, 4), Tiles(64, 32, 4, 4), Tiles(128, 16, 8, 4)]
+APART = [Tiles(64, 32, 4, 3), Tiles(64, 16, 4, 4), Tiles(128, 16, 8, 4), Tiles(64, 64, 8, 2)]
 SWEEPS = [
     Sweep("top 16k", ("top 16",), tuning, "top_tiles", TOP),
     Sweep("decode", ("columns",), tuning, "few_column_tiles", FEW),

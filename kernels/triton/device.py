@@ -66,7 +66,7 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
 @contextmanager
 def on_device(x: Tensor) -> Iterator[None]:
     """Launch on the card that holds ``x`` (Triton launches on the current one)."""
-    if x.is_cuda:
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             yield
     else:

@@ -3,7 +3,8 @@
 1. Two products per tile give log p = s - lse and log r = u - lse', in units of ln 2.
 2. log m = log2(p + r) - 1: two weights too small to be numbers add nothing, and any other sum has a logarithm.
 3. Six sums per query: JS, KL, |p - r|, x y, x^2, y^2 with x and y the weights among the keys alone, for the squares of
-   what sink logits leave may be too small. Nothing is rescaled, as both lses are known.
+   what sink logits leave may be too small. Nothing is rescaled, as both lses are known; a thread keeps the sums of its
+   places of a tile to itself until the end.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -89,12 +90,12 @@ def _kernel(
     position = row + rules.query_offset
     last = tl.minimum(begin + BM, sizes.queries) - 1 + rules.query_offset
     lo, hi, full_lo, full_hi = key_range(begin + rules.query_offset, last, b, sizes.keys, rules, BN)
-    js = tl.zeros([BM], tl.float32)
-    kl = tl.zeros([BM], tl.float32)
-    apart = tl.zeros([BM], tl.float32)
-    pr = tl.zeros([BM], tl.float32)
-    pp = tl.zeros([BM], tl.float32)
-    rr = tl.zeros([BM], tl.float32)
+    js = tl.zeros([BM, BN], tl.float32)
+    kl = tl.zeros([BM, BN], tl.float32)
+    apart = tl.zeros([BM, BN], tl.float32)
+    pr = tl.zeros([BM, BN], tl.float32)
+    pp = tl.zeros([BM, BN], tl.float32)
+    rr = tl.zeros([BM, BN], tl.float32)
     for masked in tl.static_range(0, 2):
         if masked:
             before = (full_lo - lo) // BN
@@ -121,23 +122,23 @@ def _kernel(
                 log_p = tl.where(seen, log_p, -1e30)
                 log_r = tl.where(seen, log_r, -1e30)
             x, y = tl.exp2(log_p), tl.exp2(log_r)
-            pr += tl.sum(x * y, 1)
-            pp += tl.sum(x * x, 1)
-            rr += tl.sum(y * y, 1)
+            pr += x * y
+            pp += x * x
+            rr += y * y
             if lost is not None:
                 log_p, log_r = log_p - less[:, None], log_r - less_other[:, None]
                 x, y = x * share[:, None], y * share_other[:, None]
             log_m = tl.log2(tl.maximum(x + y, SMALLEST)) - 1.0
-            js += tl.sum(x * (log_p - log_m) + y * (log_r - log_m), 1)
-            kl += tl.sum(x * (log_p - log_r), 1)
-            apart += tl.sum(tl.abs(x - y), 1)
+            js += x * (log_p - log_m) + y * (log_r - log_m)
+            kl += x * (log_p - log_r)
+            apart += tl.abs(x - y)
     count = (tl.num_programs(1)).to(tl.int64) * sizes.queries
-    size = tl.sqrt(pp * rr)
+    size = tl.sqrt(tl.sum(pp, 1) * tl.sum(rr, 1))
     at = out + base + row
-    tl.store(at, tl.maximum(js, 0.0) * (0.5 * LN2), mask=exists)
-    tl.store(at + count, kl * LN2, mask=exists)
-    tl.store(at + 2 * count, apart * 0.5, mask=exists)
-    tl.store(at + 3 * count, pr / tl.where(size > 0.0, size, 1.0), mask=exists)
+    tl.store(at, tl.maximum(tl.sum(js, 1), 0.0) * (0.5 * LN2), mask=exists)
+    tl.store(at + count, tl.sum(kl, 1) * LN2, mask=exists)
+    tl.store(at + 2 * count, tl.sum(apart, 1) * 0.5, mask=exists)
+    tl.store(at + 3 * count, tl.sum(pr, 1) / tl.where(size > 0.0, size, 1.0), mask=exists)
 
 
 def distances(
