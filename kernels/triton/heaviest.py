@@ -42,13 +42,13 @@ from headscope.kernels.triton.masks import key_range, row_positions, rules, visi
 
 
 class Sizes(NamedTuple):
-    """The shape of a call of ``rows`` query rows that asks for ``count`` keys."""
+    """The shape of a call of ``rows`` query rows that asks for the ``top`` keys."""
 
     heads: int
     group: int
     rows: int
     keys: int
-    count: int
+    top: int
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def _kernel(
                 start = full_lo + tile * BN
             s = _scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
             most = tl.maximum(most, s)
-    for _ in range(1, sizes.count):
+    for _ in range(1, sizes.top):
         _top, where = tl.max(most, 1, return_indices=True)
         most = tl.where(j[None, :] == where[:, None], HIDDEN, most)
     enough = tl.max(most, 1)
@@ -191,15 +191,15 @@ def _kernel(
 
     norm = tl.load(lse + row, mask=exists, other=0.0)
     norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
-    for n in range(0, sizes.count):
+    for n in range(0, sizes.top):
         top, where = tl.max(kept, 1, return_indices=True)
         chosen = place[None, :] == where[:, None]
         key = tl.sum(tl.where(chosen, keys, 0), 1)
         kept = tl.where(chosen, HIDDEN, kept)
         p = tl.where(top > FLOOR, tl.exp2(top - norm), 0.0)
         key = tl.where(p > 0.0, key + rules.key_offset, -1)
-        tl.store(mass + row * sizes.count + n, p, mask=exists)
-        tl.store(keys_at + row * sizes.count + n, key.to(tl.int64), mask=exists)
+        tl.store(mass + row * sizes.top + n, p, mask=exists)
+        tl.store(keys_at + row * sizes.top + n, key.to(tl.int64), mask=exists)
 
 
 def takes(rows: int, d: int, count: int, dtype: torch.dtype) -> bool:

@@ -33,14 +33,14 @@ ROWS = 32
 
 
 class Sizes(NamedTuple):
-    """The shape of a call of ``rows`` of the queries; ``batch`` is 1 where examples have targets of their own."""
+    """The shape of a call of ``rows`` of the queries, with ``each`` targets; ``batch`` is 1 where examples have targets of their own."""
 
     heads: int
     group: int
     queries: int
     rows: int
     keys: int
-    count: int
+    each: int
     batch: int
 
 
@@ -62,8 +62,8 @@ def _kernel(
     row = (b64 * sizes.heads + h64) * sizes.rows + r
     norm = tl.load(lse + row, mask=exists, other=0.0)
     norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
-    named = (b64 * sizes.batch * sizes.queries + i) * sizes.count
-    for t in range(0, sizes.count):
+    named = (b64 * sizes.batch * sizes.queries + i) * sizes.each
+    for t in range(0, sizes.each):
         target = tl.load(targets + named + t, mask=exists, other=-1).to(tl.int64)
         index = target - rules.key_offset
         real = exists & (target >= 0) & (index >= 0) & (index < sizes.keys)
@@ -74,7 +74,7 @@ def _kernel(
         j = index.to(tl.int32)
         s = biased(s, score, b, h, j, sizes.keys)
         seen = real & sees(i + rules.query_offset, j + rules.key_offset, b, rules)
-        tl.store(out + row * sizes.count + t, tl.where(seen, tl.exp2(s - norm), 0.0), mask=exists)
+        tl.store(out + row * sizes.each + t, tl.where(seen, tl.exp2(s - norm), 0.0), mask=exists)
 
 
 def target_mass(
