@@ -33,7 +33,10 @@ ROWS = 32
 
 
 class Sizes(NamedTuple):
-    """The shape of a call of ``rows`` of the queries, with ``each`` targets; ``batch`` is 1 where examples have targets of their own."""
+    """The shape of a call of ``rows`` of the queries, with ``each`` targets.
+
+    ``batch`` is 1 where examples have targets of their own, else 0.
+    """
 
     heads: int
     group: int
