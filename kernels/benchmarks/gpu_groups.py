@@ -31,15 +31,15 @@ from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.request import Columns, Request
 from headscope.kernels.triton import columns as triton_columns
+from headscope.kernels.triton import heaviest as triton_heaviest
 from headscope.kernels.triton import rows as triton_rows
-from headscope.kernels.triton import topk as triton_topk
 from headscope.kernels.triton import tuning
 from headscope.kernels.triton.tuning import Tiles
 
 KERNELS = {
     "triton rows": triton_rows,
     "triton columns": triton_columns,
-    "triton top keys": triton_topk,
+    "triton top keys": triton_heaviest,
     "hopper rows": hopper_rows,
     "hopper output": hopper_output,
     "hopper columns": hopper_columns,
