@@ -88,7 +88,9 @@ def divergence(first: Scores, second: Scores, *, engine: attention.Engine = "aut
         from headscope.kernels.triton.divergence import distances
 
         options: dict[str, Any] = {"mask": first.mask, "scale": first.scale, "softcap": first.softcap}
-        lost = [torch.where(x == -torch.inf, 0.0, x - norm) for x, norm in zip(wholes, norms, strict=True)]
+        lost = None
+        if first.sinks is not None or second.sinks is not None:
+            lost = [torch.where(x == -torch.inf, 0.0, x - norm) for x, norm in zip(wholes, norms, strict=True)]
         with falls_back("the streaming engine"):
             return Divergence(*distances((first.q, first.k), (second.q, second.k), norms, lost, **options))
     tiles = [

@@ -9,8 +9,9 @@ from headscope.kernels.fallback import falls_back
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
+from headscope.kernels.triton import few_columns
 from headscope.kernels.triton import rows as triton_rows
-from headscope.kernels.triton.device import last_dim_contiguous
+from headscope.kernels.triton.device import last_dim_contiguous, score
 from headscope.kernels.triton.features import decode, encode, width
 from headscope.kernels.triton.masks import rules
 from headscope.kernels.triton.rows import Rows
@@ -29,37 +30,39 @@ def rows(
     features: Tensor | None = None,
     wants: frozenset[str] = frozenset({"lse"}),
     positions: Tensor | None = None,
+    repeat: int = 1,
+    within: Tensor | None = None,
 ) -> Rows:
     """Row reductions ``wants`` (names of ``Rows``) of ``q`` (batch, head, row, d) over ``k`` (batch, kv_head, key, d).
 
     ``linear`` are the columns of ``features``, (key, n) or (batch, key, n); the ``output`` needs ``v``. ``positions``
     (row,) ascending absolute positions of the rows, where they are not consecutive from the mask's query offset.
+
+    ``repeat``: so many examples of the mask, the bias and the results, one after the other, are of one example of the
+    tensors. ``within`` (batch, head, row): the lse of more keys; the output is then the share of it that these give.
     """
     v = None if v is None or "output" not in wants else last_dim_contiguous(v)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
     sinks = None if sinks is None else sinks.contiguous()
     columns = None if features is None else encode(features, q.dtype)
     kept = None if features is None else width(features, q.dtype)
-    sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept or 0)
+    sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept or 0, repeat)
     found = None
     if q.shape[0] * sizes.rows == 0:
-        found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
+        found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1, repeat))
     elif hopper.takes(
         q,
         k,
         v,
         mask=mask,
         scale=scale,
-        softcap=softcap,
-        bias=bias,
         columns=columns,
-        consecutive=positions is None,
     ):
-        filled = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1))
-        seen = rules(mask, q.shape[0], positions)
+        filled = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1, repeat))._replace(within=within)
+        seen = rules(mask, q.shape[0] * repeat, positions)
         sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
         with falls_back("Triton's own kernel"):
-            hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, scale, sparse=sparse)
+            hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, score(scale, softcap, bias), sparse=sparse)
             found = filled
     if found is None:
         found = triton_rows.rows(
@@ -75,9 +78,10 @@ def rows(
             softcap=softcap,
             bias=bias,
             wants=wants,
+            within=within,
         )
     linear = None if features is None or found.linear is None else decode(found.linear, features, q.dtype)
-    return found._replace(linear=linear)
+    return found._replace(linear=linear, within=None)
 
 
 def columns(
@@ -108,9 +112,12 @@ def columns(
     first, stop = queries or (0, n)
     sizes = triton_columns.Sizes(heads, heads // k.shape[1], n, first, stop, keys)
     seen = rules(mask, batch)
-    if hopper.takes(q, k, None, mask=mask, scale=scale, softcap=softcap, bias=bias):
+    if few_columns.takes(sizes):
+        few_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
+        return sums, most
+    if hopper.takes(q, k, None, mask=mask, scale=scale):
         with falls_back("Triton's own kernel"):
-            hopper.fill_columns(q, k, lse, sums, most, sizes, seen, scale)
+            hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(scale, softcap, bias))
             return sums, most
     triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
     return sums, most

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from headscope.kernels import attention, reference
 from headscope.kernels.columns import columns
+from headscope.kernels.fallback import falls_back
 from headscope.kernels.redistribution import Move
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
@@ -60,7 +61,7 @@ def redistribute(
     if request.output or request.wants_rows or by_key:
         rows = None if request.output or by_key else request.query_rows
         parts, lse = _attended(scores, v, move, replace(request, query_rows=rows), engine)
-        result = _summed(parts, lse, request if rows is None else replace(request, query_rows=None), v.dtype)
+        result = _summed(parts, lse, request if rows is None else replace(request, query_rows=None), v.dtype, engine)
         if by_key:
             result.columns = tuple(_reduce_columns(scores.shape, parts, each, engine) for each in request.columns)
     result.columns = result.columns or tuple(ReducedColumns() for _ in request.columns)
@@ -154,12 +155,12 @@ def _slice(chosen: Tensor, scores: Scores) -> tuple[slice, Scores]:
     return keys, replace(here, bias=torch.where(chosen[..., keys], 0.0 if here.bias is None else here.bias, -torch.inf))
 
 
-def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtype) -> Reduced:
+def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtype, engine: attention.Engine) -> Reduced:
     """Steps 3 and 4: the output, in ``dtype``, and the rows."""
-    result = Reduced(lse=lse if request.lse else None)
-    for name in SUMS:
+    result = Reduced(lse=lse if request.lse else None, output=_output(parts, engine))
+    for name in SUMS if result.output is None else SUMS[1:]:
         if getattr(parts[0].found, name) is not None:
-            setattr(result, name, reduce(torch.add, _terms(parts, name)))
+            setattr(result, name, _sum(parts, name))
     if result.entropy is not None:
         result.entropy = reduce(torch.add, (torch.special.entr(part.mass) for part in parts), result.entropy)
     if request.max:
@@ -175,6 +176,29 @@ def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtyp
             setattr(result, name, None if x is None else x[:, :, request.query_rows])
     result.output = None if result.output is None else result.output.to(dtype)
     return result
+
+
+def _output(parts: list[_Part], engine: attention.Engine) -> Tensor | None:
+    """The output, where it was asked for and a Triton kernel adds it up: every set's is read once, in its own type."""
+    outputs = [part.found.output for part in parts if part.found.output is not None]
+    if not outputs or not attention.uses_triton(engine, parts[0].scores):
+        return None
+    from headscope.kernels.triton.shares import add_shares
+
+    out = torch.empty_like(outputs[0], memory_format=torch.contiguous_format)
+    with falls_back("PyTorch"):
+        add_shares(outputs, [part.mass for part in parts], out)
+        return out
+    return None
+
+
+def _sum(parts: list[_Part], name: str) -> Tensor:
+    """What ``_terms`` gives, added up without a tensor for each."""
+    total = parts[0].mass.new_zeros(())
+    for part in parts:
+        x = getattr(part.found, name)
+        total = torch.addcmul(total, x, part.mass.view(part.mass.shape + (1,) * (x.dim() - 3)))
+    return total
 
 
 def _terms(parts: list[_Part], name: str) -> Iterator[Tensor]:

@@ -5,7 +5,12 @@
 2. The ends of all spans cut the keys into segments. A span is the sum of its segments, so that overlapping spans read
    no key twice, and lse is the log of the sum over all segments, those outside any span without an output: one pass.
 3. A segment is a call on a slice of the keys whose mask has a larger key offset; where the examples of a batch name
-   different spans, the mask's ``start`` and ``end`` tell them apart. No kernel is needed.
+   different spans, the mask's ``start`` and ``end`` tell them apart.
+4. The output of a span that is one segment goes where it will stay, and is scaled there once lse is known; only
+   segments of which spans are sums are kept beside the result.
+5. Where Triton computes, one launch does all spans, as if each were an example whose mask starts and ends with it: no
+   program visits a key outside its span. Rows are scaled as they are stored where lse is known, by a pass of its own or
+   from the caller; spans that cut up the keys give it themselves, and are scaled once more. A key is read once a span.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ import torch
 from torch import Tensor
 
 from headscope.kernels import attention, reference
+from headscope.kernels.fallback import falls_back
+from headscope.kernels.masks import Mask
 from headscope.kernels.request import Request
 from headscope.kernels.scores import Scores
 
@@ -32,7 +39,7 @@ class SpanOutputs(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """Attention over one segment, and which spans hold it: bool (batch or 1, span); no output where none does."""
+    """Attention over one segment, and which spans hold it: bool (batch or 1, span); no output where no sum needs it."""
 
     output: Tensor | None
     lse: Tensor
@@ -56,24 +63,84 @@ def span_outputs(
     batch, heads, queries, count = scores.shape
     device = scores.q.device
     named = _checked(spans, batch, count)
+    if named.numel() and v.numel() and scores.q.numel() and _by_triton(scores, v, engine):
+        with falls_back("attention over one segment after the other"):
+            return _at_once(scores, v, named, lse)
     ends = named.new_tensor([[0, count]]).expand(named.shape[0], -1)
     cuts = torch.cat([named.flatten(1), ends], 1).sort().values
     whole = replace(scores, sinks=None)
-    segments = []
-    for start, stop in zip(cuts[:, :-1].T, cuts[:, 1:].T, strict=True):
-        inside = (named[..., 0] <= start[:, None]) & (stop[:, None] <= named[..., 1]) & (start < stop)[:, None]
+    shape = (batch, heads, queries, named.shape[1])
+    output, segments = v.new_zeros(*shape, v.shape[3]), []
+    parts = list(zip(cuts[:, :-1].T, cuts[:, 1:].T, strict=True))
+    holds = [(named[..., 0] <= start[:, None]) & (stop[:, None] <= named[..., 1]) for start, stop in parts]
+    holds = [held & (start < stop)[:, None] for held, (start, stop) in zip(holds, parts, strict=True)]
+    alone = torch.stack([held.any(0) for held in holds]).sum(0) == 1  # (span,): it is one segment
+    for inside, (start, stop) in zip(holds, parts, strict=True):
         if not (start < stop).any() or (lse is not None and not inside.any()):
             continue
         keys, here = _slice(whole, start, stop)
         request = Request(output=bool(inside.any()), lse=True)
         got = attention.attend(here, v[:, :, keys], request=request, engine=engine)
         assert got.lse is not None
-        segments.append(_Segment(got.output, got.lse, inside.to(device)))
-    shape = (batch, heads, queries, named.shape[1])
+        mine = inside.any(0)
+        for n in (mine & alone).nonzero()[:, 0].tolist():
+            assert got.output is not None
+            output[..., n, :] = got.output
+        segments.append(_Segment(got.output if (mine & ~alone).any() else None, got.lse, inside.to(device)))
     if not segments:
-        return SpanOutputs(v.new_zeros(*shape, v.shape[3]), v.new_zeros(shape).to(_wide(v)))
+        return SpanOutputs(output, v.new_zeros(shape).to(_wide(v)))
     lse = reference.log_total(torch.stack([x.lse for x in segments], -1), scores.sinks) if lse is None else lse
-    return _summed(segments, lse, v, shape)
+    return SpanOutputs(output, _summed(segments, lse, output, alone.tolist()))
+
+
+def _by_triton(scores: Scores, v: Tensor, engine: attention.Engine) -> bool:
+    return scores.edit is None and attention.uses_triton(engine, scores) and scores.k.dtype == v.dtype
+
+
+def _at_once(scores: Scores, v: Tensor, named: Tensor, lse: Tensor | None) -> SpanOutputs:
+    """Step 5. Spans ``named`` (batch or 1, span, 2) become examples: those of an example follow one another."""
+    from headscope.kernels.gpu_passes import rows
+    from headscope.kernels.triton.shares import add_shares
+
+    (batch, heads, queries, keys), spans = scores.shape, named.shape[1]
+    options, whole = scores.device_arguments, _cuts(named, keys)
+    if lse is None and not whole:
+        lse = rows(scores.q, scores.k, None, sinks=scores.sinks, **options).lse
+    each = (batch, spans, heads, queries)
+    options |= {"mask": _in_spans(scores.mask, named, batch, scores.q.device), "repeat": spans}
+    options["bias"] = _repeated(scores.bias, spans)
+    within = None if lse is None else lse.float()[:, None].expand(each).reshape(-1, heads, queries).contiguous()
+    found = rows(scores.q, scores.k, v, wants=frozenset({"lse", "output"}), within=within, **options)
+    assert found.lse is not None and found.output is not None
+    own = found.lse.view(each)
+    total = reference.log_total(own.movedim(1, -1), scores.sinks) if lse is None else lse
+    mass = torch.exp(own - total[:, None]).masked_fill_(own == -torch.inf, 0.0)
+    if lse is None:
+        add_shares([found.output], [mass.flatten(0, 1)], found.output)
+    return SpanOutputs(found.output.view(*each, -1).movedim(1, 3), mass.movedim(1, 3))
+
+
+def _cuts(named: Tensor, keys: int) -> bool:
+    """Whether every example's spans cut up the ``keys``: none is in two of them, or in none."""
+    for spans in named.tolist():
+        ends = [0, *(end for span in sorted(span for span in spans if span[0] < span[1]) for end in span), keys]
+        if any(a != b for a, b in zip(ends[::2], ends[1::2], strict=True)):
+            return False
+    return True
+
+
+def _in_spans(mask: Mask, named: Tensor, batch: int, device: torch.device) -> Mask:
+    """``mask`` for an example of every span, which sees the keys of the span alone."""
+    begin, end = (named + mask.key_offset).to(device).expand(batch, -1, -1).unbind(-1)
+    begin = begin if mask.start is None else torch.maximum(begin, mask.start[:, None])
+    end = end if mask.end is None else torch.minimum(end, mask.end[:, None])
+    spans = named.shape[1]
+    origin, segments = (_repeated(x, spans) for x in (mask.origin, mask.segments))
+    return replace(mask, start=begin.flatten(), end=end.flatten(), origin=origin, segments=segments)
+
+
+def _repeated(x: Tensor | None, spans: int) -> Tensor | None:
+    return x if x is None or x.shape[0] == 1 else x.repeat_interleave(spans, 0)
 
 
 def _checked(spans: Sequence[Span] | Tensor, batch: int, keys: int) -> Tensor:
@@ -101,19 +168,26 @@ def _slice(scores: Scores, start: Tensor, stop: Tensor) -> tuple[slice, Scores]:
     return keys, replace(here, mask=replace(here.mask, start=begin, end=end))
 
 
-def _summed(segments: list[_Segment], lse: Tensor, v: Tensor, shape: tuple[int, ...]) -> SpanOutputs:
-    """Steps 1 and 2: the segments' outputs and masses, summed over the spans (batch, head, query, span) they lie in."""
-    output, mass = v.new_zeros(*shape, v.shape[3]), torch.zeros(shape, dtype=_wide(v), device=v.device)
+def _summed(segments: list[_Segment], lse: Tensor, output: Tensor, alone: list[bool]) -> Tensor:
+    """Steps 1, 2 and 4: the mass (batch, head, query, span), of the segments in every span; ``output`` is completed."""
+    mass = torch.zeros(output.shape[:-1], dtype=_wide(output), device=output.device)
     weights = [torch.exp(x.lse - lse).masked_fill_(x.lse == -torch.inf, 0.0) for x in segments]
-    for n in range(shape[-1]):
-        total = mass.new_zeros(*shape[:-1], v.shape[3])
+    for n, one in enumerate(alone):
+        total = None
         for segment, weight in zip(segments, weights, strict=True):
-            if segment.output is not None and segment.inside[:, n].any():
-                share = weight * segment.inside[:, n, None, None]
-                mass[..., n] += share
-                total += share[..., None] * segment.output
-        output[..., n, :] = total
-    return SpanOutputs(output, mass)
+            if not segment.inside[:, n].any():
+                continue
+            share = weight * segment.inside[:, n, None, None]
+            mass[..., n] += share
+            if one:
+                output[..., n, :] *= share[..., None]
+            else:
+                assert segment.output is not None
+                total = output.new_zeros((), dtype=mass.dtype) if total is None else total
+                total = torch.addcmul(total, segment.output, share[..., None])
+        if total is not None:
+            output[..., n, :] = total
+    return mass
 
 
 def _wide(v: Tensor) -> torch.dtype:

@@ -84,12 +84,30 @@ def check_top(spec: dict[str, Any]) -> list[str]:
     ]
 
 
+def check_equal(spec: dict[str, Any]) -> list[str]:
+    """Lists of equal scores, which have no room beside one another: any keys will do, none of them twice."""
+    case = random_case("causal", **spec, device=DEVICE)
+    case = replace(case, q=torch.zeros_like(case.q))
+    wrong = _twice(f"equal scores {spec}", case, triton_engine.attend, Request(output=False, top=16))
+    keys = case.run(triton_engine.attend, Request(output=False, top=16)).top_keys
+    assert keys is not None
+    twice = (keys[:, :, 16:].sort(-1).values.diff(dim=-1) == 0).any()
+    return [*wrong, f"equal scores {spec}: a key is listed twice"] if twice else wrong
+
+
 def check_spans(spec: dict[str, Any]) -> list[str]:
-    """Overlapping spans, other ones in each example."""
+    """Overlapping spans, other ones in each example; spans that cut up the keys; and from a known lse."""
     case = random_case(**spec, device=DEVICE)
-    keys, wrong = case.k.shape[2], []
-    spans = torch.tensor([[[0, keys], [7, 150], [100, 300]], [[0, 4], [200, 201], [180, keys]]], device=DEVICE)
-    got = span_outputs(case, case.v, spans)
+    keys = case.k.shape[2]
+    over = torch.tensor([[[0, keys], [7, 150], [100, 300]], [[0, 4], [200, 201], [180, keys]]], device=DEVICE)
+    cuts = torch.tensor([[[0, 100], [100, 107], [107, keys]], [[200, keys], [0, 0], [0, 200]]], device=DEVICE)
+    lse = attention.attend(case, case.v, request=Request(output=False, lse=True)).lse
+    given = ((over, None), (cuts, None), (cuts, lse))
+    return [line for spans, norm in given for line in _spans_apart(spec, case, spans, norm)]
+
+
+def _spans_apart(spec: dict[str, Any], case: Case, spans: torch.Tensor, lse: torch.Tensor | None) -> list[str]:
+    got, wrong = span_outputs(case, case.v, spans, lse=lse), []
     exact, low = case.pattern(), case.pattern(case.q.dtype).double()
     v = case.v.double().repeat_interleave(exact.shape[1] // case.v.shape[1], 1)
     for b in range(2):
@@ -100,6 +118,10 @@ def check_spans(spec: dict[str, Any]) -> list[str]:
             limit = allowed(lossy.to(case.v.dtype), want, size=case.score_size())
             if not error <= limit:
                 wrong.append(f"span {start}:{stop} of {spec}: off by {error}, allowed {limit}")
+            mass = exact[b, :, :, start:stop].sum(-1)
+            error, limit = distance(got.mass[b, :, :, n], mass), allowed(low[b, :, :, start:stop].sum(-1), mass)
+            if not error <= limit:
+                wrong.append(f"mass of span {start}:{stop} of {spec}: off by {error}, allowed {limit}")
     return wrong
 
 

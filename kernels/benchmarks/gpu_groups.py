@@ -11,7 +11,7 @@ import multiprocessing as mp
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,15 +31,15 @@ from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.request import Columns, Request
 from headscope.kernels.triton import columns as triton_columns
+from headscope.kernels.triton import heaviest as triton_heaviest
 from headscope.kernels.triton import rows as triton_rows
-from headscope.kernels.triton import topk as triton_topk
 from headscope.kernels.triton import tuning
 from headscope.kernels.triton.tuning import Tiles
 
 KERNELS = {
     "triton rows": triton_rows,
     "triton columns": triton_columns,
-    "triton top keys": triton_topk,
+    "triton top keys": triton_heaviest,
     "hopper rows": hopper_rows,
     "hopper output": hopper_output,
     "hopper columns": hopper_columns,
@@ -92,6 +92,43 @@ def groups() -> dict[str, list[Job]]:
         for size in (7, 16, 24, 100)
     ]
     return {
+        "Hopper's widths and options": [("narrow", spec) for spec in _wide()],
+        "float32": [
+            ("narrow", {**base, "kind": kind, "d_head": d, "dtype": torch.float32})
+            for d in (64, 80, 128, 256)
+            for kind in ("causal", "left padding")
+        ],
+        "maps and divergences": [
+            ("pairs", {**base, "kind": kind, "d_head": d, **options})
+            for d, kind, options in (
+                (128, "causal", {}),
+                (64, "window", {"sinks": True, "softcap": 5.0}),
+                (256, "left padding", {}),
+                (128, "segments", {"dtype": torch.float32}),
+            )
+        ],
+        "moved mass and spans": [
+            ("moves", {**base, "kind": "causal", "d_head": 128, "queries": 1100, "keys": 1100, "move": "onto a set"}),
+            ("spans", {**base, "kind": "causal", "d_head": 80, "queries": 1100, "keys": 1100}),
+            ("spans", {**base, "kind": "left padding", "d_head": 128, "queries": 1100, "keys": 1100, "sinks": True}),
+            ("spans", {**base, "kind": "segments", "d_head": 256, "queries": 1100, "keys": 1100, "bias": True}),
+            ("spans", {**base, "kind": "window", "d_head": 64, "softcap": 5.0}),
+        ],
+        "top keys, few queries": [
+            *(
+                ("top", {**base, "kind": kind, "d_head": 128, "queries": 900, "keys": 900})
+                for kind in ("causal", "segments")
+            ),
+            ("top", {**base, "kind": "window", "d_head": 64, "softcap": 5.0, "sinks": True, "bias": True}),
+            ("top", {**base, "kind": "causal", "d_head": 80, "dtype": torch.float32}),
+            ("top", {**base, "kind": "causal", "d_head": 256}),
+            ("same", {**base, "d_head": 64}),
+            *(
+                ("narrow", {**base, "kind": kind, "d_head": d, "queries": n, "keys": 3000, "bias": True})
+                for kind, d, n in (("causal", 128, 1), ("window", 64, 3), ("left padding", 256, 2))
+            ),
+            ("all", {**base, "kind": "causal", "d_head": 128, "queries": 70, "keys": 150, "features": 3}),
+        ],
         "every rule at every width": [("narrow", spec) for spec in wide + bare + single],
         "widths fetched by threads": [("narrow", spec) for spec in odd],
         "padding around the tiles": [("narrow", spec) for spec in pads],
@@ -102,6 +139,20 @@ def groups() -> dict[str, list[Job]]:
         "every branch": [("all", spec) for spec in gpu_check.cases() if spec not in gpu_check.for_hopper()],
         "top keys, spans, edits, moves": gpu_check_edits.jobs(),
     }
+
+
+def _wide() -> list[dict[str, Any]]:
+    """Calls of Hopper's kernels at widths that fill no tile or a wider one, and of what else they take."""
+    base: dict[str, Any] = {"dtype": DTYPE, "queries": 1100, "keys": 1300}
+    every = [{**base, "kind": kind, "d_head": d} for d in (80, 256) for kind in ("causal", "window", "segments")]
+    every += [{**base, "kind": "causal", "d_head": d} for d in (40, 96, 192)]
+    for d in (64, 128, 256):
+        every += [
+            {**base, "kind": "causal", "d_head": d, "softcap": 5.0, "sinks": True},
+            {**base, "kind": "left padding", "d_head": d, "bias": True},
+        ]
+    every += [{**base, "kind": kind, "d_head": d} for d in (64, 128) for kind in ("segments", "chunks from origin")]
+    return [{**spec, "batch": 2, "kv_heads": 1} for spec in every]
 
 
 def narrow(spec: dict[str, Any]) -> list[str]:
@@ -173,6 +224,8 @@ CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "blocks": repeated,
     "broken": broken,
     "all": both,
+    "pairs": gpu_check.check_pairs,
+    "same": gpu_check_edits.check_equal,
     **gpu_check_edits.CHECKS,
 }
 
@@ -193,9 +246,10 @@ def _guarded(job: Job) -> list[str]:
         torch.empty = allocate
 
 
-def check(limit: float = 3600.0) -> dict[str, Group]:
-    """Run every group, several calls at a time, for ``limit`` seconds."""
+def check(limit: float = 3600.0, names: Sequence[str] = ()) -> dict[str, Group]:
+    """Run the groups ``names``, or every group, several calls at a time, for ``limit`` seconds."""
     began, jobs = time.time(), groups()
+    jobs = {name: jobs[name] for name in names or jobs}
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # each worker compiles by itself
     found = {name: Group(len(every)) for name, every in jobs.items()}
     with mp.get_context("spawn").Pool(min(16, os.cpu_count() or 1)) as pool:

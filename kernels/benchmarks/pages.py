@@ -100,9 +100,31 @@ def _lengths(result: Result) -> list[str]:
     return lines
 
 
+def _corners_title(_: Result) -> str:
+    return "Corners in which a kernel could be slow"
+
+
+def _corners(result: Result) -> list[str]:
+    """Without the trials of other tiles."""
+    lines = ["| | | was | target | measured | ms | more MiB |", "|---" * 7 + "|"]
+    for row in result["rows"]:
+        if row.get("setting") is not None:
+            continue
+        if "what" not in row:
+            lines.append(f"| {row['row']} | {row.get('failed', 'no time')} | | | | | |")
+        elif "us" in row:
+            lines.append(f"| {row['row']} | {row['what']} | {row['now']} | {row['target']} | {row['us']:.0f} us | | |")
+        else:
+            ms, more = f"{row['ms']:.3f}", f"{row.get('extra MiB', 0):,.0f}"
+            cells = row["row"], row["what"], f"{row['now']}x", f"{row['target']}x", f"{row['measured']:.2f}x", ms, more
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 KINDS: dict[str, tuple[Callable[[Result], str], Callable[[Result], list[str]]]] = {
     "long context": (_long_context_title, _long_context),
     "lengths": (_lengths_title, _lengths),
+    "corners": (_corners_title, _corners),
 }
 
 

@@ -26,7 +26,19 @@ from triton.runtime import driver
 
 from headscope.kernels.checks.cases import MASKS, WIDTHS, random_mask
 from headscope.kernels.masks import Mask
-from headscope.kernels.triton import blocks, columns, device, divergence, merge, rows, topk
+from headscope.kernels.triton import (
+    blocks,
+    columns,
+    device,
+    divergence,
+    few_columns,
+    heaviest,
+    merge,
+    rows,
+    shares,
+    targets,
+    topk,
+)
 from headscope.kernels.triton.masks import rules
 
 QUERIES, KEYS, HEADS, KV_HEADS, BATCH = 256, 256, 8, 2, 2
@@ -86,6 +98,13 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     sums = torch.zeros(BATCH, HEADS, KEYS)
     yield "columns", lambda: columns.fill(q, k, lse, sums, sums, sizes, seen, **plain)
     yield "top keys", lambda: topk.top_keys(q, k, lse, count=8, mask=mask, **plain)
+    yield "top keys, one query", lambda: topk.top_keys(q[:, :, :1], k, lse[:, :, :1], count=8, mask=mask, **plain)
+    few = columns.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, 0, 1, KEYS)
+    yield "columns, one query", lambda: few_columns.fill(q, k, lse, sums, sums, few, seen, **plain)
+    named = torch.zeros(BATCH, QUERIES, 2, dtype=torch.int64)
+    yield "targets", lambda: targets.target_mass(q, k, lse, named, mask=mask, **plain)
+    outputs = [torch.zeros(BATCH, HEADS, QUERIES, d_value, dtype=dtype) for _ in range(2)]
+    yield "shares", lambda: shares.add_shares(outputs, [lse, lse], outputs[0])
     yield "blocks", lambda: blocks.pooled(q, k, lse, mask=mask, size=64, **plain)
     options: dict[str, Any] = {"mask": mask, "scale": 0.1}
     if width == d_value:
@@ -119,7 +138,7 @@ def main(given: Sequence[str] | None = None) -> int:
     bad = count = 0
     with ExitStack() as patches:
         patches.enter_context(patch.object(device, "has_copy_engine", lambda _: True))
-        for module in (rows, columns, blocks, divergence, topk):
+        for module in (rows, columns, blocks, divergence, topk, few_columns, heaviest, shares, targets):
             patches.enter_context(patch.object(module, "_kernel", Compiled(module._kernel)))
         patches.enter_context(patch.object(rows, "merge_kernel", Compiled(merge.merge_kernel)))
         for kind in asked.rules.split(","):

@@ -1,8 +1,8 @@
 """The column reductions of ``triton_columns``, for Hopper (see ``hopper``).
 
-A block is 384 keys of one head, 128 a group, which stay; queries stream past in tiles of 64. The groups take turns at
-the matrix unit: one multiplies, then takes exponentials and sums while the others multiply. Rows r and r + 8 of a tile
-are one thread's, so it adds them at once and keeps half as many sums.
+A block is 384 keys of one head, 128 a group (64 of wide heads), which stay; queries stream past in tiles of 64. The
+groups take turns at the matrix unit: one multiplies, then takes exponentials and sums while the others multiply. Rows r
+and r + 8 of a tile are one thread's, so it adds them at once and keeps half as many sums.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -33,16 +33,16 @@ from headscope.kernels.hopper.device import (
     pass_turn,
     place,
     query_range,
+    scored,
+    seen_in_tile,
     take_turn,
     taking_turns,
+    tile_width,
     tiles,
-    visible,
 )
 from headscope.kernels.triton.device import launch
 
 GROUPS = gl.constexpr(3)
-STAGES = gl.constexpr(4)
-KEYS = gl.constexpr(128)  # of a group
 
 
 @gluon.jit
@@ -52,6 +52,8 @@ def _fetch(at, smem, bars, where, lo, hi):
     q_smem, k_smem = smem
     k_ready, ready, free, _turn = bars
     b, h, kv, begin = where
+    KEYS: gl.constexpr = k_smem.shape[3]
+    STAGES: gl.constexpr = q_smem.shape[0]
     mbarrier.expect(k_ready.index(0), GROUPS * k_at.block_type.nbytes)
     for group in gl.static_range(GROUPS):
         fetch(k_at, [b, kv, begin + group * KEYS, 0], k_ready.index(0), k_smem.index(group))
@@ -85,14 +87,19 @@ def _pairs(p):
 
 
 @gluon.jit
-def _gather(s, norm, sums, start, j, b, rules, scale, MASKED: gl.constexpr, SUM: gl.constexpr, MAX: gl.constexpr):
-    """Add the weights of products ``s`` to the keys' sums and maxima."""
+def _gather(
+    s, norm, sums, start, mine, where, sizes, rules, score, part: gl.constexpr, SUM: gl.constexpr, MAX: gl.constexpr
+):
+    """Add the weights of products ``s`` with the keys from ``mine`` to their sums and maxima."""
     total, highest = sums
-    if MASKED:
+    b, h, _kv, _begin = where
+    j = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    s, unit = scored(s, score, b, h, mine, j, sizes.keys, True)
+    if part != 1:
         rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
         position = start + gl.arange(0, GROUP_ROWS, layout=rows) + rules.query_offset
-        s = gl.where(visible(position, j + rules.key_offset, b, rules), s, HIDDEN)
-    p = _pairs(gl.exp2(s * (scale * LOG2E) - norm[:, None]))
+        s = gl.where(seen_in_tile(position, j, mine, b, sizes, rules), s, HIDDEN)
+    p = _pairs(gl.exp2(s * unit - norm[:, None]))
     if SUM:
         total += gl.sum(p, 1)
     if MAX:
@@ -101,7 +108,7 @@ def _gather(s, norm, sums, start, j, b, rules, scale, MASKED: gl.constexpr, SUM:
 
 
 @gluon.jit
-def _parts(mine, lo, hi, b, sizes, rules):
+def _parts(mine, lo, hi, b, sizes, rules, KEYS: gl.constexpr):
     """The part of the queries ``lo:hi`` that see a group's keys from ``mine``, and that of tiles which see them all."""
     low, high, keys = sizes.first, sizes.stop, sizes.keys
     first, stop, full_lo, full_hi = query_range(mine, KEYS, b, low, high, keys, rules, GROUP_ROWS)
@@ -115,6 +122,7 @@ def _parts(mine, lo, hi, b, sizes, rules):
 def _skip(n, queries, group: gl.constexpr, bars):
     """Tiles of queries that see none of this group's keys: the next n."""
     _k_ready, ready, free, turn = bars
+    STAGES: gl.constexpr = ready.shape[0]
     for passed in range(0, queries, GROUP_ROWS):
         at = n + passed // GROUP_ROWS
         mbarrier.wait(ready.index(at % STAGES), at // STAGES & 1)
@@ -125,12 +133,14 @@ def _skip(n, queries, group: gl.constexpr, bars):
 
 
 @gluon.jit
-def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi):
+def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules, score, where, lo, hi):
     """One group: the sums and maxima of its 128 keys."""
     q_smem, k_smem = smem
     k_ready, ready, free, turn = bars
     b, h, _kv, begin = where
     D: gl.constexpr = k_smem.shape[4]
+    KEYS: gl.constexpr = k_smem.shape[3]
+    STAGES: gl.constexpr = q_smem.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     keys: gl.constexpr = gl.SliceLayout(0, mma)
@@ -138,7 +148,7 @@ def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules
     MAX: gl.constexpr = key_max is not None
     mine = begin + group * KEYS
     j = mine + gl.arange(0, KEYS, layout=keys)
-    first, full_lo, full_hi, stop = _parts(mine, lo, hi, b, sizes, rules)
+    first, full_lo, full_hi, stop = _parts(mine, lo, hi, b, sizes, rules, KEYS)
     lse += (b.to(gl.int64) * sizes.heads + h) * sizes.queries
     zero = gl.zeros([GROUP_ROWS, KEYS], gl.float32, mma)
     nothing = gl.sum(_pairs(zero), 1)
@@ -157,7 +167,7 @@ def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules
             s = warpgroup_mma_wait(0, deps=[s])
             pass_turn(turn, group, GROUPS)
             mbarrier.arrive(free.index(stage))
-            sums = _gather(s, norm, sums, start, j, b, rules, scale, part != 1, SUM, MAX)
+            sums = _gather(s, norm, sums, start, mine, where, sizes, rules, score, part, SUM, MAX)
             n += 1
     _skip(n, hi - first - gl.cdiv(stop - first, GROUP_ROWS) * GROUP_ROWS, group, bars)
     total, highest = sums
@@ -169,7 +179,20 @@ def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules
 
 
 @gluon.jit
-def _kernel(q_at, k_at, lse, key_sum, key_max, sizes, rules, scale, together, REGISTERS: gl.constexpr):
+def _kernel(
+    q_at,
+    k_at,
+    lse,
+    key_sum,
+    key_max,
+    sizes,
+    rules,
+    score,
+    together,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    KEYS: gl.constexpr = k_at.block_type.shape[2]
     block, b, h = place(gl.cdiv(sizes.keys, KEYS * GROUPS), sizes.heads, together)
     begin = block * (KEYS * GROUPS)  # under causal masks the first keys are seen by the most queries: they go first
     first, stop, keys = sizes.first, sizes.stop, sizes.keys
@@ -180,14 +203,19 @@ def _kernel(q_at, k_at, lse, key_sum, key_max, sizes, rules, scale, together, RE
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_reduce, (0, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
-            (_reduce, (1, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
-            (_reduce, (2, smem, bars, lse, key_sum, key_max, sizes, rules, scale, where, lo, hi)),
+            (_reduce, (0, smem, bars, lse, key_sum, key_max, sizes, rules, score, where, lo, hi)),
+            (_reduce, (1, smem, bars, lse, key_sum, key_max, sizes, rules, score, where, lo, hi)),
+            (_reduce, (2, smem, bars, lse, key_sum, key_max, sizes, rules, score, where, lo, hi)),
             (_fetch, ((q_at, k_at), smem, bars, where, lo, hi)),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],
     )
+
+
+def shape(width: int) -> tuple[int, int]:
+    """Keys of a group and how many tiles of queries wait, for tiles ``width`` wide (shared memory)."""
+    return (128, 4) if width <= 128 else (64, 3)
 
 
 def columns(
@@ -198,11 +226,14 @@ def columns(
     highest: Tensor | None,
     sizes: Any,
     rules: Any,
-    scale: float,
+    score: Any,
 ) -> None:
     """Fill ``sums`` and ``highest`` (batch, head, key), each where it is wanted."""
     pairs = q.shape[0] * sizes.heads
     together = taking_turns(pairs, q[0, 0].nbytes)
-    grid = (triton.cdiv(sizes.keys, GROUPS.value * KEYS.value) * pairs,)
-    at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS.value)
-    launch(_kernel, grid, q, *at, lse, sums, highest, sizes, rules, scale, together, REGISTERS=160, num_warps=4)
+    width = tile_width(q.shape[3])
+    keys, stages = shape(width)
+    grid = (triton.cdiv(sizes.keys, GROUPS.value * keys) * pairs,)
+    at = tiles(q, GROUP_ROWS.value, width), tiles(k, keys, width)
+    given = lse, sums, highest, sizes, rules, score, together
+    launch(_kernel, grid, q, *at, *given, STAGES=stages, REGISTERS=160, num_warps=4)

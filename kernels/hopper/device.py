@@ -33,17 +33,23 @@ GROUP_ROWS = gl.constexpr(64)  # rows of a warp group's tile: the height of Hopp
 
 # Triton's own functions, compiled as Gluon
 row_positions = gluon.jit(triton_masks.row_positions.fn)
-visible = gluon.jit(triton_masks.visible.fn)
 key_range = gluon.jit(triton_masks.key_range.fn)
 query_range = gluon.jit(triton_masks.query_range.fn)
+chunk_begin = gluon.jit(triton_masks.chunk_begin.fn)
+segment_bound = gluon.jit(triton_masks.segment_bound.fn)
 store_statistics = gluon.jit(triton_softmax.store_statistics.fn)
 
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before Triton 3.7
 
 
-def tiles(x: Tensor, rows: int) -> Any:
+def tile_width(d: int) -> int:
+    """The width of the tiles that hold heads ``d`` wide: of them, too, the copy engine fills up the rest with zeros."""
+    return max(64, 1 << (d - 1).bit_length())
+
+
+def tiles(x: Tensor, rows: int, width: int | None = None) -> Any:
     """A descriptor by which the copy engine fetches ``rows`` rows of ``x`` (..., position, d); zeros beyond its end."""
-    shape = (*(1 for _ in x.shape[:-2]), rows, x.shape[-1])
+    shape = (*(1 for _ in x.shape[:-2]), rows, width or x.shape[-1])
     return TensorDescriptor(x, list(x.shape), list(x.stride()), list(shape), _layout(shape, x.dtype))
 
 
@@ -201,9 +207,19 @@ def seen_in_tile(position, j, start, b, sizes, rules):
         stop = gl.minimum(stop, position + (rules.right + 1 - rules.key_offset))
     if rules.end is not None:
         stop = gl.minimum(stop, gl.load(rules.end + b).to(gl.int32) - rules.key_offset)
+    if rules.chunk is not None:
+        chunk = chunk_begin(position, b, rules) - rules.key_offset
+        stop = gl.minimum(stop, chunk + rules.chunk)
+    if rules.begins is not None:
+        stop = gl.minimum(stop, segment_bound(rules.ends, position, b, rules) - rules.key_offset)
     seen = j[None, :] < (stop - start)[:, None]
-    if (rules.left is not None) or (rules.start is not None):
+    one_end: gl.constexpr = rules.left is None and rules.start is None and rules.chunk is None and rules.begins is None
+    if not one_end:
         first = gl.zeros_like(position)
+        if rules.chunk is not None:
+            first = gl.maximum(first, chunk)
+        if rules.begins is not None:
+            first = gl.maximum(first, segment_bound(rules.begins, position, b, rules) - rules.key_offset)
         if rules.left is not None:
             first = gl.maximum(first, position - (rules.left + rules.key_offset))
         if rules.start is not None:
@@ -213,13 +229,43 @@ def seen_in_tile(position, j, start, b, sizes, rules):
 
 
 @gluon.jit
-def absorb(s, state, position, start, b, sizes, rules, results, scale, FOLD: gl.constexpr, MASKED: gl.constexpr):
+def reciprocal(x):
+    """1 / x, to the last bit but one; 0 of infinity."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def scored(s, score, b, h, start, j, keys, MASKED: gl.constexpr):
+    """What products ``s`` come to, and by which number that is multiplied to be scores in units of ln 2.
+
+    Softcap c: c tanh(x / c) = c - 2 c / (1 + exp(2 x / c)), off by two roundings of c. Keys start with ``start + j``.
+    """
+    unit = score.scale * LOG2E
+    if (score.softcap is not None) or (score.bias is not None):
+        if score.softcap is not None:
+            cap = score.softcap * LOG2E
+            s = cap - 2.0 * cap * reciprocal(1.0 + gl.exp2(s * (2.0 * LOG2E * (score.scale / score.softcap))))
+        else:
+            s = s * unit
+        if score.bias is not None:
+            at = score.bias + (b.to(gl.int64) * score.bias_batch + h.to(gl.int64) * score.bias_head + start)
+            if MASKED:
+                s += (gl.load(at + j, mask=start + j < keys, other=0.0) * LOG2E)[None, :]
+            else:
+                s += (gl.load(at + j) * LOG2E)[None, :]
+        return s, 1.0
+    else:
+        return s, unit
+
+
+@gluon.jit
+def absorb(s, state, position, start, b, h, sizes, rules, results, score, FOLD: gl.constexpr, MASKED: gl.constexpr):
     """Steps 1 to 4 of ``triton_rows`` on products ``s``: (weights p, factor of what was summed before, state)."""
     m, norm, e, x = state
     keys: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     like: gl.constexpr = norm.type.layout
     j = gl.arange(0, s.shape[1], layout=keys)
-    unit = scale * LOG2E
+    s, unit = scored(s, score, b, h, start, j, sizes.keys, MASKED)
     if MASKED:
         s = gl.where(seen_in_tile(position, j, start, b, sizes, rules), s, HIDDEN / unit)
     new = gl.maximum(m, gl.max(s, 1) * unit)

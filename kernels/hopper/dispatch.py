@@ -2,8 +2,8 @@
 
 Triton waits for every matrix product where it issues it. Gluon, Triton's lower level, lets a kernel say when, and which
 warps do what: one warp fetches tiles, warp groups of four compute, and one group's exponentials run while the matrix
-unit works for another. They are written for the common widths of a head, 64 and 128. All other calls take the Triton
-kernels, which compute the same. Without a card, tests run them by ``emulator``.
+unit works for another. Heads of 33 to 256 numbers are computed in tiles 64, 128 or 256 wide. All other calls take the
+Triton kernels, which compute the same. Without a card, tests run them by ``emulator``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from headscope.kernels.masks import Mask
 if TYPE_CHECKING:  # all of it needs Triton
     from headscope.kernels.triton import columns as triton_columns
     from headscope.kernels.triton import rows as triton_rows
+    from headscope.kernels.triton.device import Score
     from headscope.kernels.triton.masks import Rules
 
-D_HEADS = (64, 128)
+NARROWEST, WIDEST = 40, 256  # of a head: below, tiles would be more than half empty
 FEWEST = 1024  # queries: with fewer, too few blocks to fill the card
 SMALLEST = 1e-6  # scale: what stands for a hidden key's product is divided by it
 MOST_COLUMNS = 32  # linear columns that fit beside the scores in registers
@@ -35,30 +36,20 @@ def takes(
     *,
     mask: Mask,
     scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
     columns: Tensor | None = None,
-    consecutive: bool = True,
 ) -> bool:
-    """Whether the Hopper kernels compute a call over q, k and, with the output, v; ``columns`` are features.
-
-    ``consecutive``: whether the rows of q are (the output's kernel takes no others).
-    """
+    """Whether the Hopper kernels compute a call over q, k and, with the output, v; ``columns`` are features."""
     tensors = [x for x in (q, k, v) if x is not None]
     return (
         _on_hopper(q)
         and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[3] in D_HEADS
+        and NARROWEST <= q.shape[3] <= WIDEST
         and all(x.shape[3] == q.shape[3] and _fetchable(x) for x in tensors)
         and q.shape[2] >= FEWEST
         and (columns is None or (columns.dtype == q.dtype and columns.shape[-1] <= MOST_COLUMNS))
         and scale > SMALLEST
-        and softcap is None
-        and bias is None
-        and mask.chunk is None
-        and mask.segments is None
         and mask.rule is None
-        and (consecutive or v is None)
+        and (mask.segments is None or _runs(mask.segments))
     )
 
 
@@ -71,7 +62,7 @@ def fill_rows(
     results: triton_rows.Rows,
     sizes: triton_rows.Sizes,
     seen: Rules,
-    scale: float,
+    score: Score,
     *,
     sparse: bool,
 ) -> None:
@@ -83,9 +74,9 @@ def fill_rows(
     from headscope.kernels.hopper import rows as hopper_rows
 
     if v is None:
-        hopper_rows.rows(q, k, columns, sinks, results, sizes, seen, scale)
+        hopper_rows.rows(q, k, columns, sinks, results, sizes, seen, score)
     else:
-        hopper_output.output(q, k, v, columns, sinks, results, sizes, seen, scale, sparse=sparse)
+        hopper_output.output(q, k, v, columns, sinks, results, sizes, seen, score, sparse=sparse)
 
 
 def fill_columns(
@@ -96,12 +87,18 @@ def fill_columns(
     highest: Tensor | None,
     sizes: triton_columns.Sizes,
     seen: Rules,
-    scale: float,
+    score: Score,
 ) -> None:
     """Fill ``sums`` and ``highest`` for a call that ``takes``."""
     from headscope.kernels.hopper import columns as hopper_columns
 
-    hopper_columns.columns(q, k, lse, sums, highest, sizes, seen, scale)
+    hopper_columns.columns(q, k, lse, sums, highest, sizes, seen, score)
+
+
+def _runs(segments: Tensor) -> bool:
+    from headscope.kernels.triton.masks import segment_bounds
+
+    return segment_bounds(segments)[2]
 
 
 def _fetchable(x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import JITFunction
+from triton.runtime.interpreter import InterpretedFunction
 
 
 class Deadlock(RuntimeError):
@@ -359,6 +360,7 @@ NAMES = {
     "tl": LANGUAGE,
     "mbarrier": MBARRIER,
     "fetch": fetch,
+    "reciprocal": lambda x: 1.0 / x,
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,
     "fence_async_shared": _nothing,
@@ -376,11 +378,11 @@ class Translated(dict[str, Any]):
                 self[name] = NAMES[name]
             elif isinstance(x, gl.constexpr):
                 self[name] = x.value
-            elif isinstance(x, JITFunction):
+            elif isinstance(x, (JITFunction, InterpretedFunction)):
                 self[name] = translated(x, known)
 
 
-def translated(kernel: JITFunction[Any], known: dict[int, Translated]) -> FunctionType:
+def translated(kernel: Any, known: dict[int, Translated]) -> FunctionType:
     """The Python function of a kernel, its names replaced."""
     names = kernel.fn.__globals__
     within = known.get(id(names)) or Translated(names, known)

@@ -53,6 +53,7 @@ from headscope.kernels.hopper.device import (
     skip,
     store_rows,
     taking_turns,
+    tile_width,
     tiles,
     weigh,
 )
@@ -61,7 +62,6 @@ from headscope.kernels.triton.device import launch
 ABSENT = gl.constexpr(0)  # features: there are none;
 BESIDE = gl.constexpr(1)  # their product is issued beside that of the values;
 APART = gl.constexpr(2)  # tiles are asked whether they need one
-KEYS = 128  # of a tile
 
 
 @gluon.jit
@@ -92,6 +92,19 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
             mbarrier.expect(v_ready.index(stage), v_at.block_type.nbytes)
         fetch(v_at, [b, kv, start, 0], v_ready.index(stage), v_smem.index(stage))
         n += 1
+
+
+@gluon.jit
+def _skip(n, keys, bars, BN: gl.constexpr):
+    """Pass on the tiles of ``keys`` keys that a group does not see, from the n-th: the next n.
+
+    One after the other, as they come: values that wait for room would else wait for ever behind keys that do.
+    """
+    _q_ready, k_ready, k_free, v_ready, v_free = bars
+    for passed in range(0, keys, BN):
+        skip(n + passed // BN, BN, k_ready, k_free, BN)
+        skip(n + passed // BN, BN, v_ready, v_free, BN)
+    return n + gl.cdiv(gl.maximum(keys, 0), BN)
 
 
 @gluon.jit
@@ -133,12 +146,12 @@ def _at_once(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexp
     """The n-th tile of keys, its weights multiplied with its values: the next n, and the sums."""
     _q_ready, k_ready, k_free, v_ready, v_free = bars
     state, nothing, output, linear = sums
-    b, sizes, rules, results, scale = given
+    b, h, sizes, rules, results, score = given
     STAGES: gl.constexpr = smem[1].shape[0]
     stage = n % STAGES
     s = warpgroup_mma_wait(0, deps=[_scores(n, q, smem[1], k_ready)])
     mbarrier.arrive(k_free.index(stage))
-    p, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, True, MASKED)
+    p, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, True, MASKED)
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, output.type.layout, 2))
     if F == BESIDE:
         linear = scaled(linear, a)
@@ -154,7 +167,7 @@ def _one_late(n, start, q, smem, bars, position, sums, given, MASKED: gl.constex
     """Steps 1 to 3 for the n-th tile of keys: the next n, and the sums, of which ``p`` is still to be multiplied."""
     _q_ready, k_ready, k_free, v_ready, v_free = bars
     state, p, output, linear = sums
-    b, sizes, rules, results, scale = given
+    b, h, sizes, rules, results, score = given
     STAGES: gl.constexpr = smem[1].shape[0]
     last = gl.maximum(n - 1, 0)
     before = last % STAGES
@@ -163,7 +176,7 @@ def _one_late(n, start, q, smem, bars, position, sums, given, MASKED: gl.constex
     o_, f_ = _values(p, before, smem, output, linear, F)
     s = warpgroup_mma_wait(2 if F == BESIDE else 1, deps=[s_])
     mbarrier.arrive(k_free.index(n % STAGES))
-    new, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, False, MASKED)
+    new, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, False, MASKED)
     output, linear = _wait(o_, f_, F)
     mbarrier.arrive(v_free.index(before), pred=n > 0)
     output = scaled(output, a)
@@ -208,12 +221,12 @@ def _runs(n, start, to, columns, q, smem, bars, position, sums, given):
 
 
 @gluon.jit
-def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, F: gl.constexpr):
+def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, F: gl.constexpr, dv: gl.constexpr):
     """One group: the statistics and the output of 64 rows."""
     q_smem, k_smem, v_smem, f_smem = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
-    b, sizes, rules, results, scale = given
-    _b, h, _kv, _fb, row = where
+    b, h, sizes, rules, results, score = given
+    _b, _h, _kv, _fb, row = where
     LATE: gl.constexpr = q_smem.shape[0] == 2
     BN: gl.constexpr = k_smem.shape[3]
     DV: gl.constexpr = v_smem.shape[4]
@@ -226,9 +239,8 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     n = 0
     if LATE:  # its first tile may not be one that was passed on
         mine, stop = lo, hi
-    else:  # a tile at most, for rows are consecutive: there is room for it, whatever order they are passed on in
-        skip(0, mine - lo, v_ready, v_free, BN)
-        n = skip(0, mine - lo, k_ready, k_free, BN)
+    else:
+        n = _skip(0, mine - lo, bars, BN)
     nothing = fold(gl.zeros([GROUP_ROWS, BN], gl.float32, mma), not LATE)
     state = (gl.full([GROUP_ROWS], FLOOR, gl.float32, rows), nothing, nothing, nothing)
     p = gl.zeros([GROUP_ROWS, BN], q_smem.dtype, gl.DotOperandLayout(0, wide, 2))  # weights of the tile before: none
@@ -250,11 +262,9 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
             mbarrier.wait(v_ready.index(last), (n - 1) // k_smem.shape[0] & 1)
             output, linear = _wait(*_values(p, last, smem, output, linear, F), F)
     else:
-        rest = hi - mine - gl.cdiv(stop - mine, BN) * BN
-        skip(n, rest, k_ready, k_free, BN)
-        skip(n, rest, v_ready, v_free, BN)
+        _skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, bars, BN)
     row, inverse, exists = finish(i, state, linear, results, sizes, sinks, b, h, not LATE)
-    store_rows(results.output, output, row, inverse, exists, DV)
+    store_rows(results.output, output, row, inverse, exists, dv)
 
 
 @gluon.jit
@@ -268,9 +278,10 @@ def _kernel(
     results,
     sizes,
     rules,
-    scale,
+    score,
     batch,
     together,
+    dv: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -278,22 +289,23 @@ def _kernel(
     BN: gl.constexpr = k_at.block_type.shape[2]
     F: gl.constexpr = ABSENT if f_at is None else BESIDE if columns is None else APART
     b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
-    where = (b, h, h // sizes.group, b * batch, row)
+    example = b // sizes.repeat
+    where = (example, h, h // sizes.group, example * batch, row)
     q_smem, k_smem, v_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES), buffers(v_at, STAGES)
     at, smem = (q_at, k_at, v_at, v_at), (q_smem, k_smem, v_smem, v_smem)
     if F != ABSENT:
         at, smem = (q_at, k_at, v_at, f_at), (q_smem, k_smem, v_smem, buffers(f_at, STAGES))
     if F == APART:
-        columns = of_example(columns, b * batch, sizes.keys, BN, f_at.block_type.shape[2])
+        columns = of_example(columns, example * batch, sizes.keys, BN, f_at.block_type.shape[2])
     ready, free = barriers(STAGES, 1), barriers(STAGES, GROUPS)
     bars = (barriers(1, 1), ready, free, barriers(STAGES, 1), barriers(STAGES, GROUPS))
-    given = (b, sizes, rules, results, scale)
+    given = (b, h, sizes, rules, results, score)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F)),
-                (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F)),
+                (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
+                (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
                 (_fetch, (at, smem, bars, where, lo, hi, F)),
             ],
             [4, 1],
@@ -302,14 +314,24 @@ def _kernel(
     else:
         gl.warp_specialize(
             [
-                (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F)),
-                (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F)),
-                (_reduce, (2, smem, bars, columns, sinks, given, where, lo, hi, F)),
+                (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
+                (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
+                (_reduce, (2, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
                 (_fetch, (at, smem, bars, where, lo, hi, F)),
             ],
             [4, 4, 1],
             [160, 160, 24],
         )
+
+
+def shape(width: int) -> tuple[int, int, int]:
+    """Groups of a block, how many tiles of keys and values wait, and keys of a tile, for tiles ``width`` wide.
+
+    At 256 a group's output takes 128 registers of a thread: beside it a tile of 64 keys fits.
+    """
+    if width <= 64:
+        return 3, 3, 128
+    return 2, 2, 128 if width <= 128 else 64
 
 
 def output(
@@ -321,20 +343,20 @@ def output(
     results: Any,
     sizes: Any,
     rules: Any,
-    scale: float,
+    score: Any,
     *,
     sparse: bool,
 ) -> None:
     """Fill ``results`` (``triton_rows.Rows`` with an output); ``columns`` (key, n) or (batch, key, n) in q's type.
 
-    Rows are consecutive: groups of one block that see keys far apart would wait for each other for ever.
     ``sparse``: most tiles of keys share one row of ``columns``, so they are asked; else each is multiplied.
     """
-    groups, stages = (3, 3) if q.shape[3] < 128 else (2, 2)
-    pairs = q.shape[0] * sizes.heads
+    width = tile_width(q.shape[3])
+    groups, stages, keys = shape(width)
+    pairs = q.shape[0] * sizes.repeat * sizes.heads
     together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
     grid = (triton.cdiv(sizes.rows, groups * GROUP_ROWS.value) * pairs,)
-    at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), tiles(v, KEYS)
-    f_at, features, batch = feature_tiles(columns, KEYS, asked=sparse)
-    given = sinks, results, sizes, rules, scale, batch, together
-    launch(_kernel, grid, q, *at, f_at, features, *given, GROUPS=groups, STAGES=stages, num_warps=4)
+    at = tiles(q, GROUP_ROWS.value, width), tiles(k, keys, width), tiles(v, keys, width)
+    f_at, features, batch = feature_tiles(columns, keys, asked=sparse)
+    given = sinks, results, sizes, rules, score, batch, together
+    launch(_kernel, grid, q, *at, f_at, features, *given, dv=v.shape[3], GROUPS=groups, STAGES=stages, num_warps=4)

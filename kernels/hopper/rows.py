@@ -47,14 +47,13 @@ from headscope.kernels.hopper.device import (
     scaled,
     skip,
     taking_turns,
+    tile_width,
     tiles,
     weigh,
 )
 from headscope.kernels.triton.device import launch
 
 GROUPS = gl.constexpr(3)
-STAGES = gl.constexpr(4)
-KEYS = 128  # of a tile
 
 
 @gluon.jit
@@ -65,6 +64,7 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
     q_ready, ready, free = bars
     b, h, kv, row, example = where
     BN: gl.constexpr = k_at.block_type.shape[2]
+    STAGES: gl.constexpr = k_smem.shape[0]
     mbarrier.expect(q_ready.index(0), GROUPS * q_at.block_type.nbytes)
     for group in gl.static_range(GROUPS):
         fetch(q_at, [b, h, row + group * GROUP_ROWS, 0], q_ready.index(0), q_smem.index(group))
@@ -82,12 +82,13 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
 
 
 @gluon.jit
-def _tile(n, b, start, q, smem, bars, position, state, linear, given, MASKED: gl.constexpr, MIXED: gl.constexpr):
+def _tile(n, start, q, smem, bars, position, state, linear, given, MASKED: gl.constexpr, MIXED: gl.constexpr):
     """The n-th tile of keys: (the next n, the sums, the sums of features where the tile's are ``MIXED``)."""
     _q_smem, k_smem, f_smem = smem
     _q_ready, ready, free = bars
-    sizes, rules, results, scale = given
+    b, h, sizes, rules, results, score = given
     BN: gl.constexpr = k_smem.shape[3]
+    STAGES: gl.constexpr = k_smem.shape[0]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     stage = n % STAGES
     mbarrier.wait(ready.index(stage), n // STAGES & 1)
@@ -96,7 +97,7 @@ def _tile(n, b, start, q, smem, bars, position, state, linear, given, MASKED: gl
     s = warpgroup_mma_wait(0, deps=[s])
     if not MIXED:
         mbarrier.arrive(free.index(stage))
-    p, a, state = absorb(s, state, position, start, b, sizes, rules, results, scale, True, MASKED)
+    p, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, True, MASKED)
     if MIXED:
         linear = weigh(p.to(q.dtype), f_smem.index(stage), scaled(linear, a))
         mbarrier.arrive(free.index(stage))
@@ -108,8 +109,8 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     """One group: the statistics of 64 rows."""
     q_smem, k_smem, f_smem = smem
     q_ready, ready, free = bars
-    sizes, rules, results, scale = given
-    b, h, _kv, row, _example = where
+    b, h, sizes, rules, results, score = given
+    _b, _h, _kv, row, _example = where
     BN: gl.constexpr = k_smem.shape[3]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
@@ -131,33 +132,48 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
                     before = state[0]
                     linear = enter(linear, c, state[1], True)
                     for at in range(start, until, BN):
-                        n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, False, False)
+                        n, state, linear = _tile(n, at, q, smem, bars, position, state, linear, given, False, False)
                     linear = leave(linear, c, before, state, True)
                 else:
                     for at in range(start, -until, BN):
-                        n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, False, True)
+                        n, state, linear = _tile(n, at, q, smem, bars, position, state, linear, given, False, True)
                 start = gl.maximum(until, -until)
         else:
             for at in range(start, to, BN):
-                n, state, linear = _tile(n, b, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES)
+                n, state, linear = _tile(n, at, q, smem, bars, position, state, linear, given, part != 1, FEATURES)
     skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, ready, free, BN)
     finish(i, state, linear, results, sizes, sinks, b, h, True)
 
 
 @gluon.jit
-def _kernel(q_at, k_at, f_at, columns, sinks, results, sizes, rules, scale, batch, together, REGISTERS: gl.constexpr):
+def _kernel(
+    q_at,
+    k_at,
+    f_at,
+    columns,
+    sinks,
+    results,
+    sizes,
+    rules,
+    score,
+    batch,
+    together,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
     """``batch`` is 1 where every example has features of its own, else 0."""
     BN: gl.constexpr = k_at.block_type.shape[2]
     FEATURES: gl.constexpr = f_at is not None
     b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
-    where = (b, h, h // sizes.group, row, b * batch)
+    example = b // sizes.repeat
+    where = (example, h, h // sizes.group, row, example * batch)
     q_smem, k_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES)
     at, smem = (q_at, k_at, k_at), (q_smem, k_smem, k_smem)
     if FEATURES:
         at, smem = (q_at, k_at, f_at), (q_smem, k_smem, buffers(f_at, STAGES))
-        columns = of_example(columns, b * batch, sizes.keys, BN, f_at.block_type.shape[2])
+        columns = of_example(columns, example * batch, sizes.keys, BN, f_at.block_type.shape[2])
     bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS))
-    given = (sizes, rules, results, scale)
+    given = (b, h, sizes, rules, results, score)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -171,6 +187,13 @@ def _kernel(q_at, k_at, f_at, columns, sinks, results, sizes, rules, scale, batc
     )
 
 
+def shape(width: int, features: int) -> tuple[int, int]:
+    """Keys of a tile and how many tiles wait, for tiles ``width`` wide beside ``features`` columns (shared memory)."""
+    if width <= 128:
+        return 128, 4
+    return (64, 3) if features else (128, 2)
+
+
 def rows(
     q: Tensor,
     k: Tensor,
@@ -179,13 +202,15 @@ def rows(
     results: Any,
     sizes: Any,
     rules: Any,
-    scale: float,
+    score: Any,
 ) -> None:
     """Fill ``results`` (``triton_rows.Rows``, no output); ``columns`` (key, n) or (batch, key, n) in q's type."""
-    pairs = q.shape[0] * sizes.heads
+    pairs = q.shape[0] * sizes.repeat * sizes.heads
     together = taking_turns(pairs, k[0, 0].nbytes // sizes.group)
     grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
-    f_at, features, batch = feature_tiles(columns, KEYS, asked=True)
-    at = tiles(q, GROUP_ROWS.value), tiles(k, KEYS), f_at
-    given = sinks, results, sizes, rules, scale, batch, together
-    launch(_kernel, grid, q, *at, features, *given, REGISTERS=160, num_warps=4)
+    width = tile_width(q.shape[3])
+    keys, stages = shape(width, 0 if columns is None else columns.shape[-1])
+    f_at, features, batch = feature_tiles(columns, keys, asked=True)
+    at = tiles(q, GROUP_ROWS.value, width), tiles(k, keys, width), f_at
+    given = sinks, results, sizes, rules, score, batch, together
+    launch(_kernel, grid, q, *at, features, *given, STAGES=stages, REGISTERS=160, num_warps=4)

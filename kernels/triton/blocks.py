@@ -2,9 +2,9 @@
 
 1. One program owns a strip of queries of one head and walks the keys it sees in strips of the same width, so that each
    entry of the map is written once, by one program, without atomics.
-2. A strip is a block, or several where blocks are narrower than a tile: its weights are then summed by a
-   reshape to (block, query, block, key).
-3. A block wider than a tile is the sum of its tiles.
+2. A strip is a tile of several blocks, whose weights are summed by a reshape to (block, block, pair), or one block that
+   is wider than a tile: the sum of its tiles.
+3. Tiles that every query of the strip sees whole skip the mask.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -13,15 +13,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
+from headscope.kernels.triton import tuning
 from headscope.kernels.triton.device import (
     HIDDEN,
     LOG2E,
+    PARTS,
+    WHOLE,
     biased,
     last_dim_contiguous,
     launch,
@@ -44,6 +46,48 @@ class Sizes(NamedTuple):
     keys: int
     down: int
     across: int
+
+
+@triton.jit
+def _norms(lse, row, b, sizes, rules):
+    """The lse of rows in units of ln 2; +inf for those that give nothing."""
+    norm = tl.load(lse + row, mask=row < sizes.queries, other=float("inf"))
+    norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
+    position = row + rules.query_offset
+    if rules.start is not None:
+        norm = tl.where(position >= tl.load(rules.start + b).to(tl.int32), norm, float("inf"))
+    if rules.end is not None:
+        norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
+    return norm
+
+
+@triton.jit
+def _weights(qt, kt, norm, row, key, b, h, sizes, rules, score, D: tl.constexpr, MASKED: tl.constexpr):
+    """The weights of a tile (row, key)."""
+    s = scored(tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE), score)
+    s = biased(s, score, b, h, key[None, :], sizes.keys)
+    if MASKED:
+        seen = visible(row + rules.query_offset, key + rules.key_offset, b, rules) & (key < sizes.keys)[None, :]
+        s = tl.where(seen, s, HIDDEN)
+    return tl.exp2(s - norm[:, None])
+
+
+@triton.jit
+def _pool(p, BLOCKS: tl.constexpr, MAX: tl.constexpr):
+    """A tile's weights pooled to (block, block)."""
+    SIZE: tl.constexpr = p.shape[0] // BLOCKS
+    p = tl.permute(tl.reshape(p, [BLOCKS, SIZE, BLOCKS, SIZE]), (0, 2, 1, 3))
+    p = tl.reshape(p, [BLOCKS, BLOCKS, SIZE * SIZE])
+    return tl.max(p, 2) if MAX else tl.sum(p, 2)
+
+
+@triton.jit
+def _keep(out, total, begin, start, sizes, SIZE: tl.constexpr):
+    """Store blocks of the queries from ``begin`` and the keys from ``start``."""
+    at = tl.arange(0, total.shape[0])
+    i, j = begin // SIZE + at, start // SIZE + at
+    whole = (i < sizes.down)[:, None] & (j < sizes.across)[None, :]
+    tl.store(out + i.to(tl.int64)[:, None] * sizes.across + j[None, :], total, mask=whole)
 
 
 @triton.jit
@@ -73,34 +117,40 @@ def _kernel(
     BLOCKS: tl.constexpr = TILE // SIZE if SIZE < TILE else 1
     first = begin + rules.query_offset
     last = tl.minimum(begin + STRIP, sizes.queries) - 1 + rules.query_offset
-    lo, hi, _, _ = key_range(first, last, b, sizes.keys, rules, STRIP)
-    for strip in range(lo // STRIP, tl.cdiv(hi, STRIP)):
-        total = tl.zeros([BLOCKS, BLOCKS], tl.float32)
-        for tile in range((STRIP // TILE) * (STRIP // TILE)):
-            row = begin + tile // (STRIP // TILE) * TILE + tl.arange(0, TILE)
-            key = strip * STRIP + tile % (STRIP // TILE) * TILE + tl.arange(0, TILE)
-            qt = signed(load_rows(q, row, strides[0].position, sizes.queries, d, D, False), score)
-            kt = load_rows(k, key, strides[1].position, sizes.keys, d, D, False)
-            norm = tl.load(lse + row, mask=row < sizes.queries, other=float("inf"))
-            norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
-            position = row + rules.query_offset
-            if rules.start is not None:
-                norm = tl.where(position >= tl.load(rules.start + b).to(tl.int32), norm, float("inf"))
-            if rules.end is not None:
-                norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
-            s = scored(tl.dot(qt, tl.trans(kt), input_precision="ieee"), score)
-            s = biased(s, score, b, h, key[None, :], sizes.keys)
-            seen = visible(position, key + rules.key_offset, b, rules) & (key < sizes.keys)[None, :]
-            p = tl.exp2(tl.where(seen, s, HIDDEN) - norm[:, None])
-            p = tl.reshape(p, [BLOCKS, TILE // BLOCKS, BLOCKS, TILE // BLOCKS])
-            if MAX:
-                total = tl.maximum(total, tl.max(tl.max(p, 3), 1))
+    lo, hi, full_lo, full_hi = key_range(first, last, b, sizes.keys, rules, STRIP)
+    if STRIP == TILE:
+        row = begin + tl.arange(0, TILE)
+        qt = signed(load_rows(q, row, strides[0].position, sizes.queries, d, D, False), score)
+        norm = _norms(lse, row, b, sizes, rules)
+        for masked in tl.static_range(0, 2):
+            if masked:
+                before = (full_lo - lo) // TILE
+                tiles = before + tl.cdiv(hi - full_hi, TILE)
             else:
-                total += tl.sum(tl.sum(p, 3), 1)
-        at = tl.arange(0, BLOCKS)
-        i, j = begin // SIZE + at, strip * (STRIP // SIZE) + at
-        whole = (i < sizes.down)[:, None] & (j < sizes.across)[None, :]
-        tl.store(out + i.to(tl.int64)[:, None] * sizes.across + j[None, :], total, mask=whole)
+                before = 0
+                tiles = (full_hi - full_lo) // TILE
+            for tile in range(0, tiles):
+                if masked:
+                    start = tl.where(tile < before, lo + tile * TILE, full_hi + (tile - before) * TILE)
+                else:
+                    start = full_lo + tile * TILE
+                j = tl.arange(0, TILE)
+                base = k + start.to(tl.int64) * strides[1].position
+                kt = load_rows(base, j, strides[1].position, sizes.keys - start, d, D, masked == 0)
+                p = _weights(qt, kt, norm, row, start + j, b, h, sizes, rules, score, D, masked == 1)
+                _keep(out, _pool(p, BLOCKS, MAX), begin, start, sizes, SIZE)
+    else:
+        for strip in range(lo // STRIP, tl.cdiv(hi, STRIP)):
+            total = tl.zeros([1, 1], tl.float32)
+            for tile in range((STRIP // TILE) * (STRIP // TILE)):
+                row = begin + tile // (STRIP // TILE) * TILE + tl.arange(0, TILE)
+                key = strip * STRIP + tile % (STRIP // TILE) * TILE + tl.arange(0, TILE)
+                qt = signed(load_rows(q, row, strides[0].position, sizes.queries, d, D, False), score)
+                kt = load_rows(k, key, strides[1].position, sizes.keys, d, D, False)
+                norm = _norms(lse, row, b, sizes, rules)
+                part = _pool(_weights(qt, kt, norm, row, key, b, h, sizes, rules, score, D, True), 1, MAX)
+                total = tl.maximum(total, part) if MAX else total + part
+            _keep(out, total, begin, strip * STRIP, sizes, SIZE)
 
 
 def pooled(
@@ -123,8 +173,8 @@ def pooled(
     if size < 16 or size & (size - 1):
         raise ValueError(f"block sizes are powers of two from 16; got {size}")
     batch, heads, queries, d = q.shape
-    tile = 32 if q.dtype == torch.float32 and size <= 32 else 64
-    keys, strip = k.shape[2], max(size, tile)
+    tiles = tuning.block_tiles(padded(d), q.dtype)
+    tile, keys, strip = tiles.rows, k.shape[2], max(size, tiles.rows)
     down, across = triton.cdiv(queries, size), triton.cdiv(keys, size)
     out = lse.new_zeros(batch, heads, down, across)  # blocks that no query sees are never visited
     if out.numel() == 0:
@@ -148,7 +198,7 @@ def pooled(
         SIZE=size,
         STRIP=strip,
         MAX=highest,
-        num_warps=4,
-        num_stages=2,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
     return out

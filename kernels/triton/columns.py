@@ -21,6 +21,8 @@ from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.device import (
     HIDDEN,
     LOG2E,
+    PARTS,
+    WHOLE,
     biased,
     key_tile,
     launch,
@@ -75,7 +77,7 @@ def _kernel(
     lo, hi, full_lo, full_hi = query_range(begin, BN, b, sizes.first, sizes.stop, sizes.keys, rules, BM)
     total = tl.zeros([BN], tl.float32)
     highest = tl.zeros([BN], tl.float32)
-    part: tl.constexpr = 1 if rules.chunk is not None or rules.segments is not None else 0  # as in ``rows``
+    part: tl.constexpr = 1 if rules.segments is not None else 0  # as in ``rows``
     for masked in tl.static_range(part, 2):
         if masked:
             before = (full_lo - lo) // BM
@@ -98,7 +100,7 @@ def _kernel(
                 norm = tl.where(position >= tl.load(rules.start + b).to(tl.int32), norm, float("inf"))
             if rules.end is not None:
                 norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
-            s = tl.dot(kt, tl.trans(qt), input_precision="ieee")
+            s = tl.dot(kt, tl.trans(qt), input_precision=PARTS if D <= 128 else WHOLE)
             if score.softcap is None and score.bias is None and masked == 0:
                 t = s * (score.scale * LOG2E) - norm[None, :]
             else:

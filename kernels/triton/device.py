@@ -25,6 +25,10 @@ LOG2E = tl.constexpr(1.0 / math.log(2.0))
 LN2 = tl.constexpr(math.log(2.0))
 HIDDEN = tl.constexpr(-2e30)
 FLOOR = tl.constexpr(-1e30)
+# How float32 is multiplied, which other types do not ask: the matrix unit rounds to 11 bits, and three products of the
+# parts of such numbers have 22 (Ootomo and Yokota 2022, arXiv:2203.03341), enough for a sum in float32. The parts of
+# wider tiles than 128 fit nowhere: those are multiplied one by one.
+PARTS, WHOLE = tl.constexpr("tf32x3"), tl.constexpr("ieee")
 
 
 class Score(NamedTuple):
@@ -62,7 +66,7 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
 @contextmanager
 def on_device(x: Tensor) -> Iterator[None]:
     """Launch on the card that holds ``x`` (Triton launches on the current one)."""
-    if x.is_cuda:
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             yield
     else:

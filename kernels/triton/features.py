@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 T = TypeVar("T")
 
 
-def _kept(make: Callable[..., T]) -> Callable[..., T]:
+def kept(make: Callable[..., T]) -> Callable[..., T]:
     """``make(features, *rest)``, remembered; not where a CUDA graph is captured, whose memory is the graph's."""
     memory: Any = WeakTensorKeyDictionary()
 
@@ -43,7 +43,7 @@ PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # columns of a 
 ROUGHEST = 2.0**-16  # relative: of a weight, half precision keeps 2^-12
 
 
-@_kept
+@kept
 def _held(features: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, int]:
     """The type of the columns of ``features`` for scores in ``dtype``, and how many of them make one of those."""
     if dtype == torch.float32 or features.dtype in (torch.bool, torch.uint8, torch.int8, dtype):
@@ -76,7 +76,7 @@ def _split(features: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return columns
 
 
-@_kept
+@kept
 def encode(features: Tensor, dtype: torch.dtype) -> Tensor:
     """Columns in ``dtype``, or in float32 where sums of such are too rough, padded to a tile's width."""
     held, parts = _held(features, dtype)
@@ -91,7 +91,7 @@ def width(features: Tensor, dtype: torch.dtype) -> int:
     return features.shape[-1] * _held(features, dtype)[1]
 
 
-@_kept
+@kept
 def _unscale(features: Tensor, dtype: torch.dtype) -> Tensor:
     return (1.0 / _scales(features, dtype)).float()
 
@@ -105,7 +105,7 @@ def decode(linear: Tensor, features: Tensor, dtype: torch.dtype) -> Tensor:
     return whole if dtype != torch.float16 else whole * _unscale(features, dtype)
 
 
-@_kept
+@kept
 def runs(columns: Tensor, keys: int) -> Tensor:
     """Where ``columns`` (key, n) or (batch, key, n) stay the same: (batch or 1, tile of ``keys`` keys) int32.
 

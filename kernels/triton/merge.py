@@ -49,4 +49,6 @@ def merge_kernel(
         c = tl.arange(0, DV)
         x = tl.load(parts.output + at[:, None] * dv + c[None, :], mask=(c < dv)[None, :], other=0.0)
         x = tl.sum(w[:, None] * x, 0)
+        if merged.within is not None:
+            x *= tl.where(some, tl.exp(whole - tl.load(merged.within + row)), 0.0)
         tl.store(merged.output + row * dv + c, x.to(merged.output.dtype.element_ty), mask=c < dv)

@@ -33,6 +33,8 @@ from headscope.kernels.triton.device import (
     FLOOR,
     HIDDEN,
     LOG2E,
+    PARTS,
+    WHOLE,
     biased,
     key_tile,
     launch,
@@ -52,17 +54,24 @@ FEW_ROWS = 64  # up to this many queries of a key/value head share a program
 
 
 class Sizes(NamedTuple):
-    """The shape of a call of ``rows`` query rows; ``width`` columns of features are kept, of a tile's."""
+    """The shape of a call of ``rows`` query rows; ``width`` columns of features are kept, of a tile's.
+
+    ``repeat`` examples of the mask in a row (spans of keys) read the queries, keys and values of one.
+    """
 
     heads: int
     group: int
     rows: int
     keys: int
     width: int = 0
+    repeat: int = 1
 
 
 class Rows(NamedTuple):
-    """Row results (batch, head, row, ·), float32 but for the output; None where not wanted."""
+    """Row results (batch, head, row, ·), float32 but for the output; None where not wanted.
+
+    ``within`` is no result: the lse of all the keys that there are, of which the output is to be that of a part.
+    """
 
     lse: Tensor | None = None
     max: Tensor | None = None
@@ -70,6 +79,7 @@ class Rows(NamedTuple):
     distance: Tensor | None = None
     linear: Tensor | None = None
     output: Tensor | None = None
+    within: Tensor | None = None
 
 
 @triton.jit
@@ -113,17 +123,19 @@ def _kernel(
         first = row_positions(block * BM, rules)
         last = row_positions(tl.minimum(block * BM + BM, sizes.rows) - 1, rules)
     b64, h64, kv64 = b.to(tl.int64), h.to(tl.int64), kv.to(tl.int64)
+    example = b // sizes.repeat
+    e64 = example.to(tl.int64)
     position = row_positions(tl.where(exists, i, 0), rules)
     column = tl.arange(0, D)
     at = h64 * strides[0].head + i.to(tl.int64) * strides[0].position
     whole = exists[:, None] & (column < d)[None, :]
-    qt = tl.load(q + b64 * strides[0].batch + at[:, None] + column[None, :], mask=whole, other=0.0)
+    qt = tl.load(q + e64 * strides[0].batch + at[:, None] + column[None, :], mask=whole, other=0.0)
     qt = signed(qt, score)
     if not TMA:
-        k += b64 * strides[1].batch + kv64 * strides[1].head
-        v += b64 * strides[2].batch + kv64 * strides[2].head
+        k += e64 * strides[1].batch + kv64 * strides[1].head
+        v += e64 * strides[2].batch + kv64 * strides[2].head
     if results.linear is not None:
-        f += b64 * strides[3].batch
+        f += e64 * strides[3].batch
 
     lo, hi, full_lo, full_hi = key_range(first, last, b, sizes.keys, rules, BN)
     if SPLITS > 1:
@@ -140,9 +152,9 @@ def _kernel(
     plain: tl.constexpr = score.softcap is None and score.bias is None
     linear = tl.zeros([BM, NF], tl.float32)
     output = tl.zeros([BM, DV], tl.float32)
-    # under chunks and segments no tile is known to be whole, and that loop is left out: one that never runs, behind the
+    # under segments in pieces no tile is known to be whole, and that loop is left out: one that never runs, behind the
     # copy engine's fetches, crashes the ptxas of Triton 3.6
-    part: tl.constexpr = 1 if rules.chunk is not None or rules.segments is not None else 0
+    part: tl.constexpr = 1 if rules.segments is not None else 0
     for masked in tl.static_range(part, 2):
         if masked:
             before = (full_lo - lo) // BN
@@ -158,8 +170,8 @@ def _kernel(
             step = start.to(tl.int64)
             j = tl.arange(0, BN)
             left = sizes.keys - start
-            kt = key_tile(k, b, kv, start, left, strides[1].position, d, D, BN, masked == 0, TMA)
-            s = tl.dot(qt, tl.trans(kt), input_precision="ieee")
+            kt = key_tile(k, example, kv, start, left, strides[1].position, d, D, BN, masked == 0, TMA)
+            s = tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE)
             if not (plain and masked == 0):
                 s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
             if masked:
@@ -172,10 +184,10 @@ def _kernel(
                 p, a, state = absorb(s, 1.0, state, position, begin, results)
             if results.linear is not None:
                 ft = load_rows(f + step * strides[3].position, j, strides[3].position, left, NF, NF, masked == 0)
-                linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision="ieee")
+                linear = tl.dot(p.to(ft.dtype), ft, linear * a[:, None], input_precision=PARTS if D <= 128 else WHOLE)
             if results.output is not None:
-                vt = key_tile(v, b, kv, start, left, strides[2].position, dv, DV, BN, masked == 0, TMA)
-                output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision="ieee")
+                vt = key_tile(v, example, kv, start, left, strides[2].position, dv, DV, BN, masked == 0, TMA)
+                output = tl.dot(p.to(vt.dtype), vt, output * a[:, None], input_precision=PARTS if D <= 128 else WHOLE)
 
     split = tl.program_id(2).to(tl.int64)
     row = ((split * batches + b64) * sizes.heads + h64) * sizes.rows + i
@@ -206,9 +218,11 @@ def rows(
     softcap: float | None,
     bias: Tensor | None,
     wants: frozenset[str],
+    within: Tensor | None = None,
 ) -> Rows:
     """The statistics ``wants``; see ``passes.rows``. ``columns`` are as ``features.encode`` gives them."""
     batch, heads, n, d = q.shape
+    batch *= sizes.repeat
     d_value = 0 if v is None else v.shape[3]
     width, width_v = padded(d), 16 if v is None else padded(d_value)
     pack = n * sizes.group <= FEW_ROWS
@@ -222,7 +236,8 @@ def rows(
         tiles = triton_tuning.row_tiles(width, 0 if v is None else width_v, 0 if columns is None else 1, dtype)
         splits, grid = 1, (triton.cdiv(n, tiles.rows), batch * heads, 1)
     kept = None if columns is None else sizes.width
-    results = allocate(q, v, wants | ({"lse"} if splits > 1 else set()), kept, splits)
+    results = allocate(q, v, wants | ({"lse"} if splits > 1 else set()), kept, splits, sizes.repeat)
+    results = results._replace(within=within if splits == 1 else None)
     values = k if v is None else v
     f = k if columns is None else columns
     keys_at, values_at = tma(k, tiles.keys, width), tma(values, tiles.keys, width_v)
@@ -262,16 +277,18 @@ def rows(
     )
     if splits == 1:
         return first(results)
-    merged = allocate(q, v, wants, kept, 1)
+    merged = allocate(q, v, wants, kept, 1, sizes.repeat)._replace(within=within)
     count = batch * heads * n
     options = {"dv": d_value, "DV": width_v, "NF": narrow, "SPLITS": splits}
     launch(merge_kernel, (count,), q, results, merged, sinks, count, sizes, **options)
     return first(merged)
 
 
-def allocate(q: Tensor, v: Tensor | None, wants: frozenset[str] | set[str], width: int | None, splits: int) -> Rows:
+def allocate(
+    q: Tensor, v: Tensor | None, wants: frozenset[str] | set[str], width: int | None, splits: int, repeat: int = 1
+) -> Rows:
     """Room for the results of every split of the keys: (split, batch, head, row, ·), ``width`` linear ones."""
-    shape = (splits, *q.shape[:3])
+    shape = (splits, q.shape[0] * repeat, *q.shape[1:3])
 
     def new(name: str, *last: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(*shape, *last, dtype=dtype, device=q.device) if name in wants else None
@@ -288,4 +305,4 @@ def allocate(q: Tensor, v: Tensor | None, wants: frozenset[str] | set[str], widt
 
 def first(results: Rows) -> Rows:
     """The results of the first split."""
-    return Rows(*(None if x is None else x[0] for x in results))
+    return Rows(*(None if x is None else x[0] for x in results[:-1]))

@@ -36,7 +36,8 @@ def store_statistics(results, row, exists, m, norm, e, x, sinks, head):
     """Store a row's lse, max, entropy and distance; returns what linear sums and the output are multiplied by.
 
     A sink logit z joins here: the row keeps the mass norm / (norm + exp2(z - m)), by which every statistic is scaled;
-    lse becomes lse', and the entropy mass (H + lse' - lse). A row that sees no key has lse -inf and all else 0.
+    lse becomes lse', and the entropy mass (H + lse' - lse). A row that sees no key has lse -inf and all else 0. Where
+    these keys lie ``within`` others, linear sums and the output come out as their share of what all keys give.
     """
     some = norm > 0.0
     safe = tl.where(some, norm, 1.0)
@@ -51,6 +52,9 @@ def store_statistics(results, row, exists, m, norm, e, x, sinks, head):
         entropy = mass * (entropy + with_sink - lse)
         inverse *= mass
         lse = with_sink
+    if results.within is not None:
+        whole = tl.load(results.within + row, mask=exists, other=0.0) * LOG2E
+        inverse *= tl.where(some, tl.exp2(lse - whole), 0.0)
     if results.lse is not None:
         tl.store(results.lse + row, tl.where(some, lse * LN2, float("-inf")), mask=exists)
     if results.max is not None:

@@ -8,6 +8,7 @@
    keys change seldom.
 4. The list is sorted at the end (``torch.topk``), and p = exp(s - lse). For few queries (decoding) the keys are split
    over programs, and the best of all their lists are kept: an exact merge.
+5. Many queries and lists that are short beside a tile go to ``heaviest``, which walks the keys twice instead.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -15,7 +16,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +29,8 @@ from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.device import (
     FLOOR,
     HIDDEN,
+    PARTS,
+    WHOLE,
     biased,
     last_dim_contiguous,
     launch,
@@ -38,6 +41,7 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
+from headscope.kernels.triton.heaviest import heaviest, insert, takes
 from headscope.kernels.triton.masks import key_range, row_positions, rules, visible
 
 MOST = 32  # keys of a list
@@ -100,20 +104,11 @@ def _kernel(
         start = lo + (tiles - 1 - tile) * BN
         base = k + start.to(tl.int64) * strides[1].position
         kt = load_rows(base, j, strides[1].position, sizes.keys - start, d, D, False)
-        s = scored(tl.dot(qt, tl.trans(kt), input_precision="ieee"), score)
+        s = scored(tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE), score)
         s = biased(s, score, b, h[:, None], (start + j)[None, :], sizes.keys)
         seen = visible(position, start + j + rules.key_offset, b, rules) & (start + j < hi)[None, :]
         s = tl.where(seen, s, HIDDEN)
-        top, where = tl.max(s, 1, return_indices=True)
-        better = top > worst
-        while tl.max(better.to(tl.int32), 0) > 0:
-            here = better[:, None] & (place[None, :] == out[:, None])
-            kept = tl.where(here, top[:, None], kept)
-            keys = tl.where(here, (start + where)[:, None], keys)
-            worst, out = tl.min(kept, 1, return_indices=True)
-            s = tl.where(better[:, None] & (j[None, :] == where[:, None]), HIDDEN, s)
-            top, where = tl.max(s, 1, return_indices=True)
-            better = top > worst
+        kept, keys, worst, out = insert(s, start, j, place, kept, keys, worst, out)
 
     batches = (tl.num_programs(1) // sets).to(tl.int64)
     row = ((tl.program_id(2) * batches + b64) * sizes.heads + h64) * sizes.rows + i
@@ -144,7 +139,11 @@ def top_keys(
     if not 1 <= count <= MOST:
         raise ValueError(f"the kernel keeps 1 to {MOST} keys a query; got {count}")
     batch, heads, n, d = q.shape
-    sizes = Sizes(heads, heads // k.shape[1], n, k.shape[2], _together(n, heads // k.shape[1]))
+    together = _together(n, heads // k.shape[1])
+    if together == 1 and takes(n, d, count, q.dtype):
+        given: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
+        return heaviest(q, k, lse, count=count, positions=positions, **given)
+    sizes = Sizes(heads, heads // k.shape[1], n, k.shape[2], together)
     sets, size = batch * heads // sizes.together, 1 << (count - 1).bit_length()
     bm, bn = _tile(sizes, d, q.dtype)
     blocks = triton.cdiv(n * sizes.together, bm)

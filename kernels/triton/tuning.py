@@ -21,8 +21,10 @@ class Tiles(NamedTuple):
 def row_tiles(d: int, d_value: int, features: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the row kernel for padded widths ``d`` and ``d_value`` (0: no output), and ``features`` columns."""
     wide = max(d, d_value)
-    if dtype == torch.float32:  # exact float32 products run outside the tensor cores
-        return Tiles(32, 32, 4, 2) if wide <= 128 else Tiles(16, 32, 4, 2)
+    if dtype == torch.float32:  # a product is three, of parts that lie beside each other in shared memory
+        if wide > 128:
+            return Tiles(16, 32, 4, 2)
+        return Tiles(64, 32, 4, 2) if d_value and features else Tiles(128, 64, 8, 1)
     if wide > 128:
         return Tiles(64, 64, 8 if d_value else 4, 2)
     if d_value:
@@ -42,10 +44,38 @@ def decode_tiles(d: int, rows: int, dtype: torch.dtype) -> Tiles:
 def column_tiles(d: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the column kernel: ``keys`` stay, ``rows`` stream."""
     if dtype == torch.float32:
-        return Tiles(32, 32, 4, 2) if d <= 128 else Tiles(16, 32, 4, 2)
+        if d > 128:
+            return Tiles(16, 32, 4, 2)
+        return Tiles(64, 64, 4, 2) if d <= 64 else Tiles(32, 64, 4, 2)
     if d <= 64:
         return Tiles(128, 64, 4, 3)
     return Tiles(128, 128, 4, 2, copy_engine=False) if d <= 128 else Tiles(64, 64, 4, 2)
+
+
+def few_column_tiles(d: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the column kernel of few queries, which are one tile."""
+    return Tiles(0, 64 if dtype == torch.float32 or d > 128 else 128, 4, 1)
+
+
+def block_tiles(d: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel of block maps, as wide as high."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 4, 2) if d <= 128 else Tiles(32, 32, 4, 2)
+    return Tiles(128, 128, 4, 2) if d <= 128 else Tiles(64, 64, 4, 2)
+
+
+def top_tiles(d: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel of heaviest keys that walks twice; as many buckets as ``keys``."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 4, 2) if d <= 128 else Tiles(16, 32, 4, 2)
+    return Tiles(64, 64, 4, 3) if d <= 128 else Tiles(64, 64, 4, 2)
+
+
+def divergence_tiles(d: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel of divergences, of which a program holds two."""
+    if dtype == torch.float32:
+        return Tiles(64, 32, 4, 2) if d <= 128 else Tiles(16, 32, 4, 2)
+    return Tiles(128, 32, 8, 3 if d <= 128 else 2)
 
 
 def key_splits(programs: int, keys: int, tile: int) -> int:

@@ -26,6 +26,7 @@ from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import rows as triton_rows
+from headscope.kernels.triton.device import score
 from headscope.kernels.triton.masks import rules
 
 COMPARISONS = 32  # a masked tile makes one for each of a thread's 64 scores
@@ -75,24 +76,24 @@ def whole_tiles(disassembly: str) -> list[list[str]]:
     return [words for words in found if words.count("ISETP") < COMPARISONS]
 
 
-def main(d: int, dtype: torch.dtype, mask: Mask, numbers: list[int]) -> None:
+def main(d: int, dtype: torch.dtype, mask: Mask, numbers: list[int], options: dict[str, Any]) -> None:
     """Compile the kernels for heads ``d`` wide, with these numbers of features, distance and maxima.
 
     Not those that another one holds: rows without features, and columns without maxima.
     """
     q, k = torch.zeros(2, 8, 256, d, dtype=dtype), torch.zeros(2, 2, 256, d, dtype=dtype)
-    z, seen = torch.zeros(2, 8, 256), rules(mask, 2)
+    z, seen, s = torch.zeros(2, 8, 256), rules(mask, 2), score(0.1, **({"softcap": None, "bias": None} | options))
     for features in numbers:
         f = torch.zeros(1, 256, features, dtype=dtype) if features else None
         linear = torch.zeros(2, 8, 256, features) if features else None
         rows = triton_rows.Rows(lse=z, max=z, entropy=z, distance=z if features else None, linear=linear)
         sizes = triton_rows.Sizes(8, 4, 256, 256, features)
         if features:
-            hopper.fill_rows(q, k, None, f, None, rows, sizes, seen, 0.1, sparse=True)
+            hopper.fill_rows(q, k, None, f, None, rows, sizes, seen, s, sparse=True)
         sinks, output = z[0, :, 0], rows._replace(output=q)
         for sparse in (True, False)[: 2 if features else 1]:
-            hopper.fill_rows(q, k, k.clone(), f, sinks, output, sizes, seen, 0.1, sparse=sparse)
-    hopper.fill_columns(q, k, z, z, z, triton_columns.Sizes(8, 4, 256, 0, 256, 256), seen, 0.1)
+            hopper.fill_rows(q, k, k.clone(), f, sinks, output, sizes, seen, s, sparse=sparse)
+    hopper.fill_columns(q, k, z, z, z, triton_columns.Sizes(8, 4, 256, 0, 256, 256), seen, s)
 
 
 if __name__ == "__main__":
@@ -100,5 +101,9 @@ if __name__ == "__main__":
     for module in (hopper_rows, hopper_output, hopper_columns):
         module._kernel = Compiled(module._kernel, module.__name__.rsplit(".", 1)[1])
     padded = Mask(start=torch.tensor([0, 3]), end=torch.tensor([256, 200]), right=0, left=100)
-    kind = padded if sys.argv[3] == "padded" else Mask.causal()
-    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), kind, [int(number) for number in sys.argv[4].split(",")])
+    runs = Mask(segments=(torch.arange(256) // 64)[None])
+    kind = {"padded": padded, "causal": Mask.causal(), "segments": runs}[sys.argv[3]]
+    edits = {"softcap": {"softcap": 50.0}, "bias": {"bias": torch.zeros(2, 8, 256)}}
+    extra = {name: x for word in sys.argv[5:] for name, x in edits[word].items()}
+    numbers = [int(number) for number in sys.argv[4].split(",")]
+    main(int(sys.argv[1]), getattr(torch, sys.argv[2]), kind, numbers, extra)

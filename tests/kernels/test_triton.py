@@ -51,6 +51,14 @@ def test_every_reduction_under_every_mask(kind: str, queries: int, keys: int, d:
     assert not fails(case, everything(case, top=2))
 
 
+@pytest.mark.parametrize("offset", [0, 30])
+def test_segments_that_are_not_runs_of_positions(offset: int) -> None:
+    case = random_case("full", kv_heads=1, group=1, queries=60, keys=190, device=DEVICE)
+    ids = torch.tensor([[3, 3, 0, 3, 7, 7, 0, 2], [5, 4, 3, 2, 1, 0, 8, 9]], device=DEVICE).repeat_interleave(40, 1)
+    case = replace(case, mask=Mask(query_offset=130 + offset, key_offset=offset, right=40, segments=ids))
+    assert not fails(case, everything(case, top=2))
+
+
 @pytest.mark.parametrize("kind", ["causal", "band", "right padding"])
 def test_subsets_of_rows_and_columns(kind: str) -> None:
     case = random_case(kind, kv_heads=1, queries=34, keys=50, device=DEVICE)

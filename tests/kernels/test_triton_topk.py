@@ -64,6 +64,14 @@ def test_every_length_of_list_up_to_more_than_there_are_keys(top: int) -> None:
     assert got.top_keys is not None and (got.top_keys[:, :, 0, 1:] == -1).all()
 
 
+def test_equal_scores_fill_no_list_twice() -> None:
+    case = random_case("causal", batch=1, kv_heads=1, queries=40, keys=200, device=DEVICE)
+    case = replace(case, q=torch.zeros_like(case.q))
+    assert not fails(case, 4)  # more keys reach the fourth of them than there is room for
+    keys = case.run(triton_engine.attend, Request(output=False, top=4)).top_keys
+    assert keys is not None and (keys[:, :, 4:].sort(-1).values.diff(dim=-1) > 0).all()
+
+
 def test_longer_lists_are_streamed() -> None:
     assert not fails(random_case("causal", queries=40, keys=40, device=DEVICE), triton_topk.MOST + 1)
 
