@@ -140,7 +140,7 @@ def top_keys(
         raise ValueError(f"the kernel keeps 1 to {MOST} keys a query; got {count}")
     batch, heads, n, d = q.shape
     together = _together(n, heads // k.shape[1])
-    if together == 1 and takes(n, d, count, q.dtype):
+    if together == 1 and takes(n, k.shape[2], d, count, q.dtype):
         given: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias}
         return heaviest(q, k, lse, count=count, positions=positions, **given)
     sizes = Sizes(heads, heads // k.shape[1], n, k.shape[2], together)

@@ -75,7 +75,7 @@ def divergence_tiles(d: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the kernel of divergences, of which a program holds two."""
     if dtype == torch.float32:
         return Tiles(64, 32, 4, 2) if d <= 128 else Tiles(16, 32, 4, 2)
-    return Tiles(128, 32, 8, 3 if d <= 128 else 2)
+    return Tiles(64, 32, 4, 3) if d <= 128 else Tiles(128, 32, 8, 2)
 
 
 def key_splits(programs: int, keys: int, tile: int) -> int:
