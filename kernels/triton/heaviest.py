@@ -207,8 +207,8 @@ def _kernel(
 def takes(rows: int, keys: int, d: int, count: int, dtype: torch.dtype) -> bool:
     """Whether a list of ``count`` keys is short beside the buckets, and there are rows to fill a tile.
 
-    Two walks cost more than one that inserts rarely: on an H200 (16 keys of d 128) they take half the time at 2,048 keys,
-    and 1.2 and 1.6 times it at 16,384 and 65,536.
+    Two walks cost more than one that inserts rarely: on an H200 (16 keys of d 128) they take half the time at 2,048
+    keys, and 1.2 and 1.6 times it at 16,384 and 65,536.
     """
     return rows >= 16 and keys <= MOST_KEYS and 2 * count <= tuning.top_tiles(padded(d), dtype).keys
 
