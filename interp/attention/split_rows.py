@@ -7,14 +7,15 @@ merging: a row is computed as one process computes it. Columns are sums and maxi
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.split import Split, SplitCall, joined_rows
-from headscope.interp.attention.whole import plain, run_of
+from headscope.interp.attention.whole import over, plain, run_of
+from headscope.interp.errors import HeadscopeError
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 
 
@@ -24,6 +25,13 @@ class SplitRows(Split):
     along = 2
 
     def call(self, mine: AttentionCall) -> AttentionCall:
+        mask = mine.mask
+        hidden = (mask.start, mask.end, mask.origin, mask.segments, mask.rule, mine.position_bias)
+        if any(x is not None for x in hidden) or mask.query_offset or mask.key_offset or mine.cross:
+            raise HeadscopeError(
+                f"layer {mine.layer} of {mine.module} has a mask made of tensors, which is not known beyond the tokens of "
+                "one process: trace it on one process"
+            )
         held = vars(mine) | {name: self.whole(getattr(mine, name), 2) for name in ("query", "key", "value")}
         return SplitCall(**held, split=self)
 
@@ -71,12 +79,8 @@ class SplitRows(Split):
         return tuple(int(((rows >= a) & (rows < a + n)).sum()) for a, n in zip(starts, self.sizes, strict=True))
 
     def _columns(self, mine: ReducedColumns) -> ReducedColumns:
-        most = dist.ReduceOp.MAX
-        return ReducedColumns(self._over(mine.sum), self._over(mine.max, most), self._over(mine.count))
+        total, most = dist.ReduceOp.SUM, dist.ReduceOp.MAX
+        return ReducedColumns(self._over(mine.sum, total), self._over(mine.max, most), self._over(mine.count, total))
 
-    def _over(self, x: Tensor | None, how: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor | None:
-        if x is None:
-            return None
-        x = x.contiguous().clone() if x.dtype != torch.bool else x.long()
-        dist.all_reduce(x, how, group=self.group)
-        return x
+    def _over(self, x: Tensor | None, how: Any) -> Tensor | None:
+        return x if x is None else over(x, how, self.group)

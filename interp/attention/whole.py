@@ -34,7 +34,7 @@ class Whole(Tensor):
     rank: int
     found: Tensor | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, part: Tensor, along: int, sizes: Sequence[int], group: Group, rank: int) -> Whole:
@@ -83,7 +83,20 @@ def gather(part: Tensor, along: int, sizes: Sequence[int], group: Group) -> Tens
     if part.shape[along] < wide:
         filler = sent.new_zeros([wide - n if i == along else n for i, n in enumerate(part.shape)])
         sent = torch.cat([sent, filler], along)
-    parts = [torch.empty_like(sent, memory_format=torch.contiguous_format) for _ in sizes]
-    dist.all_gather(parts, sent.contiguous(), group=group)
+    sent = _for(group, sent).contiguous()
+    parts = [torch.empty_like(sent) for _ in sizes]
+    dist.all_gather(parts, sent, group=group)
     whole = torch.cat([each.narrow(along, 0, n) for each, n in zip(parts, sizes, strict=True)], along)
-    return whole.to(kind)
+    return whole.to(part.device, kind)
+
+
+def over(x: Tensor, how: Any, group: Group) -> Tensor:
+    """``x`` of all processes of ``group`` reduced into one, by ``how`` of ``torch.distributed.ReduceOp``."""
+    sent = _for(group, x.clone(memory_format=torch.contiguous_format))
+    dist.all_reduce(sent, how, group=group)
+    return sent.to(x.device)
+
+
+def _for(group: Group, x: Tensor) -> Tensor:
+    """``x`` where the processes' backend takes it: gloo carries host memory, for processes that share one card."""
+    return x.cpu() if x.is_cuda and dist.get_backend(group) == "gloo" else x

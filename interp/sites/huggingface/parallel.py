@@ -50,13 +50,17 @@ def require_whole_places(model: nn.Module, places: tuple[str, ...]) -> None:
     """Refuse places in the layers where a process holds a part under local numbers: the stream is whole everywhere.
 
     Raises:
-        HeadscopeError: neurons of a model under tensor parallelism.
+        HeadscopeError: neurons of a model under tensor parallelism, the stream of one under context_parallel.
     """
-    neurons = [place for place in places if place == "mlp_post"]
-    if neurons and tensor_mesh(model) is not None:
+    if "mlp_post" in places and tensor_mesh(model) is not None:
         raise HeadscopeError(
-            f"{neurons[0]!r}: under tensor parallelism each process of {type(model).__name__} holds other neurons under "
-            "the same numbers; load it with device_map='auto', or name a place of the residual stream"
+            f"under tensor parallelism each process of {type(model).__name__} holds other neurons under the same "
+            "numbers ('mlp_post'): load it with device_map='auto', or name a place of the residual stream"
+        )
+    if hasattr(model.forward, "headscope_shared"):
+        raise HeadscopeError(
+            f"inside context_parallel a process holds the residual stream of {type(model).__name__} for its own tokens "
+            "alone: read or edit the stream on one process"
         )
 
 
