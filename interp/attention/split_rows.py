@@ -29,7 +29,7 @@ class SplitRows(Split):
         hidden = (mask.start, mask.end, mask.origin, mask.segments, mask.rule, mine.position_bias)
         if any(x is not None for x in hidden) or mask.query_offset or mask.key_offset or mine.cross:
             raise HeadscopeError(
-                f"layer {mine.layer} of {mine.module} has a mask made of tensors, which is not known beyond the tokens of "
+                f"layer {mine.layer} of {mine.module} has a mask made of tensors, not known beyond the tokens of "
                 "one process: trace it on one process"
             )
         held = vars(mine) | {name: self.whole(getattr(mine, name), 2) for name in ("query", "key", "value")}

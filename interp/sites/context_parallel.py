@@ -136,6 +136,8 @@ class _Shared:
 
     def __call__(self, **given: Any) -> Any:
         ids = self._ids(given)
+        if ids.shape[1] < self.size:  # every process reads all of it
+            return self.forward(**given)
         split = SplitRows(self.group, self.rank, _sizes(ids.shape[1], self.size))
         here, keep = split.here, given.pop("logits_to_keep", 0)
         kept = _last_of(split.sizes, keep) if keep else split.sizes
@@ -144,10 +146,12 @@ class _Shared:
             options["use_cache"] = False
         if keep:
             options["logits_to_keep"] = max(1, kept[self.rank])
-        positions = torch.arange(here.start, here.stop, device=ids.device)[None].expand(ids.shape[0], -1)
+        positions = given.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
         self.route.rows = split
         try:
-            output = self.forward(input_ids=ids[:, here], position_ids=positions, **options)
+            output = self.forward(
+                input_ids=ids[:, here], position_ids=positions.expand(ids.shape[0], -1)[:, here], **options
+            )
         finally:
             self.route.rows = None
         for name in _JOINED:
@@ -170,18 +174,14 @@ class _Shared:
                 f"a pass inside context_parallel takes whole texts as input_ids, not {', '.join(more) or 'a cache'}; "
                 "leave that out, or run it on one process (so does generation, whose cache would be in parts)"
             )
-        if mask is not None and not bool(mask.all()):
+        if isinstance(mask, Tensor) and not bool(mask.all()):
             raise HeadscopeError("texts inside context_parallel are of one length, without padding; give one at a time")
-        if "position_ids" in given:
-            raise HeadscopeError("context_parallel counts positions from 0; leave position_ids out")
         check = torch.tensor([ids.shape[0], ids.shape[1], int((ids * torch.arange(1, 1 + ids.shape[1]).to(ids)).sum())])
         found = gather(check.to(ids.device)[None], 0, (1,) * self.size, self.group)
         if bool((found != found[:1]).any()):
             raise HeadscopeError(
                 "the processes of context_parallel were given different texts; give all of them the same"
             )
-        if ids.shape[1] < self.size:
-            raise HeadscopeError(f"a text of {ids.shape[1]} tokens is not shared out over {self.size} processes")
         return ids  # type: ignore[no-any-return]
 
 

@@ -114,16 +114,17 @@ def sweep(
     )
     made = provenance(lm, statistics=[str(statistic) for statistic in statistics], queries=str(queries))
     made |= {"tokens_sha256": given.sha256, "prompts": len(given)}
-    with ranks() as us, ExitStack() as stack:
+    with ranks(lm.inner) as us, ExitStack() as stack:
         done = _begin(us, stack, out, _settings(lm, given, statistics, chosen, made))
         waiting = budget.batches({i: length for i, length in enumerate(given.lengths) if i not in done})
         mine = waiting[us.rank :: us.size]
         before = f", {len(done)} of {len(given)} prompts done before" if done else ""
-        for batch in track(mine, f"trace{before}", enabled=progress and us.rank == 0):
+        for batch in track(mine, f"trace{before}", enabled=progress and us.first):
             part = _trace(lm, given, batch, statistics, chosen)
-            write_part(part, out, f"part-{min(batch.examples):08d}.zarr")
+            if us.writes:
+                write_part(part, out, f"part-{min(batch.examples):08d}.zarr")
         us.share(None)
-        if us.rank == 0 and (waiting or not (out / MANIFEST).exists()):
+        if us.first and (waiting or not (out / MANIFEST).exists()):
             _finish(out, len(given), made)
         us.share(None)
     return open_record(out)
@@ -170,7 +171,7 @@ def _begin(us: Ranks, stack: ExitStack, out: Path, settings: dict[str, Any]) -> 
     """
     done: set[int] = set()
     refusal: str | None = None
-    if us.rank == 0:
+    if us.first:
         try:
             stack.enter_context(locked(out / SWEEP))
             done = _resume(out, settings)

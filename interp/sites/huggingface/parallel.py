@@ -32,13 +32,21 @@ def require_whole_heads(model: nn.Module) -> None:
     Raises:
         HeadscopeError: split by something else than transformers, or its layers are on different processes.
     """
-    kind, mesh = type(model).__name__, getattr(model, "_device_mesh", None)
-    if mesh is not None and "pp" in (mesh.mesh_dim_names or ()) and mesh["pp"].size() > 1:
+    kind, whole = type(model).__name__, getattr(model, "_device_mesh", None)
+    if whole is not None and "pp" in (whole.mesh_dim_names or ()) and whole["pp"].size() > 1:
         raise HeadscopeError(
             f"{kind} has its layers on different processes (pp_size), so that none holds them all: load it with "
             "device_map='auto', or with tp_size under torchrun"
         )
-    if tensor_mesh(model) is None and _is_split(model):
+    mesh = tensor_mesh(model)
+    config: Any = model.config
+    kv = getattr(config.get_text_config(), "num_key_value_heads", None) if mesh is not None else None
+    if mesh is not None and kv is not None and kv % mesh.size():
+        raise HeadscopeError(
+            f"{kind} has {kv} key/value heads, which transformers does not share out over {mesh.size()} processes: "
+            "take a tp_size that divides them"
+        )
+    if mesh is None and _is_split(model):
         raise HeadscopeError(
             f"{kind} is split over devices by tensor parallelism (tp_plan) that transformers did not set up, so that "
             "nothing says which heads each holds: load it with from_pretrained(..., tp_plan='auto') under torchrun, or "
