@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 import platformdirs
@@ -47,13 +48,19 @@ class _Remote(Store):
             raise HeadscopeError(f"cannot write to {self.url} ({error}); what is finished is kept there") from error
 
     def fetch(self) -> None:
-        """Bring over what is finished there and not here."""
+        """Make the copy what is finished there: a part that was never sent is traced again."""
         try:
             there = self.files.find(self.root) if self.files.exists(self.root) else []
         except OSError as error:
             raise HeadscopeError(f"cannot read {self.url} ({error}); check the URL and who may read it") from error
         names = {self._name(file) for file in there}
         finished = {name.split("/")[1].removesuffix(".json") for name in names if name.startswith(f"{FOLDER}/")}
+        for file in [file for file in self.here.rglob("*") if file.is_file() and not file.name.startswith(".")]:
+            if file.relative_to(self.here).as_posix() not in names:
+                file.unlink()
+        for folder in [*self.here.glob("part-*"), *self.here.glob(".part-*")]:
+            if folder.name not in finished:
+                shutil.rmtree(folder)
         for name in sorted(names, key=lambda one: one.startswith(FOLDER)):
             part = name.split("/")[0]
             whole = part in finished or not part.startswith("part-")
