@@ -140,8 +140,8 @@ def split_model(shape: Shape, tokens: int) -> LlamaForCausalLM:
         model = LlamaForCausalLM(replace(shape, tied=False).config(tokens)).to(torch.bfloat16).eval()
     model = LlamaForCausalLM.maybe_distribute_model(model, config, mesh)
     model.to_empty(device=_device())
-    rotary = type(model.model.rotary_emb)(config=model.config, device=_device())
-    model.model.rotary_emb = rotary  # its frequencies are no parameters: ``to_empty`` lost them
+    with _device():  # its frequencies are no parameters: ``to_empty`` lost them
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     torch.manual_seed(dist.get_rank())
     for name, weights in model.named_parameters():
         held = weights.to_local() if hasattr(weights, "to_local") else weights

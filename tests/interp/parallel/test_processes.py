@@ -32,6 +32,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
     tiny_model("llama", num_attention_heads=8, num_key_value_heads=4).save_pretrained(folder / "llama")
     tiny_model("llama", num_attention_heads=8, num_key_value_heads=1).save_pretrained(folder / "one-key-head")
+    tiny_model("qwen3_moe").save_pretrained(folder / "experts")
     torch.manual_seed(1)
     sizes = dict(hidden_size=32, intermediate_size=48, head_dim=8, max_position_embeddings=128, vocab_size=64)
     sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -109,6 +110,14 @@ def test_every_edit_changes_over_processes_what_it_changes_in_one_or_is_refused(
     assert refused["heads"] == {"edit_value_vectors"}  # neurons
     read_the_stream = {"edit_value_vectors", "redistribute_sinks", "scale_image_sinks"}
     assert refused["rows"] == read_the_stream | {"reinforce_heads"}  # which reads its prompt padded
+
+
+def test_sharded_weights_and_experts_over_processes_change_nothing(found: Any) -> None:
+    """FSDP2 puts weights together before a layer runs, so that the sums are the same ones."""
+    for each in found:
+        sharded = each["sharded"]
+        assert alike(sharded["fsdp"]) and alike(sharded["experts"])
+        assert sharded["gradients"] < 1e-6 < 1e-2 < sharded["slope"]
 
 
 def test_one_process_is_told_to_start_several() -> None:

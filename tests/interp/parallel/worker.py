@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, DistributedConfig
 
 from headscope.interp import HeadscopeError, context_parallel, sweep, tiny_model, trace
@@ -34,7 +35,7 @@ from headscope.interp.statistics import (
     TopKeys,
 )
 from headscope.interp.statistics.queries import Every, Last
-from headscope.interventions import AblateHeads, apply
+from headscope.interventions import AblateHeads, AddToHeads, apply
 from headscope.interventions.edits import EDITS
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Request
@@ -189,6 +190,30 @@ def every_edit() -> dict[str, Any]:
     return found
 
 
+def sharded() -> dict[str, Any]:
+    """Weights that FSDP2 shards, and experts over processes: heads are whole in every process."""
+    found: dict[str, Any] = {}
+    whole, split = tiny_model("llama"), tiny_model("llama")
+    for part in (*split.model.layers, split):
+        fully_shard(part)
+    one = {"input_ids": IDS}
+    found["fsdp"] = apart(record(whole, (AblateHeads("L0H3"),), **one), record(split, (AblateHeads("L0H3"),), **one))
+    slopes = []
+    for model in (whole, split):
+        vectors = torch.zeros(2, 4, 32, requires_grad=True)
+        with apply(model, AddToHeads(heads="L0H1,L1H2", vectors=vectors), grad=True):
+            model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+        assert vectors.grad is not None
+        slopes.append(vectors.grad)
+    found["gradients"] = float((slopes[0] - slopes[1]).abs().max())
+    found["slope"] = float(slopes[0].abs().max())
+    whole = AutoModelForCausalLM.from_pretrained(FOLDER / "experts").eval()
+    config = DistributedConfig(tp_size=2, ep_size=2)
+    split = AutoModelForCausalLM.from_pretrained(FOLDER / "experts", distributed_config=config).eval()
+    found["experts"] = apart(record(whole, (AblateHeads("L0H3"),), **one), record(split, (AblateHeads("L0H3"),), **one))
+    return found
+
+
 def _module(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -202,5 +227,6 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with torch.no_grad():
         result = {"heads": tensor_parallel(), "rows": context(), "edits": every_edit()}
+    result["sharded"] = sharded()
     (FOLDER / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
