@@ -88,7 +88,8 @@ def expected(shape: Shape, what: str, tokens: int, size: int, every: int) -> dic
     whole = estimate(shape, tokens, tokens, VALUES, every)
     kv = 2 * 2 * tokens * shape.kv_heads * shape.d_head / 2**30  # one layer's keys and values, bfloat16
     if what == "heads":  # weights and the MLP's middle are split, the residual stream is whole everywhere
-        found = {"weights": whole["weights"] / size, "widest moment": whole["widest moment"] / size, "keys": kv / size}
+        widest = 2 * tokens * (4 * shape.intermediate / size + 2 * shape.hidden) / 2**30
+        found = {"weights": whole["weights"] / size, "widest moment": widest, "keys": kv / size}
     else:
         found = {"weights": whole["weights"], "widest moment": whole["widest moment"] / size, "keys": kv}
     found["statistics, on the host"] = whole["statistics"]

@@ -17,11 +17,11 @@ from headscope.interp.heads.bench import Bench, Piece
 from headscope.interp.heads.passes import batches
 from headscope.interp.heads.passes import run as run_batch
 from headscope.interp.models import load_model
-from headscope.interp.models.elsewhere import maker
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.registry import summary
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.actors import Ray, engine_of
+from headscope.interp.runs.elsewhere import maker
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.journal import Journal, Trial
 from headscope.interp.runs.loop import opened, run_steps

@@ -18,12 +18,12 @@ import xarray as xr
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.models.elsewhere import maker
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.load import load_model
 from headscope.interp.records.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest
 from headscope.interp.records.store import Store, stored
 from headscope.interp.runs.actors import Ray, engine_of
+from headscope.interp.runs.elsewhere import maker
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.files import locked, write_atomically
 from headscope.interp.runs.journal import plain, require_same
