@@ -31,7 +31,9 @@ class Block:
         result: Reduced,
         examples: slice,
         kv_heads: slice,
+        held: int,
     ) -> None:
+        self.held = held
         self.call, self.v = call, v
         self.want, self.out, self.all_rows = request, result, rows
         self.examples, self.kv_heads = examples, kv_heads
@@ -104,8 +106,9 @@ class Block:
     def _buffer(self, which: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
         need = math.prod(shape)
         if self.buffers[which].numel() < need:
-            # once for every key: growing tile by tile under a causal mask leaves the allocator's heap in pieces
-            most = shape[0] * shape[1] * self.k.shape[1]
+            # once for every tile: growing under a causal mask leaves the allocator's heap in pieces
+            rows = self.nb * self.nh * self.call.group * self.all_rows.numel()
+            most = max(need, min(self.held, rows * self.k.shape[1]))
             self.buffers[which] = torch.empty(most, dtype=self.k.dtype, device=self.k.device)
         buffer: Tensor = self.buffers[which][:need].view(shape)
         return buffer
