@@ -10,7 +10,8 @@ needs no running rescale and one QK^T serves the output, the row statistics and 
 4. entropy = log(l) mass - sum_j p (s - m) / l, elementwise in float32, where mass = sum_j p / l (1 without a sink);
 5. columns: sums += (1 / l)^T p, the weight of queries outside a range or of padding being 0: one pass for all ranges.
 
-Memory is one tile and the results; the tile is sized to stay in a core's cache, by the keys that its rows see. The definition is ``reference.attend``.
+Memory is one tile and the results; the tile is sized to stay in a core's cache, by the keys that its rows see. The
+definition is ``reference.attend``.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def test_a_killed_worker_loses_nothing(cluster: None, tmp_path: Path, monkeypatc
 
 def test_scores_of_actors_are_those_of_this_process(cluster: None, tmp_path: Path) -> None:
     lm = LanguageModel.wrap(tiny_model("llama"))
-    methods = [PreviousToken(samples=6, batch=2)]
-    (found,) = discover(methods, lm, out=tmp_path / "run", engine=Ray(workers=2), progress=False)
+    methods = [PreviousToken(samples=4, batch=2)]
+    (found,) = discover(methods, lm, out=tmp_path / "run", engine=Ray(workers=1), progress=False)
     (expected,) = discover(methods, lm, progress=False)
     np.testing.assert_allclose(found.trials, expected.trials, atol=1e-6)
 
