@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from headscope.interp.records.record import save_record as save_record
     from headscope.interp.results.headset import HeadSet as HeadSet
     from headscope.interp.results.scores import HeadScores as HeadScores
+    from headscope.interp.sites.context_parallel import context_parallel as context_parallel
     from headscope.interp.survey.tiny import tiny_model as tiny_model
     from headscope.interp.sweeps import sweep as sweep
     from headscope.interp.tracing.generation import response_steps as response_steps
@@ -38,6 +39,7 @@ _HOME = {
     "HeadscopeError": "errors",
     "Tracer": "tracing.tracer",
     "append_record": "records.record",
+    "context_parallel": "sites.context_parallel",
     "each_part": "records.record",
     "explore": "explorer",
     "keep_attention": "tracing.reference_run",

@@ -97,14 +97,14 @@ class Redistribution:
             keep = keep[:, :, rows]
         return replace(self, keep=keep)
 
-    def of_head(self, head: int) -> Redistribution:
-        """The same for one of the heads."""
+    def of_heads(self, heads: slice) -> Redistribution:
+        """The same for some of the heads."""
 
         def mine(x: Tensor) -> Tensor:
-            return x[:, head : head + 1] if x.dim() == 3 and x.shape[1] > 1 else x
+            return x[:, heads] if x.dim() == 3 and x.shape[1] > 1 else x
 
         keep = torch.as_tensor(self.keep)
-        keep = keep[head : head + 1] if keep.dim() == 1 else mine(keep)
+        keep = keep[heads] if keep.dim() == 1 else mine(keep)
         return replace(self, keys=mine(self.keys), keep=keep, onto=None if self.onto is None else mine(self.onto))
 
     def then(self, later: Redistribution) -> Redistributions:
@@ -155,9 +155,9 @@ class Redistributions:
         """The same for some of the queries."""
         return self._each(lambda part: part.of_rows(rows))
 
-    def of_head(self, head: int) -> Redistributions:
-        """The same for one of the heads."""
-        return self._each(lambda part: part.of_head(head))
+    def of_heads(self, heads: slice) -> Redistributions:
+        """The same for some of the heads."""
+        return self._each(lambda part: part.of_heads(heads))
 
     def then(self, later: Redistribution) -> Redistributions:
         """These, and ``later`` on the pattern that they give."""

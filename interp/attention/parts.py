@@ -5,11 +5,12 @@ What an edit or a mask says of an example or of a head goes by its index in the 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.whole import run_of
 from headscope.interp.errors import HeadscopeError
 from headscope.kernels.score_edits import ScoreEdit
 
@@ -46,24 +47,35 @@ def cut(call: AttentionCall, examples: slice, rows: slice, keys: slice) -> Atten
 
 def one_head(call: AttentionCall, head: int) -> AttentionCall:
     """One query head, with its key/value head."""
-    kv = head // (call.query.shape[1] // call.key.shape[1])
+    return some_heads(call, slice(head, head + 1))
+
+
+def some_heads(call: AttentionCall, heads: slice) -> AttentionCall:
+    """A run of query heads (a slice with both ends), with the key/value heads that they read: whole groups, or heads of
+    one group. A call that processes share is computed by this one alone then."""
+    first, count = heads.start, heads.stop - heads.start
+    group = call.query.shape[1] // call.key.shape[1]
+    kv, kv_count = first // group, max(1, count // group)
     mask, rule = call.mask, call.mask.rule
-    if rule is not None:
-        mask = replace(mask, rule=lambda b, h, q, k: rule(b, h + head, q, k))
+    if rule is not None and first:
+        mask = replace(mask, rule=lambda b, h, q, k: rule(b, h + first, q, k))
 
     def mine(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.shape[1] == 1 else x[:, head : head + 1]
+        return x if x is None or x.shape[1] == 1 else run_of(x, 1, first, count)
 
-    return call.with_(
-        query=call.query[:, head : head + 1],
-        key=call.key[:, kv : kv + 1],
-        value=call.value[:, kv : kv + 1],
-        mask=mask,
-        sinks=None if call.sinks is None else call.sinks[head : head + 1],
-        position_bias=mine(call.position_bias),
-        key_bias=mine(call.key_bias),
-        score_edit=_moved(call.score_edit, 0, head),
-        redistribution=None if call.redistribution is None else call.redistribution.of_head(head),
+    return AttentionCall(
+        **{each.name: getattr(call, each.name) for each in fields(AttentionCall)}
+        | {
+            "query": run_of(call.query, 1, first, count),
+            "key": run_of(call.key, 1, kv, kv_count),
+            "value": run_of(call.value, 1, kv, kv_count),
+            "mask": mask,
+            "sinks": None if call.sinks is None else run_of(call.sinks, 0, first, count),
+            "position_bias": mine(call.position_bias),
+            "key_bias": mine(call.key_bias),
+            "score_edit": _moved(call.score_edit, 0, first),
+            "redistribution": None if call.redistribution is None else call.redistribution.of_heads(heads),
+        }
     )
 
 

@@ -45,6 +45,7 @@ class Shape:
 
 
 SHAPES = {
+    "70b": Shape(80, 8192, 28672, 64, 8, 128256, False, tokens=131072),  # Llama-3.1-70B
     "8b": Shape(32, 4096, 14336, 32, 8, 128256, False, tokens=131072),  # Llama-3.1-8B
     "1b": Shape(16, 2048, 8192, 32, 8, 128256, True, tokens=1 << 20, chunk=1 << 16),  # Llama-3.2-1B
     "tiny": Shape(2, 64, 128, 4, 2, 256, True, tokens=512),

@@ -64,8 +64,8 @@ def trace(
         return run.show_estimate(lm, work)
     try:
         sweep(lm, prompts, out=out, **options)
-        with launch.ranks() as us:
-            first = us.rank == 0
+        with launch.ranks(lm.inner) as us:
+            first = us.first
     finally:
         launch.leave()
     if first:

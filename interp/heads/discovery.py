@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import numpy as np
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import HeadMethod, Measured, Scored
+from headscope.interp.heads.bench import Bench, Piece
 from headscope.interp.heads.passes import batches
 from headscope.interp.heads.passes import run as run_batch
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.registry import summary
 from headscope.interp.results.scores import HeadScores
+from headscope.interp.runs.actors import Ray, engine_of
+from headscope.interp.runs.elsewhere import maker
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.journal import Journal, Trial
 from headscope.interp.runs.loop import opened, run_steps
@@ -26,7 +30,12 @@ from headscope.interp.runs.provenance import provenance
 
 
 def discover(
-    methods: Sequence[HeadMethod], lm: Any, *, out: str | Path | None = None, progress: bool = True
+    methods: Sequence[HeadMethod],
+    lm: Any,
+    *,
+    out: str | Path | None = None,
+    progress: bool = True,
+    engine: Ray | str | None = None,
 ) -> list[HeadScores]:
     """Score the heads of a model by several methods, which share forward passes where they read the same samples.
 
@@ -35,6 +44,8 @@ def discover(
         lm: load_model's result, or what load_model takes.
         out: folder for the results (``NAME.json``, ``NAME.parquet``) and the journals that make the run resumable; None
             keeps everything in memory.
+        engine: ``"ray"`` or a ``headscope.interp.runs.actors.Ray``: the trials run in actors, each with a model of its
+            own; None: here.
 
     Raises:
         HeadscopeError: no method, two of one name, no trial to run, none kept, or ``out`` holds a run with other
@@ -43,6 +54,7 @@ def discover(
     names = [method.name for method in methods]
     if not names or len(set(names)) < len(names):
         raise HeadscopeError(f"name at least one head method, and each once; got {', '.join(names) or 'none'}")
+    given, actors = lm, engine_of(engine)
     lm, folder = load_model(lm), None if out is None else Path(out)
     trials = [_trials(method, lm) for method in methods]
     announce(
@@ -51,6 +63,8 @@ def discover(
     )
     with ExitStack() as stack:
         runs = [stack.enter_context(_started(*one, lm, folder)) for one in zip(methods, trials, strict=True)]
+        if actors is not None:
+            _elsewhere(runs, lm, actors, maker(given, lm), progress)
         _measure([run for run in runs if isinstance(run.method, Measured)], lm, progress)
         for run in runs:
             step = run.step(lm)
@@ -117,6 +131,26 @@ def _measure(runs: Sequence[_Run], lm: LanguageModel, progress: bool) -> None:
         for place, (method, found) in enumerate(run_batch(lm, batch)):
             for trial, scored in zip(batch.trials[place], found, strict=True):
                 by_method[id(method)].journal.add(trial, _kept(scored))
+
+
+def _elsewhere(
+    runs: Sequence[_Run], lm: LanguageModel, actors: Ray, make: Callable[[], LanguageModel], progress: bool
+) -> None:
+    """Finish all trials in actors, which are given a batch of measured methods, or one trial of another, at a time."""
+    at = {id(run.method): number for number, run in enumerate(runs)}
+    waiting = [(run.method, run.waiting()) for run in runs if isinstance(run.method, Measured)]
+    shared = batches(lm, waiting)
+    pieces: list[Piece] = [Piece(tuple(at[id(one)] for one in batch.methods), batch=batch.bare()) for batch in shared]
+    alone = [run for run in runs if not isinstance(run.method, Measured)]
+    pieces += [Piece((at[id(run.method)],), run.trials[trial], trial) for run in alone for trial in run.waiting()]
+    methods = [replace(run.method) for run in runs]  # without what a method keeps of a model
+    finished = actors.map(partial(Bench, make, methods), Bench.run, pieces) if pieces else iter(())
+    for number, found in track(finished, "pieces in workers", enabled=progress, total=len(pieces)):
+        piece = pieces[number]
+        trials = [(piece.number,)] if piece.batch is None else piece.batch.trials
+        for method, those, scores in zip(piece.methods, trials, found, strict=True):
+            for trial, scored in zip(those, scores, strict=True):
+                runs[method].journal.add(trial, _kept(scored))
 
 
 def _trials(method: HeadMethod, lm: LanguageModel) -> Sequence[Trial]:

@@ -34,6 +34,10 @@ class Batch:
     views: tuple[tuple[Sample, ...], ...]
     trials: tuple[tuple[int, ...], ...]
 
+    def bare(self) -> Batch:
+        """Without the methods, which may hold what they made of a model."""
+        return replace(self, methods=())
+
 
 def batches(lm: LanguageModel, waiting: Sequence[tuple[Measured, Sequence[int]]]) -> list[Batch]:
     """The forward passes that give every waiting trial of every method; each distinct sample is run once."""

@@ -55,8 +55,27 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def require_own_weights(module: nn.Module) -> None:
+    """Refuse to read weights of which this process holds a part.
+
+    Raises:
+        HeadscopeError: says so.
+    """
+    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+        raise HeadscopeError(
+            f"the weights of this {type(module).__name__} are split over processes (tensor parallelism or FSDP), and a "
+            "method that reads them needs them whole: load the model without tp_size, with device_map='auto' if it is "
+            "large"
+        )
+
+
 @contextmanager
 def fetched(module: nn.Module) -> Iterator[nn.Module]:
-    """``module`` (a leaf) with its own weights present inside the block, also where accelerate keeps them elsewhere."""
+    """``module`` (a leaf) with its own weights present inside the block, also where accelerate keeps them elsewhere.
+
+    Raises:
+        HeadscopeError: they are split over processes.
+    """
+    require_own_weights(module)
     with align_module_device(module):
         yield module

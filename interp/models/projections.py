@@ -13,6 +13,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.info import text_config
+from headscope.interp.models.placement import require_own_weights
 from headscope.interp.sites.compiled import uncompiled
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.unwrap import bare_model, model_device, origin
@@ -37,6 +38,7 @@ def output_projections(model: ModelLike, inputs: Mapping[str, Any] | None = None
             f"a TransformerBridge computes {type(module).__name__}'s attention itself, so its output projections are "
             "not found: load the model with load_model or transformers, and give that"
         )
+    require_own_weights(module)  # who asks for a projection reads it
     watch = _Watch(module)
     with uncompiled(), _probing(module, watch), torch.no_grad():
         try:

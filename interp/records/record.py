@@ -28,6 +28,7 @@ from zarr.codecs import ZstdCodec
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.checksums import check_part, write_checksums
 from headscope.interp.records.lazy import damaged, is_ragged, join, missing
+from headscope.interp.records.store import local
 from headscope.interp.runs.files import write_atomically, writing
 from headscope.interp.runs.sealed import sealed, unsealed
 
@@ -158,12 +159,12 @@ def write_manifest(path: Path, parts: Sequence[str], *, numbered: bool = False, 
 
 
 def load_record(path: str | Path) -> xr.Dataset:
-    """Read a record back into memory.
+    """Read a record back into memory, from a folder or a URL that fsspec opens (of which a copy stays here).
 
     Raises:
         HeadscopeError: no record there, one of another program or version, or parts that are damaged or incomplete.
     """
-    return _record(Path(path), contents=True).load()
+    return _record(local(path), contents=True).load()
 
 
 def open_record(path: str | Path) -> xr.Dataset:
@@ -174,7 +175,7 @@ def open_record(path: str | Path) -> xr.Dataset:
     Raises:
         HeadscopeError: as ``load_record``; a part that is damaged inside, when it is read.
     """
-    return _record(Path(path), contents=False)
+    return _record(local(path), contents=False)
 
 
 def _record(path: Path, *, contents: bool) -> xr.Dataset:
@@ -195,7 +196,7 @@ def each_part(path: str | Path) -> Iterator[xr.Dataset]:
     Raises:
         HeadscopeError: as ``load_record``.
     """
-    path = Path(path)
+    path = local(path)
     for name in _manifest(path)["parts"]:
         part = _open(path, name, contents=True)
         yield join([part], [path / name], None).assign_coords(example=part["example"]).load()

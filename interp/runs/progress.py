@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -11,8 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Item = TypeVar("Item")
 
 
-def track(items: Sequence[Item], description: str, *, enabled: bool = True, done: int = 0) -> Iterator[Item]:
-    """Yield ``items`` behind a progress bar; ``done`` were finished before and are already gone from ``items``."""
+def track(
+    items: Iterable[Item], description: str, *, enabled: bool = True, done: int = 0, total: int | None = None
+) -> Iterator[Item]:
+    """Yield ``items``, ``total`` of them where they have no length, behind a progress bar; ``done`` were finished
+    before and are already gone from ``items``."""
+    left = len(items) if isinstance(items, Sized) else total or 0
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -22,7 +26,7 @@ def track(items: Sequence[Item], description: str, *, enabled: bool = True, done
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as progress:
-        task = progress.add_task(description, total=len(items) + done, completed=done)
+        task = progress.add_task(description, total=left + done, completed=done)
         for item in items:
             yield item
             progress.advance(task)

@@ -126,7 +126,8 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta and parameter.numel():
-            flat = parameter.detach().reshape(-1)
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # split over processes
+            flat = whole.detach().reshape(-1)
             few = flat[:: max(1, flat.numel() // 256)]
             digest.update(
                 few.double().cpu().numpy().tobytes() if few.is_floating_point() else repr(few.tolist()).encode()

@@ -82,6 +82,11 @@ def frozen(model: ModelLike) -> Iterator[None]:
 
 
 def _refuse(model: ModelLike) -> None:
+    if (getattr(bare_model(model), "_tp_size", None) or 1) > 1:
+        raise HeadscopeError(
+            "gradients of a model under tensor parallelism (tp_size) are not taken: load it on one process, with "
+            "device_map='auto' if it is large, for grad=True"
+        )
     if torch.is_inference_mode_enabled():
         raise HeadscopeError("grad=True does nothing under torch.inference_mode(); leave that block first")
     if any(part.training and getattr(part, "gradient_checkpointing", False) for part in bare_model(model).modules()):

@@ -98,7 +98,7 @@ def attending(model: nn.Module) -> Found:
         found: Found = {}
         for _, module, where, layer in numbered(model):
             if _attends(type(module)):
-                found.setdefault(where, {})[layer] = _heads(module)
+                found.setdefault(where, {})[layer] = query_heads(module)
         known = _KNOWN[model] = count, found
     return known[1]
 
@@ -121,7 +121,8 @@ def _attends(kind: type[nn.Module]) -> bool:
     return code is not None and not _INTERFACE.isdisjoint((*code.co_names, *code.co_varnames))
 
 
-def _heads(module: nn.Module) -> int | None:
+def query_heads(module: nn.Module) -> int | None:
+    """The query heads of a module that attends, over all processes, as its configuration says; None: it does not."""
     named = [getattr(module, name, None) for name in _COUNTS]
     named.append(getattr(getattr(module, "config", None), "num_attention_heads", None))
     return next((count for count in named if isinstance(count, int)), None)

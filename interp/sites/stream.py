@@ -18,6 +18,7 @@ from headscope.interp.attention.stream import NEURONS, PLACES, StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.attachment import Attachment
 from headscope.interp.sites.given import ModelLike, PreTrained
+from headscope.interp.sites.huggingface.parallel import require_whole_places
 from headscope.interp.sites.huggingface.route import is_paused
 from headscope.interp.sites.layout import StreamLayer, output_of, stream_layers, stream_of
 from headscope.interp.sites.neurons import down_projection
@@ -50,6 +51,7 @@ def streaming(model: ModelLike, attachment: Attachment) -> Iterator[None]:
             "give the model that load_model or transformers loads"
         )
     inner = bare_model(model)
+    require_whole_places(inner, places)
     layers = [
         layer
         for layer in stream_layers(inner, attachment.size.tower)

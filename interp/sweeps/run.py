@@ -11,20 +11,19 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import xarray as xr
-from torch import Tensor
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.models.load import load_model
-from headscope.interp.records.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest, write_part
+from headscope.interp.records.record import MANIFEST, SWEEP, open_record, part_examples, write_manifest
+from headscope.interp.records.store import Store, stored
+from headscope.interp.runs.actors import Ray, engine_of
+from headscope.interp.runs.elsewhere import maker
 from headscope.interp.runs.estimate import announce
 from headscope.interp.runs.files import locked, write_atomically
 from headscope.interp.runs.journal import plain, require_same
@@ -34,26 +33,15 @@ from headscope.interp.runs.sealed import sealed, unsealed
 from headscope.interp.sites import handlers_on
 from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.sizes import tower_size
-from headscope.interp.sites.unwrap import takes
 from headscope.interp.statistics import Statistic
 from headscope.interp.statistics.declared import Named, declared
 from headscope.interp.statistics.exactness import is_exact
 from headscope.interp.statistics.queries import Queries
-from headscope.interp.sweeps.batches import Batch, Budget, Cost, Prompts, bytes_of
-from headscope.interp.sweeps.examples import check_statistics, for_examples, own_rows
+from headscope.interp.sweeps.batches import Budget, Cost, Prompts, bytes_of
+from headscope.interp.sweeps.examples import check_statistics
+from headscope.interp.sweeps.pieces import Chosen, Piece, gathered
 from headscope.interp.sweeps.ranks import Ranks, ranks
-from headscope.interp.tracing.recording import trace
 from headscope.interp.tracing.tracer import Tracer
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """What a sweep hands on to ``trace`` for every batch."""
-
-    layers: Sequence[int] | None
-    queries: Queries | None
-    tower: str | None
-    verify: bool
 
 
 def sweep(
@@ -70,6 +58,7 @@ def sweep(
     tower: str | None = None,
     verify: bool = True,
     progress: bool = True,
+    engine: Ray | str | None = None,
 ) -> xr.Dataset:
     """Record ``statistics`` of every prompt of a data set; killed, it continues when it is run again.
 
@@ -82,13 +71,17 @@ def sweep(
         model: load_model's result or a Hugging Face model that takes ``input_ids``.
         prompts: texts, sequences of token ids, or rows with a ``text`` or ``input_ids`` (a data set of ``datasets``).
         statistics: declarations. Spans and targets with one entry an example have one entry a prompt, in their order.
-        out: folder of the record; ``load_record(out)`` and ``open_record(out)`` read it later.
+        out: folder of the record, or a URL that fsspec opens (``s3://bucket/run``; a copy stays on this machine);
+            ``load_record(out)`` and ``open_record(out)`` read it later.
         memory: what a batch may take above the model's own, for each process: bytes or ``"2GiB"``. An estimate (see
             ``headscope.interp.sweeps.batches.Cost``), not a limit that is enforced.
         largest: prompts in a batch, at most; what is lost by a kill.
         padding: False runs only prompts of one length together, for models that cannot be traced padded; so do
             statistics that are not exact under padding.
         layers, queries, tower, verify: as ``headscope.interp.trace`` takes them.
+        engine: ``"ray"``, or a ``headscope.interp.runs.actors.Ray`` that says how many workers: actors on the hosts of
+            a Ray cluster, which load the model (by its name, if it was given so) and send their parts back to this
+            process, which writes them. None: this process, and those that were launched with it.
 
     Returns:
         The record, read from ``out`` where it is used (``.load()`` reads all), on every process.
@@ -97,7 +90,8 @@ def sweep(
         HeadscopeError: a prompt that alone takes more than ``memory``, and whatever ``Prompts``, ``check_statistics``
             and ``trace`` refuse, before anything runs; ``out`` holds another sweep, or another process writes there.
     """
-    lm, out = _load(model), Path(out)
+    lm, actors = _load(model), engine_of(engine)
+    store, out = stored(out)
     given, statistics = Prompts(lm, prompts), declared(statistics)
     chosen = Chosen(layers, queries, tower, verify)
     Tracer(lm, statistics, layers=layers, queries=queries, tower=tower)
@@ -114,17 +108,23 @@ def sweep(
     )
     made = provenance(lm, statistics=[str(statistic) for statistic in statistics], queries=str(queries))
     made |= {"tokens_sha256": given.sha256, "prompts": len(given)}
-    with ranks() as us, ExitStack() as stack:
+    with ranks(lm.inner) as us, ExitStack() as stack:
         done = _begin(us, stack, out, _settings(lm, given, statistics, chosen, made))
+        if us.first:
+            store.keep(SWEEP)
         waiting = budget.batches({i: length for i, length in enumerate(given.lengths) if i not in done})
         mine = waiting[us.rank :: us.size]
         before = f", {len(done)} of {len(given)} prompts done before" if done else ""
-        for batch in track(mine, f"trace{before}", enabled=progress and us.rank == 0):
-            part = _trace(lm, given, batch, statistics, chosen)
-            write_part(part, out, f"part-{min(batch.examples):08d}.zarr")
+        pieces = (Piece.of(given, batch, statistics, chosen) for batch in mine)
+        if actors is not None:
+            finished: Any = gathered(actors, maker(model, lm), pieces, out)
+        else:
+            finished = (piece.write(lm, out, write=us.writes) for piece in pieces)
+        for name in track(finished, f"trace{before}", enabled=progress and us.first, total=len(mine)):
+            store.keep(name)
         us.share(None)
-        if us.rank == 0 and (waiting or not (out / MANIFEST).exists()):
-            _finish(out, len(given), made)
+        if us.first and (waiting or not (out / MANIFEST).exists()):
+            _finish(out, len(given), made, store)
         us.share(None)
     return open_record(out)
 
@@ -170,7 +170,7 @@ def _begin(us: Ranks, stack: ExitStack, out: Path, settings: dict[str, Any]) -> 
     """
     done: set[int] = set()
     refusal: str | None = None
-    if us.rank == 0:
+    if us.first:
         try:
             stack.enter_context(locked(out / SWEEP))
             done = _resume(out, settings)
@@ -203,30 +203,7 @@ def _resume(out: Path, settings: dict[str, Any]) -> set[int]:
     return {int(number) for name in parts for number in part_examples(out, name)}
 
 
-def _trace(
-    lm: LanguageModel, given: Prompts, batch: Batch, statistics: Sequence[Statistic], chosen: Chosen
-) -> xr.Dataset:
-    """The record of one batch, its examples numbered as the prompts are."""
-    inputs = given.batch(batch.examples)
-    few = {name: value for name, value in {"use_cache": False, "logits_to_keep": 1}.items() if takes(lm.inner, name)}
-    mine = [for_examples(statistic, batch.examples) for statistic in statistics]
-    try:
-        with trace(
-            lm, mine, layers=chosen.layers, queries=chosen.queries, tower=chosen.tower, verify=chosen.verify
-        ) as tracer:
-            logits = getattr(lm.model(**inputs, **few), "logits", None)
-    except torch.OutOfMemoryError as error:
-        raise HeadscopeError(
-            f"out of memory at {len(batch.examples)} prompts of {batch.width} tokens; run the sweep again with less "
-            "memory=, and it will continue"
-        ) from error
-    if isinstance(logits, Tensor) and logits.ndim == 3:
-        longest = inputs["attention_mask"].all(1).to(logits.device)  # where the last logits are the prompt's own
-        lm.check_finite(logits[longest, -1])
-    return own_rows(tracer.record, chosen.queries).assign_coords(example=np.asarray(batch.examples))
-
-
-def _finish(out: Path, prompts: int, made: dict[str, Any]) -> None:
+def _finish(out: Path, prompts: int, made: dict[str, Any], store: Store) -> None:
     parts = sorted(path.name for path in out.glob("part-*"))
     numbers = sorted(int(number) for name in parts for number in part_examples(out, name))
     if numbers != list(range(prompts)):
@@ -234,3 +211,4 @@ def _finish(out: Path, prompts: int, made: dict[str, Any]) -> None:
             f"{prompts - len(set(numbers))} of {prompts} prompts are not in {out}: processes must write to one folder"
         )
     write_manifest(out, parts, numbered=True, headscope=json.dumps(made, default=str))
+    store.keep(MANIFEST)

@@ -10,7 +10,8 @@ needs no running rescale and one QK^T serves the output, the row statistics and 
 4. entropy = log(l) mass - sum_j p (s - m) / l, elementwise in float32, where mass = sum_j p / l (1 without a sink);
 5. columns: sums += (1 / l)^T p, the weight of queries outside a range or of padding being 0: one pass for all ranges.
 
-Memory is one tile and the results; the tile is sized to stay in a core's cache. The definition is ``reference.attend``.
+Memory is one tile and the results; the tile is sized to stay in a core's cache, by the keys that its rows see. The
+definition is ``reference.attend``.
 """
 
 from __future__ import annotations
@@ -128,6 +129,22 @@ class _Pass:
         for b0 in range(0, batch, batch_per):
             for h0 in range(0, kv_heads, heads_per):
                 examples, kv = slice(b0, min(b0 + batch_per, batch)), slice(h0, min(h0 + heads_per, kv_heads))
-                block = Block(call, self.v, self.rows, self.request, self.result, examples, kv)
-                for r0 in range(0, rows, step):
-                    block.tile(r0, min(r0 + step, rows))
+                block = Block(call, self.v, self.rows, self.request, self.result, examples, kv, tile)
+                r0 = 0
+                while r0 < rows:
+                    r1 = min(r0 + step, rows)
+                    if call.q.device.type == "cpu":
+                        r1 = self._reach(r0, r1, tile // (batch_per * heads_per * call.group))
+                    block.tile(r0, r1)
+                    r0 = r1
+
+    def _reach(self, r0: int, least: int, held: int) -> int:
+        """The last row with which rows from ``r0`` see no more than ``held`` keys together, ``least`` or later: early
+        rows of causal attention see few."""
+        low, high = least, min(self.rows.numel(), r0 + held)
+        first = int(self.rows[r0])
+        while low < high:
+            r1 = (low + high + 1) // 2
+            lo, hi = self.call.mask.key_bounds(first, int(self.rows[r1 - 1]) + 1, self.call.k.shape[2])
+            low, high = (r1, high) if (r1 - r0) * (hi - lo) <= held else (low, r1 - 1)
+        return low

@@ -12,6 +12,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.huggingface import own
 from headscope.interp.sites.huggingface.calls import from_first_key, make_call
 from headscope.interp.sites.huggingface.maps import map_of
+from headscope.interp.sites.huggingface.parallel import split_of
 from headscope.interp.sites.huggingface.passes import check_thread
 from headscope.interp.sites.huggingface.state import PLACES, Place, Route
 from headscope.interp.sites.huggingface.switch import Switched
@@ -74,9 +75,11 @@ def _answer(
     call = make_call(module, place, *tensors, mask, options["scaling"], options["dropout"], options)
     if route.check is not None:
         route.check(module, place, call, mask, options)
-    call = edit_call(from_first_key(call, mask), handlers)
+    call, split = from_first_key(call, mask), split_of(route, module, call)
+    call = edit_call(call if split is None else split.call(call), handlers)
     weights = map_of(call) if route.maps else None
-    return finish_call(call, handlers).transpose(1, 2).contiguous(), weights
+    z = finish_call(call, handlers)
+    return (z if split is None else split.own(z)).transpose(1, 2).contiguous(), weights
 
 
 def _in_force(route: Route) -> list[Handler]:
@@ -96,13 +99,16 @@ def _around(
     """A function that is not known runs itself, and edits change what it gives; nothing stands in for it."""
     handlers = _in_force(place.route)
     call = make_call(module, place, *tensors, mask, options["scaling"], options["dropout"], options)
+    split = split_of(place.route, module, call)
+    call = call if split is None else split.call(call)
     if edit_call(call, handlers) is not call or any(handler.request(call) is not None for handler in handlers):
         raise own.refuse(module, place.implementation, place.layer)
     left = own.leave(module, place.implementation, *tensors, mask, known=False, **options)
     z = left[0].transpose(1, 2)
+    z = z if split is None else split.whole(z, 1)
     for handler in handlers:
         z = handler.edit_output(call, z)
-    return z.transpose(1, 2).contiguous(), left[1]
+    return (z if split is None else split.own(z)).transpose(1, 2).contiguous(), left[1]
 
 
 def _elsewhere(

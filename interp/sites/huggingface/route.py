@@ -19,6 +19,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.huggingface.attention import attention_function
 from headscope.interp.sites.huggingface.masks import lazy_mask
+from headscope.interp.sites.huggingface.parallel import require_whole_heads, tensor_mesh
 from headscope.interp.sites.huggingface.passes import watch_passes
 from headscope.interp.sites.huggingface.state import PLACES, Check, Place, Route
 from headscope.interp.sites.huggingface.switch import implementations, release, switch, unregister
@@ -72,7 +73,7 @@ def _leave(model: nn.Module, entry: object) -> None:
 
 
 def require_routable(model: nn.Module) -> None:
-    """Refuse what no attention implementation can be put on, or whose heads are not all here.
+    """Refuse what no attention implementation can be put on, or whose heads are on processes that we do not know.
 
     Raises:
         HeadscopeError: names it.
@@ -82,24 +83,13 @@ def require_routable(model: nn.Module) -> None:
         raise HeadscopeError(
             f"{type(model).__name__} is not a Hugging Face model; load it with load_model or transformers"
         )
-    if _is_split(model):
-        raise HeadscopeError(
-            f"{type(model).__name__} is split over devices by tensor parallelism (tp_plan), so that each holds other "
-            "heads under the same numbers: load it with device_map='auto' instead"
-        )
-
-
-def _is_split(model: nn.Module) -> bool:
-    """Whether single layers are split over devices; FSDP puts their weights together before they run."""
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        return True
-    sharded = any(type(weights).__name__ == "DTensor" for weights in model.parameters())
-    return sharded and not any(type(part).__name__.startswith("FSDP") for part in model.modules())
+    require_whole_heads(model)
 
 
 def _open(model: nn.Module) -> Route:
     require_routable(model)
     route = Route(model, implementations(model), check=_CHECKS.get(model), trusted=trusted(model))
+    route.heads = tensor_mesh(model)
     made = places(route)
     for module in made:
         held = PLACES.get(module)

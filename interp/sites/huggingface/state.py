@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from headscope.interp.attention.handler import Handler
+from headscope.interp.attention.split_rows import SplitRows
 from headscope.interp.sites.huggingface.dense_masks import DenseMasks
 from headscope.interp.sites.huggingface.switch import Implementations
 
@@ -25,6 +26,7 @@ class Route:
     forward pass runs now, ``thread`` the thread that runs it, ``called`` whether attention was called in it, ``maps``
     whether it was asked for its attention weights, ``dense`` the dense masks that it has used, ``known`` which classes
     of modules call plain softmax attention in it. ``trusted``: names of implementations that the user vouches for.
+    ``heads``: the processes that hold heads of it (a mesh of torch), ``rows`` the positions of a text that each reads.
     """
 
     model: nn.Module
@@ -41,6 +43,8 @@ class Route:
     entries: dict[object, Handler] = field(default_factory=dict)
     busy: dict[tuple[str, int], bool] = field(default_factory=dict)
     known: dict[tuple[type, str], bool] = field(default_factory=dict)
+    heads: Any = None
+    rows: SplitRows | None = None
 
     def forget_pass(self) -> None:
         """What was found of a pass's masks and functions holds for that pass alone."""

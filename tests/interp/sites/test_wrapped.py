@@ -95,9 +95,9 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", [lambda model: trace(model, [Entropy()], verify=False), verify])
-def test_tensor_parallelism_is_refused_by_name(call: Any) -> None:
+def test_a_split_that_transformers_did_not_make_is_refused_by_name(call: Any) -> None:
     model = tiny_model("llama")
-    model._tp_size = 2
+    model._tp_size = 2  # as after from_pretrained(..., tp_plan="auto"), but without the processes' mesh
     with pytest.raises(HeadscopeError, match=r"tensor parallelism \(tp_plan\).*device_map='auto'"):
         with call(model):
             pass

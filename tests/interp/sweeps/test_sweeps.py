@@ -28,7 +28,7 @@ from headscope.interp.sites import is_attached
 from headscope.interp.statistics import Entropy, HeadOutput, KeyMass, Resid, SinkMass, SpanMass, TargetMass, TopKeys
 from headscope.interp.statistics.queries import Every, Generated, Last
 from headscope.interp.survey.tiny import tiny_model
-from headscope.interp.sweeps import run, sweep
+from headscope.interp.sweeps import pieces, run, sweep
 from headscope.interp.sweeps.batches import Budget, Cost, Prompts, bytes_of, rows_alone
 from headscope.interp.tracing.recording import trace
 from headscope.interventions import AblateHeads, apply
@@ -248,21 +248,21 @@ def test_a_dry_run_says_batches_and_memory_and_writes_nothing(lm, tmp_path):
 def count_passes(lm, monkeypatch) -> list[int]:
     """Examples of each forward pass of the model, as they run."""
     seen: list[int] = []
-    real = run._trace
+    real = pieces.Piece.trace
 
-    def counted(lm, given, batch, *args, **kwargs):
-        part = real(lm, given, batch, *args, **kwargs)
-        seen.append(len(batch.examples))
+    def counted(piece, lm):
+        part = real(piece, lm)
+        seen.append(len(piece.batch.examples))
         return part
 
-    monkeypatch.setattr(run, "_trace", counted)
+    monkeypatch.setattr(pieces.Piece, "trace", counted)
     return seen
 
 
 def test_an_interrupted_sweep_continues_also_with_other_batches(lm, tmp_path, monkeypatch):
     given, seen = prompts(), count_passes(lm, monkeypatch)
     whole = sweep(lm, given, MIXED, out=tmp_path / "whole", largest=4, **QUIET).load()
-    real, written = run.write_part, []
+    real, written = pieces.write_part, []
 
     def interrupted(part, *args):
         if len(written) == 3:
@@ -270,13 +270,13 @@ def test_an_interrupted_sweep_continues_also_with_other_batches(lm, tmp_path, mo
         written.extend(part["example"].to_numpy()[:1])
         real(part, *args)
 
-    monkeypatch.setattr(run, "write_part", interrupted)
+    monkeypatch.setattr(pieces, "write_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep(lm, given, MIXED, out=tmp_path / "run", largest=4, **QUIET)
     assert not is_attached(lm) and len(list((tmp_path / "run").glob("part-*"))) == 3
     with pytest.raises(HeadscopeError, match="not finished"):
         load_record(tmp_path / "run")
-    monkeypatch.setattr(run, "write_part", real)
+    monkeypatch.setattr(pieces, "write_part", real)
     (tmp_path / "run" / ".part-00000000.zarr.dead").mkdir()  # what a kill in the middle of a part leaves
     parts = [xr.open_zarr(part, consolidated=False) for part in (tmp_path / "run").glob("part-*")]
     done = sum(part.sizes["example"] for part in parts)

@@ -1,0 +1,131 @@
+"""Two gloo processes on the CPU, one launch for all tests: tensor and context parallelism beside one process.
+
+Both compute what one process computes, and add up in another order. Sums of at most 128 products of order 1 in float32,
+through two layers, leave 1e-5 in a record, and 1e-5 of the largest logit, about 20 (see test_ablate.py). Another head's
+number, or a head that was left alone, differs by 1e-2 and more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headscope.interp import tiny_model
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.context_parallel import _last_of, _sizes, context_parallel
+
+BOUND = {"record": 1e-5, "logits": 2e-4}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("processes")
+    tiny_model("llama", num_attention_heads=8, num_key_value_heads=4).save_pretrained(folder / "llama")
+    tiny_model("llama", num_attention_heads=8, num_key_value_heads=1).save_pretrained(folder / "one-key-head")
+    tiny_model("qwen3_moe").save_pretrained(folder / "experts")
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=32, intermediate_size=48, head_dim=8, max_position_embeddings=128, vocab_size=64)
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.3)).save_pretrained(folder / "edited")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = str(Path(__file__).with_name("worker.py"))
+    done = subprocess.run(
+        [*launcher, worker, str(folder)], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def alike(differences: dict[str, float]) -> bool:
+    return all(differences[name] < bound for name, bound in BOUND.items())
+
+
+@pytest.mark.parametrize("name", ["plain", "one", "both"])
+def test_heads_over_processes_make_one_record_and_are_edited_by_their_own_numbers(found: Any, name: str) -> None:
+    for each in found:
+        heads = each["heads"]
+        assert alike(heads[name]) and heads[f"{name} heads"] == 8
+        assert name == "plain" or heads[f"{name} effect"] > 0.01  # an ablation of other heads would show
+
+
+def test_generation_and_sweeps_under_tensor_parallelism(found: Any) -> None:
+    for each in found:
+        heads = each["heads"]
+        assert alike(heads["generated"]) and heads["swept"] < 1e-5 and heads["swept parts"] > 0
+        assert heads["fingerprints"] and heads["shared key head"] < 1e-6
+
+
+def test_what_tensor_parallelism_does_not_do_is_refused(found: Any) -> None:
+    for each in found:
+        heads = each["heads"]
+        assert "gradients of a model under tensor parallelism" in heads["gradients"]
+        assert "split over processes" in heads["weights"] and "other neurons" in heads["neurons"]
+        assert "L0H8" in heads["head 8"] and "1 key/value heads" in heads["one key head"]
+
+
+def test_one_text_over_processes_makes_the_record_of_one(found: Any) -> None:
+    for each in found:
+        rows = {name: value for name, value in each["rows"].items() if isinstance(value, dict)}
+        assert len(rows) == 8 and all(map(alike, rows.values())), rows
+        assert max(each["rows"]["llama last"], each["rows"]["gemma3_text last"]) < BOUND["logits"]
+        assert each["rows"]["after"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("padding", "without padding"),
+        ("texts", "different texts"),
+        ("cache", "whose cache would be in parts"),
+        ("stream", "for its own tokens alone"),
+        ("twice", "already"),
+        ("recurrent", "something beside softmax attention mixes them"),
+    ],
+)
+def test_what_context_parallelism_does_not_do_is_refused(found: Any, name: str, why: str) -> None:
+    assert all(why in each["rows"][name] for each in found), found[0]["rows"][name]
+
+
+def test_every_edit_changes_over_processes_what_it_changes_in_one_or_is_refused(found: Any) -> None:
+    refused: dict[str, set[str]] = {"heads": set(), "rows": set()}
+    for each in found:
+        for name, seen in each["edits"].items():
+            assert seen["effect"] > 0.1, name
+            for kind in ("heads", "rows"):
+                if isinstance(seen[kind], str):
+                    refused[kind].add(name.split()[0])
+                else:
+                    assert alike(seen[kind]), (name, kind, seen)
+    assert refused["heads"] == {"edit_value_vectors"}  # neurons
+    read_the_stream = {"edit_value_vectors", "redistribute_sinks", "scale_image_sinks"}
+    assert refused["rows"] == read_the_stream | {"reinforce_heads"}  # which reads its prompt padded
+
+
+def test_sharded_weights_and_experts_over_processes_change_nothing(found: Any) -> None:
+    """FSDP2 puts weights together before a layer runs, so that the sums are the same ones."""
+    for each in found:
+        sharded = each["sharded"]
+        assert alike(sharded["fsdp"]) and alike(sharded["experts"])
+        assert sharded["gradients"] < 1e-6 < 1e-2 < sharded["slope"]
+
+
+def test_one_process_is_told_to_start_several() -> None:
+    with pytest.raises(HeadscopeError, match="torchrun"):
+        with context_parallel(tiny_model("llama")):
+            pass
+
+
+def test_runs_of_tokens() -> None:
+    assert _sizes(11, 3) == (4, 4, 3) and _sizes(9, 3) == (3, 3, 3)
+    assert _last_of((4, 4, 3), 5) == (0, 2, 3) and _last_of((4, 4, 3), 99) == (4, 4, 3)

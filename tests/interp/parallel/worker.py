@@ -1,0 +1,232 @@
+"""One of two processes of ``test_processes``: what it finds beside one process's result, as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, DistributedConfig
+
+from headscope.interp import HeadscopeError, context_parallel, sweep, tiny_model, trace
+from headscope.interp.attention.call import AttentionCall
+from headscope.interp.attention.split_heads import SplitHeads
+from headscope.interp.models import output_projections
+from headscope.interp.runs.provenance import fingerprint
+from headscope.interp.sites import is_attached
+from headscope.interp.statistics import (
+    BlockMap,
+    Distance,
+    Entropy,
+    HeadOutput,
+    KeyMass,
+    KeyNorm,
+    LogSumExp,
+    Resid,
+    SinkMass,
+    TargetMass,
+    TopKeys,
+)
+from headscope.interp.statistics.queries import Every, Last
+from headscope.interventions import AblateHeads, AddToHeads, apply
+from headscope.interventions.edits import EDITS
+from headscope.kernels.masks import Mask
+from headscope.kernels.request import Columns, Request
+
+FOLDER = Path(sys.argv[1])
+STATISTICS = [
+    Entropy(),
+    LogSumExp(),
+    SinkMass(2),
+    Distance(),
+    TopKeys(2),
+    KeyMass(),
+    KeyNorm(),
+    HeadOutput((0, -1)),
+    BlockMap(8),
+    TargetMass({"before": lambda at: at - 1}),
+]
+IDS = torch.randint(4, 100, (2, 25), generator=torch.Generator().manual_seed(0))
+REAL = torch.ones_like(IDS)
+REAL[0, :3] = 0
+
+
+def record(model: Any, edits: Any = (), parallel: bool = False, queries: Any = None, **inputs: Any) -> Any:
+    with context_parallel(model) if parallel else contextlib.nullcontext():
+        with apply(model, *edits), trace(model, STATISTICS, queries=queries) as tracer:
+            logits = model(use_cache=False, **inputs).logits
+    assert not is_attached(model) and "forward" not in vars(model)
+    return tracer.record, logits
+
+
+def apart(one: Any, other: Any) -> dict[str, float]:
+    """The largest differences of two results: of any variable of the record, and of the logits."""
+    (record, logits), (again, others) = one, other
+    assert dict(record.sizes) == dict(again.sizes), (record.sizes, again.sizes)
+    found = max(float(abs(record[name] - again[name]).max()) for name in record.data_vars)
+    return {"record": found, "logits": float((logits - others).abs().max())}
+
+
+def refusal(run: Any) -> str:
+    try:
+        run()
+    except HeadscopeError as error:
+        return str(error)
+    return "not refused"
+
+
+def split_model(folder: Path) -> Any:
+    """The model in ``folder``, whole and under tensor parallelism."""
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    config = DistributedConfig(tp_size=2)
+    return whole, AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+
+
+def tensor_parallel() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    whole, split = split_model(FOLDER / "llama")
+    padded = {"input_ids": IDS, "attention_mask": REAL}
+    for name, edits in {"plain": (), "one": (AblateHeads("L0H3"),), "both": (AblateHeads("L0H3,L1H6"),)}.items():
+        theirs = record(whole, edits, input_ids=IDS)
+        found[name] = apart(theirs, record(split, edits, input_ids=IDS))
+        found[f"{name} effect"] = float((theirs[1] - whole(IDS).logits).abs().max())
+        found[f"{name} heads"] = theirs[0].sizes["head"]
+    few = [Entropy(), SinkMass(2), KeyMass()]
+
+    def written(model: Any) -> Any:
+        with apply(model, AblateHeads("L0H3")), trace(model, few) as tracer:
+            ids = model.generate(**padded, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+        return tracer.record, ids.float()
+
+    found["generated"] = apart(written(whole), written(split))
+    prompts = [list(range(4, 4 + n)) for n in (9, 5, 30, 12)]
+    swept = sweep(split, prompts, few, out=FOLDER / "swept", progress=False).load()
+    with trace(whole, few) as tracer:
+        whole(input_ids=torch.tensor([prompts[2]]))
+    found["swept"] = float(abs(swept["entropy"][2] - tracer.record["entropy"][0]).max())
+    found["swept parts"] = len(list((FOLDER / "swept").glob("part-*")))
+    found["fingerprints"] = fingerprint(whole) == fingerprint(split)
+    found["gradients"] = refusal(lambda: trace(split, few, grad=True).__enter__())
+    found["weights"] = refusal(lambda: output_projections(split))
+    found["head 8"] = refusal(lambda: apply(split, AblateHeads("L0H8")).__enter__())
+    found["neurons"] = refusal(
+        lambda: apply(split, EDITS["edit_value_vectors"](neurons=((0, 3),), factor=0.0)).__enter__()
+    )
+    found["one key head"] = refusal(lambda: trace(split_model(FOLDER / "one-key-head")[1], few).__enter__())
+    found["shared key head"] = shared_key_head()
+    return found
+
+
+def shared_key_head() -> float:
+    """Reductions of a call whose one key/value head every process holds."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 9, 4, generator=draw) for heads in (8, 1, 1))
+    call = AttentionCall(q, k, v, Mask.causal(), 0.5, layer=0, module="")
+    mine = call.with_(query=q.chunk(2, 1)[dist.get_rank()])
+    split = SplitHeads(dist.group.WORLD, dist.get_rank(), (4, 4)).call(mine)
+    request = Request(entropy=True, columns=(Columns((2, 7), sum=True, count=True),))
+    one, two = call.attend(request), split.attend(request)
+    pairs = [(one.entropy, two.entropy), (one.output, two.output), (call.pattern(), split.pattern())]
+    pairs += [(getattr(one.columns[0], name), getattr(two.columns[0], name)) for name in ("sum", "count")]
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def context() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    one = {"input_ids": IDS[:1]}
+    for kind in ("llama", "gemma3_text"):
+        model = tiny_model(kind, num_attention_heads=8, num_key_value_heads=4)
+        edits = (AblateHeads("L0H3"),)
+        for queries in (None, Last(5), Every(7)):
+            theirs = record(model, edits, queries=queries, **one)
+            found[f"{kind} {queries}"] = apart(theirs, record(model, edits, True, queries, **one))
+        found[f"{kind} two texts"] = apart(record(model, input_ids=IDS), record(model, (), True, input_ids=IDS))
+        with context_parallel(model):
+            few = model(input_ids=IDS, logits_to_keep=14).logits  # the last process holds 12 of them
+        found[f"{kind} last"] = float((few - model(IDS).logits[:, -14:]).abs().max())
+    with context_parallel(model):
+        found["padding"] = refusal(lambda: model(input_ids=IDS, attention_mask=REAL))
+        found["texts"] = refusal(lambda: model(input_ids=IDS + dist.get_rank()))
+        found["cache"] = refusal(lambda: model.generate(IDS, max_new_tokens=2, do_sample=False))
+        found["stream"] = refusal(lambda: trace(model, [Resid()]).__enter__())
+        found["twice"] = refusal(lambda: context_parallel(model).__enter__())
+    found["recurrent"] = refusal(lambda: context_parallel(tiny_model("qwen3_next")).__enter__())
+    fresh = tiny_model(kind, num_attention_heads=8, num_key_value_heads=4)
+    found["after"] = float((model(IDS).logits - fresh(IDS).logits).abs().max())
+    return found
+
+
+def every_edit() -> dict[str, Any]:
+    """The largest difference that each registered edit makes beside one process, and its effect."""
+    tests = Path(__file__).parents[2] / "interventions"
+    whole, split = split_model(FOLDER / "edited")
+    ids, few = torch.tensor([[5, 9, 17, 23, 4, 8, 30, 11, 12]]), [Entropy(), KeyMass()]
+    plain = whole(ids).logits
+
+    def run(model: Any, edit: Any) -> Any:
+        with apply(model, edit), trace(model, few) as tracer:
+            return tracer, model(input_ids=ids, use_cache=False).logits
+
+    found: dict[str, Any] = {}
+    for name, examples in _module(tests / "test_every_edit.py").EXAMPLES.items():
+        for number, settings in enumerate(examples):
+            edit = EDITS[name](**settings)
+            tracer, logits = run(whole, edit)
+            each = found[f"{name} {number}"] = {"effect": float((logits - plain).abs().max())}
+            for kind in ("heads", "rows"):
+                try:
+                    with context_parallel(whole) if kind == "rows" else contextlib.nullcontext():
+                        again, others = run(whole if kind == "rows" else split, edit)
+                    each[kind] = apart((tracer.record, logits), (again.record, others))
+                except HeadscopeError as error:
+                    each[kind] = str(error)
+    return found
+
+
+def sharded() -> dict[str, Any]:
+    """Weights that FSDP2 shards, and experts over processes: heads are whole in every process."""
+    found: dict[str, Any] = {}
+    whole, split = tiny_model("llama"), tiny_model("llama")
+    for part in (*split.model.layers, split):
+        fully_shard(part)
+    one = {"input_ids": IDS}
+    found["fsdp"] = apart(record(whole, (AblateHeads("L0H3"),), **one), record(split, (AblateHeads("L0H3"),), **one))
+    slopes = []
+    for model in (whole, split):
+        vectors = torch.zeros(2, 4, 32, requires_grad=True)
+        with apply(model, AddToHeads(heads="L0H1,L1H2", vectors=vectors), grad=True):
+            model(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+        assert vectors.grad is not None
+        slopes.append(vectors.grad)
+    found["gradients"] = float((slopes[0] - slopes[1]).abs().max())
+    found["slope"] = float(slopes[0].abs().max())
+    whole = AutoModelForCausalLM.from_pretrained(FOLDER / "experts").eval()
+    config = DistributedConfig(tp_size=2, ep_size=2)
+    split = AutoModelForCausalLM.from_pretrained(FOLDER / "experts", distributed_config=config).eval()
+    found["experts"] = apart(record(whole, (AblateHeads("L0H3"),), **one), record(split, (AblateHeads("L0H3"),), **one))
+    return found
+
+
+def _module(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    warnings.simplefilter("ignore")
+    with torch.no_grad():
+        result = {"heads": tensor_parallel(), "rows": context(), "edits": every_edit()}
+    result["sharded"] = sharded()
+    (FOLDER / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
