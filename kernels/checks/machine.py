@@ -52,12 +52,12 @@ class Warmed:
 
 def cards() -> list[dict[str, Any]]:
     """The GPUs that torch sees: ``device``, ``name``, ``capability`` ("9.0"), ``memory`` in bytes."""
-    found = []
+    found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count()) if torch.cuda.is_available() else ():
         about = torch.cuda.get_device_properties(index)
         capability = f"{about.major}.{about.minor}"
-        found.append({"device": f"cuda:{index}", "name": about.name, "capability": capability})
-        found[-1]["memory"] = about.total_memory
+        one = {"device": f"cuda:{index}", "name": about.name, "capability": capability, "memory": about.total_memory}
+        found.append(one)
     return found
 
 
