@@ -32,6 +32,8 @@
     }
     return layout;
   };
+  // on paper nothing can be unfolded
+  addEventListener("beforeprint", () => document.querySelectorAll("main > details").forEach((one) => (one.open = true)));
   const fail = (plot, words) => {
     const note = document.createElement("p");
     note.className = "failed";
