@@ -41,7 +41,8 @@ def _show(found: Checkup) -> None:
     from headscope.interp.cli import console
 
     machine = [{"what": name, "here": value} for name, value in found.machine.items()]
-    console.show_rows([*machine, *_cards(found)], "this machine", False)
+    cache = {"what": "models", "here": f"{found.cache['folder']} ({found.cache['free'] / _GB:.0f} GB free)"}
+    console.show_rows([*machine, *_cards(found), cache], "this machine", False)
     packages = [console.as_row(one) for one in found.packages]
     if packages:
         console.show_rows(packages, "packages, and what headscope asks for", False)
@@ -53,8 +54,7 @@ def _show(found: Checkup) -> None:
     models = [
         {"model": one["name"], "ready": one["cached"], "on disk": f"{one['size'] / _GB:.2f} GB"} for one in found.models
     ]
-    free = f"{found.cache['free'] / _GB:.0f} GB free"
-    console.show_rows(models, f"models in {found.cache['folder']} ({free})", False)
+    console.show_rows(models, "models that need no hub", False)
     order = {"broken": 0, "warning": 1, "note": 2}
     findings = sorted(found.findings, key=lambda one: order[one.level])
     if findings:

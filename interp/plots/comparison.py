@@ -106,7 +106,7 @@ def score_scatter(found: Agreement, pairs: int = MENU) -> go.Figure:
         }
         for number, (a, b) in enumerate(chosen)
     ]
-    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "showactive": True}
+    menu = {**style.MENU, "buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"}
     return fig.update_layout(updatemenus=[menu])
 
 

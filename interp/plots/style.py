@@ -67,6 +67,9 @@ TEMPLATE = go.layout.Template(
     }
 )
 
+# of a menu: Plotly keeps the chosen line light on a dark page too, so all of it is
+MENU = {"type": "dropdown", "showactive": True, "bgcolor": "#f4faff", "font": {"size": 11, "color": "#10151a"}}
+
 _MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥", " ": "·", "▁": "·", "Ġ": "·", "Ċ": "⏎"}
 # Plotly draws a handful of HTML's entities: & < > by name, any other by number. A dollar sign may start TeX.
 _QUOTES = str.maketrans({'"': "&#34;", "'": "&#39;", "$": "&#36;"})

@@ -319,12 +319,12 @@ def test_statistics_refuse_what_the_record_does_not_hold(record) -> None:
 
 
 def test_a_pattern_shows_what_lies_beside_a_sink_and_can_be_switched() -> None:
-    """0.01 beside a sink of 0.99 has half the colours of the logarithm; the buttons hold both pictures."""
+    """0.01 beside a sink of 0.99 has half the colours of the logarithm; the menu holds both pictures."""
     weights = np.array([[1.0, 0.0], [0.99, 0.01]])
     fig = plots.pattern(weights, ["a", "b"], ["a", "b"], title="")
     heat, (menu,) = fig.data[0], fig.layout.updatemenus
     assert (heat.z[1, 1] - heat.zmin) / (heat.zmax - heat.zmin) == pytest.approx(0.5)
-    assert [button.label for button in menu.buttons] == ["log", "linear"] and menu.active == 0
+    assert [button.label for button in menu.buttons] == ["log colours", "linear colours"] and menu.active == 0
     shown = [button.args[0] for button in menu.buttons]
     assert shown[0]["z"][0][1] == pytest.approx([np.log10(0.99), -2.0], abs=1e-6) and shown[0]["zmin"] == [-4]
     assert shown[1]["z"][0] == [[1.0, None], [0.99, 0.01]] and (shown[1]["zmin"], shown[1]["zmax"]) == ([0.0], [1.0])
