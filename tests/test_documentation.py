@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import typer
@@ -23,6 +24,7 @@ from headscope.interp.cli.listing import registries
 from headscope.interp.cli.settings import assignments
 from headscope.interp.registry import Registry, settings
 from headscope.interp.reports import catalogue
+from headscope.interp.reports.catalogue_pictures import SKIPPED
 from headscope.interp.reports.tables import rewritten
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +68,7 @@ def known() -> dict[str, Registry[Any]]:
 
 @pytest.fixture(scope="module")
 def made(known: dict[str, Registry[Any]]) -> dict[str, str]:
-    return catalogue.pages(known)
+    return catalogue.pages(known, catalogue.pictures(CATALOGUE))
 
 
 def test_links_lead_somewhere(tmp_path: Path) -> None:
@@ -122,6 +124,22 @@ def test_a_page_has_what_a_reader_asks(known: dict[str, Registry[Any]], made: di
             assert all(why in page for why in row["refused"].values())
             doc = registry[row["name"]].__doc__ or ""
             assert (catalogue.LIMIT in " ".join(doc.split())) == ("## What it does not show" in page)
+
+
+def test_pictures_of_head_methods_are_shown_or_their_lack_explained(
+    known: dict[str, Registry[Any]], made: dict[str, str]
+) -> None:
+    """A method that is newer than the pictures has neither; one that is gone has no file left."""
+    shown = catalogue.pictures(CATALOGUE)
+    files = {path.stem: path for path in (CATALOGUE / "methods/pictures").glob("*")}
+    assert set(shown) == set(files) and not set(shown) & set(SKIPPED)
+    assert set(shown) | set(SKIPPED) <= set(known["methods"]) and len(shown) > 25
+    assert sum(path.stat().st_size for path in files.values()) < 3e6
+    for name, path in files.items():
+        root = ElementTree.fromstring(path.read_bytes())
+        assert root.tag.endswith("svg") and {one.tag.rpartition("}")[2] for one in root} == {"text", "rect"}
+        assert f"](pictures/{name}.svg)" in made[f"methods/{name}.md"] and shown[name] in made[f"methods/{name}.md"]
+    assert all(f"No picture: {why}." in made[f"methods/{name}.md"] for name, why in SKIPPED.items())
 
 
 def test_what_is_not_there_any_more_loses_its_page(known: dict[str, Registry[Any]], tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ FLOORS = (
     "sites",
     "statistics",
     "models",
+    "machine",
     "runs",
     "prompts",
     "results",

@@ -2,7 +2,7 @@
 
 The one door that may import every room, inside its commands, so that ``--help`` is instant. Results go to stdout
 (``--json`` for scripts), everything else to stderr. Exit codes: 0 done, 2 bad input (one line says what to do),
-130 interrupted (run the same command again to resume), 1 a bug.
+130 interrupted (run the same command again to resume), 1 a bug, and of ``doctor`` a machine that is not in order.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ COMMANDS = (
     "masking",
     "lab",
     "report",
+    "doctor",
 )
 
 

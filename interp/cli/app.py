@@ -18,7 +18,6 @@ app = typer.Typer(
     help="An oscilloscope for attention heads: trace a model, find its heads, change them, evaluate again.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Known name, hub id, local folder or GGUF file.")]

@@ -25,12 +25,15 @@
     if (room < 520) {
       layout.title = { ...layout.title, font: { size: 14 } };
       layout.margin = { ...layout.margin, l: 8, r: 8 };
+      layout.legend = { ...layout.legend, orientation: "h", x: 0, y: -0.25, xanchor: "left", yanchor: "top" };
       const axis = layout.xaxis || {};
       const step = Math.ceil((22 * (axis.tickvals || []).length) / room);
       for (const key of ["tickvals", "ticktext"]) if (step > 1) axis[key] = axis[key].filter((_, i) => i % step === 0);
     }
     return layout;
   };
+  // on paper nothing can be unfolded
+  addEventListener("beforeprint", () => document.querySelectorAll("main > details").forEach((one) => (one.open = true)));
   const fail = (plot, words) => {
     const note = document.createElement("p");
     note.className = "failed";

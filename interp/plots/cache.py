@@ -28,11 +28,14 @@ def budget_curve(found: CacheLosses, measure: str = "recall") -> go.Figure:
         f"{measure.capitalize()} by budget", f"mean over heads and {found.prompts} prompts{bars}", inner=320
     )
     colours = style.TEMPLATE.layout.colorway
-    for i, policy in enumerate(frame["policy"].unique()):
+    policies = [policy for policy in found.policies if policy in set(frame["policy"])]
+    beside = min(0.04, 0.5 / len(policies))  # so that their bars do not cover each other
+    for place, policy in enumerate(policies):
+        i = found.policies.index(policy)  # its colour, also beside fewer others
         own = frame[frame["policy"] == policy]
         above, below = (abs(own[f"ci_{end}_{measure}"] - own[measure]).fillna(0.0) for end in ("high", "low"))
         fig.add_scatter(
-            x=[found.budgets.index(budget) for budget in own["budget"]],
+            x=[found.budgets.index(budget) + beside * (place - (len(policies) - 1) / 2) for budget in own["budget"]],
             y=own[measure],
             error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below, "width": 3},
             mode="lines+markers",
@@ -64,7 +67,7 @@ def policy_map(found: CacheLosses, budget: str | None = None, measure: str = "re
     title, label = f"{measure.capitalize()} of every head at a budget of {budget}", style.show_text(MEASURES[measure])
     fig = style.figure(title, "mean over prompts", inner=max(120, 28 * policies), plot_bgcolor=style.RULE)
     fig.add_heatmap(
-        z=flat,
+        z=style.drawn(flat),
         customdata=names,
         colorscale=style.SEQUENTIAL,
         zmin=0.0 if measure == "recall" else None,

@@ -34,8 +34,8 @@ def agreement_map(found: Agreement, measure: Measure = "spearman") -> go.Figure:
     what = _WORDS[measure] + (f" of the top {found.k}" if measure == "jaccard" else "")
     signed = measure == "spearman"
     size = 46 * len(found.names)
-    subtitle = f"{found.heads} heads; * not as shuffled within layers (Holm-adjusted p below 0.05)"
-    fig = style.figure(f"{what} between methods", subtitle, inner=max(180, size), width=330 + size)
+    subtitle = f"{found.heads} heads; *: not as shuffled within layers (Holm p &lt; 0.05)"
+    fig = style.figure(f"{what} between methods", subtitle, inner=max(180, size), width=max(700, 330 + size))
     fig.add_heatmap(
         z=values,
         text=shown,
@@ -43,7 +43,7 @@ def agreement_map(found: Agreement, measure: Measure = "spearman") -> go.Figure:
         zmin=-1 if signed else 0,
         zmax=1,
         colorscale=style.DIVERGING if signed else style.SEQUENTIAL,
-        colorbar=style.colour_bar(what),
+        colorbar=style.colour_bar(_WORDS[measure]),
         texttemplate="%{text}" if len(found.names) <= 12 else None,
         xgap=1,
         ygap=1,
@@ -106,7 +106,7 @@ def score_scatter(found: Agreement, pairs: int = MENU) -> go.Figure:
         }
         for number, (a, b) in enumerate(chosen)
     ]
-    menu = {"buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "showactive": True}
+    menu = {**style.MENU, "buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"}
     return fig.update_layout(updatemenus=[menu])
 
 
@@ -121,8 +121,8 @@ def _add_pair(fig: go.Figure, found: Agreement, a: str, b: str, *, visible: bool
     for inside, colour in ((counted & ~both, style.ACCENT), (counted & both, style.CONTRAST)):
         layer, head = np.nonzero(inside)
         fig.add_scatter(
-            x=x[inside],
-            y=y[inside],
+            x=style.drawn(x[inside]),
+            y=style.drawn(y[inside]),
             mode="markers",
             marker={"color": colour, "size": 7, "opacity": 0.7},
             text=[f"L{i}H{j}" for i, j in zip(layer, head, strict=True)],

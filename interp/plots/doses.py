@@ -28,10 +28,11 @@ def dose_response(
     style.require(frame, COLUMNS, "a dose-response plot")
     task, setting = str(frame["task"].iloc[0]), str(frame["setting"].iloc[0])
     fig = style.figure(f"{task} by {setting}", "bar: interval, pale: random controls", inner=300)
-    colours = style.TEMPLATE.layout.colorway
+    several = frame["edit"].nunique() > 1  # one edit has the colours that it has beside its baseline: see evaluation
+    colours = style.TEMPLATE.layout.colorway if several else (style.CONTRAST,)
     for at, (edit, rows) in enumerate(frame.groupby("edit", sort=False)):
         rows = rows.sort_values("value")
-        colour, name = colours[at % len(colours)], style.show_text(edit, 60)
+        colour, name = colours[at % len(colours)], style.show_text(edit, 36)
         hover = [
             f"<b>{name}</b><br>{style.show_text(setting)} = {row['value']:g}: {row['mean']:.3f}"
             f"<br>interval {style.interval_text(row['ci_low'], row['ci_high']) or 'none'}<br>n = {row['n']}"
@@ -54,9 +55,14 @@ def dose_response(
             hovertemplate="%{text}<extra></extra>",
         )
         if rows["random"].notna().any():
-            pale = {"color": colour, "width": 1.5, "dash": "dash"}
+            pale = {"color": colour if several else style.MUTED, "width": 1.5, "dash": "dash"}
             fig.add_scatter(
-                x=rows["value"], y=rows["random"], mode="lines", line=pale, opacity=0.5, name=f"random for {name}"
+                x=rows["value"],
+                y=rows["random"],
+                mode="lines",
+                line=pale,
+                opacity=0.5 if several else 1.0,
+                name=f"random for {name}",
             )
     if base is not None and np.isfinite(base):
         fig.add_hline(y=base, line={"color": style.SOFT, "width": 1, "dash": "dot"}, layer="below")

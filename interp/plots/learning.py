@@ -16,10 +16,12 @@ def learning_curve(found: Findings, label: str, number: str) -> go.Figure:
     """
     frame = found.curve(label, number)
     words = number.replace("_", " ")
-    fig = style.figure(f"{words.capitalize()} of {label}", f"mean of {len(found.seeds)} seeds, pale: each", inner=300)
+    fig = style.figure(
+        f"{words.capitalize()} of {label}", f"mean of {len(found.seeds)} seeds, pale: each", inner=300, showlegend=False
+    )
     colour = style.TEMPLATE.layout.colorway[0]
     for seed, rows in frame.groupby("seed"):
-        pale = {"line": {"color": colour, "width": 1}, "opacity": 0.35, "showlegend": False}
+        pale = {"line": {"color": colour, "width": 1}, "opacity": 0.35}
         fig.add_scatter(x=rows["step"], y=rows["value"], mode="lines", name=f"seed {seed}", **pale)
     mean = frame.groupby("step", as_index=False)["value"].mean()
     fig.add_scatter(x=mean["step"], y=mean["value"], mode="lines", line={"color": colour, "width": 2.5}, name="mean")

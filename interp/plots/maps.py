@@ -94,7 +94,7 @@ def _draw_map(
     inner, width = min(760, max(190, cell * len(heads))), 200 + 34 * len(layers)
     fig = style.figure(title, subtitle, inner=inner, width=width, plot_bgcolor=style.RULE)
     fig.add_heatmap(
-        z=values.T,
+        z=style.drawn(values.T),
         text=extra.T,
         customdata=names.T,
         zmin=ends[0],
@@ -138,7 +138,11 @@ def ranked(scores: HeadScores, k: int = 20, *, label: str = "score") -> go.Figur
     marker = {"color": style.ACCENT, "size": 9, "line": {"color": "white", "width": 1}}
     template = "%{text}<extra></extra>"
     fig.add_scatter(x=frame["score"], y=rows, mode="markers", marker=marker, text=hover, hovertemplate=template)
-    fig.update_xaxes(title_text=style.show_text(label).capitalize(), rangemode="tozero")
+    ends = frame[["score", "ci_low", "ci_high"]].to_numpy(dtype=np.float64)
+    left, right = min(0.0, float(np.nanmin(ends))), max(0.0, float(np.nanmax(ends)))
+    room = 0.02 * (right - left) or 0.05  # or the best head's interval would end at the frame
+    shown = [left - room * (left < 0), right + room]
+    fig.update_xaxes(title_text=style.show_text(label).capitalize(), range=shown)
     return fig.update_yaxes(range=[len(frame) - 0.4, -0.6], **style.ticks(names, 60))
 
 

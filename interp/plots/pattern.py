@@ -14,7 +14,6 @@ from headscope.interp.plots import style
 CELLS = 256 * 256
 FLOOR = 1e-4  # the lower end of the logarithmic colours
 LABELS = 64
-BUTTON = {"size": 11, "color": "#10151a"}  # on a pressed button, which Plotly keeps light on a dark page, too
 
 
 def pattern(
@@ -33,7 +32,7 @@ def pattern(
     The axes are positions, so a repeated token keeps its own row and column. Row ``i`` stands at ``query_offset + i``
     and column ``j`` at ``key_offset + j``; by default the queries are the last of the keys. ``causal`` leaves the cells
     above the diagonal blank. ``log`` begins with colours of the logarithm, from 0.0001 to 1, which show what lies
-    beside a sink; buttons switch. Values below 0 (a difference of two patterns) have colours centred at 0 instead.
+    beside a sink; a menu switches. Values below 0 (a difference of two patterns) have colours centred at 0 instead.
 
     Raises:
         HeadscopeError: token lists that do not fit the weights, weight on keys that a causal query cannot see, or more
@@ -118,9 +117,9 @@ def colours(values: NDArray[np.float64], *, log: bool) -> dict[str, Any]:
 
 
 def add_switch(fig: go.Figure, values: NDArray[np.float64], *, log: bool) -> None:
-    """Two buttons above the map of ``values``: colours of the logarithm, and linear ones."""
+    """A menu above the map of ``values``: colours of the logarithm, or linear ones; it names those that are shown."""
     buttons = []
-    for name, power in (("log", True), ("linear", False)):
+    for name, power in (("log colours", True), ("linear colours", False)):
         z = np.log10(np.maximum(values, FLOOR)) if power else values
         look = colours(values, log=power)
         shown = {"z": [[[None if np.isnan(x) else round(x, 6) for x in row] for row in z.tolist()]]}
@@ -128,7 +127,7 @@ def add_switch(fig: go.Figure, values: NDArray[np.float64], *, log: bool) -> Non
         ends = {key: [look[key]] for key in ("zmin", "zmax")}
         buttons.append({"label": name, "method": "restyle", "args": [{**shown, **bar, **ends}]})
     place = {"x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 4, "t": 0}}
-    menu = {"type": "buttons", "direction": "right", "active": 0 if log else 1, "font": BUTTON, "bgcolor": "#d8e0e7"}
+    menu = {**style.MENU, "active": 0 if log else 1}
     fig.update_layout(updatemenus=[{**menu, **place, "buttons": buttons}])
     room = 30  # between the title and the buttons
     fig.update_layout(height=fig.layout.height + room, margin={"t": fig.layout.margin.t + room})

@@ -141,7 +141,8 @@ def _panels(blocks: list[tuple[str, pd.DataFrame]], columns: list[str], metrics:
         row_titles=None,
     )
     title = {"text": "Effect of each intervention", "subtitle": {"text": "dot: mean, bar: interval"}}
-    legend = {"y": 1 + 22 / inner, "x": 1, "xanchor": "right", "itemclick": False, "itemdoubleclick": False}
+    legend = {"orientation": "h", "y": 1 + 22 / inner, "yanchor": "bottom", "x": 1, "xanchor": "right"}
+    legend |= {"itemclick": False, "itemdoubleclick": False}
     margin = {"t": 122, "b": 56}
     fig.update_layout(template=style.TEMPLATE, title=title, height=inner + 178, legend=legend, margin=margin)
     names = {"mean": "Mean", "delta": "Difference to baseline"}

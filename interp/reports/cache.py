@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headscope.interp import plots
 from headscope.interp.reports.page import Report
+from headscope.interp.reports.readable import readable
 from headscope.interp.results.cache import MEASURES, CacheLosses
 
 SHOWN = ("policy", "budget", "recall", "ci_low_recall", "ci_high_recall", "error", "divergence", "kept", "needed")
@@ -36,7 +37,7 @@ def add_losses(page: Report, found: CacheLosses) -> Report:
     for budget in found.budgets:
         page.figure(plots.overlap_map(found, budget), f"keys in common at {budget}")
     caption = f"Means over layers, heads and prompts ({_of(found)})"
-    return page.table(found.to_frame()[list(SHOWN)], caption)
+    return page.table(readable(found.to_frame()[list(SHOWN)]), caption)
 
 
 def _of(found: CacheLosses) -> str:

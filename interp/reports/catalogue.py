@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headscope.interp.registry import Registry, summary
+from headscope.interp.reports.catalogue_pictures import pictures, section
 from headscope.interp.reports.tables import cell, rewritten
 from headscope.interp.reports.usage import use
 from headscope.interp.runs.files import write_atomically
@@ -29,12 +30,12 @@ _ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
 _DOI = re.compile(r"\bdoi[: ](10\.\d{4,}/[^\s,;]+)")
 
 
-def pages(registries: Mapping[str, Registry[Any]]) -> dict[str, str]:
-    """Every entry's page by its path below the catalogue, ``"methods/induction.md"``."""
+def pages(registries: Mapping[str, Registry[Any]], shown: Mapping[str, str]) -> dict[str, str]:
+    """Every entry's page by its path below the catalogue, ``"methods/induction.md"``; ``shown``: its ``pictures``."""
     found = {}
     for group, registry in registries.items():
         for row in registry.rows():
-            found[f"{group}/{row['name']}.md"] = entry(registry, row)
+            found[f"{group}/{row['name']}.md"] = entry(registry, row, shown)
     return found
 
 
@@ -43,7 +44,7 @@ def write(folder: Path, registries: Mapping[str, Registry[Any]]) -> None:
 
     A registry's index page keeps its own text; where there is none it begins with a title alone.
     """
-    made = pages(registries)
+    made = pages(registries, pictures(folder))
     for group, registry in registries.items():
         index = folder / group / "index.md"
         begin = index.read_text(encoding="utf-8") if index.exists() else blank(group)
@@ -65,8 +66,8 @@ def blank(group: str) -> str:
     return f"# {group.capitalize()}\n\n<!-- {group}: written by `headscope list --write` -->\n<!-- end of {group} -->\n"
 
 
-def entry(registry: Registry[Any], row: Mapping[str, Any]) -> str:
-    """The page of one entry, from its row of the registry and its class."""
+def entry(registry: Registry[Any], row: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+    """The page of one entry, from its row of the registry and its class, with its picture where there is one."""
     cls = registry[row["name"]]
     told, limits = _body(cls)
     example = use(registry.group, row["name"], cls)
@@ -81,6 +82,7 @@ def entry(registry: Registry[Any], row: Mapping[str, Any]) -> str:
         _facts(registry, row, cls),
         *_section("Definition", told),
         *_section("What it does not show", limits),
+        *_section("Picture", section(registry.group, row["name"], shown)),
         *_section("Use", [*commands, *_code("python", example.python)]),
         *_section("Settings", _settings(row["settings"])),
         *_section("Refused", ["\n".join(refused)] if refused else []),

@@ -69,7 +69,7 @@ def add_agreement(page: Report, found: Agreement, title: str = "Agreement of met
     if found.left_out:
         page.text(f"Layers without a score by some method are left out: {', '.join(map(str, found.left_out))}.")
     alike = list(found_alike(found)) or ["No two methods share more top heads than shuffles within layers do."]
-    page.text("\n\n".join(alike))
+    page.text("\n\n".join(line.rstrip(".") + "." for line in alike))
     page.figure(plots.agreement_map(found, "spearman"), "Spearman's rank correlation over all heads.")
     page.figure(plots.agreement_map(found, "jaccard"), f"Jaccard index of the {found.k} highest heads.")
     page.figure(plots.score_scatter(found), "Every head by two methods; the menu chooses them.")

@@ -20,6 +20,8 @@ from headscope.interp.plots.style import show_token
 from headscope.interp.runs.files import write_atomically
 
 LIMIT = 6_000_000  # bytes
+ON_ONE_LINE = ("p", "p_permutation", "p_holm", "95 % of the null")  # columns of numbers as text; so are intervals
+LONG = 16  # entries of a list of contents that is read at a glance
 
 # The page may run its own scripts and styles and show its own images; the browser refuses every request to anywhere.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -180,11 +182,28 @@ def _plotly() -> str:
 def _contents(entries: list[tuple[str, str]]) -> str:
     if len(entries) < 2:
         return ""
+    if len(entries) > LONG:  # sections are found at once, and what is in them is a click further
+        return _folded(entries)
+    return _listed("Contents", entries)
+
+
+def _folded(entries: list[tuple[str, str]]) -> str:
+    """The sections, and folded below them every figure and table."""
+    sections = [entry for entry in entries if entry[0].startswith("section")]
+    every = f"<details><summary>Figures and tables</summary>{_list(entries)}</details>"
+    return f'<nav aria-label="Contents"><h2>Contents</h2>{_list(sections)}{every}</nav>'
+
+
+def _listed(title: str, entries: list[tuple[str, str]]) -> str:
+    return f'<nav aria-label="{title}"><h2>{title}</h2>{_list(entries)}</nav>'
+
+
+def _list(entries: list[tuple[str, str]]) -> str:
     lines = []
     for anchor, text in entries:
         short = text if len(text) <= 110 else text[:109].rstrip() + "…"
         lines.append(f'<li class="{anchor.split("-")[0]}"><a href="#{anchor}">{_safe(short)}</a></li>')
-    return f'<nav aria-label="Contents"><h2>Contents</h2><ul>{"".join(lines)}</ul></nav>'
+    return f"<ul>{''.join(lines)}</ul>"
 
 
 def _table(frame: pd.DataFrame, formats: dict[str, str], caption: str) -> str:
@@ -192,7 +211,8 @@ def _table(frame: pd.DataFrame, formats: dict[str, str], caption: str) -> str:
     for at, name in enumerate(frame.columns):
         values = frame.iloc[:, at]
         numeric = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-        kind = ' class="number"' if numeric else ""
+        whole = "interval" in str(name) or name in ON_ONE_LINE
+        kind = ' class="number"' if numeric else ' class="whole"' if whole else ""
         head.append(f'<th scope="col"{kind}>{_safe(str(name).replace("_", " "))}</th>')
         try:
             columns.append([f"<td{kind}>{_safe(_cell(value, formats.get(name)))}</td>" for value in values])

@@ -8,6 +8,7 @@ import pandas as pd
 INTERVALS = (
     ("ci_low", "ci_high", "interval"),
     ("low", "high", "interval"),
+    ("ci_low_recall", "ci_high_recall", "interval of recall"),
     ("delta_low", "delta_high", "interval of the difference"),
     ("null_low", "null_high", "95 % of the null"),
 )
@@ -24,6 +25,8 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
             ]
             frame.insert(int(frame.columns.get_indexer([low])[0]), name, shown)
             frame = frame.drop(columns=[low, high])
+    for name in {"p", "p_permutation", "p_holm"} & set(frame.columns):
+        frame[name] = ["–" if pd.isna(p) else f"{p:.2g}" for p in frame[name]]
     if "method" in frame:
         frame["method"] = [str(method).replace("_", " ") for method in frame["method"]]
     return frame

@@ -18,6 +18,7 @@ from headscope.interp.records.record import MANIFEST, load_record
 from headscope.interp.reports.cache import add_losses
 from headscope.interp.reports.comparison import add_agreements
 from headscope.interp.reports.evaluation import add_evaluation
+from headscope.interp.reports.opening import what_changed, what_was_found, what_was_run
 from headscope.interp.reports.page import Report
 from headscope.interp.reports.readable import readable
 from headscope.interp.results.cache import NAME, CacheLosses
@@ -81,8 +82,7 @@ class Results:
         made = first.provenance if first is not None else {}
         model_of = made.get("model")
         page = Report("headscope report", str(model_of.get("name") or "") if isinstance(model_of, dict) else "")
-        if self.scores:
-            page.heading("Heads found").table(readable(pd.DataFrame(self.summary())), "Best head of every method")
+        self._open(page)
         for found in self.scores.values():
             _add_scores(page, found)
         add_agreements(page, self.scores)
@@ -100,6 +100,20 @@ class Results:
             _add_patterns(page, self.scores, prompt, model or self.model)
         page.provenance({found.method: found.provenance for found in self.scores.values()} or made)
         return page
+
+    def _open(self, page: Report) -> None:
+        """What a reader who reads no further should know."""
+        every = [*self.scores.values(), *self.evaluations.values(), *self.losses.values()]
+        told = {
+            "What was run": what_was_run(one.provenance for one in every),
+            "Heads found": what_was_found(self.scores.values()),
+            "What changed": [line for one in self.evaluations.values() for line in what_changed(one)],
+        }
+        for title, lines in told.items():
+            if lines:
+                page.heading(title).text("\n\n".join(lines))
+            if lines and title == "Heads found":
+                page.table(readable(pd.DataFrame(self.summary())), "Best head of every method")
 
 
 def _above_tenth(found: HeadScores) -> int | None:

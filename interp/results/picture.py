@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 BLUE_RED = ((33, 102, 172), (247, 247, 247), (178, 24, 43))  # ColorBrewer RdBu, white at 0
 MISSING = "#9aa5b1"
-TEXT = 'font-family="system-ui, sans-serif" font-size="11" fill="currentColor"'
+TEXT = 'font-family="system-ui, sans-serif" font-size="11"'
 
 
-def svg_map(values: NDArray[np.float64], title: str) -> str:
-    """``values`` (layer, head) as coloured cells, layers across and heads down; NaN is grey.
+def svg_map(values: NDArray[np.float64], title: str, *, hover: bool = True, ink: str = "currentColor") -> str:
+    """``values`` (layer, head) as coloured cells, layers across and heads down; NaN is grey. ``hover``: each says its
+    value where one points at it (as a file of its own a picture cannot); ``ink`` colours the words.
 
     The colours run from 0 (or the lowest) to the highest value; with negative values they are centred at 0, blue below.
     """
@@ -28,14 +29,16 @@ def svg_map(values: NDArray[np.float64], title: str) -> str:
     width, height = left + cell * layers + 8, head + cell * heads + 34
     cells = [
         f'<rect x="{left + cell * layer}" y="{head + cell * row}" width="{cell - 1}" height="{cell - 1}" '
-        f'fill="{_colour((value - low) / (top - low), stops)}"><title>L{layer}H{row}: {value:.3g}</title></rect>'
+        f'fill="{_colour((value - low) / (top - low), stops)}"'
+        + (f"><title>L{layer}H{row}: {value:.3g}</title></rect>" if hover else "/>")
         for (layer, row), value in np.ndenumerate(values)
     ]
     under = head + cell * heads
+    text = f'{TEXT} fill="{ink}"'
     words = [
-        f'<text x="0" y="12" {TEXT}>{html.escape(title)}</text>',
-        f'<text x="{left}" y="{under + 14}" {TEXT}>layer 0 to {layers - 1}; colours {low:.3g} to {top:.3g}</text>',
-        f'<text x="0" y="{head + 10}" {TEXT}>head</text>',
+        f'<text x="0" y="12" {text}>{html.escape(title)}</text>',
+        f'<text x="{left}" y="{under + 14}" {text}>layer 0 to {layers - 1}; colours {low:.3g} to {top:.3g}</text>',
+        f'<text x="0" y="{head + 10}" {text}>head</text>',
     ]
     width = max(width, 420)
     style = "max-width:100%;height:auto"

@@ -108,11 +108,12 @@ def _fetchable(x: Tensor) -> bool:
 
 
 def _on_hopper(x: Tensor) -> bool:
-    return x.is_cuda and _hopper(x.device)
+    return x.is_cuda and works_on(x.device)
 
 
 @cache
-def _hopper(device: torch.device) -> bool:
+def works_on(device: torch.device) -> bool:
+    """Whether ``device``, a GPU, is a Hopper card and this Triton has the Gluon that the kernels are written in."""
     if torch.cuda.get_device_capability(device)[0] != 9 or find_spec("triton.experimental.gluon") is None:
         return False
     try:

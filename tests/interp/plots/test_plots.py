@@ -319,12 +319,12 @@ def test_statistics_refuse_what_the_record_does_not_hold(record) -> None:
 
 
 def test_a_pattern_shows_what_lies_beside_a_sink_and_can_be_switched() -> None:
-    """0.01 beside a sink of 0.99 has half the colours of the logarithm; the buttons hold both pictures."""
+    """0.01 beside a sink of 0.99 has half the colours of the logarithm; the menu holds both pictures."""
     weights = np.array([[1.0, 0.0], [0.99, 0.01]])
     fig = plots.pattern(weights, ["a", "b"], ["a", "b"], title="")
     heat, (menu,) = fig.data[0], fig.layout.updatemenus
     assert (heat.z[1, 1] - heat.zmin) / (heat.zmax - heat.zmin) == pytest.approx(0.5)
-    assert [button.label for button in menu.buttons] == ["log", "linear"] and menu.active == 0
+    assert [button.label for button in menu.buttons] == ["log colours", "linear colours"] and menu.active == 0
     shown = [button.args[0] for button in menu.buttons]
     assert shown[0]["z"][0][1] == pytest.approx([np.log10(0.99), -2.0], abs=1e-6) and shown[0]["zmin"] == [-4]
     assert shown[1]["z"][0] == [[1.0, None], [0.99, 0.01]] and (shown[1]["zmin"], shown[1]["zmax"]) == ([0.0], [1.0])
@@ -357,3 +357,26 @@ def test_axes_have_units(record) -> None:
     fig = plots.evaluation(pd.DataFrame({**rows, **bounds}), {"t": "nats per token"})
     assert fig.layout.xaxis.title.text == "Mean (nats per token)"
     assert fig.layout.xaxis2.title.text == "Difference to baseline (nats per token)"
+
+
+def test_large_maps_are_drawn_to_one_part_in_a_hundred_thousand() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(64, 64)) * 10.0 ** rng.integers(-3, 4, (64, 64))
+    values[3, 5] = np.nan
+    drawn = style.drawn(values)
+    assert drawn.dtype == np.float32 and np.isnan(drawn[3, 5])
+    assert np.nanmax(np.abs(drawn / values - 1)) < 2.0**-17 + 2.0**-24  # half of the last bit that stays
+    assert not (drawn.view(np.uint32)[np.isfinite(drawn)] & 0x7F).any()
+    assert style.drawn(values[:2]) is not drawn and np.array_equal(style.drawn(values[:2]), values[:2], equal_nan=True)
+
+
+def test_the_best_heads_interval_ends_inside_the_frame(scores) -> None:
+    fig = plots.ranked(scores, k=3)
+    assert fig.layout.xaxis.range[0] <= 0 and fig.layout.xaxis.range[1] > scores.interval[1][2, 1]
+
+
+def test_labels_keep_apart_at_64_layers_of_64_heads() -> None:
+    fig = plots.head_map(np.random.default_rng(0).uniform(size=(64, 64)), title="t", label="score")
+    cell = fig.layout.height / 64
+    layers, heads = fig.layout.xaxis.tickvals, fig.layout.yaxis.tickvals
+    assert len(layers) <= 32 and (heads[1] - heads[0]) * cell > 20  # pixels: two digits side by side, 12 high

@@ -123,6 +123,15 @@ def test_contents_link_to_every_entry(tmp_path, figure) -> None:
     assert "Figure 1. A map." in page.words
 
 
+def test_long_contents_are_sections_with_the_rest_folded(tmp_path) -> None:
+    report = Report("T").heading("First")
+    for at in range(20):
+        report.table(pd.DataFrame({"a": [at]}), f"Numbers {at}.")
+    source = Page(report.heading("Last").save(tmp_path / "r.html")).source
+    first, folded = source.split("<details><summary>Figures and tables", 1)
+    assert "#section-2" in first and "#table-1" not in first and folded.count('href="#table-') == 20
+
+
 def test_provenance_is_folded_at_the_end_and_adds_up(tmp_path) -> None:
     report = Report("T").text("x").provenance({"model": "m", "seed": 0}).provenance({"seed": 1, "versions": {"a": "1"}})
     source = Page(report.save(tmp_path / "r.html")).source

@@ -1,0 +1,1 @@
+"""What this machine has for headscope: packages and their versions, cards and kernels, the cache of models."""
