@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from headscope.interp.laboratory.variants.weights import Weights
+from headscope.interp.laboratory.variants.weights import LEAST, Weights
 from headscope.kernels import reference
 from headscope.kernels.score_edits import ScoreEdit
 
@@ -32,7 +32,7 @@ class SoftplusReweighted(Weights):
         by = log(self.d_head) * n.to(q.dtype).log()
 
         def first(s: Tensor, i: Tensor) -> Tensor:
-            return softplus(by[i] * s)
+            return softplus(by[i] * s).clamp(min=LEAST)
 
         totals = self.totals(q, k, ScoreEdit(lambda s, b, h, i, j: first(s, i).log()))[..., 0]
 

@@ -56,6 +56,19 @@ def test_it_learns(name: str) -> None:
     assert all(p.requires_grad for p in model.parameters()) == (name != "random_scores")
 
 
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_steep_scores_have_finite_losses_and_gradients(name: str) -> None:
+    """Scores of hundreds, as a model may have that is trained at a large rate: weights underflow, gradients do not."""
+    model = Decoder(shape(name), VARIANTS[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(40)
+    ids = torch.randint(11, (3, 20))
+    loss = cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(HeadscopeError, match="width 18"):
         Shape(width=18, heads=2)
