@@ -61,7 +61,8 @@ def wanted(answers: Answers, chosen: Sequence[tuple[int, int]]) -> Iterator[tupl
     alone = range(len(answers.runs))
     runs = [*alone, *([DIFFERENCE] if answers.compared else [])]
     said = [run for run in alone if answers.runs[run].prompt_length is not None]
-    yield "the last token's view of every head", [f"query/{run}/{last}" for run in runs]
+    ends = {run: last if run == DIFFERENCE else len(answers.runs[run].tokens) - 1 for run in runs}
+    yield "the last token's view of every head", [f"query/{run}/{end}" for run, end in ends.items()]
     for what, heads in (("chosen heads", chosen), ("other heads", others)):
         for layer, head in heads:
             yield f"whole maps of {what}", [q for run in runs for q in _level(answers, run, layer, head, top)]

@@ -14,9 +14,14 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.explorer.run import Run
 from headscope.interp.results.bootstrap import bootstrap_mean
 from headscope.interp.results.scores import HeadScores
+from headscope.interp.statistics import SinkMass
 from headscope.interp.statistics.declared import unit_of
 
 MOST = 24  # statistics in one overview
+
+
+LARGEST = "largest over keys"
+OF = {"sink_mass": f" on the first {SinkMass().first} tokens"}  # under its plain name it has the default's
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +52,8 @@ def columns_of(records: Sequence[xr.Dataset], suffix: str = "") -> list[Column]:
             unit = unit_of(name.split(" ")[0])
             about, values = _reduced(variable)
             own = name + suffix
-            column = found.setdefault(own, Column(own, own.replace("_", " "), _said(unit), about, {}))
+            said = f"{_said(unit)}{OF.get(name, '')}{', largest over keys' if about == LARGEST else ''}"
+            column = found.setdefault(own, Column(own, own.replace("_", " "), said, about, {}))
             column.values.update(values)
     return list(found.values())[:MOST]
 
@@ -96,7 +102,7 @@ def _reduced(variable: xr.DataArray) -> tuple[str, dict[tuple[int, int], tuple[f
     low, high, about = empty, empty, ""
     with np.errstate(invalid="ignore"):
         if along == ["key"]:
-            each, about = np.nanmax(x, -1), "largest over keys"
+            each, about = np.nanmax(x, -1), LARGEST
         elif along:
             each = np.nanmean(x, -1)
             if len(x) == 1:

@@ -23,6 +23,7 @@ from headscope.interp.prompts.grids import ImageGrid
 from headscope.interp.prompts.look import Look, extended, look
 from headscope.interp.prompts.tokens import check_length
 from headscope.interp.prompts.vision_data import VisionItem
+from headscope.interp.registry import check_counts
 from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites import attached
 from headscope.interp.sites.given import Loadable
@@ -117,9 +118,10 @@ def record_run(
         device: where queries and keys are kept; None: where they are computed ("cpu" frees the card).
 
     Raises:
-        HeadscopeError: a prompt without tokens or longer than the context, layers that do not attend, spans beyond the
-            text, or layers that do not attend over the text itself.
+        HeadscopeError: ``generate`` is no count, a prompt without tokens or longer than the context, layers that do not
+            attend, spans beyond the text, or layers that do not attend over the text itself.
     """
+    check_counts(0, generate=generate)
     lm = load_model(lm)
     read = _Reading.of(lm, prompt)
     if generate:

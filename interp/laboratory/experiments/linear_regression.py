@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from headscope.interp.errors import HeadscopeError
 from headscope.interp.laboratory.experiment import Bench, Experiment
 from headscope.interp.laboratory.linear_regression import predictors
 from headscope.interp.laboratory.linear_regression.data import Prompts, Regression
@@ -65,7 +66,11 @@ class LinearRegression(Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = min((*self.heads, *self.two_task_heads), default=0)
+        if not self.heads or not 0 <= self.noise < float("inf"):
+            raise HeadscopeError(
+                "linear_regression: heads names one model at least, and noise is a variance, 0 or more"
+            )
+        least = min((*self.heads, *self.two_task_heads))
         check_counts(1, heads=least, steps=self.steps, batch=self.batch, prompts=self.prompts, every=self.every)
 
     def quick(self) -> Self:

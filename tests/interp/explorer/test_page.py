@@ -54,6 +54,14 @@ def test_a_page_holds_the_answers_that_it_names(lm: LanguageModel, tmp_path: Pat
         assert (kept[known] != whole[known]).any() and facts["rows"] > 0
 
 
+def test_a_shorter_text_beside_and_no_negative_answer(lm: LanguageModel, tmp_path: Path) -> None:
+    short = record_run(lm, PROMPT[:20])
+    head, _ = read(Explorer(record_run(lm, PROMPT), short).save(tmp_path / "page.html"))
+    assert {"query/0/149", f"query/1/{len(short.tokens) - 1}"} <= set(head["index"])
+    with pytest.raises(HeadscopeError, match="generate is a whole number of at least 0, not -2"):
+        record_run(lm, PROMPT, generate=-2)
+
+
 def test_a_page_keeps_its_budget_and_says_what_it_leaves_out(lm: LanguageModel, tmp_path: Path) -> None:
     explorer = Explorer(record_run(lm, PROMPT), record_run(lm, PROMPT))
     size = explorer.save(tmp_path / "small.html", budget_mb=0.2).stat().st_size
