@@ -68,6 +68,7 @@ def logits(model: Any) -> Tensor:
 
 def at_random(count: int, seed: int = 0) -> list[str]:
     """Interrupt traced passes, generation and verification ``count`` times; what was left after each."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
     clock, known, left = random.Random(seed), tiny_model("llama"), []
     plain = logits(known)
     for number in range(count):
