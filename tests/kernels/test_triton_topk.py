@@ -19,6 +19,7 @@ from headscope.kernels.checks.cases import MASKS, Case, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.streaming import engine as streaming
+from headscope.kernels.triton import heaviest
 from headscope.kernels.triton import topk as triton_topk
 from headscope.kernels.triton import tuning as triton_tuning
 
@@ -45,8 +46,11 @@ def _disorder(got: Reduced) -> list:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "rule"])
-@pytest.mark.parametrize("queries, keys, d", [(41, 41, 32), (1, 70, 60)])
-def test_every_mask(kind: str, queries: int, keys: int, d: int) -> None:
+@pytest.mark.parametrize("queries, keys, d, short", [(41, 41, 32, True), (41, 41, 32, False), (1, 70, 60, True)])
+def test_every_mask(monkeypatch: pytest.MonkeyPatch, kind: str, queries: int, keys: int, d: int, short: bool) -> None:
+    """Many rows by two walks, and, as over more keys than these are for, by inserting."""
+    if not short:
+        monkeypatch.setattr(heaviest, "MOST_KEYS", 0)
     case = random_case(kind, kv_heads=1, queries=queries, keys=keys, d_head=d, device=DEVICE)
     for top in (1, 3):
         assert not fails(case, top)

@@ -89,8 +89,8 @@ class SinkEmergence(Experiment):
     sum.
 
     [OURS]: a model that one CPU core trains in minutes (they: 60M parameters, 20,000 steps of 1M tokens of the Pile, a
-    rate of 4e-4), on bytes of the bundled novel. Sinks did not emerge within 1,000 to 2,750 steps by themselves, but
-    do where texts have a beginning token and every other one says its first half twice (which gives a head something to
+    rate of 4e-4), on bytes of the bundled novel. Sinks do not emerge within 1,000 steps by themselves, but do
+    where texts have a beginning token and every other one says its first half twice (which gives a head something to
     do that it mostly has not): these are the defaults; held-out texts say nothing twice, and ``no_beginning`` and
     ``no_repeats`` are arms. At a rate of 1.5e-2 they come under two seeds of three. A learned key begins at 0 and is
     one a head.
