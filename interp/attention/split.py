@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
-from headscope.interp.attention.whole import Group, Whole, gather, plain, run_of
+from headscope.interp.attention.whole import Group, Shares, Whole, plain, share_of, side_by_side
 from headscope.kernels.request import Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
 
@@ -26,43 +26,32 @@ class Split:
 
     along = 0  # the dimension of z (batch, head, query, d_value) that is shared out
 
-    def __init__(self, group: Group, rank: int, sizes: tuple[int, ...]) -> None:
-        self.group, self.rank, self.sizes = group, rank, sizes
+    def __init__(self, group: Group, rank: int, shares: Shares) -> None:
+        self.group, self.rank, self.shares = group, rank, shares
 
-    @property
-    def count(self) -> int:
-        """Heads, or rows, of the whole."""
-        return sum(self.sizes)
-
-    @property
-    def here(self) -> slice:
-        """Those of this process."""
-        first = sum(self.sizes[: self.rank])
-        return slice(first, first + self.sizes[self.rank])
-
-    def whole(self, x: Tensor, along: int, sizes: tuple[int, ...] | None = None) -> Whole:
-        """The tensor of which this process holds ``x``; ``sizes`` where they are not those of heads or rows."""
-        return Whole(x, along, self.sizes if sizes is None else sizes, self.group, self.rank)
+    def whole(self, x: Tensor, along: int, shares: Shares | None = None) -> Whole:
+        """The tensor of which this process holds ``x``; ``shares`` where they are not those of heads or rows."""
+        return Whole(x, along, self.shares if shares is None else shares, self.group, self.rank)
 
     def own(self, z: Tensor) -> Tensor:
         """This process's part of the outputs z."""
-        return run_of(z, self.along, self.here.start, self.sizes[self.rank])
+        return share_of(z, self.along, self.shares, self.rank)
 
     def call(self, mine: AttentionCall) -> AttentionCall:
         """The whole call of which this process holds ``mine``."""
         raise NotImplementedError
 
-    def part(self, call: AttentionCall) -> AttentionCall:
-        """What this process computes of the whole ``call``, after edits."""
+    def parts(self, call: AttentionCall) -> list[AttentionCall]:
+        """What this process computes of the whole ``call``, after edits; one after the other along ``along``."""
         raise NotImplementedError
+
+    def output(self, call: AttentionCall) -> Tensor:
+        """The outputs z of the whole ``call``; they are fetched when they are read."""
+        return self.whole(side_by_side([part.output() for part in self.parts(call)], self.along), self.along)
 
     def attend(self, call: AttentionCall, request: Request) -> Reduced:
         """Every reduction of the whole ``call``; its output is fetched when it is read."""
         raise NotImplementedError
-
-    def joined(self, x: Tensor, along: int, sizes: tuple[int, ...]) -> Tensor:
-        """The parts of all processes side by side."""
-        return gather(x, along, sizes, self.group)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +62,7 @@ class SplitCall(AttentionCall):
 
     def _shared_out(self) -> bool:
         """Not where somebody took single heads or rows of it: those are computed in every process."""
-        return self.split is not None and self.query.shape[self.split.along] == self.split.count
+        return self.split is not None and self.query.shape[self.split.along] == self.split.shares.count
 
     def attend(self, request: Request) -> Reduced:
         if not self._shared_out():
@@ -85,7 +74,7 @@ class SplitCall(AttentionCall):
         if not self._shared_out():
             return super().output()
         assert self.split is not None
-        return self.split.whole(self.split.part(self).output(), self.split.along)
+        return self.split.output(self)
 
     def pattern(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         return unsplit(self).pattern(rows, keys)

@@ -9,6 +9,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.parts import some_heads
 from headscope.interp.attention.split import Split, SplitCall, joined_rows
+from headscope.interp.attention.whole import Group, Shares, gather
 from headscope.kernels.request import Reduced, ReducedColumns, Request
 
 
@@ -21,8 +22,11 @@ class SplitHeads(Split):
 
     along = 1
 
+    def __init__(self, group: Group, rank: int, sizes: tuple[int, ...]) -> None:
+        super().__init__(group, rank, Shares.in_order(sizes))
+
     def call(self, mine: AttentionCall) -> AttentionCall:
-        kv = (mine.key.shape[1],) * len(self.sizes)
+        kv = Shares.in_order((mine.key.shape[1],) * len(self.shares.runs))
         held: dict[str, Any] = vars(mine) | {"query": self.whole(mine.query, 1)}
         held |= {name: self.whole(held[name], 1, kv) for name in ("key", "value")}
         if mine.sinks is not None:
@@ -31,15 +35,16 @@ class SplitHeads(Split):
             held["position_bias"] = self.whole(mine.position_bias, 1)
         return SplitCall(**held, split=self)
 
-    def part(self, call: AttentionCall) -> AttentionCall:
-        return some_heads(call, self.here)
+    def parts(self, call: AttentionCall) -> list[AttentionCall]:
+        ((first, size),) = self.shares.runs[self.rank]
+        return [some_heads(call, slice(first, first + size))]
 
     def attend(self, call: AttentionCall, request: Request) -> Reduced:
-        found = self.part(call).attend(request)
-        mine = self.sizes[self.rank]
+        (part,) = self.parts(call)
+        found, mine = part.attend(request), self.shares.sizes[self.rank]
 
         def join(x: Tensor) -> Tensor:
-            return self.joined(x, 1, self.sizes)
+            return gather(x, 1, self.shares, self.group)
 
         def column(x: Tensor | None) -> Tensor | None:  # a count may be the same for every head
             return x if x is None or x.shape[1] != mine else join(x)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,8 +15,49 @@ from torch.utils._pytree import tree_map
 Group = Any  # of torch.distributed, which has no public type for it
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Which places along a dimension each process holds: by rank, its runs (first, size) in the order of the places."""
+
+    runs: tuple[tuple[tuple[int, int], ...], ...]
+
+    @classmethod
+    def in_order(cls, sizes: Sequence[int]) -> Shares:
+        """One run a process, in the order of ranks."""
+        firsts = accumulate(sizes, initial=0)
+        return cls(tuple(((first, size),) for first, size in zip(firsts, sizes, strict=False)))
+
+    @classmethod
+    def paired(cls, sizes: Sequence[int]) -> Shares:
+        """Two runs a process, of twice as many as processes: the first and the last, the second and the one before."""
+        runs = [run for (run,) in cls.in_order(sizes).runs]
+        return cls(tuple((run, runs[-1 - rank]) for rank, run in enumerate(runs[: len(runs) // 2])))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many places each process holds."""
+        return tuple(sum(size for _, size in runs) for runs in self.runs)
+
+    @property
+    def count(self) -> int:
+        """Places of the whole."""
+        return sum(self.sizes)
+
+    def of(self, whole: Tensor, along: int, rank: int) -> Tensor:
+        """The part of ``whole`` that the process ``rank`` holds."""
+        return side_by_side([whole.narrow(along, first, size) for first, size in self.runs[rank]], along)
+
+    def together(self, parts: Sequence[Tensor], along: int) -> Tensor:
+        """The whole, from what every process holds."""
+        found = []
+        for part, runs in zip(parts, self.runs, strict=True):
+            pieces = torch.split(part, [size for _, size in runs], along)
+            found += [(first, piece) for (first, size), piece in zip(runs, pieces, strict=True) if size]
+        return side_by_side([piece for _, piece in sorted(found, key=lambda each: each[0])] or [parts[0]], along)
+
+
 class Whole(Tensor):
-    """The parts that the processes of ``group`` hold, side by side along ``along``.
+    """The parts that the processes of ``group`` hold, put together along ``along``.
 
     Its shape, type and device are those of the whole and cost nothing. Anything that reads a number fetches the parts,
     once; every process must then read it, as all of them do that run the same program. It carries no gradient.
@@ -22,14 +65,14 @@ class Whole(Tensor):
     Args:
         part: this process's.
         along: the dimension that is shared out.
-        sizes: of every process's part along it, by rank.
+        shares: which places along it each process holds.
         group: the processes.
         rank: this one among them.
     """
 
     part: Tensor
     along: int
-    sizes: tuple[int, ...]
+    shares: Shares
     group: Group
     rank: int
     found: Tensor | None
@@ -37,11 +80,11 @@ class Whole(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, part: Tensor, along: int, sizes: Sequence[int], group: Group, rank: int) -> Whole:
+    def __new__(cls, part: Tensor, along: int, shares: Shares, group: Group, rank: int) -> Whole:
         shape = list(part.shape)
-        shape[along] = sum(sizes)
+        shape[along] = shares.count
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=part.dtype, device=part.device)
-        made.part, made.along, made.sizes, made.found = part, along, tuple(sizes), None
+        made.part, made.along, made.shares, made.found = part, along, shares, None
         made.group, made.rank = group, rank
         whole: Whole = made
         return whole
@@ -49,13 +92,12 @@ class Whole(Tensor):
     def fetched(self) -> Tensor:
         """The whole as a plain tensor, the same one every time."""
         if self.found is None:
-            self.found = gather(self.part, self.along, self.sizes, self.group)
+            self.found = gather(self.part, self.along, self.shares, self.group)
         return self.found
 
-    def holds(self, along: int, first: int, size: int) -> bool:
-        """Whether ``part`` is this run of it, and nobody may have written into the whole."""
-        mine = sum(self.sizes[: self.rank]), self.sizes[self.rank]
-        return self.found is None and along == self.along and (first, size) == mine
+    def holds(self, along: int, *runs: tuple[int, int]) -> bool:
+        """Whether ``part`` is these runs of it, and nobody may have written into the whole."""
+        return self.found is None and along == self.along and runs == self.shares.runs[self.rank]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -70,23 +112,35 @@ def plain(x: Any) -> Any:
 
 def run_of(x: Tensor, along: int, first: int, size: int) -> Tensor:
     """``size`` places of ``x`` from ``first``; nothing is fetched where they are the part that this process holds."""
-    if isinstance(x, Whole) and x.holds(along, first, size):
+    if isinstance(x, Whole) and x.holds(along, (first, size)):
         return x.part
     found: Tensor = plain(x)
     return found.narrow(along, first, size)
 
 
-def gather(part: Tensor, along: int, sizes: Sequence[int], group: Group) -> Tensor:
-    """The parts of all processes of ``group`` side by side along ``along``; they may differ in size there."""
-    wide, kind = max(sizes), part.dtype
+def share_of(x: Tensor, along: int, shares: Shares, rank: int) -> Tensor:
+    """What process ``rank``, this one, holds of ``x``; nothing is fetched where it holds it already."""
+    if isinstance(x, Whole) and x.holds(along, *shares.runs[rank]):
+        return x.part
+    return shares.of(plain(x), along, rank)
+
+
+def side_by_side(parts: Sequence[Tensor], along: int) -> Tensor:
+    """``parts`` in a row; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), along)
+
+
+def gather(part: Tensor, along: int, shares: Shares, group: Group) -> Tensor:
+    """The parts of all processes of ``group`` put together along ``along``; they may differ in size there."""
+    sizes, kind = shares.sizes, part.dtype
     sent = part.to(torch.uint8) if kind == torch.bool else part
-    if part.shape[along] < wide:
-        filler = sent.new_zeros([wide - n if i == along else n for i, n in enumerate(part.shape)])
+    if part.shape[along] < max(sizes):
+        filler = sent.new_zeros([max(sizes) - n if i == along else n for i, n in enumerate(part.shape)])
         sent = torch.cat([sent, filler], along)
     sent = _for(group, sent).contiguous()
     parts = [torch.empty_like(sent) for _ in sizes]
     dist.all_gather(parts, sent, group=group)
-    whole = torch.cat([each.narrow(along, 0, n) for each, n in zip(parts, sizes, strict=True)], along)
+    whole = shares.together([each.narrow(along, 0, n) for each, n in zip(parts, sizes, strict=True)], along)
     return whole.to(part.device, kind)
 
 

@@ -1,4 +1,4 @@
-"""Context parallelism: one long text shared out over processes, every one of which reads a run of its tokens.
+"""Context parallelism: one long text shared out over processes, every one of which reads two runs of its tokens.
 
 Everything but attention works token by token, so that a process needs the residual stream of its own tokens alone; the
 keys and values of one layer at a time are gathered from all (``headscope.interp.attention.split_rows``). Llama 3's
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.split_rows import SplitRows
-from headscope.interp.attention.whole import Group, gather
+from headscope.interp.attention.whole import Group, Shares, gather
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached, verify_once
 from headscope.interp.sites.given import ModelLike, PreTrained
@@ -36,15 +36,15 @@ _JOINED = ("logits", "last_hidden_state")
 
 @block
 def context_parallel(model: ModelLike, group: Group = None) -> Iterator[None]:
-    """Inside the block each process of ``group`` (all, by default) reads its run of the tokens of every text.
+    """Inside the block each process of ``group`` (all, by default) reads its share of the tokens of every text.
 
     Every process makes the same calls with the same whole texts, and has the same whole record and the same logits:
 
         with context_parallel(lm), trace(lm, "entropy", queries=Last(64)) as tracer:
             lm.forward(ids, logits=1)
 
-    A process holds the activations of its tokens, and one layer's keys and values. Runs are of one length, so that
-    under a causal mask the last process works longest, 2 - 1/n times the mean [OURS: simple, and rows stay in order].
+    A process holds the activations of its tokens, and one layer's keys and values. Of 2n runs of one length process i
+    reads runs i and 2n - 1 - i, so that under a causal mask all processes work alike (3.3.2 of the paper above).
     What an edit or a statistic reads beyond the reductions of a ``Request`` (z as a whole, block maps) is gathered, and
     then takes every process what it takes one.
 
@@ -114,7 +114,7 @@ def _no_stream(inner: PreTrained) -> HeadscopeError:
 
 
 class _Shared:
-    """The forward pass of a model on this process's run of the tokens."""
+    """The forward pass of a model on this process's share of the tokens."""
 
     def __init__(
         self, model: PreTrained, forward: Callable[..., Any], route: Route, group: Group, rank: int, size: int
@@ -136,29 +136,31 @@ class _Shared:
 
     def __call__(self, **given: Any) -> Any:
         ids = self._ids(given)
-        if ids.shape[1] < self.size:  # every process reads all of it
+        if ids.shape[1] < 2 * self.size:  # every process reads all of it
             return self.forward(**given)
-        split = SplitRows(self.group, self.rank, _sizes(ids.shape[1], self.size))
-        here, keep = split.here, given.pop("logits_to_keep", 0)
-        kept = _last_of(split.sizes, keep) if keep else split.sizes
+        split = SplitRows(self.group, self.rank, _sizes(ids.shape[1], 2 * self.size))
+        shares, keep = split.shares, given.pop("logits_to_keep", 0)
+        kept = Shares.paired(_last_of(split.sizes, keep)) if keep else shares
         options = {name: given[name] for name in ("return_dict",) if name in given}
         if takes(self.model, "use_cache"):
             options["use_cache"] = False
         if keep:
-            options["logits_to_keep"] = max(1, kept[self.rank])
+            options["logits_to_keep"] = max(1, kept.sizes[self.rank])
         positions = given.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
+        positions = positions.expand(ids.shape[0], -1)
+        mine, at = (shares.of(x, 1, self.rank) for x in (ids, positions))
+        if takes(self.model, "attention_mask"):  # without one transformers takes a gap in positions for two texts
+            options["attention_mask"] = torch.ones_like(mine)
         self.route.rows = split
         try:
-            output = self.forward(
-                input_ids=ids[:, here], position_ids=positions.expand(ids.shape[0], -1)[:, here], **options
-            )
+            output = self.forward(input_ids=mine, position_ids=at, **options)
         finally:
             self.route.rows = None
         for name in _JOINED:
             x = getattr(output, name, None)
             if isinstance(x, Tensor):
-                sizes = kept if name == "logits" else split.sizes
-                setattr(output, name, gather(x[:, x.shape[1] - sizes[self.rank] :], 1, sizes, self.group))
+                held = kept if name == "logits" else shares  # the last rows of a process are those of its later run
+                setattr(output, name, gather(x[:, x.shape[1] - held.sizes[self.rank] :], 1, held, self.group))
         return output
 
     def _ids(self, given: dict[str, Any]) -> Tensor:
@@ -177,7 +179,7 @@ class _Shared:
         if isinstance(mask, Tensor) and not bool(mask.all()):
             raise HeadscopeError("texts inside context_parallel are of one length, without padding; give one at a time")
         check = torch.tensor([ids.shape[0], ids.shape[1], int((ids * torch.arange(1, 1 + ids.shape[1]).to(ids)).sum())])
-        found = gather(check.to(ids.device)[None], 0, (1,) * self.size, self.group)
+        found = gather(check.to(ids.device)[None], 0, Shares.in_order((1,) * self.size), self.group)
         if bool((found != found[:1]).any()):
             raise HeadscopeError(
                 "the processes of context_parallel were given different texts; give all of them the same"
@@ -185,13 +187,13 @@ class _Shared:
         return ids  # type: ignore[no-any-return]
 
 
-def _sizes(tokens: int, size: int) -> tuple[int, ...]:
-    """Tokens of each process: runs of one length, the first ones longer by one where it does not come out even."""
-    return tuple(tokens // size + (rank < tokens % size) for rank in range(size))
+def _sizes(tokens: int, runs: int) -> tuple[int, ...]:
+    """Tokens of each run: of one length, the first ones longer by one where it does not come out even."""
+    return tuple(tokens // runs + (run < tokens % runs) for run in range(runs))
 
 
 def _last_of(sizes: tuple[int, ...], keep: int) -> tuple[int, ...]:
-    """How many of the last ``keep`` positions each process holds."""
+    """How many of the last ``keep`` positions each run holds."""
     left = min(keep, sum(sizes))
     found = []
     for size in reversed(sizes):

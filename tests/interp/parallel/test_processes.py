@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from headscope.interp import tiny_model
+from headscope.interp.attention.whole import Shares
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.context_parallel import _last_of, _sizes, context_parallel
 
@@ -124,6 +125,17 @@ def test_one_process_is_told_to_start_several() -> None:
     with pytest.raises(HeadscopeError, match="torchrun"):
         with context_parallel(tiny_model("llama")):
             pass
+
+
+def test_shares_say_which_places_a_process_holds() -> None:
+    whole = torch.arange(11)
+    shares = Shares.paired((3, 3, 3, 2))
+    parts = [shares.of(whole, 0, rank) for rank in range(2)]
+    assert parts[0].tolist() == [0, 1, 2, 9, 10] and parts[1].tolist() == [3, 4, 5, 6, 7, 8]
+    assert shares.sizes == (5, 6) and shares.count == 11
+    assert shares.together(parts, 0).equal(whole)
+    few = Shares.paired((0, 0, 1, 2))  # the last three rows: the first process holds two of them
+    assert few.together([torch.tensor([9, 10]), torch.tensor([8])], 0).tolist() == [8, 9, 10]
 
 
 def test_runs_of_tokens() -> None:
