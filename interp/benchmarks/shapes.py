@@ -52,11 +52,11 @@ SHAPES = {
 }
 
 
-def random_model(shape: Shape, tokens: int, device: str) -> LlamaForCausalLM:
-    """The model in bfloat16, made where it runs."""
+def random_model(shape: Shape, tokens: int, device: str, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    """The model in ``dtype``, made where it runs."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             return LlamaForCausalLM(shape.config(tokens)).eval()

@@ -23,7 +23,9 @@ def tensor_mesh(model: nn.Module) -> Any:
     if (getattr(model, "_tp_size", None) or 1) < 2:
         return None
     mesh: Any = getattr(model, "_device_mesh", None)
-    return None if mesh is None else mesh["tp"]
+    if mesh is None or not mesh.mesh_dim_names:  # before transformers 5.18 a mesh for tensor parallelism has no names
+        return mesh
+    return mesh["tp"]
 
 
 def require_whole_heads(model: nn.Module) -> None:
