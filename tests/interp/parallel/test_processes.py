@@ -71,7 +71,16 @@ def test_what_tensor_parallelism_does_not_do_is_refused(found: Any) -> None:
         heads = each["heads"]
         assert "gradients of a model under tensor parallelism" in heads["gradients"]
         assert "split over processes" in heads["weights"] and "other neurons" in heads["neurons"]
+        assert "transformers splits and cannot run" in heads["bitsandbytes"]
         assert "L0H8" in heads["head 8"] and "1 key/value heads" in heads["one key head"]
+
+
+def test_quantised_heads_over_processes_make_one_record(found: Any) -> None:
+    if found[0]["quantised"] is None:
+        pytest.skip("torchao is not installed")
+    for each in (one["quantised"] for one in found):
+        assert each["form"] == "Int8Tensor" and alike(each["plain"]) and alike(each["edited"])
+        assert each["swept"] < 1e-5 and "split over processes" in each["leaf"]
 
 
 def test_one_text_over_processes_makes_the_record_of_one(found: Any) -> None:

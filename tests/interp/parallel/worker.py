@@ -19,6 +19,7 @@ from headscope.interp import HeadscopeError, context_parallel, sweep, tiny_model
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.split_heads import SplitHeads
 from headscope.interp.models import output_projections
+from headscope.interp.models.placement import require_own_weights
 from headscope.interp.runs.provenance import fingerprint
 from headscope.interp.sites import is_attached
 from headscope.interp.statistics import (
@@ -82,11 +83,11 @@ def refusal(run: Any) -> str:
     return "not refused"
 
 
-def split_model(folder: Path) -> Any:
+def split_model(folder: Path, **options: Any) -> Any:
     """The model in ``folder``, whole and under tensor parallelism."""
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     config = DistributedConfig(tp_size=2)
-    return whole, AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+    return whole, AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, **options).eval()
 
 
 def tensor_parallel() -> dict[str, Any]:
@@ -119,8 +120,32 @@ def tensor_parallel() -> dict[str, Any]:
     found["neurons"] = refusal(
         lambda: apply(split, EDITS["edit_value_vectors"](neurons=((0, 3),), factor=0.0)).__enter__()
     )
+    split.quantization_method = "bitsandbytes"  # what transformers says of one
+    found["bitsandbytes"] = refusal(lambda: trace(split, few).__enter__())
     found["one key head"] = refusal(lambda: trace(split_model(FOLDER / "one-key-head")[1], few).__enter__())
     found["shared key head"] = shared_key_head()
+    return found
+
+
+def quantised() -> dict[str, Any]:
+    """Int8 weights of what is split by rows, each of which has a scale: the same numbers whole and in parts."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    found: dict[str, Any] = {}
+    by_columns = [".*o_proj", ".*down_proj", "lm_head"]
+    whole, split = split_model(
+        FOLDER / "llama", quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=by_columns)
+    )
+    found["form"] = type(split.model.layers[0].self_attn.q_proj.weight).__name__
+    for name, edits in {"plain": (), "edited": (AblateHeads("L0H3,L1H6"),)}.items():
+        found[name] = apart(record(whole, edits, input_ids=IDS), record(split, edits, input_ids=IDS))
+    prompts = [IDS[0].tolist(), IDS[1, :9].tolist()]
+    swept = sweep(split, prompts, [Entropy()], out=FOLDER / "quantised", progress=False).load()
+    with trace(whole, [Entropy()]) as tracer:
+        whole(input_ids=IDS[:1])
+    found["swept"] = float(abs(swept["entropy"][0] - tracer.record["entropy"][0]).max())
+    found["leaf"] = refusal(lambda: require_own_weights(split.model.layers[0].self_attn.q_proj))
     return found
 
 
@@ -227,6 +252,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with torch.no_grad():
         result = {"heads": tensor_parallel(), "rows": context(), "edits": every_edit()}
+        result["quantised"] = quantised() if importlib.util.find_spec("torchao") else None
     result["sharded"] = sharded()
     (FOLDER / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
