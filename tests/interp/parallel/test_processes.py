@@ -129,6 +129,17 @@ def test_sharded_weights_and_experts_over_processes_change_nothing(found: Any) -
         assert sharded["gradients"] < 1e-6 < 1e-2 < sharded["slope"]
 
 
+def test_the_check_of_a_shared_card_passes_and_sees_columns_that_nobody_added(found: Any) -> None:
+    assert found[0]["card"]["written"] == 1
+    for each in (one["card"] for one in found):
+        right = each["right"]
+        assert right["beyond"] == [] and right["processes"] == 2
+        for dtype in ("float32", "bfloat16"):
+            assert all(len(right[dtype][how]) == 7 for how in ("same calls", "two passes"))
+        assert {"float32, same calls: sum", "bfloat16, two passes: key_mass"} <= set(each["beyond"])
+        assert all("sum" in one or "key_mass" in one for one in each["beyond"])
+
+
 def test_one_process_is_told_to_start_several() -> None:
     with pytest.raises(HeadscopeError, match="torchrun"):
         with context_parallel(tiny_model("llama")):

@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM, DistributedConfig
 from headscope.interp import HeadscopeError, context_parallel, sweep, tiny_model, trace
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.split_heads import SplitHeads
+from headscope.interp.attention.split_rows import SplitRows
+from headscope.interp.benchmarks import shared_card as card
 from headscope.interp.models import output_projections
 from headscope.interp.models.placement import require_own_weights
 from headscope.interp.runs.provenance import fingerprint
@@ -188,6 +191,14 @@ def context() -> dict[str, Any]:
     return found
 
 
+def shared_card() -> dict[str, Any]:
+    """The check that two processes of one card run, as it is and with columns that nobody adds up."""
+    tiny = ["--shape", "tiny", "--tokens", "65", "--device", "cpu", "--out", str(FOLDER / "card")]
+    found = {"right": card.main(tiny), "written": len(list((FOLDER / "card").glob("*.json")))}
+    with mock.patch.object(SplitRows, "_over", lambda self, x, how: x):
+        return {**found, "beyond": card.main(tiny[:-2])["beyond"]}
+
+
 def every_edit() -> dict[str, Any]:
     """The largest difference that each registered edit makes beside one process, and its effect."""
     tests = Path(__file__).parents[2] / "interventions"
@@ -252,6 +263,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with torch.no_grad():
         result = {"heads": tensor_parallel(), "rows": context(), "edits": every_edit()}
+        result["card"] = shared_card()
         result["quantised"] = quantised() if importlib.util.find_spec("torchao") else None
     result["sharded"] = sharded()
     (FOLDER / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
