@@ -17,6 +17,7 @@ from headscope.interp.results.headset import HeadSet
 from headscope.interp.runs.actors import Ray, engine_of
 from headscope.interp.runs.elsewhere import maker
 from headscope.interp.runs.estimate import announce
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
@@ -89,7 +90,7 @@ def evaluate(
             control, or ``out`` holds a run with other settings or that goes on now; with ``engine``, an edit that is in
             force already, which would stay on this process's model.
     """
-    given, actors = model, engine_of(engine)
+    given, actors, out = model, engine_of(engine), folder_of(out)
     model, chosen = load_model(model), resolve(tasks)
     items = [interventions] if isinstance(interventions, Intervention) else interventions
     conditions = plan(model, items, controls, seed, vectors)
@@ -121,13 +122,13 @@ def evaluate(
     return result
 
 
-def journal_in(out: str | Path | None) -> Path | None:
+def journal_in(out: Path | None) -> Path | None:
     """Where the journal of a run into the folder ``out`` stands.
 
     Raises:
         HeadscopeError: results without a journal are there, which nobody could tell from another run's.
     """
-    path = None if out is None else Path(out) / FILES[-1]
+    path = None if out is None else out / FILES[-1]
     if path is not None and not path.exists() and path.with_name(FILES[0]).exists():
         raise HeadscopeError(
             f"{path.with_name(FILES[0])} is there without its journal and would be lost: name another out"
