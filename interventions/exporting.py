@@ -23,7 +23,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import LanguageModel, load_model
 from headscope.interp.models.explained import quiet
 from headscope.interp.models.projections import output_projections
-from headscope.interp.runs.files import writing
+from headscope.interp.runs.files import folder_of, writing
 from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.sizes import tower_size
 from headscope.interp.sites.towers import numbered, selects
@@ -51,7 +51,7 @@ def export(model: Loadable, edit: Intervention, out: str | Path) -> Path:
         HeadscopeError: an edit that is no such map, by its name; a projection that is quantized, adapted or shared; no
             room for a bias; ``out`` holds something; or the checkpoint's logits are not the edited model's.
     """
-    lm = load_model(model)
+    out, lm = folder_of(out), load_model(model)
     for part in parts_of(edit):
         require_model(part.made_for, lm, part.name)
     edit.check(*size(lm))
@@ -66,7 +66,7 @@ def export(model: Loadable, edit: Intervention, out: str | Path) -> Path:
         changed[f"{name}.weight"] = weight
         if bias is not None:
             changed[f"{name}.bias"] = bias
-    return _write(lm, edit, changed, Path(out))
+    return _write(lm, edit, changed, out)
 
 
 def head_maps(edit: Intervention, widths: Mapping[int, int]) -> Maps:

@@ -20,6 +20,7 @@ from headscope.interp.analysis.features import FEATURES, head_features
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.heads.base import Text
 from headscope.interp.models import load_model
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.provenance import hash_texts, provenance
 from headscope.interp.runs.sealed import read_beside, unsealed, write_results
 
@@ -182,7 +183,7 @@ def taxonomy(
     Raises:
         HeadscopeError: a setting out of range, texts that cannot be read, or too few heads.
     """
-    lm = load_model(lm)
+    out, lm = folder_of(out), load_model(lm)
     sorting.check(method, clusters, lm.info.layers * lm.info.heads, draws)
     features = head_features(lm, texts, length=length, samples=samples)
     given: dict[str, Any] = {"length": length, "samples": samples, "method": method, "draws": draws}

@@ -1,9 +1,13 @@
-"""What tracing costs and how exact it is, on SmolLM2-135M and this machine. Run: python interp/benchmarks/tracing.py
+"""What tracing costs and how exact it is, on SmolLM2-135M and this machine.
+
+    OMP_NUM_THREADS=1 python interp/benchmarks/tracing.py --out interp/benchmarks/results.json
 
 1. Agreement, on prose: every statistic against the eager attention weights of an untouched copy of the model, float32;
    generated tokens with and without tracing.
 2. Time: traced forward passes against untraced SDPA and eager ``output_attentions``, alternating in one process;
-   medians and their ratios. The language-model head runs on the last position only.
+   medians and their ratios, of processor time (of all threads; on one thread the work itself, whoever else is on the
+   machine; several threads also burn it while they wait for each other) and of the clock on the wall. The
+   language-model head runs on the last position only.
 3. Memory: peak resident size of a fresh process over its size with the model loaded, traced and untraced. glibc's
    heap keeps freed blocks below later ones, which moves the peak by hundreds of MiB from run to run; the allocator is
    therefore told to give every block above 64 KiB back at once (MALLOC_MMAP_THRESHOLD_), and both are reported.
@@ -21,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ from headscope.interp.prompts import load_haystack
 from headscope.interp.statistics import BlockMap, Distance, Entropy, KeyMass, LogSumExp, SinkMass, Statistic
 
 MODEL = "smollm2-135m"
+EAGER = "eager with weights"
 ROWS: tuple[Statistic, ...] = (LogSumExp(), Entropy(), SinkMass(4), Distance())
 SETS: dict[str, tuple[Statistic, ...]] = {
     "rows": ROWS,
@@ -73,30 +79,46 @@ def agreement(length: int) -> dict[str, float]:
     return worst
 
 
-def timing(length: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a forward pass each way, measured in turn."""
+@dataclass(frozen=True)
+class Took:
+    """Seconds of one pass: of the processor, summed over threads, and of the clock on the wall."""
+
+    processor: float
+    wall: float
+
+
+def timing(length: int, repeats: int) -> dict[str, dict[str, Any]]:
+    """Of each clock: median seconds of a forward pass each way, measured in turn, and their ratios."""
     lm = load_model(MODEL)
     ids = prompt(length)
     kinds: dict[str, Callable[[], Any]] = {
         "untraced": nullcontext,
         **{name: partial(trace, lm, chosen) for name, chosen in SETS.items()},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in [*kinds, "eager with weights"]}
+    taken: dict[str, list[Took]] = {name: [] for name in [*kinds, EAGER]}
     for round_number in range(repeats + 1):
         for name, context in kinds.items():
-            seconds[name].append(_once(lm, ids, context))
+            taken[name].append(_once(lm, ids, context))
         if round_number < 2:  # slow, and its ratio is far from its bound
             lm.model.set_attn_implementation("eager")
-            seconds["eager with weights"].append(_once(lm, ids, nullcontext, output_attentions=True))
+            taken[EAGER].append(_once(lm, ids, nullcontext, output_attentions=True))
             lm.model.set_attn_implementation("sdpa")
-    return {name: stats.median(values[1:]) for name, values in seconds.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for clock in ("processor", "wall"):
+        seconds = {name: stats.median(getattr(one, clock) for one in those[1:]) for name, those in taken.items()}
+        found[f"{clock} time"] = {
+            f"seconds at {length} tokens": seconds,
+            "ratio to untraced": {name: value / seconds["untraced"] for name, value in seconds.items()},
+            "ratio to eager with weights": {name: seconds[name] / seconds[EAGER] for name in SETS},
+        }
+    return found
 
 
-def _once(lm: Any, ids: Tensor, context: Callable[[], Any], **kwargs: Any) -> float:
+def _once(lm: Any, ids: Tensor, context: Callable[[], Any], **kwargs: Any) -> Took:
     with torch.no_grad(), context():
-        begin = time.perf_counter()
+        begin = time.process_time(), time.perf_counter()
         lm.model(input_ids=ids, logits_to_keep=1, use_cache=False, **kwargs)
-        return time.perf_counter() - begin
+        return Took(time.process_time() - begin[0], time.perf_counter() - begin[1])
 
 
 def memory(length: int, runs: int = 2) -> dict[str, dict[str, float]]:
@@ -143,21 +165,19 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--agreement-length", type=int, default=512)
     parser.add_argument("--memory-length", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.peak_of:
         print(_peak(chosen.peak_of, chosen.memory_length))
         return
-    seconds = timing(chosen.length, chosen.repeats)
+    times = timing(chosen.length, chosen.repeats)
     peaks = memory(chosen.memory_length)
     result = {
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "agreement": agreement(chosen.agreement_length),
-        f"seconds at {chosen.length} tokens": seconds,
-        "ratio to untraced": {name: value / seconds["untraced"] for name, value in seconds.items()},
-        "ratio to eager with weights": {name: seconds[name] / seconds["eager with weights"] for name in SETS},
+        **times,
         f"MiB added at {chosen.memory_length} tokens": peaks,
         "MiB above untraced": {
             title: {name: found[name] - found["untraced"] for name in SETS} for title, found in peaks.items()

@@ -22,6 +22,7 @@ from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.registry import check_counts
 from headscope.interp.results.cache import MEASURES, NAME, CacheLosses, plain
 from headscope.interp.runs.estimate import announce
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites import attached
@@ -70,7 +71,7 @@ def lose(
 
     Warns where a budget holds every prompt whole, and of policies that had nothing to choose or dropped nothing.
     """
-    lm, chosen = load_model(lm), _named(policies)
+    folder, lm, chosen = folder_of(out), load_model(lm), _named(policies)
     asked = _budgets(budgets)
     _check(lm, chosen, at, answer, first, layers)
     given = Prompts(lm, prompts)
@@ -86,7 +87,6 @@ def lose(
         **{"at": at, "answer": answer, "first": first, "layers": layers},
     }
     made = provenance(lm, **config)
-    folder = None if out is None else Path(out)
     files = [f"{NAME}.{end}" for end in ("json", "parquet", "trials.jsonl")] if folder else []
     turned = rotations(lm, None) if any("rotation" in policy.needs for policy in chosen.values()) else {}
     passes = 1 + sum("ahead" in policy.needs for policy in chosen.values())

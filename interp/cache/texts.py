@@ -19,6 +19,7 @@ from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.registry import check_numbers
 from headscope.interp.runs.estimate import announce
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
 from headscope.interp.sites import attached
@@ -115,7 +116,7 @@ def long_context_scores(
     Raises:
         HeadscopeError: no text, one shorter than ``LADM.shortest``, or a model that cannot be traced exactly.
     """
-    lm, asked = load_model(lm), _settings(settings)
+    out, lm, asked = folder_of(out), load_model(lm), _settings(settings)
     given = Prompts(lm, texts)
     _long_enough(given, asked)
     files = [] if out is None else ["ladm.trials.jsonl"]
@@ -131,7 +132,7 @@ def long_context_scores(
             "cds": float(found["cds"].mean()),
         }
 
-    path = None if out is None else Path(out) / files[0]
+    path = None if out is None else out / files[0]
     config = {"model": made.get("model"), "ladm": vars(asked), "texts_sha256": given.sha256}
     with opened(path, config) as journal:
         rows = run_steps(journal, len(given), step, "texts", progress=progress)

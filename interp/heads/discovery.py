@@ -23,6 +23,7 @@ from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.actors import Ray, engine_of
 from headscope.interp.runs.elsewhere import maker
 from headscope.interp.runs.estimate import announce
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.journal import Journal, Trial
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.progress import track
@@ -55,7 +56,7 @@ def discover(
     if not names or len(set(names)) < len(names):
         raise HeadscopeError(f"name at least one head method, and each once; got {', '.join(names) or 'none'}")
     given, actors = lm, engine_of(engine)
-    lm, folder = load_model(lm), None if out is None else Path(out)
+    folder, lm = folder_of(out), load_model(lm)
     trials = [_trials(method, lm) for method in methods]
     announce(
         _passes(methods, lm, trials),

@@ -18,6 +18,7 @@ from headscope.interp.laboratory.training import train
 from headscope.interp.laboratory.watch import Watch
 from headscope.interp.registry import check_numbers
 from headscope.interp.results.findings import Claim, Findings, Numbers, numbers_of
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.journal import Journal
 from headscope.interp.runs.measured import hardware
 from headscope.interp.runs.provenance import provenance
@@ -102,13 +103,13 @@ def run_experiment(
     Raises:
         HeadscopeError: no seeds, one twice, or a folder that holds another run.
     """
+    folder = folder_of(out)
     if not seeds or len(set(seeds)) != len(seeds):
         raise HeadscopeError(f"give different seeds, at least one, not {list(seeds)}")
     if device not in (None, "cpu", "cuda"):
         raise HeadscopeError(f"the laboratory runs on cpu or cuda, not {device!r}: CUDA_VISIBLE_DEVICES chooses a card")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = json.loads(json.dumps(asdict(experiment)))
-    folder = None if out is None else Path(out)
     config = {"experiment": experiment.name, "settings": settings, "device": place}
     journal = Journal(None if folder is None else folder / "lab.jsonl", config)
     for seed in seeds:

@@ -61,7 +61,8 @@ def require_own_weights(module: nn.Module) -> None:
     Raises:
         HeadscopeError: says so.
     """
-    if any(hasattr(parameter, "to_local") for parameter in module.parameters()):
+    split = any(hasattr(parameter, "to_local") for parameter in module.parameters())
+    if split or any(getattr(part, "_is_hooked", False) for part in module.modules()):  # quantised: plain, and in parts
         raise HeadscopeError(
             f"the weights of this {type(module).__name__} are split over processes (tensor parallelism or FSDP), and a "
             "method that reads them needs them whole: load the model without tp_size, with device_map='auto' if it is "

@@ -15,6 +15,7 @@ import platformdirs
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.checksums import FOLDER
+from headscope.interp.runs.files import folder_of
 
 
 class Store:
@@ -86,7 +87,7 @@ def stored(out: str | Path) -> tuple[Store, Path]:
     What is finished at a URL is brought over first, so that a run on another machine continues.
     """
     if "://" not in str(out):
-        return Store(), Path(out)
+        return Store(), folder_of(out)
     remote = _Remote(str(out))
     remote.fetch()
     return remote, remote.here

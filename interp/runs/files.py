@@ -7,10 +7,30 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import overload
 
 from filelock import FileLock, Timeout
 
 from headscope.interp.errors import HeadscopeError
+
+
+@overload
+def folder_of(out: None) -> None: ...
+@overload
+def folder_of(out: str | Path) -> Path: ...
+@overload
+def folder_of(out: str | Path | None) -> Path | None: ...
+def folder_of(out: str | Path | None) -> Path | None:
+    """Where a run writes, as it was given; None keeps everything in memory.
+
+    Raises:
+        HeadscopeError: no path.
+    """
+    if out is None:
+        return None
+    if not isinstance(out, str | os.PathLike):
+        raise HeadscopeError(f"{out!r:.60} is no folder: give the path of one, e.g. 'runs/first'")
+    return Path(out)
 
 
 @contextmanager

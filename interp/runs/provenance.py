@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import xarray as xr
-    from torch import nn
+    from torch import Tensor, nn
 
     from headscope.interp.sites.given import ModelLike
 
@@ -121,18 +121,45 @@ def _code(code: CodeType) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a few hundred weights of every parameter: tells models of one name apart, not one changed weight."""
+    """SHA-256 of a few hundred weights of every parameter: tells models of one name apart, not one changed weight.
+
+    Under tensor parallelism all processes must call it. Quantised weights are then each process's own part, and their
+    scales belong to that part: it is another model's than that of the same weights quantised whole, as they are.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta and parameter.numel():
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter  # split over processes
-            flat = whole.detach().reshape(-1)
+        for held in _plain(parameter) if not parameter.is_meta and parameter.numel() else ():
+            flat = held.detach().reshape(-1)
             few = flat[:: max(1, flat.numel() // 256)]
             digest.update(
                 few.double().cpu().numpy().tobytes() if few.is_floating_point() else repr(few.tolist()).encode()
             )
-    return digest.hexdigest()
+    return _of_all(model, digest.hexdigest())
+
+
+def _plain(weights: Any) -> list[Tensor]:
+    """The plain tensors that weights consist of: whole, where they are split over processes; packed numbers and scales,
+    where they are quantised."""
+    if hasattr(weights, "full_tensor"):
+        return _plain(weights.full_tensor())
+    if hasattr(weights, "__tensor_flatten__"):
+        return [x for name in weights.__tensor_flatten__()[0] for x in _plain(getattr(weights, name))]
+    return [weights]
+
+
+def _of_all(model: nn.Module, mine: str) -> str:
+    """One fingerprint for all processes that hold parts of ``model``: each one's, where they are the same."""
+    from torch import distributed as dist
+
+    from headscope.interp.sites.huggingface.parallel import tensor_mesh
+
+    mesh = tensor_mesh(model)
+    if mesh is None:
+        return mine
+    found = [mine] * mesh.size()
+    dist.all_gather_object(found, mine, group=mesh.get_group())
+    return mine if len(set(found)) == 1 else hash_texts(found)
 
 
 def _sha256(data: bytes) -> str:

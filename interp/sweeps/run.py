@@ -90,8 +90,8 @@ def sweep(
         HeadscopeError: a prompt that alone takes more than ``memory``, and whatever ``Prompts``, ``check_statistics``
             and ``trace`` refuse, before anything runs; ``out`` holds another sweep, or another process writes there.
     """
-    lm, actors = _load(model), engine_of(engine)
-    store, out = stored(out)
+    actors, (store, out) = engine_of(engine), stored(out)
+    lm = _load(model)
     given, statistics = Prompts(lm, prompts), declared(statistics)
     chosen = Chosen(layers, queries, tower, verify)
     Tracer(lm, statistics, layers=layers, queries=queries, tower=tower)

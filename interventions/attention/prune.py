@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.heads.vision.attention import padding_mask
 from headscope.interp.prompts.boundary import known_boundary
+from headscope.interp.prompts.grids import ImageGrid
 from headscope.interp.statistics.plan import Plan
 from headscope.interp.statistics.spans import by_example, members
 from headscope.interventions.attention.finding import FindingEdit
@@ -182,27 +183,18 @@ class PruneTokens(FindingEdit, SpanEdit):
 def padded_patches(width: int, height: int, grid: tuple[int, int], threshold: float = 0.5) -> list[int]:
     """The patches, in raster order, of which more than ``threshold`` is padding, where an image was padded to a square.
 
-    Zhao et al. 2025 (arXiv 2508.17807; ``generate_pad_mask`` of their FastV.patch): bands of equal width on both sides
-    of the shorter dimension, and the share of each patch's area that lies in them. Their thresholds are 0.5 and, for
-    PyramidDrop, 0.01. The bands are not rounded to pixels [OURS].
+    ``headscope.interp.heads.vision.attention.padding_mask`` of a grid over the square, for an image that no processor
+    has seen yet; the bands are not rounded to pixels [OURS].
 
     Args:
         width, height: of the image before padding.
         grid: rows and columns of patches.
     """
     side, (rows, columns) = max(width, height), grid
-    down = _covered(height / side, rows)
-    across = _covered(width / side, columns)
-    share = 1.0 - np.outer(down, across).flatten()
-    return [int(i) for i in np.flatnonzero(share > threshold + 1e-12)]
-
-
-def _covered(share: float, count: int) -> NDArray[np.float64]:
-    """How much of each of ``count`` equal parts of [0, 1] a centred interval of length ``share`` covers."""
-    edges = np.linspace(0.0, 1.0, count + 1)
-    low, high = (1 - share) / 2, (1 + share) / 2
-    inside = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
-    return np.asarray(np.clip(inside, 0.0, None) * count, dtype=np.float64)
+    left, top = (width - side) / 2, (height - side) / 2
+    places = np.arange(rows * columns).reshape(rows, columns)
+    square = ImageGrid(places, (left, top, left + side, top + side), (width, height))
+    return [int(place) for place in places[~padding_mask(square, threshold)]]
 
 
 def _last_rows(call: AttentionCall) -> Tensor:

@@ -13,6 +13,11 @@ from headscope.interventions.evaluation.notes import noted, unseen
 from headscope.interventions.tasks.base import Task, prepares
 
 
+def together(task: Task) -> int:
+    """How many trials of a condition run as one batch."""
+    return 1 if prepares(task) else max(1, getattr(task, "together", 1))
+
+
 class Batches:
     """Runs ``work[index]``; trials of the same task and condition that follow it are run with it where the task runs
     some together, and their results are kept until they are asked for."""
@@ -30,7 +35,7 @@ class Batches:
 
     def _run(self, index: int) -> dict[int, dict[str, Any]]:
         task, condition, trial = self.work[index]
-        size = 1 if prepares(task) else max(1, getattr(task, "together", 1))
+        size = together(task)
         trials = [w[2] for w in self.work[index : index + size] if w[0] is task and w[1] is condition]
         if size == 1:
             trials = [self._prepare(task, trial)]  # with no edit in force

@@ -14,14 +14,19 @@ from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.evaluation import RANDOM_CHOICE, RANDOM_HEADS, RANDOM_VECTORS, Evaluation
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.runs.actors import Ray, engine_of
+from headscope.interp.runs.elsewhere import maker
 from headscope.interp.runs.estimate import announce
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
+from headscope.interp.sites.given import Loadable
 from headscope.interventions.applying import size
 from headscope.interventions.base import Composed, Intervention, moved, parts_of
 from headscope.interventions.evaluation.batches import Batches
 from headscope.interventions.evaluation.summaries import summarised
+from headscope.interventions.evaluation.workers import run_elsewhere
 from headscope.interventions.tasks import resolve
 from headscope.interventions.tasks.base import Task, prepares
 
@@ -49,7 +54,7 @@ class Condition:
 
 
 def evaluate(
-    model: LanguageModel,
+    model: Loadable,
     tasks: str | Task | Sequence[str | Task] = ("needle",),
     interventions: Intervention | Sequence[Intervention | Sequence[Intervention]] = (),
     *,
@@ -58,6 +63,7 @@ def evaluate(
     seed: int = 0,
     out: str | Path | None = None,
     progress: bool = True,
+    engine: Ray | str | None = None,
 ) -> Evaluation:
     """Run ``tasks`` without edit, with each intervention, and with its random controls.
 
@@ -76,11 +82,15 @@ def evaluate(
             random choices for every one that chooses.
         vectors: sets of random vectors for every condition that adds vectors (None: as many as ``controls``).
         out: folder for ``evaluation.json``, the per-trial table and the journal that makes the run resumable.
+        engine: ``"ray"`` or a ``headscope.interp.runs.actors.Ray``: the trials run in actors, each with a model of its
+            own on which it puts each condition's edits, and this process writes the journal; None: here.
 
     Raises:
         HeadscopeError: unknown task, two tasks of one name, a head that does not exist, layers with too few heads for a
-            control, or ``out`` holds a run with other settings or that goes on now.
+            control, or ``out`` holds a run with other settings or that goes on now; with ``engine``, an edit that is in
+            force already, which would stay on this process's model.
     """
+    given, actors, out = model, engine_of(engine), folder_of(out)
     model, chosen = load_model(model), resolve(tasks)
     items = [interventions] if isinstance(interventions, Intervention) else interventions
     conditions = plan(model, items, controls, seed, vectors)
@@ -96,6 +106,8 @@ def evaluate(
     path = journal_in(out)
     step = Batches(model, work)
     with opened(path, config) as journal:
+        if actors is not None:
+            run_elsewhere(journal, work, actors, maker(given, model), progress=progress)
         results = run_steps(journal, len(work), step, "evaluate", progress=progress)
     rows = [
         row({"task": task.name, "condition": c.name, **c.labels(), "trial": number}, trial, result)
@@ -110,13 +122,13 @@ def evaluate(
     return result
 
 
-def journal_in(out: str | Path | None) -> Path | None:
+def journal_in(out: Path | None) -> Path | None:
     """Where the journal of a run into the folder ``out`` stands.
 
     Raises:
         HeadscopeError: results without a journal are there, which nobody could tell from another run's.
     """
-    path = None if out is None else Path(out) / FILES[-1]
+    path = None if out is None else out / FILES[-1]
     if path is not None and not path.exists() and path.with_name(FILES[0]).exists():
         raise HeadscopeError(
             f"{path.with_name(FILES[0])} is there without its journal and would be lost: name another out"

@@ -16,6 +16,7 @@ from headscope.interp.results.evaluation import RANDOM_HEADS, Evaluation
 from headscope.interp.results.headset import HeadSet
 from headscope.interp.results.scores import HeadScores
 from headscope.interp.runs.estimate import announce
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import provenance
@@ -120,6 +121,7 @@ def masking(
     Raises:
         HeadscopeError: a k that the heads do not have, or too few other heads.
     """
+    out = folder_of(out)
     ranked = heads.top(min(LISTED, int((heads.n > 0).sum()))) if isinstance(heads, HeadScores) else heads[:LISTED]
     model = load_model(lm)
     layers, count = size(model)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.registry import check_numbers
+from headscope.interp.registry import check_counts, check_numbers
 from headscope.interp.runs.journal import Trial
 from headscope.interp.runs.provenance import describe, hash_texts
 
@@ -86,11 +86,10 @@ def check_least(task: Task, **least: int) -> None:
     for setting, low in least.items():
         given = getattr(task, setting)
         each = given if isinstance(given, list | tuple) else [given]
-        whole = all(
-            isinstance(one, int) and not isinstance(one, bool) and one >= low for one in each if one is not None
-        )
-        if not whole or not each:
-            raise HeadscopeError(f"{task.name}: {setting} is at least {low}, a whole number, not {given!r:.60}")
+        if not each:
+            raise HeadscopeError(f"{task.name}: {setting} is empty; name at least one")
+        for one in each:
+            check_counts(low, **{f"{task.name}: {setting}": one})
 
 
 def check_among(task: Task, **choices: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.registry import check_counts
 from headscope.interp.results.headset import HeadSet
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.journal import Journal
 from headscope.interp.runs.loop import opened
 from headscope.interp.runs.progress import track
@@ -70,7 +71,7 @@ def find_circuit(
         HeadscopeError: another method, a size that is no number of nodes, no node that has an effect, or a file of
             another run.
     """
-    lm = load_model(lm)
+    out, lm = folder_of(out), load_model(lm)
     if method not in ("attribution", "path"):
         raise HeadscopeError(f"method is 'attribution' or 'path', not {method!r}")
     check_counts(1, together=together)
@@ -90,7 +91,7 @@ def find_circuit(
         config = {name: made[name] for name in ("model", "parameters", "prompts_sha256", "method")}
         config |= {"weights": fingerprint(lm.inner), "metric": describe(metric), "batch_size": batch_size}
         config |= {"answers": describe([pairs.answers, pairs.others]), "together": together}
-    with opened(None if out is None else Path(out), config) as journal:
+    with opened(out, config) as journal:
         search = _Search(lm, pairs, size, budget, threshold, metric, batch_size, together, mlps, journal)
         return search.circuit(made, progress)
 

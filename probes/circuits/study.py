@@ -14,7 +14,7 @@ import pandas as pd
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.runs.files import write_atomically
+from headscope.interp.runs.files import folder_of, write_atomically
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import describe, fingerprint, hash_texts, provenance
 from headscope.interp.runs.sealed import sealed
@@ -90,12 +90,11 @@ def study_circuit(
         "seed": seed,
     }
     _check(settings)
-    lm = load_model(lm)
+    folder, lm = folder_of(out), load_model(lm)
     every = lm.info.layers * (lm.info.heads + mlps)
     if size > every:
         raise HeadscopeError(f"size={size}: choose 1 to {every} {'nodes' if mlps else 'heads'} of {lm.name}")
     pairs, others = (TASKS[task](lm, count, seed=s) for s in (seed, seed + 1))
-    folder = None if out is None else Path(out)
     config = {**settings, "model": lm.name, "weights": fingerprint(lm.inner)}
     config |= {"pairs": [[hash_texts(x.texts), describe([x.answers, x.others, x.groups])] for x in (pairs, others)]}
     held: list[dict[str, Any]] = []

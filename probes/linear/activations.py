@@ -14,7 +14,7 @@ from safetensors.numpy import load, save
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
-from headscope.interp.runs.files import locked, write_atomically
+from headscope.interp.runs.files import folder_of, locked, write_atomically
 from headscope.interp.runs.journal import Journal
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import hash_texts, provenance
@@ -47,14 +47,14 @@ def head_outputs(
             that cannot be traced, outputs that are not numbers, or ``out`` holds a run with other settings or that goes
             on now.
     """
-    lm = load_model(lm)
+    out, lm = folder_of(out), load_model(lm)
     if batch_size < 1 or not positions or not texts:
         raise HeadscopeError("probing needs texts, at least one position, and a batch size of 1 or more")
     order = np.argsort([len(text) for text in texts], kind="stable")  # texts of a length together: little padding
     batches = [[texts[i] for i in order[first : first + batch_size]] for first in range(0, len(texts), batch_size)]
     config = {"model": provenance(lm)["model"], "positions": list(positions), "batch_size": batch_size}
     config["texts_sha256"] = hash_texts(texts)
-    folder = None if out is None else Path(out) / "activations"
+    folder = None if out is None else out / "activations"
     with locked(folder):
         store = _Store(folder, config)
         waiting = [index for index in range(len(batches)) if index not in store]

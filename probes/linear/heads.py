@@ -22,6 +22,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.scores import HeadScores
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.progress import track
 from headscope.interp.runs.provenance import provenance
 from headscope.probes.linear.activations import head_outputs
@@ -64,7 +65,7 @@ def probe_heads(
         HeadscopeError: see ``head_outputs``, ``Labelled`` and ``Settings``.
     """
     settings = Settings(tuple(int(seed) for seed in seeds), validation, max_iter, C, scale)
-    lm, labelled = load_model(lm), load_labelled(dataset)
+    out, lm, labelled = folder_of(out), load_model(lm), load_labelled(dataset)
     z = head_outputs(lm, labelled.texts, positions=positions, batch_size=batch_size, out=out, progress=progress)
     made = provenance(lm, prompts=labelled.texts, positions=list(positions), batch_size=batch_size)
     result = probe_activations(z, labelled, settings=settings, made=made, jobs=jobs, progress=progress)

@@ -15,6 +15,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import load_model
 from headscope.interp.models.language_model import LanguageModel
 from headscope.interp.results.scores import HeadScores
+from headscope.interp.runs.files import folder_of
 from headscope.interp.runs.loop import opened, run_steps
 from headscope.interp.runs.provenance import describe, fingerprint, provenance
 from headscope.probes.patching.activation import Runs
@@ -70,8 +71,8 @@ def path_patching(
         HeadscopeError: no such receiver, no head below it, a folder of another run, or, with ``out``, a metric that
             cannot be told from another.
     """
-    lm = load_model(lm)
-    nodes, folder = receivers_of(receivers, component), None if out is None else Path(out)
+    folder, lm = folder_of(out), load_model(lm)
+    nodes = receivers_of(receivers, component)
     parts = pairs.batches_at(25 if published else batch_size, positions)
     held: dict[int, Stage] = {}
 

@@ -86,7 +86,7 @@ def padding_mask(grid: ImageGrid, threshold: float = 0.5) -> NDArray[np.bool_]:
     The padding sinks of Zhao et al. 2025 (arXiv 2508.17807; ``generate_pad_mask`` of intcomp/attention-bias @ e75ebe7,
     FastV's 0.5, PyramidDrop's 0.01), by area: exact for any processor, and theirs for pictures padded to a square.
     """
-    return np.asarray(1.0 - grid.real <= threshold)
+    return np.asarray(1.0 - grid.real <= threshold + 1e-12)  # half of a cell is half of it, however it was rounded
 
 
 def debiased(

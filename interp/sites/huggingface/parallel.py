@@ -32,7 +32,8 @@ def require_whole_heads(model: nn.Module) -> None:
     """Refuse a model whose layers are split in a way that does not say who holds what.
 
     Raises:
-        HeadscopeError: split by something else than transformers, or its layers are on different processes.
+        HeadscopeError: split by something else than transformers, its layers are on different processes, or its
+            weights are in a form that transformers cannot run in parts.
     """
     kind, whole = type(model).__name__, getattr(model, "_device_mesh", None)
     if whole is not None and "pp" in (whole.mesh_dim_names or ()) and whole["pp"].size() > 1:
@@ -47,6 +48,11 @@ def require_whole_heads(model: nn.Module) -> None:
         raise HeadscopeError(
             f"{kind} has {kv} key/value heads, which transformers does not share out over {mesh.size()} processes: "
             "take a tp_size that divides them"
+        )
+    if mesh is not None and getattr(model, "quantization_method", None) == "bitsandbytes":
+        raise HeadscopeError(
+            f"{kind} has bitsandbytes weights under tensor parallelism, which transformers splits and cannot run: "
+            "quantize by torchao (TorchAoConfig), or load it on one process with device_map='auto'"
         )
     if mesh is None and _is_split(model):
         raise HeadscopeError(

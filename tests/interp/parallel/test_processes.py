@@ -72,7 +72,16 @@ def test_what_tensor_parallelism_does_not_do_is_refused(found: Any) -> None:
         heads = each["heads"]
         assert "gradients of a model under tensor parallelism" in heads["gradients"]
         assert "split over processes" in heads["weights"] and "other neurons" in heads["neurons"]
+        assert "transformers splits and cannot run" in heads["bitsandbytes"]
         assert "L0H8" in heads["head 8"] and "1 key/value heads" in heads["one key head"]
+
+
+def test_quantised_heads_over_processes_make_one_record(found: Any) -> None:
+    if found[0]["quantised"] is None:
+        pytest.skip("torchao is not installed")
+    for each in (one["quantised"] for one in found):
+        assert each["form"] == "Int8Tensor" and alike(each["plain"]) and alike(each["edited"])
+        assert each["swept"] < 1e-5 and "split over processes" in each["leaf"]
 
 
 def test_one_text_over_processes_makes_the_record_of_one(found: Any) -> None:
@@ -119,6 +128,17 @@ def test_sharded_weights_and_experts_over_processes_change_nothing(found: Any) -
         sharded = each["sharded"]
         assert alike(sharded["fsdp"]) and alike(sharded["experts"])
         assert sharded["gradients"] < 1e-6 < 1e-2 < sharded["slope"]
+
+
+def test_the_check_of_a_shared_card_passes_and_sees_columns_that_nobody_added(found: Any) -> None:
+    assert found[0]["card"]["written"] == 1
+    for each in (one["card"] for one in found):
+        right = each["right"]
+        assert right["beyond"] == [] and right["processes"] == 2
+        for dtype in ("float32", "bfloat16"):
+            assert all(len(right[dtype][how]) == 7 for how in ("same calls", "two passes"))
+        assert {"float32, same calls: sum", "bfloat16, two passes: key_mass"} <= set(each["beyond"])
+        assert all("sum" in one or "key_mass" in one for one in each["beyond"])
 
 
 def test_one_process_is_told_to_start_several() -> None:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,10 @@ from transformers import AutoModelForCausalLM, DistributedConfig
 from headscope.interp import HeadscopeError, context_parallel, sweep, tiny_model, trace
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.split_heads import SplitHeads
+from headscope.interp.attention.split_rows import SplitRows
+from headscope.interp.benchmarks import shared_card as card
 from headscope.interp.models import output_projections
+from headscope.interp.models.placement import require_own_weights
 from headscope.interp.runs.provenance import fingerprint
 from headscope.interp.sites import is_attached
 from headscope.interp.statistics import (
@@ -82,11 +86,11 @@ def refusal(run: Any) -> str:
     return "not refused"
 
 
-def split_model(folder: Path) -> Any:
+def split_model(folder: Path, **options: Any) -> Any:
     """The model in ``folder``, whole and under tensor parallelism."""
-    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    whole = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     config = DistributedConfig(tp_size=2)
-    return whole, AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+    return whole, AutoModelForCausalLM.from_pretrained(folder, distributed_config=config, **options).eval()
 
 
 def tensor_parallel() -> dict[str, Any]:
@@ -119,8 +123,32 @@ def tensor_parallel() -> dict[str, Any]:
     found["neurons"] = refusal(
         lambda: apply(split, EDITS["edit_value_vectors"](neurons=((0, 3),), factor=0.0)).__enter__()
     )
+    split.quantization_method = "bitsandbytes"  # what transformers says of one
+    found["bitsandbytes"] = refusal(lambda: trace(split, few).__enter__())
     found["one key head"] = refusal(lambda: trace(split_model(FOLDER / "one-key-head")[1], few).__enter__())
     found["shared key head"] = shared_key_head()
+    return found
+
+
+def quantised() -> dict[str, Any]:
+    """Int8 weights of what is split by rows, each of which has a scale: the same numbers whole and in parts."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    found: dict[str, Any] = {}
+    by_columns = [".*o_proj", ".*down_proj", "lm_head"]
+    whole, split = split_model(
+        FOLDER / "llama", quantization_config=TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=by_columns)
+    )
+    found["form"] = type(split.model.layers[0].self_attn.q_proj.weight).__name__
+    for name, edits in {"plain": (), "edited": (AblateHeads("L0H3,L1H6"),)}.items():
+        found[name] = apart(record(whole, edits, input_ids=IDS), record(split, edits, input_ids=IDS))
+    prompts = [IDS[0].tolist(), IDS[1, :9].tolist()]
+    swept = sweep(split, prompts, [Entropy()], out=FOLDER / "quantised", progress=False).load()
+    with trace(whole, [Entropy()]) as tracer:
+        whole(input_ids=IDS[:1])
+    found["swept"] = float(abs(swept["entropy"][0] - tracer.record["entropy"][0]).max())
+    found["leaf"] = refusal(lambda: require_own_weights(split.model.layers[0].self_attn.q_proj))
     return found
 
 
@@ -161,6 +189,14 @@ def context() -> dict[str, Any]:
     fresh = tiny_model(kind, num_attention_heads=8, num_key_value_heads=4)
     found["after"] = float((model(IDS).logits - fresh(IDS).logits).abs().max())
     return found
+
+
+def shared_card() -> dict[str, Any]:
+    """The check that two processes of one card run, as it is and with columns that nobody adds up."""
+    tiny = ["--shape", "tiny", "--tokens", "65", "--device", "cpu", "--out", str(FOLDER / "card")]
+    found = {"right": card.main(tiny), "written": len(list((FOLDER / "card").glob("*.json")))}
+    with mock.patch.object(SplitRows, "_over", lambda self, x, how: x):
+        return {**found, "beyond": card.main(tiny[:-2])["beyond"]}
 
 
 def every_edit() -> dict[str, Any]:
@@ -227,6 +263,8 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with torch.no_grad():
         result = {"heads": tensor_parallel(), "rows": context(), "edits": every_edit()}
+        result["card"] = shared_card()
+        result["quantised"] = quantised() if importlib.util.find_spec("torchao") else None
     result["sharded"] = sharded()
     (FOLDER / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

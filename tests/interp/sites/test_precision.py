@@ -7,14 +7,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from headscope.interp import load_model, trace
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.models import output_projections
-from headscope.interp.runs.provenance import provenance
+from headscope.interp.runs.provenance import fingerprint, provenance
 from headscope.interp.sites import attached, verify
 from headscope.interp.sites.agreement import pattern_bound, relative_error
 from headscope.interp.sites.huggingface import calls as hf_calls
@@ -233,6 +233,20 @@ def test_quantized_weights(tmp_path, quantize, dtype):
         with apply(lm, AblateHeads([(0, 0), (0, 1)])):
             edited = lm.model(**inputs()).logits
         assert float((edited - lm.model(**inputs()).logits).abs().max()) > 1e-2
+
+
+def test_weights_that_torchao_quantized(tmp_path):
+    """Packed tensors of their own class, of which a sweep takes the fingerprint."""
+    quantization = pytest.importorskip("torchao.quantization")
+    tiny_model("llama").save_pretrained(tmp_path)
+    lm = load_model(tmp_path, quantize=TorchAoConfig(quantization.Int8WeightOnlyConfig()), device="cpu")
+    assert lm.info.quantization == "torchao" and verify(lm).passed and share_of_bound(lm.model)[0] <= 1.0
+    with trace(lm, STATISTICS) as tracer:
+        traced = generate(lm.model)
+    assert torch.equal(traced, generate(lm.model)) and tracer.record.sizes["layer"] == 2
+    before = fingerprint(lm.model)
+    lm.model.model.layers[0].self_attn.q_proj.weight.qdata[0, 0] += 1
+    assert fingerprint(lm.model) != before
 
 
 def test_a_quantization_config_of_transformers_and_a_quantized_checkpoint(tmp_path):

@@ -234,12 +234,12 @@ def test_an_answer_counts_where_it_begins(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DocumentsTask(documents=1), "documents: documents is at least 2"),
+        (lambda: DocumentsTask(documents=1), "documents: documents is a whole number of at least 2"),
         (lambda: DocumentsTask(documents=13).loaded, "13 people are asked for, and there are 12"),
         (lambda: DocumentsTask(data="nowhere").loaded, "cannot read nowhere"),
         (lambda: Arithmetic(forms=("roman",)), "forms is one of plain, padded, reversed, spaced"),
-        (lambda: Arithmetic(digits=()), "digits is at least 1"),
-        (lambda: Arithmetic(digits=(0, 1)), "digits is at least 1"),
+        (lambda: Arithmetic(digits=()), "digits is empty"),
+        (lambda: Arithmetic(digits=(0, 1)), "digits is a whole number of at least 1"),
         (lambda: Arithmetic(problems=1.5), "problems must be a whole number"),
         (lambda: Facts(where="books"), "where is one of context, memory"),
         (lambda: Facts(data="f.jsonl"), "data are facts without a context"),

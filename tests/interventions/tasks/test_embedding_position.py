@@ -87,7 +87,7 @@ def test_places_apart() -> None:
     [
         (lambda: EmbeddingPosition(change="swap"), "change is one of remove, insert, move"),
         (lambda: EmbeddingPosition(pool="max"), "pool is one of mean, first, last"),
-        (lambda: EmbeddingPosition(sentences=1), "sentences is at least 2"),
+        (lambda: EmbeddingPosition(sentences=1), "sentences is a whole number of at least 2"),
         (lambda: EmbeddingPosition(text=TEXT).loaded, "the text has 3 sentences, and 4 passages of 6"),
     ],
 )

@@ -174,7 +174,7 @@ def test_what_the_harness_cannot_load_is_one_line(
         LmEval(str(tmp_path / "nowhere.yaml"))
     with pytest.raises(HeadscopeError, match="hs_choice has no metric 'f2'; it has acc, acc_norm"):
         LmEval(str(folder / "hs_choice.yaml"), measure="f2")
-    with pytest.raises(HeadscopeError, match="limit is at least 1"):
+    with pytest.raises(HeadscopeError, match="limit is a whole number of at least 1"):
         LmEval(str(folder / "hs_choice.yaml"), limit=0)
     monkeypatch.setattr("headscope.interventions.tasks.lm_eval.find_spec", lambda name: None)
     with pytest.raises(HeadscopeError, match=r"not installed: pip install 'headscope\[evaluation\]'"):
