@@ -342,6 +342,7 @@ LANGUAGE = SimpleNamespace(
     where=_lift(torch.where),
     minimum=_lift(torch.minimum),
     maximum=_lift(torch.maximum),
+    abs=_lift(torch.abs),
     exp2=_lift(torch.exp2),
     log2=_lift(torch.log2),
     sum=_reduced(lambda x, axis: x.sum(axis)),

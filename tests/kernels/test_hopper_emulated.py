@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,10 +26,12 @@ from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.hopper.device import GROUP_ROWS, _beside
-from headscope.kernels.hopper.emulator import Deadlock, Emulated, emulated
+from headscope.kernels.hopper.emulator import Deadlock, Emulated, Value, emulated, translated
+from headscope.kernels.hopper.scores import capped
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
+from headscope.kernels.triton.device import score
 from headscope.kernels.triton.features import encode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels read no CPU memory where there is a card
@@ -180,6 +183,16 @@ def test_other_widths_and_rules_with_softcap_and_bias(d: int, kind: str) -> None
     batch = 2 if kind == "chunks from origin" else 1
     case = random_case(kind, **BASE, batch=batch, d_head=d, queries=200, keys=420, **options)
     assert not fails(case, request_of(case, features=0))
+
+
+@pytest.mark.parametrize("largest", [0.59, 0.61, 20.0])
+@pytest.mark.parametrize("softcap, scale", [(50.0, 0.0884), (5.0, 1.0), (30.0, 2e-3)])
+def test_softcap_to_its_roundings(softcap: float, scale: float, largest: float) -> None:
+    """By the polynomial below 0.6 c and by an exponential above: off by what ``capped`` says, in units of c."""
+    x = torch.linspace(-largest, largest, 64 * 128).view(64, 128) * (softcap / scale)
+    found = translated(capped, {})(Value(x), score(scale, softcap, None)).x.double()
+    exact = softcap * torch.tanh(x.double() * (scale / softcap)) * math.log2(math.e)
+    assert (found - exact).abs().max() <= (7.3e-8 + 4 * 2.0**-24) * softcap * math.log2(math.e)
 
 
 # -- the emulator sees what a card would do ----------------------------------------------------------------------------
