@@ -32,6 +32,7 @@ def rows(
     positions: Tensor | None = None,
     repeat: int = 1,
     within: Tensor | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> Rows:
     """Row reductions ``wants`` (names of ``Rows``) of ``q`` (batch, head, row, d) over ``k`` (batch, kv_head, key, d).
 
@@ -40,6 +41,8 @@ def rows(
 
     ``repeat``: so many examples of the mask, the bias and the results, one after the other, are of one example of the
     tensors. ``within`` (batch, head, row): the lse of more keys; the output is then the share of it that these give.
+    ``ranges``: which keys ``begin : end`` a query at a position sees, int32 (batch, position) each that never fall from
+    one position to the next, beside the mask, which then has no segments.
     """
     v = None if v is None or "output" not in wants else last_dim_contiguous(v)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
@@ -59,7 +62,7 @@ def rows(
         columns=columns,
     ):
         filled = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1, repeat))._replace(within=within)
-        seen = rules(mask, q.shape[0] * repeat, positions)
+        seen = rules(mask, q.shape[0] * repeat, positions, ranges)
         sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
         with falls_back("Triton's own kernel"):
             hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, score(scale, softcap, bias), sparse=sparse)
@@ -79,6 +82,7 @@ def rows(
             bias=bias,
             wants=wants,
             within=within,
+            ranges=ranges,
         )
     linear = None if features is None or found.linear is None else decode(found.linear, features, q.dtype)
     return found._replace(linear=linear, within=None)

@@ -20,7 +20,7 @@ def reciprocal(x):
 
 @gluon.jit
 def key_bias(score, b, h, start, j, keys, MASKED: gl.constexpr):
-    """The bias (key,) of keys ``start + j`` of a tile, to be fetched while their products are computed; 0 without one."""
+    """The bias (key,) of keys ``start + j`` of a tile, to be fetched beneath their product; 0 without one."""
     if score.bias is not None:
         start = start // j.shape[0] * j.shape[0]  # as it is: so the compiler knows, and fetches two at once
         at = score.bias + (b.to(gl.int64) * score.bias_batch + h.to(gl.int64) * score.bias_head + start)
