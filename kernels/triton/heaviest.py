@@ -70,7 +70,7 @@ def insert(s, start, j, place, kept, keys, worst, out):
 
 
 @triton.jit
-def _scores(
+def tile_scores(
     qt,
     k,
     start,
@@ -144,7 +144,7 @@ def _kernel(
                 start = tl.where(tile < before, lo + tile * BN, full_hi + (tile - before) * BN)
             else:
                 start = full_lo + tile * BN
-            s = _scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
+            s = tile_scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
             most = tl.maximum(most, s)
     for _ in range(1, sizes.top):
         _top, where = tl.max(most, 1, return_indices=True)
@@ -167,7 +167,7 @@ def _kernel(
                 start = tl.where(tile < before, lo + tile * BN, full_hi + (tile - before) * BN)
             else:
                 start = full_lo + tile * BN
-            s = _scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
+            s = tile_scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
             hit = ((s >= enough[:, None]) & exists[:, None]).to(tl.int32)
             more = tl.sum(hit, 1)
             if tl.max(more, 0) > 0:
@@ -188,7 +188,7 @@ def _kernel(
         worst, out = tl.min(kept, 1, return_indices=True)
         for tile in range(0, tl.cdiv(hi - lo, BN)):
             start = lo + tile * BN
-            s = _scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, True)
+            s = tile_scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, True)
             kept, keys, worst, out = insert(s, start, j, place, kept, keys, worst, out)
 
     norm = tl.load(lse + row, mask=exists, other=0.0)

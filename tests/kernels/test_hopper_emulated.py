@@ -23,6 +23,7 @@ from headscope.kernels.checks.cases import Case, everything, paddings, random_ca
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import dispatch as hopper
+from headscope.kernels.hopper import heaviest as hopper_heaviest
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.hopper.device import GROUP_ROWS, _beside
@@ -31,6 +32,7 @@ from headscope.kernels.hopper.scores import capped
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
+from headscope.kernels.triton import listed
 from headscope.kernels.triton.device import score
 from headscope.kernels.triton.features import encode
 
@@ -44,7 +46,7 @@ def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls go to the Hopper kernels as on such a card, short ones too, and they run here."""
     monkeypatch.setattr(hopper, "_on_hopper", lambda _: True)
     monkeypatch.setattr(hopper, "FEWEST", 1)
-    with emulated(hopper_rows, hopper_output, hopper_columns):
+    with emulated(hopper_rows, hopper_output, hopper_columns, hopper_heaviest):
         yield
 
 
@@ -193,6 +195,49 @@ def test_softcap_to_its_roundings(softcap: float, scale: float, largest: float) 
     found = translated(capped, {})(Value(x), score(scale, softcap, None)).x.double()
     exact = softcap * torch.tanh(x.double() * (scale / softcap)) * math.log2(math.e)
     assert (found - exact).abs().max() <= (7.3e-8 + 4 * 2.0**-24) * softcap * math.log2(math.e)
+
+
+def heaviest(case: Case, top: int) -> list[Any]:
+    """What is wrong with the lists of the ``top`` heaviest keys, searched on Hopper."""
+    asked = Request(output=False, top=top)
+
+    def found(scores: Scores, v: Tensor, *, request: Request) -> Reduced:
+        call = scores.device_arguments
+        lse = passes.rows(scores.q, scores.k, None, sinks=scores.sinks, **call).lse
+        assert lse is not None
+        mass, keys = passes.top_keys(scores.q, scores.k, lse, count=request.top, **call)
+        return Reduced(top_mass=mass, top_keys=keys)
+
+    return [verdict for verdict in compare(case.run(found, asked), case, asked) if not verdict.holds]
+
+
+@pytest.mark.parametrize(
+    "kind, d, top, options",
+    [
+        ("causal", 64, 16, {}),
+        ("window", 128, 3, {"softcap": 5.0, "bias": True, "sinks": True}),
+        ("left padding", 64, 1, {}),
+        ("full", 64, 32, {"keys": 20}),  # more than there are
+    ],
+)
+def test_the_heaviest_keys(kind: str, d: int, top: int, options: dict[str, Any]) -> None:
+    call: dict[str, Any] = {"queries": 130, "keys": 300, "batch": 2, "kv_heads": 1, "dtype": torch.float16} | options
+    assert not heaviest(random_case(kind, d_head=d, **call), top)
+
+
+@pytest.mark.parametrize("step", [0, 8])
+def test_keys_for_which_a_list_has_no_room(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal scores, and heavy keys of which one thread has all: rows of such blocks are searched anew."""
+    case = random_case("causal", kv_heads=1, batch=1, group=2, d_head=64, queries=130, keys=300, dtype=torch.float16)
+    if step:
+        case.k[:, :, ::step] += case.q[:, :1, :1].sign()
+        case.q[:] = case.q.abs() * case.q[:, :1, :1].sign()
+    else:
+        case.q[:] = 0.0
+    made, room = [], listed.room
+    monkeypatch.setattr(listed, "room", lambda *given: made.append(room(*given)) or made[-1])
+    assert not heaviest(case, 16)
+    assert (made[0].counts == torch.tensor([16, 0, 0, 0])).all(-1).any()  # as the second search leaves them
 
 
 # -- the emulator sees what a card would do ----------------------------------------------------------------------------
