@@ -10,6 +10,8 @@ What depends on where a key stood (distances, spans, lists of keys) is not compu
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,7 @@ def attend(scores: Scores, v: Tensor, chosen: Tensor, most: int, *, request: Req
     index = place.new_zeros(batch, each, most + 1)  # beyond a set: keys that no query sees
     index = index.scatter_(2, place, torch.arange(keys, device=place.device).expand_as(place))[..., :most]
     begin, end = (x.expand(batch, queries)[:, None].expand(-1, each, -1) for x in _runs(scores))
-    ranges = tuple(before.gather(2, x).flatten(0, 1).contiguous() for x in (begin, end))
+    first, last = (before.gather(2, x).flatten(0, 1).contiguous() for x in (begin, end))
     of_keys = (_gathered(x, index, heads) for x in ((scores.k, v) if request.output else (scores.k,)))
     k, values = (*of_keys, None)[:2]
     q, bias = scores.q, scores.bias
@@ -57,8 +59,8 @@ def attend(scores: Scores, v: Tensor, chosen: Tensor, most: int, *, request: Req
     if bias is not None:
         bias = bias.expand(batch, heads, keys).gather(2, index.expand(batch, heads, most)).view(*q.shape[:2], most)
     wants = {name for name in ("lse", "max", "entropy", "output") if getattr(request, name)}
-    options = {"mask": Mask.full(), "scale": scores.scale, "softcap": scores.softcap, "bias": bias}
-    found = rows(q, k, values, wants=frozenset(wants), ranges=ranges, **options)
+    options: dict[str, Any] = {"mask": Mask.full(), "scale": scores.scale, "softcap": scores.softcap, "bias": bias}
+    found = rows(q, k, values, wants=frozenset(wants), ranges=(first, last), **options)
     shape = (batch, heads, queries)
     output = None if found.output is None else found.output.view(*shape, -1)
     lse, highest, entropy = (None if x is None else x.view(shape) for x in (found.lse, found.max, found.entropy))

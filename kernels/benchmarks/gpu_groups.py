@@ -107,6 +107,9 @@ def groups() -> dict[str, list[Job]]:
                 (64, "window", {"sinks": True, "softcap": 5.0}),
                 (256, "left padding", {}),
                 (128, "segments", {"dtype": torch.float32}),
+                (128, "causal", {"queries": 1100, "keys": 1100}),
+                (64, "window", {"queries": 1100, "keys": 1100, "sinks": True, "softcap": 5.0}),
+                (256, "left padding", {"queries": 1100, "keys": 1100}),
             )
         ],
         "moved mass and spans": [

@@ -144,6 +144,9 @@ class Shared:
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.x.view(shape))
 
+    def load(self, layout: Any) -> Value:
+        return Value(self.x.clone())
+
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.x.permute(order))
 
@@ -358,6 +361,7 @@ LANGUAGE = SimpleNamespace(
     abs=_lift(torch.abs),
     exp2=_lift(torch.exp2),
     log2=_lift(torch.log2),
+    sqrt=_lift(torch.sqrt),
     sum=_reduced(lambda x, axis: x.sum(axis)),
     max=_reduced(lambda x, axis: x.amax(axis)),
     convert_layout=lambda x, layout: x,
@@ -375,6 +379,7 @@ NAMES = {
     "tl": LANGUAGE,
     "mbarrier": MBARRIER,
     "fetch": fetch,
+    "logarithm": _lift(torch.log2),
     "reciprocal": lambda x: 1.0 / x,
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,

@@ -19,6 +19,12 @@ def reciprocal(x):
 
 
 @gluon.jit
+def logarithm(x):
+    """log2 of x in [1, 2], off by 2^-22 at most."""
+    return gl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def key_bias(score, b, h, start, j, keys, MASKED: gl.constexpr):
     """The bias (key,) of keys ``start + j`` of a tile, to be fetched beneath their product; 0 without one."""
     if score.bias is not None:

@@ -20,9 +20,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from headscope.kernels import gpu_passes as passes
 from headscope.kernels.checks.cases import Case, everything, paddings, random_case
-from headscope.kernels.checks.compare import compare
+from headscope.kernels.checks.compare import allowed, compare, distance
+from headscope.kernels.divergence import dense, divergence
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import dispatch as hopper
+from headscope.kernels.hopper import divergence as hopper_divergence
 from headscope.kernels.hopper import heaviest as hopper_heaviest
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
@@ -46,7 +48,7 @@ def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls go to the Hopper kernels as on such a card, short ones too, and they run here."""
     monkeypatch.setattr(hopper, "_on_hopper", lambda _: True)
     monkeypatch.setattr(hopper, "FEWEST", 1)
-    with emulated(hopper_rows, hopper_output, hopper_columns, hopper_heaviest):
+    with emulated(hopper_rows, hopper_output, hopper_columns, hopper_heaviest, hopper_divergence):
         yield
 
 
@@ -238,6 +240,32 @@ def test_keys_for_which_a_list_has_no_room(step: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(listed, "room", lambda *given: made.append(room(*given)) or made[-1])
     assert not heaviest(case, 16)
     assert (made[0].counts == torch.tensor([16, 0, 0, 0])).all(-1).any()  # as the second search leaves them
+
+
+@pytest.mark.parametrize(
+    "kind, d, options",
+    [
+        ("causal", 64, {}),
+        ("window", 128, {"sinks": True, "softcap": 5.0}),
+        ("left padding", 256, {"queries": 200}),
+        ("empty rows", 80, {"sinks": True}),
+    ],
+)
+def test_distances_of_two_patterns(kind: str, d: int, options: dict[str, Any]) -> None:
+    call: dict[str, Any] = {"queries": 130, "keys": 300, "batch": 2, "kv_heads": 1, "d_head": d} | options
+    first = random_case(kind, **call, dtype=torch.float16)
+    second = replace(random_case(kind, **call, dtype=torch.float16, seed=1), mask=first.mask)
+    got, want = divergence(first, second, engine="triton"), dense(first.log_pattern(), second.log_pattern())
+    low = dense(first.log_pattern(torch.float16), second.log_pattern(torch.float16))
+    size = max(first.score_size(), second.score_size())
+    for name, x, y, z in zip(got._fields, got, want, low, strict=True):
+        assert distance(x, y) <= allowed(z, y, size=size), name
+
+
+def test_a_pattern_is_no_distance_from_itself() -> None:
+    case = random_case("causal", **BASE, d_head=64, queries=130, keys=200)
+    got = divergence(case, case, engine="triton")
+    assert not got.js.any() and not got.kl.any() and not got.tv.any()
 
 
 # -- the emulator sees what a card would do ----------------------------------------------------------------------------
