@@ -146,6 +146,7 @@ def main(given: Sequence[str] | None = None) -> int:
         patches.enter_context(patch.object(device, "has_copy_engine", lambda _: True))
         for module in (rows, columns, blocks, divergence, topk, few_columns, heaviest, listed, shares, targets):
             patches.enter_context(patch.object(module, "_kernel", Compiled(module._kernel)))
+        patches.enter_context(patch.object(topk, "_merge_kernel", Compiled(topk._merge_kernel)))
         patches.enter_context(patch.object(listed, "_anew", Compiled(listed._anew)))
         patches.enter_context(patch.object(shares, "_split_kernel", Compiled(shares._split_kernel)))
         patches.enter_context(patch.object(rows, "merge_kernel", Compiled(merge.merge_kernel)))

@@ -70,6 +70,22 @@ def insert(s, start, j, place, kept, keys, worst, out):
 
 
 @triton.jit
+def put_in_order(kept, keys, place, lse, mass, keys_at, row, exists, top, key_offset):
+    """Of every row's list (row, place), in any order, the ``top`` heaviest, one after the other."""
+    norm = tl.load(lse + row, mask=exists, other=0.0)
+    norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
+    for n in range(0, top):
+        most, where = tl.max(kept, 1, return_indices=True)
+        chosen = place[None, :] == where[:, None]
+        key = tl.sum(tl.where(chosen, keys, 0), 1)
+        kept = tl.where(chosen, HIDDEN, kept)
+        p = tl.where(most > FLOOR, tl.exp2(most - norm), 0.0)
+        key = tl.where(p > 0.0, key + key_offset, -1)
+        tl.store(mass + row * top + n, p, mask=exists)
+        tl.store(keys_at + row * top + n, key.to(tl.int64), mask=exists)
+
+
+@triton.jit
 def tile_scores(
     qt,
     k,
@@ -191,17 +207,7 @@ def _kernel(
             s = tile_scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, True)
             kept, keys, worst, out = insert(s, start, j, place, kept, keys, worst, out)
 
-    norm = tl.load(lse + row, mask=exists, other=0.0)
-    norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
-    for n in range(0, sizes.top):
-        top, where = tl.max(kept, 1, return_indices=True)
-        chosen = place[None, :] == where[:, None]
-        key = tl.sum(tl.where(chosen, keys, 0), 1)
-        kept = tl.where(chosen, HIDDEN, kept)
-        p = tl.where(top > FLOOR, tl.exp2(top - norm), 0.0)
-        key = tl.where(p > 0.0, key + rules.key_offset, -1)
-        tl.store(mass + row * sizes.top + n, p, mask=exists)
-        tl.store(keys_at + row * sizes.top + n, key.to(tl.int64), mask=exists)
+    put_in_order(kept, keys, place, lse, mass, keys_at, row, exists, sizes.top, rules.key_offset)
 
 
 def takes(rows: int, keys: int, d: int, count: int, dtype: torch.dtype) -> bool:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from headscope.kernels.triton.device import (
     FLOOR,
-    HIDDEN,
     LOG2E,
     last_dim_contiguous,
     launch,
@@ -27,7 +26,7 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
-from headscope.kernels.triton.heaviest import Sizes, insert, tile_scores
+from headscope.kernels.triton.heaviest import Sizes, insert, put_in_order, tile_scores
 from headscope.kernels.triton.masks import key_range, row_positions
 
 LISTS = tl.constexpr(4)  # of a row
@@ -114,17 +113,7 @@ def _kernel(
     kept = tl.load(at, mask=here, other=0).to(tl.float32, bitcast=True)
     kept = tl.where(here, kept * unit, FLOOR)
     keys = tl.load(at + 1, mask=here, other=-1)
-    norm = tl.load(lse + row, mask=exists, other=0.0)
-    norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
-    for n in range(0, top):
-        most, where = tl.max(kept, 1, return_indices=True)
-        chosen = place[None, :] == where[:, None]
-        key = tl.sum(tl.where(chosen, keys, 0), 1)
-        kept = tl.where(chosen, HIDDEN, kept)
-        p = tl.where(most > FLOOR, tl.exp2(most - norm), 0.0)
-        key = tl.where(p > 0.0, key + key_offset, -1)
-        tl.store(mass + row * top + n, p, mask=exists)
-        tl.store(keys_at + row * top + n, key.to(tl.int64), mask=exists)
+    put_in_order(kept, keys, place, lse, mass, keys_at, row, exists, top, key_offset)
 
 
 def room(q: Tensor, count: int) -> Room:
