@@ -94,7 +94,7 @@ def _scores(n, start, q, smem, bars, position, given, MASKED: gl.constexpr):
 
 @gluon.jit
 def _enough(most, score, top, BUCKETS: gl.constexpr):
-    """The ``top``-th largest of the buckets' largest scores (row, bucket), or less where some are equal."""
+    """The ``top``-th largest of the buckets' largest scores (row, bucket), less a rounding; below it if some are equal."""
     buckets = gl.max(most.reshape([most.shape[0], most.shape[1] // BUCKETS, BUCKETS]), 1)
     rows: gl.constexpr = gl.SliceLayout(1, most.type.layout)
     for _ in range(1, top):
@@ -102,7 +102,8 @@ def _enough(most, score, top, BUCKETS: gl.constexpr):
     unit = score.scale * LOG2E
     if (score.softcap is not None) or (score.bias is not None):
         unit = 1.0
-    return gl.maximum(gl.convert_layout(gl.max(buckets, 1), rows), FLOOR / unit)
+    enough = gl.convert_layout(gl.max(buckets, 1), rows)
+    return gl.maximum(enough - gl.abs(enough) * 1e-6, FLOOR / unit)
 
 
 @gluon.jit
