@@ -51,8 +51,7 @@ def attend(scores: Scores, v: Tensor, chosen: Tensor, most: int, *, request: Req
     index = index.scatter_(2, place, torch.arange(keys, device=place.device).expand_as(place))[..., :most]
     begin, end = (x.expand(batch, queries)[:, None].expand(-1, each, -1) for x in _runs(scores))
     first, last = (before.gather(2, x).flatten(0, 1).contiguous() for x in (begin, end))
-    of_keys = (_gathered(x, index, heads) for x in ((scores.k, v) if request.output else (scores.k,)))
-    k, values = (*of_keys, None)[:2]
+    k, values = _gathered(scores.k, index, heads), _gathered(v, index, heads) if request.output else None
     q, bias = scores.q, scores.bias
     if each > 1:
         q = q.reshape(batch * heads, 1, queries, q.shape[3])
