@@ -94,7 +94,7 @@ def _scores(n, start, q, smem, bars, position, given, MASKED: gl.constexpr):
 
 @gluon.jit
 def _enough(most, score, top, BUCKETS: gl.constexpr):
-    """The ``top``-th largest of the largest scores of buckets (row, bucket), less a rounding, or where some are equal."""
+    """The ``top``-th largest of the buckets' largest scores, (row, bucket), less a rounding, or if some are equal."""
     buckets = gl.max(most.reshape([most.shape[0], most.shape[1] // BUCKETS, BUCKETS]), 1)
     rows: gl.constexpr = gl.SliceLayout(1, most.type.layout)
     for _ in range(1, top):
