@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from headscope.kernels.fallback import falls_back
-from headscope.kernels.gpu_passes import columns, rows
+from headscope.kernels.gpu_passes import columns, rows, top_keys
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
@@ -24,7 +24,7 @@ from headscope.kernels.streaming import library
 from headscope.kernels.streaming.counts import count_columns
 from headscope.kernels.triton.rows import Rows
 from headscope.kernels.triton.targets import target_mass
-from headscope.kernels.triton.topk import MOST, top_keys
+from headscope.kernels.triton.topk import MOST
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256

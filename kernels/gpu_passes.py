@@ -1,6 +1,8 @@
-"""One pass over the scores on the GPU, by rows or by columns: Hopper's kernels where they apply, else Triton's."""
+"""Passes over the scores on the GPU, by rows, by columns, for the heaviest keys: Hopper's kernels, or else Triton's."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from headscope.kernels.fallback import falls_back
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
-from headscope.kernels.triton import few_columns
+from headscope.kernels.triton import few_columns, heaviest, listed, topk
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton.device import last_dim_contiguous, score
 from headscope.kernels.triton.features import decode, encode, width
@@ -32,6 +34,7 @@ def rows(
     positions: Tensor | None = None,
     repeat: int = 1,
     within: Tensor | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> Rows:
     """Row reductions ``wants`` (names of ``Rows``) of ``q`` (batch, head, row, d) over ``k`` (batch, kv_head, key, d).
 
@@ -40,6 +43,8 @@ def rows(
 
     ``repeat``: so many examples of the mask, the bias and the results, one after the other, are of one example of the
     tensors. ``within`` (batch, head, row): the lse of more keys; the output is then the share of it that these give.
+    ``ranges``: which keys ``begin : end`` a query at a position sees, int32 (batch, position) each that never fall from
+    one position to the next, beside the mask, which then has no segments.
     """
     v = None if v is None or "output" not in wants else last_dim_contiguous(v)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
@@ -59,7 +64,7 @@ def rows(
         columns=columns,
     ):
         filled = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1, repeat))._replace(within=within)
-        seen = rules(mask, q.shape[0] * repeat, positions)
+        seen = rules(mask, q.shape[0] * repeat, positions, ranges)
         sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
         with falls_back("Triton's own kernel"):
             hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, score(scale, softcap, bias), sparse=sparse)
@@ -79,6 +84,7 @@ def rows(
             bias=bias,
             wants=wants,
             within=within,
+            ranges=ranges,
         )
     linear = None if features is None or found.linear is None else decode(found.linear, features, q.dtype)
     return found._replace(linear=linear, within=None)
@@ -121,3 +127,27 @@ def columns(
             return sums, most
     triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
     return sums, most
+
+
+def top_keys(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    count: int,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Masses (float32) and positions (int64) of the ``count`` heaviest keys: see ``triton.topk.top_keys``."""
+    if 1 <= count <= topk.MOST and hopper.takes(q, k, None, mask=mask, scale=scale):
+        sizes = heaviest.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], count)
+        seen, given = rules(mask, q.shape[0], positions), score(scale, softcap, bias)
+        with falls_back("Triton's own kernel"):
+            room = listed.room(q, count)
+            hopper.fill_lists(q, k, room, sizes, seen, given)
+            return listed.heaviest(q, k, lse, room, sizes, seen, given)
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "positions": positions}
+    return topk.top_keys(q, k, lse, count=count, **options)

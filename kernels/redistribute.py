@@ -9,7 +9,8 @@
    W_S exp(s - lse_S) is that of a pattern whose lse is lse_S - log W_S (``columns``). Scores, so lse and max, stay.
 
 A set is a slice of the keys and a bias that hides the others in it, so no kernel is needed: up to three passes for one
-move (three times as many with each further one), and as many for columns. Definition: ``redistribution.dense``.
+move (three times as many with each further one), and as many for columns. Where a set fills little of its slice and
+the request allows, its keys are gathered first (``gathered``). Definition: ``redistribution.dense``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headscope.kernels import attention, reference
+from headscope.kernels import attention, gathered, reference
 from headscope.kernels.columns import columns
 from headscope.kernels.fallback import falls_back
 from headscope.kernels.redistribution import Move
@@ -131,28 +132,45 @@ def _attended(
 ) -> tuple[list[_Part], Tensor]:
     """Steps 1 and 2: every set of ``move``, of the rows asked for; and the lse of all sets (batch, head, row)."""
     asked = replace(request, lse=True, columns=())
-    found = []
-    for chosen in move.sets(scores.q.device):
-        keys, here = _slice(chosen, scores)
-        linear = None if asked.linear is None else asked.linear[..., keys, :]
-        got = attention.attend(here, v[:, :, keys], request=replace(asked, linear=linear), engine=engine)
+    sets = move.sets(scores.q.device)
+    sizes, found = _sizes(sets), {}
+    gather = gathered.gathers(scores, v, request, engine)
+    for n in sorted(range(len(sets)), key=lambda n: -sizes[n][2]):  # the largest while no other result takes memory
+        chosen, (keys, least, most) = sets[n], sizes[n]
+        here = replace(scores.keys(keys), sinks=None)
+        if least < keys.stop - keys.start:
+            hidden = 0.0 if here.bias is None else here.bias
+            here = replace(here, bias=torch.where(chosen[..., keys], hidden, -torch.inf))
+        got = None
+        if gather and 0 < most <= gathered.WORTH * (keys.stop - keys.start):
+            with falls_back("attention in which the set's other keys are hidden"):
+                got = gathered.attend(scores, v, chosen, most, request=asked)
+        if got is None:
+            linear = None if asked.linear is None else asked.linear[..., keys, :]
+            got = attention.attend(here, v[:, :, keys], request=replace(asked, linear=linear), engine=engine)
         assert got.lse is not None
-        found.append((keys, here, got, got.lse))
-    norms = [lse for *_, lse in found]
+        found[n] = keys, here, got, got.lse
+    norms = [found[n][3] for n in range(len(sets))]
     move = move if request.query_rows is None else move.of_rows(request.query_rows)
     after = move.after(norms, scores.sinks)
-    parts = [_Part(*part, mass) for part, mass in zip(found, after, strict=True)]
+    parts = [_Part(*found[n], mass) for n, mass in enumerate(after)]
     return parts, reference.log_total(torch.stack(norms, -1), scores.sinks)
 
 
-def _slice(chosen: Tensor, scores: Scores) -> tuple[slice, Scores]:
-    """The slice that holds the keys ``chosen`` (batch or 1, head or 1, key), and its scores."""
-    some = chosen.flatten(0, 1).any(0).nonzero()[:, 0].tolist() or [0]  # no key: one that is hidden
-    keys = slice(some[0], some[-1] + 1)
-    here = replace(scores.keys(keys), sinks=None)
-    if chosen[..., keys].all():
-        return keys, here
-    return keys, replace(here, bias=torch.where(chosen[..., keys], 0.0 if here.bias is None else here.bias, -torch.inf))
+def _sizes(sets: list[Tensor]) -> list[tuple[slice, int, int]]:
+    """Of every set (batch or 1, head or 1, key): the slice of the keys that holds it, and how many keys an example and
+    head has in it, the fewest and the most. The device is asked once, before it has work to wait for."""
+    if not sets[0].numel():
+        return [(slice(0, 0), 0, 0)] * len(sets)
+    numbers = []
+    for chosen in sets:
+        some, counts = chosen.flatten(0, 1).any(0).int(), chosen.sum(-1)
+        numbers += [some.argmax(), some.flip(0).argmax(), counts.min(), counts.max()]
+    found, length = torch.stack(numbers).tolist(), sets[0].shape[-1]
+    each = zip(*(found[i::4] for i in range(4)), strict=True)
+    return [  # without a key: one that is hidden
+        (slice(first, length - last) if most else slice(0, 1), least, most) for first, last, least, most in each
+    ]
 
 
 def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtype, engine: attention.Engine) -> Reduced:
@@ -185,10 +203,10 @@ def _output(parts: list[_Part], engine: attention.Engine) -> Tensor | None:
         return None
     from headscope.kernels.triton.shares import add_shares
 
-    out = torch.empty_like(outputs[0], memory_format=torch.contiguous_format)
     with falls_back("PyTorch"):
-        add_shares(outputs, [part.mass for part in parts], out)
-        return out
+        outputs[0] = outputs[0].contiguous()  # takes the sum: nothing else is read of it
+        add_shares(outputs, [part.mass for part in parts], outputs[0])
+        return outputs[0]
     return None
 
 

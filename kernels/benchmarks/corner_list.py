@@ -27,6 +27,7 @@ from headscope.kernels.benchmarks.corner_rows import (
     top,
     width,
 )
+from headscope.kernels.hopper import divergence, heaviest
 from headscope.kernels.triton import tuning
 from headscope.kernels.triton.tuning import Tiles
 
@@ -77,11 +78,11 @@ ROWS = [
     Row("cap256", "softcap 50, d 256, 16k", partial(capped, 256)),
     Row("edit", "score edit, 16k", edited),
 ]
-TOP = [Tiles(128, 64, 8, 2), Tiles(128, 64, 4, 2), Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2)]
-FEW = [Tiles(0, 64, 4, 1), Tiles(0, 128, 8, 1), Tiles(0, 256, 8, 1)]
-APART = [Tiles(64, 32, 4, 3), Tiles(64, 16, 4, 4), Tiles(128, 16, 8, 4), Tiles(64, 64, 8, 2)]
+TOP = [(128, 3), (64, 8)]  # keys of a tile, and how many tiles wait
+FEW = [Tiles(0, 128, 4, 2), Tiles(0, 128, 8, 2), Tiles(0, 64, 4, 3), Tiles(0, 256, 8, 2)]
+APART = [(2, 128, 2), (2, 64, 4), (3, 64, 2)]  # groups, keys of a tile, and how many tiles wait
 SWEEPS = [
-    Sweep("top 16k", ("top 16",), tuning, "top_tiles", TOP),
-    Sweep("decode", ("columns",), tuning, "few_column_tiles", FEW),
-    *(Sweep(row, ("divergence",), tuning, "divergence_tiles", APART) for row in ("div128", "div256")),
+    *(Sweep(row, ("top 16",), heaviest, "shape", TOP) for row in ("top 2k", "top 16k", "top 64k")),
+    Sweep("decode", ("top 16 + lse",), tuning, "few_top_tiles", FEW),
+    Sweep("div128", ("divergence",), divergence, "shape", APART),
 ]

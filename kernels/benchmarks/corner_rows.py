@@ -26,7 +26,6 @@ from headscope.kernels.request import Request
 from headscope.kernels.score_edits import distance_slope
 from headscope.kernels.scores import Scores
 from headscope.kernels.spans import span_outputs
-from headscope.kernels.triton.topk import top_keys
 
 HEADS, KV_HEADS = 32, 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,7 +166,7 @@ def split(n: int, spans: int, now: float, target: float, less: int) -> Iterator[
 def top(n: int, now: float, target: float, less: int) -> Iterator[Timed]:
     call = Call(n, 128, less)
     lse = call.lse()
-    listed = partial(top_keys, call.q, call.k, lse, count=16, **call.scores.device_arguments)
+    listed = partial(passes.top_keys, call.q, call.k, lse, count=16, **call.scores.device_arguments)
     yield call.timed("top 16", listed, now, target)
 
 
@@ -197,7 +196,7 @@ def decode(less: int) -> Iterator[Timed]:
     options = call.scores.device_arguments
 
     def listed() -> Any:
-        return top_keys(call.q, call.k, call.lse(), count=16, **options)
+        return passes.top_keys(call.q, call.k, call.lse(), count=16, **options)
 
     sdpa = graphed(call.sdpa)
     for name, run, now, target in (

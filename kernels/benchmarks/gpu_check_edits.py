@@ -142,12 +142,13 @@ def check_edits(spec: dict[str, Any]) -> list[str]:
 
 
 def check_moves(spec: dict[str, Any]) -> list[str]:
-    """Everything of a redistributed pattern, of all rows and of some."""
+    """Everything of a redistributed pattern, of all rows and of some; and what scattered sets are gathered for."""
     spec = dict(spec)
     name = spec.pop("move")
     case = random_case(**spec, device=DEVICE)
     case = replace(case, move=random_moves(case)[name])
     asked = [everything(case, subset=subset) for subset in (False, True)]
+    asked.append(Request(lse=True, max=True, entropy=True))
     return [line for request in asked for line in _twice(f"{name} {spec}", case, redistribute, request)]
 
 

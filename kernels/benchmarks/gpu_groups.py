@@ -27,6 +27,7 @@ from headscope.kernels.checks.cases import MASKS, WIDTHS, everything, paddings, 
 from headscope.kernels.checks.compare import compare, tensors
 from headscope.kernels.fallback import EngineWarning
 from headscope.kernels.hopper import columns as hopper_columns
+from headscope.kernels.hopper import heaviest as hopper_heaviest
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.request import Columns, Request
@@ -43,6 +44,7 @@ KERNELS = {
     "hopper rows": hopper_rows,
     "hopper output": hopper_output,
     "hopper columns": hopper_columns,
+    "hopper top keys": hopper_heaviest,
 }
 RULES = [kind for kind in MASKS if kind != "rule"]  # streaming's
 DEVICE, DTYPE = "cuda", torch.bfloat16
@@ -105,10 +107,17 @@ def groups() -> dict[str, list[Job]]:
                 (64, "window", {"sinks": True, "softcap": 5.0}),
                 (256, "left padding", {}),
                 (128, "segments", {"dtype": torch.float32}),
+                (128, "causal", {"queries": 1100, "keys": 1100}),
+                (64, "window", {"queries": 1100, "keys": 1100, "sinks": True, "softcap": 5.0}),
+                (256, "left padding", {"queries": 1100, "keys": 1100}),
             )
         ],
         "moved mass and spans": [
             ("moves", {**base, "kind": "causal", "d_head": 128, "queries": 1100, "keys": 1100, "move": "onto a set"}),
+            (
+                "moves",
+                {**base, "kind": "window", "d_head": 64, "queries": 1100, "keys": 1100, "move": "lost to the row"},
+            ),
             ("spans", {**base, "kind": "causal", "d_head": 80, "queries": 1100, "keys": 1100}),
             ("spans", {**base, "kind": "left padding", "d_head": 128, "queries": 1100, "keys": 1100, "sinks": True}),
             ("spans", {**base, "kind": "segments", "d_head": 256, "queries": 1100, "keys": 1100, "bias": True}),
@@ -122,7 +131,13 @@ def groups() -> dict[str, list[Job]]:
             ("top", {**base, "kind": "window", "d_head": 64, "softcap": 5.0, "sinks": True, "bias": True}),
             ("top", {**base, "kind": "causal", "d_head": 80, "dtype": torch.float32}),
             ("top", {**base, "kind": "causal", "d_head": 256}),
-            ("same", {**base, "d_head": 64}),
+            ("top", {**base, "kind": "causal", "d_head": 128, "queries": 1100, "keys": 2300}),
+            (
+                "top",
+                {**base, "kind": "window", "d_head": 64, "queries": 1100, "softcap": 5.0, "bias": True},
+            ),
+            ("top", {**base, "kind": "left padding", "d_head": 256, "queries": 1100, "keys": 1100}),
+            *(("same", {**base, "d_head": 64, "queries": n, "keys": n}) for n in (333, 1100)),
             *(
                 ("narrow", {**base, "kind": kind, "d_head": d, "queries": n, "keys": 3000, "bias": True})
                 for kind, d, n in (("causal", 128, 1), ("window", 64, 3), ("left padding", 256, 2))

@@ -33,6 +33,7 @@ from headscope.kernels.triton import (
     divergence,
     few_columns,
     heaviest,
+    listed,
     merge,
     rows,
     shares,
@@ -105,6 +106,11 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "targets", lambda: targets.target_mass(q, k, lse, named, mask=mask, **plain)
     outputs = [torch.zeros(BATCH, HEADS, QUERIES, d_value, dtype=dtype) for _ in range(2)]
     yield "shares", lambda: shares.add_shares(outputs, [lse, lse], outputs[0])
+    parts = torch.zeros(BATCH, 3, HEADS, QUERIES)
+    spans = torch.zeros(*parts.shape, d_value, dtype=dtype)
+    yield "shares of spans", lambda: shares.split_shares(parts, None, outputs[0][0, :, 0, 0], spans)
+    room, few_keys = listed.room(q, 8), heaviest.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, KEYS, 8)
+    yield "lists", lambda: listed.heaviest(q, k, lse, room, few_keys, seen, device.score(**plain))
     yield "blocks", lambda: blocks.pooled(q, k, lse, mask=mask, size=64, **plain)
     options: dict[str, Any] = {"mask": mask, "scale": 0.1}
     if width == d_value:
@@ -138,8 +144,11 @@ def main(given: Sequence[str] | None = None) -> int:
     bad = count = 0
     with ExitStack() as patches:
         patches.enter_context(patch.object(device, "has_copy_engine", lambda _: True))
-        for module in (rows, columns, blocks, divergence, topk, few_columns, heaviest, shares, targets):
+        for module in (rows, columns, blocks, divergence, topk, few_columns, heaviest, listed, shares, targets):
             patches.enter_context(patch.object(module, "_kernel", Compiled(module._kernel)))
+        patches.enter_context(patch.object(topk, "_merge_kernel", Compiled(topk._merge_kernel)))
+        patches.enter_context(patch.object(listed, "_anew", Compiled(listed._anew)))
+        patches.enter_context(patch.object(shares, "_split_kernel", Compiled(shares._split_kernel)))
         patches.enter_context(patch.object(rows, "merge_kernel", Compiled(merge.merge_kernel)))
         for kind in asked.rules.split(","):
             for size in asked.widths.split(","):

@@ -33,13 +33,13 @@ from headscope.kernels.hopper.device import (
     pass_turn,
     place,
     query_range,
-    scored,
     seen_in_tile,
     take_turn,
     taking_turns,
     tile_width,
     tiles,
 )
+from headscope.kernels.hopper.scores import key_bias, scored
 from headscope.kernels.triton.device import launch
 
 GROUPS = gl.constexpr(3)
@@ -88,13 +88,25 @@ def _pairs(p):
 
 @gluon.jit
 def _gather(
-    s, norm, sums, start, mine, where, sizes, rules, score, part: gl.constexpr, SUM: gl.constexpr, MAX: gl.constexpr
+    s,
+    bias,
+    norm,
+    sums,
+    start,
+    mine,
+    where,
+    sizes,
+    rules,
+    score,
+    part: gl.constexpr,
+    SUM: gl.constexpr,
+    MAX: gl.constexpr,
 ):
     """Add the weights of products ``s`` with the keys from ``mine`` to their sums and maxima."""
     total, highest = sums
-    b, h, _kv, _begin = where
+    b, _h, _kv, _begin = where
     j = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    s, unit = scored(s, score, b, h, mine, j, sizes.keys, True)
+    s, unit = scored(s, score, bias)
     if part != 1:
         rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
         position = start + gl.arange(0, GROUP_ROWS, layout=rows) + rules.query_offset
@@ -148,6 +160,7 @@ def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules
     MAX: gl.constexpr = key_max is not None
     mine = begin + group * KEYS
     j = mine + gl.arange(0, KEYS, layout=keys)
+    bias = key_bias(score, b, h, mine, gl.arange(0, KEYS, layout=keys), sizes.keys, True)
     first, full_lo, full_hi, stop = _parts(mine, lo, hi, b, sizes, rules, KEYS)
     lse += (b.to(gl.int64) * sizes.heads + h) * sizes.queries
     zero = gl.zeros([GROUP_ROWS, KEYS], gl.float32, mma)
@@ -167,7 +180,7 @@ def _reduce(group: gl.constexpr, smem, bars, lse, key_sum, key_max, sizes, rules
             s = warpgroup_mma_wait(0, deps=[s])
             pass_turn(turn, group, GROUPS)
             mbarrier.arrive(free.index(stage))
-            sums = _gather(s, norm, sums, start, mine, where, sizes, rules, score, part, SUM, MAX)
+            sums = _gather(s, bias, norm, sums, start, mine, where, sizes, rules, score, part, SUM, MAX)
             n += 1
     _skip(n, hi - first - gl.cdiv(stop - first, GROUP_ROWS) * GROUP_ROWS, group, bars)
     total, highest = sums

@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from headscope.kernels.hopper.scores import scored
 from headscope.kernels.triton import masks as triton_masks
 from headscope.kernels.triton import softmax as triton_softmax
 from headscope.kernels.triton.device import FLOOR as _FLOOR
@@ -229,43 +230,13 @@ def seen_in_tile(position, j, start, b, sizes, rules):
 
 
 @gluon.jit
-def reciprocal(x):
-    """1 / x, to the last bit but one; 0 of infinity."""
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def scored(s, score, b, h, start, j, keys, MASKED: gl.constexpr):
-    """What products ``s`` come to, and by which number that is multiplied to be scores in units of ln 2.
-
-    Softcap c: c tanh(x / c) = c - 2 c / (1 + exp(2 x / c)), off by two roundings of c. Keys start with ``start + j``.
-    """
-    unit = score.scale * LOG2E
-    if (score.softcap is not None) or (score.bias is not None):
-        if score.softcap is not None:
-            cap = score.softcap * LOG2E
-            s = cap - 2.0 * cap * reciprocal(1.0 + gl.exp2(s * (2.0 * LOG2E * (score.scale / score.softcap))))
-        else:
-            s = s * unit
-        if score.bias is not None:
-            at = score.bias + (b.to(gl.int64) * score.bias_batch + h.to(gl.int64) * score.bias_head + start)
-            if MASKED:
-                s += (gl.load(at + j, mask=start + j < keys, other=0.0) * LOG2E)[None, :]
-            else:
-                s += (gl.load(at + j) * LOG2E)[None, :]
-        return s, 1.0
-    else:
-        return s, unit
-
-
-@gluon.jit
-def absorb(s, state, position, start, b, h, sizes, rules, results, score, FOLD: gl.constexpr, MASKED: gl.constexpr):
+def absorb(s, bias, state, position, start, b, sizes, rules, results, score, FOLD: gl.constexpr, MASKED: gl.constexpr):
     """Steps 1 to 4 of ``triton_rows`` on products ``s``: (weights p, factor of what was summed before, state)."""
     m, norm, e, x = state
     keys: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     like: gl.constexpr = norm.type.layout
     j = gl.arange(0, s.shape[1], layout=keys)
-    s, unit = scored(s, score, b, h, start, j, sizes.keys, MASKED)
+    s, unit = scored(s, score, bias)
     if MASKED:
         s = gl.where(seen_in_tile(position, j, start, b, sizes, rules), s, HIDDEN / unit)
     new = gl.maximum(m, gl.max(s, 1) * unit)

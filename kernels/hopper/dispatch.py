@@ -1,4 +1,5 @@
-"""Which calls go to the kernels written for Hopper (``hopper_rows``, ``hopper_output``, ``hopper_columns``).
+"""Which calls go to the kernels written for Hopper (``rows``, ``output``, ``columns``, ``heaviest``,
+``divergence``).
 
 Triton waits for every matrix product where it issues it. Gluon, Triton's lower level, lets a kernel say when, and which
 warps do what: one warp fetches tiles, warp groups of four compute, and one group's exponentials run while the matrix
@@ -19,8 +20,10 @@ from headscope.kernels.masks import Mask
 
 if TYPE_CHECKING:  # all of it needs Triton
     from headscope.kernels.triton import columns as triton_columns
+    from headscope.kernels.triton import divergence, heaviest
     from headscope.kernels.triton import rows as triton_rows
     from headscope.kernels.triton.device import Score
+    from headscope.kernels.triton.listed import Room
     from headscope.kernels.triton.masks import Rules
 
 NARROWEST, WIDEST = 40, 256  # of a head: below, tiles would be more than half empty
@@ -95,6 +98,30 @@ def fill_columns(
     hopper_columns.columns(q, k, lse, sums, highest, sizes, seen, score)
 
 
+def fill_lists(q: Tensor, k: Tensor, room: Room, sizes: heaviest.Sizes, seen: Rules, score: Score) -> None:
+    """Fill ``room`` (``triton.listed``) for a call that ``takes``."""
+    from headscope.kernels.hopper import heaviest as hopper_heaviest
+
+    hopper_heaviest.lists(q, k, room, sizes, seen, score)
+
+
+def fill_distances(
+    q: Tensor,
+    k: Tensor,
+    u: Tensor,
+    w: Tensor,
+    norms: tuple[Tensor | None, ...],
+    out: Tensor,
+    sizes: divergence.Sizes,
+    seen: Rules,
+    score: Score,
+) -> None:
+    """Fill ``out`` for calls (q, k) and (u, w) that ``takes``; ``norms`` are both lses and what sinks add to each."""
+    from headscope.kernels.hopper import divergence as hopper_divergence
+
+    hopper_divergence.distances(q, k, u, w, norms, out, sizes, seen, score)
+
+
 def _runs(segments: Tensor) -> bool:
     from headscope.kernels.triton.masks import segment_bounds
 
@@ -118,6 +145,8 @@ def works_on(device: torch.device) -> bool:
         return False
     try:
         import headscope.kernels.hopper.columns
+        import headscope.kernels.hopper.divergence
+        import headscope.kernels.hopper.heaviest
         import headscope.kernels.hopper.output
         import headscope.kernels.hopper.rows  # noqa: F401
     except Exception:  # Gluon is experimental: another version may name things otherwise

@@ -39,8 +39,11 @@ class Value:
         self.x = x
         self.shape, self.dtype = list(x.shape), x.dtype
 
-    def to(self, dtype: torch.dtype) -> Value:
-        return Value(self.x.to(dtype))
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Value:
+        return Value(self.x.contiguous().view(dtype) if bitcast else self.x.to(dtype))
+
+    def permute(self, order: list[int]) -> Value:
+        return Value(self.x.permute(order))
 
     def reshape(self, shape: list[int]) -> Value:
         return Value(self.x.reshape(shape))
@@ -101,6 +104,16 @@ class Pointer:
 
     __radd__ = __add__
 
+    def to(self, dtype: torch.dtype) -> Value:
+        """The address, in bytes from the tensor's first number."""
+        return Value((torch.as_tensor(self.offset) * self.memory.element_size()).to(dtype))
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(a, Pointer):
+        return Pointer(a.memory, torch.where(plain(condition), torch.as_tensor(a.offset), torch.as_tensor(b.offset)))
+    return _lift(torch.where)(condition, a, b)
+
 
 def load(at: Pointer, mask: Any = None, other: Any = 0) -> Value:
     index = torch.as_tensor(at.offset)
@@ -130,6 +143,9 @@ class Shared:
 
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.x.view(shape))
+
+    def load(self, layout: Any) -> Value:
+        return Value(self.x.clone())
 
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.x.permute(order))
@@ -339,14 +355,17 @@ LANGUAGE = SimpleNamespace(
     zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype)),
     zeros_like=_lift(torch.zeros_like),
     full=lambda shape, x, dtype, layout=None: Value(torch.full(shape, x, dtype=dtype)),
-    where=_lift(torch.where),
+    where=where,
     minimum=_lift(torch.minimum),
     maximum=_lift(torch.maximum),
+    abs=_lift(torch.abs),
     exp2=_lift(torch.exp2),
     log2=_lift(torch.log2),
+    sqrt=_lift(torch.sqrt),
     sum=_reduced(lambda x, axis: x.sum(axis)),
     max=_reduced(lambda x, axis: x.amax(axis)),
     convert_layout=lambda x, layout: x,
+    split=lambda x: tuple(Value(part) for part in x.x.unbind(-1)),
     load=load,
     store=store,
     allocate_shared_memory=allocate_shared_memory,
@@ -360,6 +379,7 @@ NAMES = {
     "tl": LANGUAGE,
     "mbarrier": MBARRIER,
     "fetch": fetch,
+    "logarithm": _lift(torch.log2),
     "reciprocal": lambda x: 1.0 / x,
     "warpgroup_mma": warpgroup_mma,
     "warpgroup_mma_wait": warpgroup_mma_wait,

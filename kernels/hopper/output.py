@@ -57,6 +57,7 @@ from headscope.kernels.hopper.device import (
     tiles,
     weigh,
 )
+from headscope.kernels.hopper.scores import key_bias
 from headscope.kernels.triton.device import launch
 
 ABSENT = gl.constexpr(0)  # features: there are none;
@@ -148,10 +149,14 @@ def _at_once(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexp
     state, nothing, output, linear = sums
     b, h, sizes, rules, results, score = given
     STAGES: gl.constexpr = smem[1].shape[0]
+    BN: gl.constexpr = smem[1].shape[3]
+    keys: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
     stage = n % STAGES
-    s = warpgroup_mma_wait(0, deps=[_scores(n, q, smem[1], k_ready)])
+    s_ = _scores(n, q, smem[1], k_ready)
+    bias = key_bias(score, b, h, start, gl.arange(0, BN, layout=keys), sizes.keys, MASKED)
+    s = warpgroup_mma_wait(0, deps=[s_])
     mbarrier.arrive(k_free.index(stage))
-    p, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, True, MASKED)
+    p, a, state = absorb(s, bias, state, position, start, b, sizes, rules, results, score, True, MASKED)
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, output.type.layout, 2))
     if F == BESIDE:
         linear = scaled(linear, a)
@@ -169,14 +174,17 @@ def _one_late(n, start, q, smem, bars, position, sums, given, MASKED: gl.constex
     state, p, output, linear = sums
     b, h, sizes, rules, results, score = given
     STAGES: gl.constexpr = smem[1].shape[0]
+    BN: gl.constexpr = smem[1].shape[3]
+    keys: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
     last = gl.maximum(n - 1, 0)
     before = last % STAGES
     s_ = _scores(n, q, smem[1], k_ready)
+    bias = key_bias(score, b, h, start, gl.arange(0, BN, layout=keys), sizes.keys, MASKED)
     mbarrier.wait(v_ready.index(before), last // STAGES & 1)
     o_, f_ = _values(p, before, smem, output, linear, F)
     s = warpgroup_mma_wait(2 if F == BESIDE else 1, deps=[s_])
     mbarrier.arrive(k_free.index(n % STAGES))
-    new, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, False, MASKED)
+    new, a, state = absorb(s, bias, state, position, start, b, sizes, rules, results, score, False, MASKED)
     output, linear = _wait(o_, f_, F)
     mbarrier.arrive(v_free.index(before), pred=n > 0)
     output = scaled(output, a)

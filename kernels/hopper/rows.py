@@ -51,6 +51,7 @@ from headscope.kernels.hopper.device import (
     tiles,
     weigh,
 )
+from headscope.kernels.hopper.scores import key_bias
 from headscope.kernels.triton.device import launch
 
 GROUPS = gl.constexpr(3)
@@ -94,10 +95,11 @@ def _tile(n, start, q, smem, bars, position, state, linear, given, MASKED: gl.co
     mbarrier.wait(ready.index(stage), n // STAGES & 1)
     kt = k_smem.index(stage).reshape([BN, k_smem.shape[4]]).permute([1, 0])
     s = warpgroup_mma(q, kt, gl.zeros([GROUP_ROWS, BN], gl.float32, mma), use_acc=False, is_async=True)
+    bias = key_bias(score, b, h, start, gl.arange(0, BN, layout=gl.SliceLayout(0, mma)), sizes.keys, MASKED)
     s = warpgroup_mma_wait(0, deps=[s])
     if not MIXED:
         mbarrier.arrive(free.index(stage))
-    p, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, True, MASKED)
+    p, a, state = absorb(s, bias, state, position, start, b, sizes, rules, results, score, True, MASKED)
     if MIXED:
         linear = weigh(p.to(q.dtype), f_smem.index(stage), scaled(linear, a))
         mbarrier.arrive(free.index(stage))

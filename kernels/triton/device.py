@@ -36,7 +36,7 @@ class Score(NamedTuple):
 
     scale: float
     softcap: float | None
-    bias: Tensor | None  # (batch or 1, head or 1, key), float32, contiguous
+    bias: Tensor | None  # (batch or 1, head or 1, key), float32, contiguous, in units of ln 2
     bias_batch: int
     bias_head: int
     sign: float | None  # multiplies the operand that stays: see ``signed``
@@ -48,7 +48,7 @@ def score(scale: float, softcap: float | None, bias: Tensor | None, *, registers
     scale = abs(scale)  # a maximum commutes with positive scales only
     if bias is None:
         return Score(scale, softcap, None, 0, 0, sign)
-    bias = bias.float().clamp(min=HIDDEN.value).contiguous()
+    bias = (bias.float() * LOG2E.value).clamp_(min=HIDDEN.value).contiguous()
     batch, head = (0 if bias.shape[d] == 1 else bias.stride(d) for d in (0, 1))
     return Score(scale, softcap, bias, batch, head, sign)
 
@@ -160,7 +160,7 @@ def biased(s, score, b, h, key, keys):
     """Scores plus the key bias; ``h`` and ``key`` broadcast to the shape of ``s``."""
     if score.bias is not None:
         at = b.to(tl.int64) * score.bias_batch + h.to(tl.int64) * score.bias_head + key
-        return s + tl.load(score.bias + at, mask=(key + 0 * h) < keys, other=0.0) * LOG2E
+        return s + tl.load(score.bias + at, mask=(key + 0 * h) < keys, other=0.0)
     else:
         return s
 

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headscope.kernels.fallback import falls_back
+from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import tuning
 from headscope.kernels.triton.device import (
@@ -45,7 +47,7 @@ class Sizes(NamedTuple):
 
     heads: int
     group: int
-    queries: int
+    rows: int
     keys: int
 
 
@@ -73,14 +75,14 @@ def _kernel(
     b64, h64, kv = b.to(tl.int64), h.to(tl.int64), (h // sizes.group).to(tl.int64)
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     row = begin + tl.arange(0, BM)
-    exists = row < sizes.queries
+    exists = row < sizes.rows
     q += b64 * strides[0].batch + h64 * strides[0].head
     k += b64 * strides[1].batch + kv * strides[1].head
     u += b64 * strides[2].batch + h64 * strides[2].head
     w += b64 * strides[3].batch + kv * strides[3].head
-    qt = signed(load_rows(q, row, strides[0].position, sizes.queries, d, D, False), score)
-    ut = signed(load_rows(u, row, strides[2].position, sizes.queries, d, D, False), score)
-    base = (b64 * sizes.heads + h64) * sizes.queries
+    qt = signed(load_rows(q, row, strides[0].position, sizes.rows, d, D, False), score)
+    ut = signed(load_rows(u, row, strides[2].position, sizes.rows, d, D, False), score)
+    base = (b64 * sizes.heads + h64) * sizes.rows
     norm = tl.load(lse + base + row, mask=exists, other=0.0) * LOG2E
     other = tl.load(lse_other + base + row, mask=exists, other=0.0) * LOG2E
     if lost is not None:
@@ -88,7 +90,7 @@ def _kernel(
         less_other = tl.load(lost_other + base + row, mask=exists, other=0.0) * LOG2E
         share, share_other = tl.exp2(-less), tl.exp2(-less_other)
     position = row + rules.query_offset
-    last = tl.minimum(begin + BM, sizes.queries) - 1 + rules.query_offset
+    last = tl.minimum(begin + BM, sizes.rows) - 1 + rules.query_offset
     lo, hi, full_lo, full_hi = key_range(begin + rules.query_offset, last, b, sizes.keys, rules, BN)
     js = tl.zeros([BM, BN], tl.float32)
     kl = tl.zeros([BM, BN], tl.float32)
@@ -132,7 +134,7 @@ def _kernel(
             js += x * (log_p - log_m) + y * (log_r - log_m)
             kl += x * (log_p - log_r)
             apart += tl.abs(x - y)
-    count = (tl.num_programs(1)).to(tl.int64) * sizes.queries
+    count = (tl.num_programs(1)).to(tl.int64) * sizes.rows
     size = tl.sqrt(tl.sum(pp, 1) * tl.sum(rr, 1))
     at = out + base + row
     tl.store(at, tl.maximum(tl.sum(js, 1), 0.0) * (0.5 * LN2), mask=exists)
@@ -161,6 +163,13 @@ def distances(
     out = torch.empty(4, batch, heads, queries, dtype=torch.float32, device=q.device)
     if batch == 0 or queries == 0:
         return out
+    sizes, given = Sizes(heads, heads // k.shape[1], queries, k.shape[2]), score(scale, softcap, None)
+    norms = (*(x.contiguous() for x in lses), *((None, None) if lost is None else (x.contiguous() for x in lost)))
+    seen = rules(mask, batch)
+    if all(hopper.takes(x, y, None, mask=mask, scale=scale) for x, y in ((q, k), (u, w))):
+        with falls_back("Triton's own kernel"):
+            hopper.fill_distances(q, k, u, w, norms, out, sizes, seen, given)
+            return out
     tiles = tuning.divergence_tiles(padded(d), q.dtype)
     launch(
         _kernel,
@@ -170,13 +179,12 @@ def distances(
         k,
         u,
         w,
-        *(x.contiguous() for x in lses),
-        *((None, None) if lost is None else (x.contiguous() for x in lost)),
+        *norms,
         out,
         tuple(strides(x) for x in (q, k, u, w)),
-        Sizes(heads, heads // k.shape[1], queries, k.shape[2]),
-        rules(mask, batch),
-        score(scale, softcap, None),
+        sizes,
+        seen,
+        given,
         d=d,
         D=padded(d),
         BM=tiles.rows,

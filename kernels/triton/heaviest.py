@@ -70,7 +70,23 @@ def insert(s, start, j, place, kept, keys, worst, out):
 
 
 @triton.jit
-def _scores(
+def put_in_order(kept, keys, place, lse, mass, keys_at, row, exists, top, key_offset):
+    """Of every row's list (row, place), in any order, the ``top`` heaviest, one after the other."""
+    norm = tl.load(lse + row, mask=exists, other=0.0)
+    norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
+    for n in range(0, top):
+        most, where = tl.max(kept, 1, return_indices=True)
+        chosen = place[None, :] == where[:, None]
+        key = tl.sum(tl.where(chosen, keys, 0), 1)
+        kept = tl.where(chosen, HIDDEN, kept)
+        p = tl.where(most > FLOOR, tl.exp2(most - norm), 0.0)
+        key = tl.where(p > 0.0, key + key_offset, -1)
+        tl.store(mass + row * top + n, p, mask=exists)
+        tl.store(keys_at + row * top + n, key.to(tl.int64), mask=exists)
+
+
+@triton.jit
+def tile_scores(
     qt,
     k,
     start,
@@ -144,7 +160,7 @@ def _kernel(
                 start = tl.where(tile < before, lo + tile * BN, full_hi + (tile - before) * BN)
             else:
                 start = full_lo + tile * BN
-            s = _scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
+            s = tile_scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
             most = tl.maximum(most, s)
     for _ in range(1, sizes.top):
         _top, where = tl.max(most, 1, return_indices=True)
@@ -167,7 +183,7 @@ def _kernel(
                 start = tl.where(tile < before, lo + tile * BN, full_hi + (tile - before) * BN)
             else:
                 start = full_lo + tile * BN
-            s = _scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
+            s = tile_scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, masked == 1)
             hit = ((s >= enough[:, None]) & exists[:, None]).to(tl.int32)
             more = tl.sum(hit, 1)
             if tl.max(more, 0) > 0:
@@ -188,20 +204,10 @@ def _kernel(
         worst, out = tl.min(kept, 1, return_indices=True)
         for tile in range(0, tl.cdiv(hi - lo, BN)):
             start = lo + tile * BN
-            s = _scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, True)
+            s = tile_scores(qt, k, start, b, h, position, step, sizes, rules, score, d, D, BN, True)
             kept, keys, worst, out = insert(s, start, j, place, kept, keys, worst, out)
 
-    norm = tl.load(lse + row, mask=exists, other=0.0)
-    norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
-    for n in range(0, sizes.top):
-        top, where = tl.max(kept, 1, return_indices=True)
-        chosen = place[None, :] == where[:, None]
-        key = tl.sum(tl.where(chosen, keys, 0), 1)
-        kept = tl.where(chosen, HIDDEN, kept)
-        p = tl.where(top > FLOOR, tl.exp2(top - norm), 0.0)
-        key = tl.where(p > 0.0, key + rules.key_offset, -1)
-        tl.store(mass + row * sizes.top + n, p, mask=exists)
-        tl.store(keys_at + row * sizes.top + n, key.to(tl.int64), mask=exists)
+    put_in_order(kept, keys, place, lse, mass, keys_at, row, exists, sizes.top, rules.key_offset)
 
 
 def takes(rows: int, keys: int, d: int, count: int, dtype: torch.dtype) -> bool:

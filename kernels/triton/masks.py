@@ -34,8 +34,10 @@ class Rules(NamedTuple):
     positions: Tensor | None  # absolute positions of the query rows, where they are a subset
 
 
-def rules(mask: Mask, batch: int, positions: Tensor | None = None) -> Rules:
-    """``mask`` (without a ``rule``) for ``batch`` examples."""
+def rules(
+    mask: Mask, batch: int, positions: Tensor | None = None, ranges: tuple[Tensor, Tensor] | None = None
+) -> Rules:
+    """``mask`` (without a ``rule``) for ``batch`` examples; ``ranges`` as in ``passes.rows``."""
     if mask.rule is not None:
         raise ValueError("Triton kernels evaluate no index rule; use the streaming engine")
 
@@ -44,7 +46,9 @@ def rules(mask: Mask, batch: int, positions: Tensor | None = None) -> Rules:
 
     segments = mask.segments
     begins, ends, runs = (None, None, True) if segments is None else segment_bounds(segments)
-    stride = 0 if segments is None or segments.shape[0] == 1 else segments.shape[1]
+    if ranges is not None:
+        begins, ends = ranges
+    length = 0 if begins is None else begins.shape[1]
     return Rules(
         mask.query_offset,
         mask.key_offset,
@@ -57,8 +61,8 @@ def rules(mask: Mask, batch: int, positions: Tensor | None = None) -> Rules:
         None if segments is None or runs else segments.contiguous(),
         begins,
         ends,
-        stride,
-        0 if segments is None else segments.shape[1],
+        0 if begins is None or begins.shape[0] == 1 else length,
+        length,
         positions,
     )
 

@@ -219,6 +219,7 @@ def rows(
     bias: Tensor | None,
     wants: frozenset[str],
     within: Tensor | None = None,
+    ranges: tuple[Tensor, Tensor] | None = None,
 ) -> Rows:
     """The statistics ``wants``; see ``passes.rows``. ``columns`` are as ``features.encode`` gives them."""
     batch, heads, n, d = q.shape
@@ -260,7 +261,7 @@ def rows(
         results,
         (strides(q), strides(k), strides(values), strides(f)),
         sizes,
-        rules(mask, batch, positions),
+        rules(mask, batch, positions, ranges),
         score(scale, softcap, bias, registers=tiles.registers),
         d=d,
         D=width,

@@ -71,6 +71,11 @@ def top_tiles(d: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64, 64, 4, 3) if d <= 128 else Tiles(64, 64, 4, 2)
 
 
+def few_top_tiles(d: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel of heaviest keys of few queries, which are one tile."""
+    return Tiles(0, 32 if dtype == torch.float32 else 64, 4, 2)
+
+
 def divergence_tiles(d: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the kernel of divergences, of which a program holds two."""
     if dtype == torch.float32:

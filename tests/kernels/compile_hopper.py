@@ -21,10 +21,13 @@ from triton.runtime import driver
 from headscope.kernels.checks.without_card import NoCard
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import dispatch as hopper
+from headscope.kernels.hopper import divergence as hopper_divergence
+from headscope.kernels.hopper import heaviest as hopper_heaviest
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
+from headscope.kernels.triton import divergence, heaviest, listed
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton.device import score
 from headscope.kernels.triton.masks import rules
@@ -94,11 +97,14 @@ def main(d: int, dtype: torch.dtype, mask: Mask, numbers: list[int], options: di
         for sparse in (True, False)[: 2 if features else 1]:
             hopper.fill_rows(q, k, k.clone(), f, sinks, output, sizes, seen, s, sparse=sparse)
     hopper.fill_columns(q, k, z, z, z, triton_columns.Sizes(8, 4, 256, 0, 256, 256), seen, s)
+    norms = z, z, None, None
+    hopper.fill_distances(q, k, q, k, norms, torch.zeros(4, *z.shape), divergence.Sizes(8, 4, 256, 256), seen, s)
+    hopper.fill_lists(q, k, listed.room(q, 16), heaviest.Sizes(8, 4, 256, 256, 16), seen, s)
 
 
 if __name__ == "__main__":
     driver.set_active(NoCard())
-    for module in (hopper_rows, hopper_output, hopper_columns):
+    for module in (hopper_rows, hopper_output, hopper_columns, hopper_divergence, hopper_heaviest):
         module._kernel = Compiled(module._kernel, module.__name__.rsplit(".", 1)[1])
     padded = Mask(start=torch.tensor([0, 3]), end=torch.tensor([256, 200]), right=0, left=100)
     runs = Mask(segments=(torch.arange(256) // 64)[None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,16 +20,22 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from headscope.kernels import gpu_passes as passes
 from headscope.kernels.checks.cases import Case, everything, paddings, random_case
-from headscope.kernels.checks.compare import compare
+from headscope.kernels.checks.compare import allowed, compare, distance
+from headscope.kernels.divergence import dense, divergence
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import dispatch as hopper
+from headscope.kernels.hopper import divergence as hopper_divergence
+from headscope.kernels.hopper import heaviest as hopper_heaviest
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.hopper.device import GROUP_ROWS, _beside
-from headscope.kernels.hopper.emulator import Deadlock, Emulated, emulated
+from headscope.kernels.hopper.emulator import Deadlock, Emulated, Value, emulated, translated
+from headscope.kernels.hopper.scores import capped
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
+from headscope.kernels.triton import listed
+from headscope.kernels.triton.device import score
 from headscope.kernels.triton.features import encode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # kernels read no CPU memory where there is a card
@@ -41,7 +48,7 @@ def hopper_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Calls go to the Hopper kernels as on such a card, short ones too, and they run here."""
     monkeypatch.setattr(hopper, "_on_hopper", lambda _: True)
     monkeypatch.setattr(hopper, "FEWEST", 1)
-    with emulated(hopper_rows, hopper_output, hopper_columns):
+    with emulated(hopper_rows, hopper_output, hopper_columns, hopper_heaviest, hopper_divergence):
         yield
 
 
@@ -180,6 +187,85 @@ def test_other_widths_and_rules_with_softcap_and_bias(d: int, kind: str) -> None
     batch = 2 if kind == "chunks from origin" else 1
     case = random_case(kind, **BASE, batch=batch, d_head=d, queries=200, keys=420, **options)
     assert not fails(case, request_of(case, features=0))
+
+
+@pytest.mark.parametrize("largest", [0.59, 0.61, 20.0])
+@pytest.mark.parametrize("softcap, scale", [(50.0, 0.0884), (5.0, 1.0), (30.0, 2e-3)])
+def test_softcap_to_its_roundings(softcap: float, scale: float, largest: float) -> None:
+    """By the polynomial below 0.6 c and by an exponential above: off by what ``capped`` says, in units of c."""
+    x = torch.linspace(-largest, largest, 64 * 128).view(64, 128) * (softcap / scale)
+    found = translated(capped, {})(Value(x), score(scale, softcap, None)).x.double()
+    exact = softcap * torch.tanh(x.double() * (scale / softcap)) * math.log2(math.e)
+    assert (found - exact).abs().max() <= (7.3e-8 + 4 * 2.0**-24) * softcap * math.log2(math.e)
+
+
+def heaviest(case: Case, top: int) -> list[Any]:
+    """What is wrong with the lists of the ``top`` heaviest keys, searched on Hopper."""
+    asked = Request(output=False, top=top)
+
+    def found(scores: Scores, v: Tensor, *, request: Request) -> Reduced:
+        call = scores.device_arguments
+        lse = passes.rows(scores.q, scores.k, None, sinks=scores.sinks, **call).lse
+        assert lse is not None
+        mass, keys = passes.top_keys(scores.q, scores.k, lse, count=request.top, **call)
+        return Reduced(top_mass=mass, top_keys=keys)
+
+    return [verdict for verdict in compare(case.run(found, asked), case, asked) if not verdict.holds]
+
+
+@pytest.mark.parametrize(
+    "kind, d, top, options",
+    [
+        ("causal", 64, 16, {}),
+        ("window", 128, 3, {"softcap": 5.0, "bias": True, "sinks": True}),
+        ("left padding", 64, 1, {}),
+        ("full", 64, 32, {"keys": 20}),  # more than there are
+    ],
+)
+def test_the_heaviest_keys(kind: str, d: int, top: int, options: dict[str, Any]) -> None:
+    call: dict[str, Any] = {"queries": 130, "keys": 300, "batch": 2, "kv_heads": 1, "dtype": torch.float16} | options
+    assert not heaviest(random_case(kind, d_head=d, **call), top)
+
+
+@pytest.mark.parametrize("step", [0, 8])
+def test_keys_for_which_a_list_has_no_room(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal scores, and heavy keys of which one thread has all: rows of such blocks are searched anew."""
+    case = random_case("causal", kv_heads=1, batch=1, group=2, d_head=64, queries=130, keys=300, dtype=torch.float16)
+    if step:
+        case.k[:, :, ::step] += case.q[:, :1, :1].sign()
+        case.q[:] = case.q.abs() * case.q[:, :1, :1].sign()
+    else:
+        case.q[:] = 0.0
+    made, room = [], listed.room
+    monkeypatch.setattr(listed, "room", lambda *given: made.append(room(*given)) or made[-1])
+    assert not heaviest(case, 16)
+    assert (made[0].counts == torch.tensor([16, 0, 0, 0])).all(-1).any()  # as the second search leaves them
+
+
+@pytest.mark.parametrize(
+    "kind, d, options",
+    [
+        ("causal", 64, {}),
+        ("window", 128, {"sinks": True, "softcap": 5.0}),
+        ("left padding", 256, {"queries": 200}),
+        ("empty rows", 80, {"sinks": True}),
+    ],
+)
+def test_distances_of_two_patterns(kind: str, d: int, options: dict[str, Any]) -> None:
+    call: dict[str, Any] = {"queries": 130, "keys": 300, "batch": 2, "kv_heads": 1, "d_head": d} | options
+    first = random_case(kind, **call, dtype=torch.float16)
+    second = replace(random_case(kind, **call, dtype=torch.float16, seed=1), mask=first.mask)
+    got, want = divergence(first, second, engine="triton"), dense(first.log_pattern(), second.log_pattern())
+    low = dense(first.log_pattern(torch.float16), second.log_pattern(torch.float16))
+    size = max(first.score_size(), second.score_size())
+    for name, x, y, z in zip(got._fields, got, want, low, strict=True):
+        assert distance(x, y) <= allowed(z, y, size=size), name
+
+
+def test_a_pattern_is_no_distance_from_itself() -> None:
+    case = random_case("causal", **BASE, d_head=64, queries=130, keys=200)
+    got = divergence(case, case, engine="triton")
+    assert not got.js.any() and not got.kl.any() and not got.tv.any()
 
 
 # -- the emulator sees what a card would do ----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from headscope.kernels import attention, columns, reference
+from headscope.kernels import attention, columns, gathered, reference
 from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_moves
 from headscope.kernels.checks.compare import ROUNDINGS, compare
@@ -59,6 +59,36 @@ def test_by_triton(name: str, options: dict[str, Any]) -> None:
     pytest.importorskip("triton")
     case = moved(random_case("causal", **SIZES, **options, device=DEVICE), name)
     assert not wrong(case, everything(case), "triton")
+
+
+GATHERED = [kind for kind in MASKS if "segments" not in kind and kind != "rule"]
+
+
+@pytest.mark.parametrize("by_head", [True, False])
+@pytest.mark.parametrize("kind", GATHERED)
+def test_keys_that_are_gathered_are_seen_as_where_they_stood(kind: str, by_head: bool) -> None:
+    pytest.importorskip("triton")
+    case = random_case(kind, **SIZES, bias=True, device=DEVICE)
+    assert case.bias is not None
+    shape = (2, case.q.shape[1], 40) if by_head else (2, 1, 40)
+    chosen = torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.3
+    chosen[0, 0] = False  # an example, or a head of one, without any
+    hidden = replace(case, bias=torch.where(chosen, case.bias, -torch.inf))
+    request = Request(lse=True, max=True, entropy=True)
+    assert gathered.gathers(case, case.v, request, "triton")
+    answer = gathered.attend(case, case.v, chosen, int(chosen.sum(-1).max()), request=request)
+    assert not [str(v) for v in compare(answer, hidden, request) if not v.holds]
+
+
+def test_sets_that_fill_little_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    case = random_case("causal", **SIZES, device=DEVICE)
+    sizes: list[int] = []
+    attend = gathered.attend
+    monkeypatch.setattr(gathered, "attend", lambda *args, **given: sizes.append(args[3]) or attend(*args, **given))
+    case = replace(case, move=Redistribution((torch.arange(40) % 3 == 0).to(DEVICE), 0.5))
+    assert not wrong(case, Request(lse=True, entropy=True), "triton")
+    assert sizes == [26, 14]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
