@@ -9,8 +9,9 @@ counted. Medians are over ``--repeats``. Memory is the peak of ``torch.cuda.max_
 the record is put together in host memory afterwards, timed apart. ``untraced`` is SDPA as transformers calls it
 or, for a prompt in chunks, SDPA's bottom-right causal kernel: transformers would make a (chunk, tokens) mask there.
 Row statistics are logsumexp, entropy, sink mass, distance and the masses of three spans, of every query unless the case
-says otherwise. Every traced pass is checked (``checks.py``); a few milliseconds of that are in the times. A case that
-fails is reported, and the file is written again after every pass.
+says otherwise. ``key bias`` edits every layer (a random bias of every key) and records nothing. Every traced pass is
+checked (``checks.py``); a few milliseconds of that are in the times. A case that fails is reported, and the file is
+written again after every pass.
 """
 
 from __future__ import annotations
@@ -32,17 +33,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from headscope.interp import trace
+from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.benchmarks.checks import OneQuery, compare, compare_logits
 from headscope.interp.benchmarks.shapes import SHAPES, Shape, estimate, random_model
 from headscope.interp.sites import attached
 from headscope.interp.sites.huggingface.switch import implementations, restore, switch
+from headscope.interp.sites.unwrap import model_device
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, SpanMass, Statistic
 from headscope.interp.statistics.queries import Every
 from headscope.kernels.benchmarks.pages import machine, page, save
 
 EVERY = 4
 SPARSE = f"rows, every {EVERY}th query"
+EDITED = "key bias"
 VALUES = 7  # float32 numbers that `rows` keeps a query and head
 LIBRARY = "headscope-benchmark-library"
 
@@ -70,6 +74,16 @@ def library(model: nn.Module) -> Iterator[None]:
         restore(before, LIBRARY)
 
 
+class Biased(Handler):
+    """Adds a random bias to every key's score, in every layer."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.bias = torch.randn(1, 1, tokens, generator=torch.Generator(device).manual_seed(0), device=device)
+
+    def edit(self, call: AttentionCall) -> AttentionCall:
+        return call.with_key_bias(self.bias[..., : call.key.shape[2]])
+
+
 def cases(model: nn.Module, tokens: int, *, chunked: bool) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
     """How a pass is run, by name."""
     chosen = rows(tokens)
@@ -79,6 +93,7 @@ def cases(model: nn.Module, tokens: int, *, chunked: bool) -> dict[str, Callable
         "rows": lambda: trace(model, chosen),
         SPARSE: lambda: trace(model, chosen, queries=Every(EVERY)),
         "rows and columns": lambda: trace(model, [*chosen, KeyMass()]),
+        EDITED: lambda: attached(model, Biased(tokens, model_device(model))),
     }
 
 
@@ -154,7 +169,7 @@ class Benchmark:
             record = tracer.record
             found |= {"gathering, seconds": time.perf_counter() - begin, "record bytes": record.nbytes}
             found["checks"] = compare(record, one, self.tokens)
-        if "untraced" in self.logits and case != "untraced":
+        if "untraced" in self.logits and case not in ("untraced", EDITED):
             check = compare_logits(self.logits[case], self.logits["untraced"], self.shape.layers)
             found["checks"] = [*found.get("checks", []), check]
         return found
@@ -191,7 +206,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tokens", type=int, help="length of the prompt (the shape's own)")
     parser.add_argument("--chunk", type=int, help="tokens read at once, 0 for all (the shape's own)")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--cases", help=f"some of: untraced; attached; rows; {SPARSE}; rows and columns")
+    parser.add_argument("--cases", help=f"some of: untraced; attached; rows; {SPARSE}; rows and columns; {EDITED}")
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table")
     args = parser.parse_args(arguments)
     shape, device = SHAPES[args.shape], "cuda" if torch.cuda.is_available() else "cpu"
