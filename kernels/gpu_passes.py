@@ -8,6 +8,7 @@ from torch import Tensor
 from headscope.kernels.fallback import falls_back
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import few_columns
 from headscope.kernels.triton import rows as triton_rows
@@ -32,6 +33,7 @@ def rows(
     positions: Tensor | None = None,
     repeat: int = 1,
     within: Tensor | None = None,
+    edit: ScoreEdit | None = None,
 ) -> Rows:
     """Row reductions ``wants`` (names of ``Rows``) of ``q`` (batch, head, row, d) over ``k`` (batch, kv_head, key, d).
 
@@ -40,6 +42,7 @@ def rows(
 
     ``repeat``: so many examples of the mask, the bias and the results, one after the other, are of one example of the
     tensors. ``within`` (batch, head, row): the lse of more keys; the output is then the share of it that these give.
+    ``edit``: a declared one; Hopper's kernels take none.
     """
     v = None if v is None or "output" not in wants else last_dim_contiguous(v)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
@@ -50,7 +53,7 @@ def rows(
     found = None
     if q.shape[0] * sizes.rows == 0:
         found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1, repeat))
-    elif hopper.takes(
+    elif edit is None and hopper.takes(
         q,
         k,
         v,
@@ -79,6 +82,7 @@ def rows(
             bias=bias,
             wants=wants,
             within=within,
+            edit=edit,
         )
     linear = None if features is None or found.linear is None else decode(found.linear, features, q.dtype)
     return found._replace(linear=linear, within=None)
@@ -93,6 +97,7 @@ def columns(
     scale: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     queries: tuple[int, int] | None = None,
     total: bool = True,
     highest: bool = False,
@@ -113,11 +118,11 @@ def columns(
     sizes = triton_columns.Sizes(heads, heads // k.shape[1], n, first, stop, keys)
     seen = rules(mask, batch)
     if few_columns.takes(sizes):
-        few_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
+        few_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias, edit=edit)
         return sums, most
-    if hopper.takes(q, k, None, mask=mask, scale=scale):
+    if edit is None and hopper.takes(q, k, None, mask=mask, scale=scale):
         with falls_back("Triton's own kernel"):
             hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(scale, softcap, bias))
             return sums, most
-    triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
+    triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias, edit=edit)
     return sums, most
