@@ -18,6 +18,7 @@ from headscope.kernels.benchmarks.corner_rows import (
     decode,
     edited,
     host,
+    looked_up,
     maps,
     moved,
     narrow,
@@ -76,11 +77,21 @@ ROWS = [
     Row("host", "host time of a call, us", host),
     Row("cap256", "softcap 50, d 256, 16k", partial(capped, 256)),
     Row("edit", "score edit, 16k", edited),
+    Row("table", "score edit by distance, 16k", looked_up),
 ]
 TOP = [Tiles(128, 64, 8, 2), Tiles(128, 64, 4, 2), Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 2)]
 FEW = [Tiles(0, 64, 4, 1), Tiles(0, 128, 8, 1), Tiles(0, 256, 8, 1)]
 APART = [Tiles(64, 32, 4, 3), Tiles(64, 16, 4, 4), Tiles(128, 16, 8, 4), Tiles(64, 64, 8, 2)]
+EDITED = [Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 2), Tiles(128, 128, 8, 2)]
+EDITED_OUTPUT = [Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(128, 64, 4, 2, registers=True)]
+EDITED_COLUMNS = [Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3), Tiles(64, 128, 8, 3)]
+LOOKED_UP = [Tiles(64, 32, 4, 3), Tiles(128, 32, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)]
+BOTH = "with output, statistics"
 SWEEPS = [
+    Sweep("edit", ("statistics",), tuning, "edited_row_tiles", EDITED),
+    Sweep("edit", ("output", BOTH), tuning, "edited_row_tiles", EDITED_OUTPUT),
+    Sweep("edit", ("columns",), tuning, "edited_column_tiles", EDITED_COLUMNS),
+    Sweep("table", ("statistics", BOTH), tuning, "edited_row_tiles", LOOKED_UP),
     Sweep("top 16k", ("top 16",), tuning, "top_tiles", TOP),
     Sweep("decode", ("columns",), tuning, "few_column_tiles", FEW),
     *(Sweep(row, ("divergence",), tuning, "divergence_tiles", APART) for row in ("div128", "div256")),
