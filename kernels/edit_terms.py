@@ -94,13 +94,14 @@ class Term:
         """Raise ValueError where its tables are not of a call's examples, heads and positions (``places`` by name)."""
         for name, table in self.tables.items():
             count = table.shape[2]
-            if table.shape[0] not in (1, batch) or table.shape[1] not in (1, heads) or not count:
+            first, stop = places.get(name, (0, 1))
+            none = not count and first < stop
+            if table.shape[0] not in (1, batch) or table.shape[1] not in (1, heads) or none:
                 raise ValueError(
                     f"{name} of a score edit must be ({batch} or 1, {heads} or 1, place); got {tuple(table.shape)}"
                 )
-            first, stop = places.get(name, (0, 0))
             begins = self.first_query if name == "queries" else self.first_key
-            if first < stop and count > 1 and not begins <= first <= stop <= begins + count:
+            if name in places and first < stop and count > 1 and not begins <= first <= stop <= begins + count:
                 raise ValueError(
                     f"{name} of a score edit are of positions {begins}:{begins + count}; the call has {first}:{stop}"
                 )
