@@ -18,6 +18,7 @@ from headscope.interventions import (
     DecayBeyondWindow,
     EmphasizeSpan,
     EvictKeys,
+    ForcePattern,
     HeadTemperature,
     Intervention,
     KnockOut,
@@ -77,6 +78,7 @@ EDITS: list[Intervention] = [
     ScaleSpanLogits(span=(3, 40), factor=0.5, at="all"),
     BoostRecent(beta=0.5, window=7, previous="all", renormalise=True),
     SwapKeys(first=(4, 5), second=(9, 10), strength=0.3),
+    ForcePattern(onto=(3, 9)),
     EvictKeys(policy="streaming_llm", budget=20, read=90),
 ]
 
