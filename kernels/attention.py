@@ -1,8 +1,8 @@
 """The public reductions of attention. Each function picks the engine; all engines compute what ``reference`` defines.
 
 Engines: ``"reference"`` (dense: short sequences, and the definition), ``"streaming"`` (plain PyTorch, any device),
-``"triton"`` (GPU kernels) and ``"flex"`` (FlexAttention, for edited scores); what these two do not compute falls to
-streaming inside the same call.
+``"triton"`` (GPU kernels) and ``"flex"`` (FlexAttention, for scores that a function edits); what these two do not
+compute falls to streaming inside the same call.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def attend(
     by the library or, with softcap, sinks, bias or edit, a few rows at a time (``streaming.backward``).
 
     Args:
-        scores: queries, keys, and how they become scores; statistics are those of the edited pattern. An ``edit`` is
-            evaluated by streaming tile by tile on any device; the output and lse come from FlexAttention on a GPU,
-            where it takes the call.
+        scores: queries, keys, and how they become scores; statistics are those of the edited pattern. A declared
+            ``edit`` is evaluated by Triton's kernels; a function by streaming tile by tile, on any device, its output
+            and lse by FlexAttention on a GPU, where it takes the call.
         v: values (batch, kv_head, key, d_value); d_value may differ from d_head.
         request: what to compute.
         engine: ``"auto"`` picks the fastest engine for the device.
@@ -86,8 +86,9 @@ def _differentiable_output(scores: Scores, v: Tensor) -> Tensor:
 
 def _engine(engine: str, scores: Scores, v: Tensor) -> Callable[..., Reduced]:
     if engine == "auto":
-        edited = scores.edit is not None and scores.q.is_cuda
-        engine = "flex" if edited else "triton" if _triton_takes(scores.q, v) else "streaming"
+        function = scores.edit is not None and not (scores.in_kernels and scores.mask.rule is None)
+        fits = _triton_takes(scores.q, v) and not function
+        engine = "triton" if fits else "flex" if function and scores.q.is_cuda else "streaming"
     if engine == "reference":
         return reference.attend
     if engine == "streaming":

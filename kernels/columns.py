@@ -45,7 +45,7 @@ def columns(
             f"lse must be (batch, head, query) {(batch, heads, rows)} of all queries, and queries a part of them; got "
             f"{tuple(lse.shape)} and {(first, stop)}"
         )
-    if scores.edit is None and attention.uses_triton(engine, scores):
+    if scores.in_kernels and attention.uses_triton(engine, scores):
         from headscope.kernels import gpu_passes as passes
 
         options: dict[str, Any] = {"queries": queries, "total": total, "highest": highest, **scores.device_arguments}

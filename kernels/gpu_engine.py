@@ -2,8 +2,9 @@
 
 Kernels: lse, max, entropy, distance, linear, output (rows), sums and maxima of columns, up to 32 top keys. Without a
 kernel of its own: a window is the row kernel under a narrower mask, and target masses need only lse. To streaming go:
-any mask with an index ``rule``, an ``edit`` of the scores, or inputs the kernels do not take (the whole call), and
-longer lists of top keys. So does a call whose kernel does not compile (``fallback``).
+any mask with an index ``rule``, an ``edit`` of the scores that is not declared, or inputs the kernels do not take (the
+whole call), longer lists of top keys, and lists of edited scores. So does a call whose kernel does not compile
+(``fallback``).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def attend(
     request: Request,
 ) -> Reduced:
     """Compute ``request``; shapes and meaning as in ``headscope.kernels.attention.attend``."""
-    if takes(scores, v) and scores.edit is None:
+    if takes(scores, v) and scores.in_kernels:
         with falls_back("the streaming engine"):
             return _Call(scores, v, request).run()
     return streaming.attend(scores, v, request=request)
@@ -58,13 +59,14 @@ class _Call:
         self.q, self.k, self.mask, self.sinks = scores.q, scores.k, scores.mask, scores.sinks
         self.result = Reduced()
         self.all_lse: Tensor | None = None
+        self.lists = 0 < request.top <= MOST and scores.edit is None  # by the kernel of top keys
 
     def run(self) -> Reduced:
         """Rows (with the output where both want the same rows), then what follows from lse, then columns."""
         self._rows()
         self._output()
         self.result.columns = tuple(self._columns(each) for each in self.want.columns)
-        if self.want.top > MOST:
+        if self.want.top and not self.lists:
             only = Request(output=False, top=self.want.top, query_rows=self.want.query_rows)
             part = streaming.attend(self.scores, self.v, request=only)
             self.result.top_mass, self.result.top_keys = part.top_mass, part.top_keys
@@ -112,11 +114,7 @@ class _Call:
         wants |= {"linear"} if want.linear is not None else set()
         if want.windows:
             wants |= {"lse", "distance"}
-        if (
-            want.targets is not None
-            or 0 < want.top <= MOST
-            or (where is None and any(each.weighs for each in want.columns))
-        ):
+        if want.targets is not None or self.lists or (where is None and any(each.weighs for each in want.columns)):
             wants |= {"lse"}
         if not wants:
             return
@@ -138,7 +136,7 @@ class _Call:
                 self.q, self.k, got.lse, want.targets, rows=where, **self.scores.device_arguments
             )
 
-        if 0 < want.top <= MOST:
+        if self.lists:
             assert got.lse is not None
             self._top(got.lse, where)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from headscope.kernels.fallback import falls_back
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import few_columns, heaviest, listed, topk
 from headscope.kernels.triton import rows as triton_rows
@@ -35,6 +36,7 @@ def rows(
     repeat: int = 1,
     within: Tensor | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    edit: ScoreEdit | None = None,
 ) -> Rows:
     """Row reductions ``wants`` (names of ``Rows``) of ``q`` (batch, head, row, d) over ``k`` (batch, kv_head, key, d).
 
@@ -45,6 +47,7 @@ def rows(
     tensors. ``within`` (batch, head, row): the lse of more keys; the output is then the share of it that these give.
     ``ranges``: which keys ``begin : end`` a query at a position sees, int32 (batch, position) each that never fall from
     one position to the next, beside the mask, which then has no segments.
+    ``edit``: a declared one; Hopper's kernels take none.
     """
     v = None if v is None or "output" not in wants else last_dim_contiguous(v)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
@@ -55,7 +58,7 @@ def rows(
     found = None
     if q.shape[0] * sizes.rows == 0:
         found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1, repeat))
-    elif hopper.takes(
+    elif edit is None and hopper.takes(
         q,
         k,
         v,
@@ -85,6 +88,7 @@ def rows(
             wants=wants,
             within=within,
             ranges=ranges,
+            edit=edit,
         )
     linear = None if features is None or found.linear is None else decode(found.linear, features, q.dtype)
     return found._replace(linear=linear, within=None)
@@ -99,6 +103,7 @@ def columns(
     scale: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     queries: tuple[int, int] | None = None,
     total: bool = True,
     highest: bool = False,
@@ -119,13 +124,13 @@ def columns(
     sizes = triton_columns.Sizes(heads, heads // k.shape[1], n, first, stop, keys)
     seen = rules(mask, batch)
     if few_columns.takes(sizes):
-        few_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
+        few_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias, edit=edit)
         return sums, most
-    if hopper.takes(q, k, None, mask=mask, scale=scale):
+    if edit is None and hopper.takes(q, k, None, mask=mask, scale=scale):
         with falls_back("Triton's own kernel"):
             hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(scale, softcap, bias))
             return sums, most
-    triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias)
+    triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias, edit=edit)
     return sums, most
 
 

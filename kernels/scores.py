@@ -58,8 +58,15 @@ class Scores:
 
     @property
     def device_arguments(self) -> dict[str, Any]:
-        """What a device kernel takes beside q, k and sink logits."""
-        return {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "bias": self.bias}
+        """What a device kernel takes beside q, k and sink logits; an edit only where there is one, so that a kernel
+        that evaluates none refuses it."""
+        given = {"mask": self.mask, "scale": self.scale, "softcap": self.softcap, "bias": self.bias}
+        return given if self.edit is None else given | {"edit": self.edit}
+
+    @property
+    def in_kernels(self) -> bool:
+        """Whether the kernels of rows, columns and targets evaluate the edit, if there is one."""
+        return self.edit is None or self.edit.in_kernels
 
     def rows(self, part: slice) -> Scores:
         """Those of the query rows ``part``, a slice with both ends."""
@@ -90,3 +97,6 @@ class Scores:
             bias.dim() != 3 or any(n not in fit for n, fit in zip(bias.shape, sizes, strict=True))
         ):
             raise ValueError(f"bias must be ({batch} or 1, {heads} or 1, {keys}); got {tuple(bias.shape)}")
+        if self.edit is not None:
+            row, key = self.mask.query_offset, self.mask.key_offset
+            self.edit.check(batch, heads, range(row, row + q[2]), range(key, key + keys))

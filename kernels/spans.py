@@ -94,7 +94,7 @@ def span_outputs(
 
 
 def _by_triton(scores: Scores, v: Tensor, engine: attention.Engine) -> bool:
-    return scores.edit is None and attention.uses_triton(engine, scores) and scores.k.dtype == v.dtype
+    return scores.in_kernels and attention.uses_triton(engine, scores) and scores.k.dtype == v.dtype
 
 
 def _at_once(scores: Scores, v: Tensor, named: Tensor, lse: Tensor | None) -> SpanOutputs:

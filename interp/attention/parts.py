@@ -41,7 +41,7 @@ def cut(call: AttentionCall, examples: slice, rows: slice, keys: slice) -> Atten
         mask=mask,
         position_bias=mine(call.position_bias, rows, keys),
         key_bias=mine(call.key_bias, keys),
-        score_edit=_moved(call.score_edit, examples.start, 0),
+        score_edit=_of_part(call, examples, slice(0, call.query.shape[1])),
     )
 
 
@@ -73,14 +73,12 @@ def some_heads(call: AttentionCall, heads: slice) -> AttentionCall:
             "sinks": None if call.sinks is None else run_of(call.sinks, 0, first, count),
             "position_bias": mine(call.position_bias),
             "key_bias": mine(call.key_bias),
-            "score_edit": _moved(call.score_edit, 0, first),
+            "score_edit": _of_part(call, slice(0, call.query.shape[0]), heads),
             "redistribution": None if call.redistribution is None else call.redistribution.of_heads(heads),
         }
     )
 
 
-def _moved(edit: ScoreEdit | None, example: int, head: int) -> ScoreEdit | None:
-    """``edit`` for a part whose first example and head have these indices."""
-    if edit is None or not (example or head):
-        return edit
-    return ScoreEdit(lambda s, b, h, q, k: edit(s, b + example, h + head, q, k), edit.pointwise)
+def _of_part(call: AttentionCall, examples: slice, heads: slice) -> ScoreEdit | None:
+    """The score edit of ``call`` for some of its examples and heads."""
+    return None if call.score_edit is None else call.score_edit.of_part(examples, heads)

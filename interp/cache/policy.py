@@ -159,6 +159,10 @@ class RowPolicy(Policy):
         """Whether queries see keys, by their positions from the example's first token, where ``kept`` are seen."""
         raise NotImplementedError
 
+    def ends(self, kept: int) -> tuple[int, int] | None:
+        """How many first tokens, and how many last ones before it, every query sees, where ``shows`` says no more."""
+        return None
+
     def rule(self, reading: Reading, budget: Budget) -> Keep:
         """Which keys a row sees at ``budget``."""
         raise NotImplementedError

@@ -99,5 +99,5 @@ class AdaptSpanLogits(ReadsPrompts, SpanEdit):
         """Each example's factor on their scores."""
         held = torch.tensor(vars(self)["_factors"], dtype=torch.float64)
         factors = held_for(held if len(held) else None, len(call.query), self.name)
-        moved = (1.0 + self.strength * (factors - 1.0)).to(call.query.device)
-        return self.only(call, mine, lambda s, b, h, q, k: s * moved[b].to(s.dtype), keys)
+        moved = self.strength * (factors - 1.0)
+        return self.add(call, mine, "score", rows=moved[:, None, None], keys=keys[:, None])

@@ -73,25 +73,28 @@ class DecayBeyondWindow(SpanEdit):
         if call.cross:
             raise HeadscopeError("cross-attention has no distance between a query and a key; edit self-attention")
 
-        def decayed(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            apart = (q - k).abs()
-            factor = torch.where(apart > self.window, s.new_tensor(self._moved(self.factor)), 1.0)
-            for lowest, highest, own in self.bands:
-                factor = torch.where((apart >= lowest) & (apart <= highest), s.new_tensor(self._moved(own)), factor)
-            new = s * factor
-            return torch.where(s < 0, s, new) if self.positive_only else new
-
-        return self.only(call, mine, decayed, keys)
+        edges = [self.window, *(band[1] for band in self.bands)]
+        reach = min(max(edges) + 1, max(self._farthest(call)))
+        apart = torch.arange(-reach, reach + 1, device=mine.device).abs()
+        added = call.either(apart > self.window, self._added(self.factor), 0.0)
+        for lowest, highest, own in self.bands:
+            added = call.either((apart >= lowest) & (apart <= highest), self._added(own), added)
+        table: dict[str, Any] = {"distances": added[None, None], "first_distance": -reach}
+        return self.add(call, mine, "positive" if self.positive_only else "score", keys=keys[:, None], **table)
 
     def meets(self, call: AttentionCall, mine: Tensor, keys: Tensor) -> Tensor:
         """Whether the call also is long enough for a distance that is scaled."""
         mask = call.mask
-        ahead = mask.key_offset + call.key.shape[2] - 1 - mask.query_offset
-        behind = mask.query_offset + call.query.shape[2] - 1 - mask.key_offset
+        behind, ahead = self._farthest(call)
         ahead = ahead if mask.right is None else min(ahead, mask.right)
         behind = behind if mask.left is None else min(behind, mask.left)
         least = min([self.window + 1, *(band[0] for band in self.bands)])
         return super().meets(call, mine, keys) & (max(ahead, behind) >= least)
 
-    def _moved(self, factor: float) -> float:
-        return 1 + self.strength * (factor - 1)
+    def _farthest(self, call: AttentionCall) -> tuple[int, int]:
+        """How far the first key lies behind the last query, and the last key ahead of the first query."""
+        query, key = call.mask.query_offset, call.mask.key_offset
+        return query + call.query.shape[2] - 1 - key, key + call.key.shape[2] - 1 - query
+
+    def _added(self, factor: float) -> float:
+        return self.strength * (factor - 1)

@@ -25,6 +25,8 @@ from headscope.interventions.attention.found import context_rows
 from headscope.interventions.attention.score_edit import ScoresEdit
 from headscope.interventions.phases import require_told, token_positions
 
+FARTHEST = 2**31 - 1  # tokens
+
 
 @dataclass(frozen=True, eq=False)
 class EvictKeys(FindingEdit, ScoresEdit):
@@ -149,12 +151,7 @@ class EvictKeys(FindingEdit, ScoresEdit):
         self.note(mine.any(-1, keepdim=True) & evicted)
         if bool(mine.all()) and call.score_edit is None:
             return call.with_key_bias(call.either(evicted, bias, 0.0))
-        first = call.mask.key_offset
-
-        def changed(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return torch.where(evicted[b if evicted.shape[0] > 1 else 0, h, k - first], s + bias, s)
-
-        return self.only(call, mine, changed)
+        return self.add(call, mine, keys=call.either(evicted, bias, 0.0))
 
     def _by_position(self, call: AttentionCall, mine: Tensor, policy: RowPolicy, bias: float) -> AttentionCall:
         """Scores of keys that a row does not see by its position and theirs."""
@@ -165,6 +162,10 @@ class EvictKeys(FindingEdit, ScoresEdit):
             mine = mine & self._after(call)[:, None]
         last = call.mask.query_offset + call.query.shape[2] - start
         self.note(mine.any() & (last > kept))
+        if (ends := policy.ends(int(kept))) is not None:
+            at = torch.arange(call.key.shape[2], device=mine.device) + call.mask.key_offset - start[:, None]
+            later = call.either(at >= ends[0], bias, 0.0)
+            return self.add(call, mine, keys=later[:, None], within=(ends[1], FARTHEST))
 
         def changed(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             own = start[b if start.shape[0] > 1 else 0]

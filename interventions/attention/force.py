@@ -12,6 +12,7 @@ from torch import Tensor
 from headscope.interp.attention.call import AttentionCall
 from headscope.interventions.attention.gradient import require_no_gradient
 from headscope.interventions.attention.pattern_edit import PatternEdit
+from headscope.interventions.attention.score_edit import weight
 from headscope.kernels.request import Request
 from headscope.kernels.score_edits import ScoreEdit
 
@@ -52,7 +53,6 @@ class ForcePattern(PatternEdit):
         mine = mine & (count := visible(call, onto)).gt(0)
         self.note(mine)
         share = -count.clamp(min=1).log()
-        stays = math.log(1.0 - self.strength) if self.strength < 1 else -math.inf
         whole = torch.zeros(1, 1, queries, device=device)
         if self.strength < 1 or call.sinks is not None:
             require_no_gradient(call, "ForcePattern below strength 1, or in a model with sink logits,")
@@ -60,8 +60,12 @@ class ForcePattern(PatternEdit):
             assert found is not None
             whole = found
         forced = (whole + share + math.log(self.strength)).expand(batch, call.query.shape[1], queries)
+        if self.strength == 1:
+            emptied, given = weight(call, mine, "score", rows=-1.0), weight(call, mine, rows=forced, keys=onto[:, None])
+            others = weight(call, mine, keys=call.either(onto, 0.0, -math.inf)[:, None])
+            return call.with_score_edit(ScoreEdit.of(emptied, given, others))
         offset, ahead = call.mask.query_offset, call.mask.key_offset
-        mine = mine.expand(batch, -1, -1)
+        mine, stays = mine.expand(batch, -1, -1), math.log(1.0 - self.strength)
 
         def mixed(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             row = q - offset

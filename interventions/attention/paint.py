@@ -15,7 +15,7 @@ from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.sizes import tower_size
 from headscope.interventions.attention.finding import FindingEdit
 from headscope.interventions.attention.raise_span import selected
-from headscope.interventions.attention.score_edit import SpanEdit, look_up, number
+from headscope.interventions.attention.score_edit import SpanEdit, number
 from headscope.interventions.phases import During, require_told
 from headscope.kernels.request import Columns, Request
 
@@ -131,8 +131,7 @@ class Paint(FindingEdit, SpanEdit):
         top, bottom = self.found.recall(call).unbind(1)
         self.note(self.meets(call, mine, top | bottom))
         amount = self.strength * (call.either(top, self.alpha, 0.0) + call.either(bottom, self.beta, 0.0))
-        first = call.mask.key_offset
-        return self.only(call, mine, lambda s, b, h, q, k: s + look_up(amount, b, k - first).to(s.dtype) * s.abs())
+        return self.add(call, mine, "size", keys=amount[:, None])
 
     def _tokens(self, call: AttentionCall) -> Tensor:
         """The top and bottom tokens of a call that begins a prompt: bool (batch, 2, position).

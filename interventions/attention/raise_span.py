@@ -52,8 +52,7 @@ class RaiseSpanLogits(SpanEdit):
 
     def change_keys(self, call: AttentionCall, mine: Tensor, keys: Tensor) -> AttentionCall:
         """The amount times their size, added."""
-        amount = self.strength * self.amount
-        return self.only(call, mine, lambda s, b, h, q, k: s + amount * s.abs(), keys)
+        return self.add(call, mine, "size", rows=self.strength * self.amount, keys=keys[:, None])
 
 
 def paint(

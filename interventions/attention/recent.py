@@ -14,6 +14,7 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.prompts.boundary import known_boundary
 from headscope.interventions.attention.gradient import require_no_gradient
 from headscope.interventions.attention.pattern_edit import PatternEdit
+from headscope.interventions.attention.score_edit import weight
 from headscope.interventions.phases import prompt_stop
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.request import Request
@@ -91,7 +92,7 @@ class BoostRecent(PatternEdit):
         if not bool(mine.any()):
             return call
         gamma = 1.0 + self.strength * self.beta
-        boosted = call.with_score_edit(self._boost(call.mask.query_offset, cut, mine, math.log(gamma)))
+        boosted = call.with_score_edit(self._boost(call, cut, mine, math.log(gamma)))
         if self.renormalise:
             return boosted
         require_no_gradient(call, "BoostRecent without renormalisation")
@@ -112,11 +113,7 @@ class BoostRecent(PatternEdit):
         start = call.mask.start
         return torch.zeros(1, dtype=torch.long, device=call.query.device) if start is None else start
 
-    def _boost(self, offset: int, cut: Tensor, mine: Tensor, log_gamma: float) -> ScoreEdit:
-        mine, window = mine.expand(len(cut), -1, -1), self.window
-
-        def boosted(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            near = (k >= cut[b]) & (q - k >= 1) & (q - k <= window) & mine[b, h, q - offset]
-            return torch.where(near, s + log_gamma, s)
-
-        return ScoreEdit(boosted)
+    def _boost(self, call: AttentionCall, cut: Tensor, mine: Tensor, log_gamma: float) -> ScoreEdit:
+        at = torch.arange(call.key.shape[2], device=cut.device) + call.mask.key_offset
+        later = (at >= cut[:, None])[:, None]
+        return ScoreEdit.of(weight(call, mine, rows=log_gamma, keys=later, within=(1, self.window)))

@@ -67,8 +67,7 @@ class ScaleSpanLogits(SpanEdit):
 
     def change_keys(self, call: AttentionCall, mine: Tensor, keys: Tensor) -> AttentionCall:
         """The factor on their scores."""
-        factor = 1 + self.strength * (self.factor - 1)
-        return self.only(call, mine, lambda s, b, h, q, k: s * factor, keys)
+        return self.add(call, mine, "score", rows=self.strength * (self.factor - 1), keys=keys[:, None])
 
 
 def adaptive_factors(

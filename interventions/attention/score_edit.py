@@ -1,7 +1,8 @@
 """Bases of the edits of scores before softmax, of whichever keys or of a span's.
 
-A change that says the same number for every row is a key bias, which every engine takes; any other is a ``ScoreEdit``,
-a function that is evaluated tile by tile. Neither holds a query x key tensor.
+A change that says the same number for every row is a key bias, which every engine takes. Any other is a ``ScoreEdit``:
+declared, which GPU kernels evaluate, where a share of each score or an offset says it (``add``), else a function
+(``only``), evaluated tile by tile. None holds a query x key tensor.
 """
 
 from __future__ import annotations
@@ -18,25 +19,38 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.spans import by_example
 from headscope.interventions.attention.pattern_edit import PatternEdit
 from headscope.interventions.phases import is_every
+from headscope.kernels.edit_terms import Of, Term
 from headscope.kernels.score_edits import ScoreEdit, ScoreFunction
 
 
 @dataclass(frozen=True, eq=False)
 class ScoresEdit(PatternEdit):
-    """Base of the edits of scores: a subclass writes ``change`` with ``only`` or ``add_to_keys``, says in ``neutral``
-    which settings change nothing, and tells ``note`` whether a call had anything to act on."""
+    """Base of the edits of scores: a subclass writes ``change`` with ``add``, ``add_to_keys`` or ``only``, says in
+    ``neutral`` which settings change nothing, and tells ``note`` whether a call had anything to act on."""
 
-    def only(
-        self, call: AttentionCall, mine: Tensor, function: ScoreFunction, keys: Tensor | None = None
+    def add(
+        self,
+        call: AttentionCall,
+        mine: Tensor,
+        of: Of = "one",
+        *,
+        rows: Tensor | float = 1.0,
+        keys: Tensor | None = None,
+        **more: Any,
     ) -> AttentionCall:
-        """``call`` with the scores of rows ``mine`` (batch or 1, head, query), of all keys or of ``keys`` (batch or 1,
-        key), changed by ``function``."""
-        first_row, first_key = call.mask.query_offset, call.mask.key_offset
+        """``call`` with w g(s) added to each score s of rows ``mine`` (batch or 1, head, query), as ``Term`` has it.
+
+        w is ``rows``, a number or (batch or 1, head or 1, query), times ``keys`` (batch or 1, head or 1, key), bool or
+        numbers, and what ``more`` fields of a ``Term`` say.
+        """
+        return call.with_score_edit(ScoreEdit.of(weight(call, mine, of, rows=rows, keys=keys, **more)))
+
+    def only(self, call: AttentionCall, mine: Tensor, function: ScoreFunction) -> AttentionCall:
+        """``call`` with the scores of rows ``mine`` (batch or 1, head, query) changed by ``function``."""
+        first_row = call.mask.query_offset
 
         def changed(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             on = mine[b if mine.shape[0] > 1 else 0, h, q - first_row]
-            if keys is not None:
-                on = on & look_up(keys, b, k - first_key)
             return torch.where(on, function(s, b, h, q, k), s)
 
         return call.with_score_edit(ScoreEdit(changed))
@@ -44,8 +58,7 @@ class ScoresEdit(PatternEdit):
     def add_to_keys(self, call: AttentionCall, mine: Tensor, bias: Tensor) -> AttentionCall:
         """``call`` with ``bias`` (batch or 1, key), finite or -inf, added to each key's score in rows ``mine``."""
         if not is_every(self.rows(call), call) or call.score_edit is not None:  # a key bias acts before that edit
-            first = call.mask.key_offset
-            return self.only(call, mine, lambda s, b, h, q, k: s + look_up(bias, b, k - first).to(s.dtype))
+            return self.add(call, mine, keys=bias[:, None])
         heads = self._heads(call)
         every = self.heads is None
         return call.with_key_bias(bias[:, None] if every else torch.where(heads[:, None], bias[:, None], 0.0))
@@ -97,9 +110,21 @@ class SpanEdit(ScoresEdit):
         return near
 
 
-def look_up(table: Tensor, example: Tensor, place: Tensor) -> Tensor:
-    """``table`` (batch or 1, place) at index tensors that broadcast."""
-    return table[example if table.shape[0] > 1 else 0, place]
+def weight(
+    call: AttentionCall,
+    mine: Tensor,
+    of: Of = "one",
+    *,
+    rows: Tensor | float = 1.0,
+    keys: Tensor | None = None,
+    **more: Any,
+) -> Term:
+    """The term that ``ScoresEdit.add`` adds."""
+    if keys is not None:
+        keys = call.either(keys, 1.0, 0.0) if keys.dtype == torch.bool else keys
+    first_query, first_key = call.mask.query_offset, call.mask.key_offset
+    queries = call.either(mine, rows, 0.0)
+    return Term(of=of, queries=queries, keys=keys, first_query=first_query, first_key=first_key, **more)
 
 
 def number(kind: str, name: str, value: Any, *, above: float = -math.inf) -> None:

@@ -66,8 +66,7 @@ class SpotLight(SpanEdit):
         bias = torch.where(low, self.strength * (self.target / torch.where(low, psi, 1.0)).log(), 0.0)
         if self.over == "layer":
             return self.add_to_keys(call, mine, torch.where(keys, bias[:, 0], 0.0))
-        first = call.mask.query_offset
-        return self.only(call, mine, lambda s, b, h, q, k: s + bias[b, h, q - first].to(s.dtype), keys)
+        return self.add(call, mine, rows=bias, keys=keys[:, None])
 
 
 def _mean(call: AttentionCall, psi: Tensor, mine: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.statistics.spans import by_example
 from headscope.interventions.attention.pattern_edit import PatternEdit
+from headscope.interventions.attention.score_edit import weight
 from headscope.interventions.phases import require_told
 from headscope.kernels import reference
 from headscope.kernels.score_edits import ScoreEdit
@@ -60,7 +61,11 @@ class SwapKeys(PatternEdit):
         stays, goes = (math.log(x) if x else -math.inf for x in (1.0 - self.strength, self.strength))
         new_one = torch.logaddexp(at_one + stays, at_two + goes)
         new_two = torch.logaddexp(at_two + stays, at_one + goes)
-        return call.with_score_edit(_set_at(call.mask.query_offset, mine, ((one, new_one), (two, new_two))))
+        at = torch.arange(call.key.shape[2], device=one.device) + call.mask.key_offset
+        of_one, of_two = ((at == place[:, None])[:, None] for place in (one, two))
+        emptied = weight(call, mine, "score", rows=-1.0, keys=of_one | of_two)  # to exactly 0
+        filled = (weight(call, mine, rows=new, keys=own) for new, own in ((new_one, of_one), (new_two, of_two)))
+        return call.with_score_edit(ScoreEdit.of(emptied, *filled))
 
     def _place(self, call: AttentionCall, span: Any, name: str) -> Tensor:
         """The key's position (batch,), padding counted.
@@ -75,19 +80,6 @@ class SwapKeys(PatternEdit):
             )
         at = torch.tensor([row[0][0] for row in rows], device=call.query.device).expand(batch)
         return at if call.mask.start is None else at + call.mask.start
-
-
-def _set_at(offset: int, mine: Tensor, new: tuple[tuple[Tensor, Tensor], ...]) -> ScoreEdit:
-    """On rows ``mine`` (batch or 1, head, query), keys at (batch,) positions have new scores (batch, head, query)."""
-
-    def exchanged(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = q - offset
-        found = s
-        for at, score in new:
-            found = torch.where(mine[b, h, row] & (k == at[b]), score[b, h, row].to(s.dtype), found)
-        return found
-
-    return ScoreEdit(exchanged)
 
 
 def scores_at(call: AttentionCall, at: Tensor) -> Tensor:

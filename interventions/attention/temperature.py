@@ -58,9 +58,7 @@ class HeadTemperature(ScoresEdit):
         edited = (call.softcap, call.position_bias, call.key_bias, call.score_edit)
         if all(each is None for each in edited):
             return call.with_(query=call.query * factor[..., None].to(call.query.dtype))
-        first, batch = call.mask.query_offset, call.query.shape[0]
-        each = factor.expand(batch, -1, -1)
-        return self.only(call, mine, lambda s, b, h, q, k: s * each[b, h, q - first].to(s.dtype))
+        return self.add(call, mine, "score", rows=factor - 1)
 
     def _factors(self, call: AttentionCall) -> Tensor:
         """1 / T of every head of the layer: (head,), float64 on the CPU."""

@@ -18,6 +18,7 @@ from headscope.kernels.benchmarks.corner_rows import (
     decode,
     edited,
     host,
+    looked_up,
     maps,
     moved,
     narrow,
@@ -27,7 +28,6 @@ from headscope.kernels.benchmarks.corner_rows import (
     top,
     width,
 )
-from headscope.kernels.hopper import divergence, heaviest
 from headscope.kernels.triton import tuning
 from headscope.kernels.triton.tuning import Tiles
 
@@ -77,12 +77,16 @@ ROWS = [
     Row("host", "host time of a call, us", host),
     Row("cap256", "softcap 50, d 256, 16k", partial(capped, 256)),
     Row("edit", "score edit, 16k", edited),
+    Row("table", "score edit by distance, 16k", looked_up),
 ]
-TOP = [(128, 3), (64, 8)]  # keys of a tile, and how many tiles wait
-FEW = [Tiles(0, 128, 4, 2), Tiles(0, 128, 8, 2), Tiles(0, 64, 4, 3), Tiles(0, 256, 8, 2)]
-APART = [(2, 128, 2), (2, 64, 4), (3, 64, 2)]  # groups, keys of a tile, and how many tiles wait
+EDITED = [Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 2), Tiles(128, 128, 8, 2)]
+EDITED_OUTPUT = [Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(128, 64, 4, 2, registers=True)]
+EDITED_COLUMNS = [Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3), Tiles(64, 128, 8, 3)]
+LOOKED_UP = [Tiles(64, 32, 4, 3), Tiles(128, 32, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)]
+BOTH = "with output, statistics"
 SWEEPS = [
-    *(Sweep(row, ("top 16",), heaviest, "shape", TOP) for row in ("top 2k", "top 16k", "top 64k")),
-    Sweep("decode", ("top 16 + lse",), tuning, "few_top_tiles", FEW),
-    Sweep("div128", ("divergence",), divergence, "shape", APART),
+    Sweep("edit", ("statistics",), tuning, "edited_row_tiles", EDITED),
+    Sweep("edit", ("output", BOTH), tuning, "edited_row_tiles", EDITED_OUTPUT),
+    Sweep("edit", ("columns",), tuning, "edited_column_tiles", EDITED_COLUMNS),
+    Sweep("table", ("statistics", BOTH), tuning, "edited_row_tiles", LOOKED_UP),
 ]

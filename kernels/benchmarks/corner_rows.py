@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headscope.kernels import attention, flex
+from headscope.kernels import attention
 from headscope.kernels import gpu_passes as passes
 from headscope.kernels.blocks import blocks
 from headscope.kernels.divergence import divergence
@@ -23,7 +23,7 @@ from headscope.kernels.masks import Mask
 from headscope.kernels.redistribute import redistribute
 from headscope.kernels.redistribution import Redistribution
 from headscope.kernels.request import Request
-from headscope.kernels.score_edits import distance_slope
+from headscope.kernels.score_edits import by_distance, distance_slope
 from headscope.kernels.scores import Scores
 from headscope.kernels.spans import span_outputs
 
@@ -42,7 +42,7 @@ class Timed:
     run: Callable[[], Any]
     base: Callable[[], Any] | None
     key: Any  # of the tensors: SDPA on them is timed once
-    now: float
+    now: float | None  # nobody timed it before
     target: float
 
 
@@ -78,7 +78,7 @@ class Call:
     def columns(self, lse: Tensor, **options: Any) -> Any:
         return passes.columns(self.q, self.k, lse, **(self.scores.device_arguments | options))
 
-    def timed(self, name: str, run: Callable[[], Any], now: float, target: float) -> Timed:
+    def timed(self, name: str, run: Callable[[], Any], now: float | None, target: float) -> Timed:
         return Timed(name, run, self.sdpa, self.key, now, target)
 
 
@@ -172,10 +172,21 @@ def top(n: int, now: float, target: float, less: int) -> Iterator[Timed]:
 
 def edited(less: int) -> Iterator[Timed]:
     call = Call(16384, 128, less)
-    scores = replace(call.scores, edit=distance_slope(torch.full((call.heads,), 1e-3, device=DEVICE)))
-    yield call.timed("output", partial(flex.attention, scores, call.v), 2.9, 1.8)
-    request = Request(output=False, lse=True, entropy=True)
-    yield call.timed("statistics", partial(attention.attend, scores, call.v, request=request), 50.0, 3.0)
+    slope = distance_slope(torch.full((call.heads,), 1e-3, device=DEVICE))
+    scores = replace(call.scores, edit=slope)
+    run = partial(attention.attend, scores, call.v)
+    yield call.timed("output", partial(run, request=Request()), 2.66, 1.8)
+    yield call.timed("statistics", partial(run, request=Request(output=False, lse=True, entropy=True)), 50.0, 3.0)
+    yield call.timed("with output, statistics", partial(run, request=Request(lse=True, entropy=True)), None, 3.0)
+    yield call.timed("columns", partial(call.columns, call.lse(edit=slope), edit=slope), None, 3.0)
+
+
+def looked_up(less: int) -> Iterator[Timed]:
+    """A weight for every pair: of 4,096 distances."""
+    call = Call(16384, 128, less)
+    edit = by_distance(bias=torch.linspace(0.0, -1.0, 4096 // less, device=DEVICE).expand(call.heads, -1).contiguous())
+    yield call.timed("statistics", partial(call.rows, edit=edit), None, 3.0)
+    yield call.timed("with output, statistics", partial(call.rows, WITH_OUTPUT, edit=edit), None, 3.0)
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -39,6 +39,7 @@ CHECKED = (
     "maps and divergences",
     "moved mass and spans",
     "top keys, few queries",
+    "edited scores",
 )
 LONGEST = 60.0  # seconds for a row
 Job = tuple[int, int, int]  # row, sweep or -1, its setting
@@ -106,7 +107,7 @@ def time_one(row: Row, one: Timed, bases: dict[Any, float]) -> dict[str, Any]:
 def say(found: dict[str, Any]) -> None:
     """Print a measurement."""
     value = f"{found['us']:.0f} us" if "us" in found else f"{found['ms']:.3f} ms {found['measured']:.2f}x"
-    asked = f"was {found['now']}, target {found['target']}"
+    asked = f"was {found['now'] or '-'}, target {found['target']}"
     rest = f"{found.get('extra MiB', 0):.0f} MiB {found['setting'] or ''}"
     print(f"{found['row']:<32} {found['what']:<26} {value:<19} {asked:<25} {rest}", flush=True)
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -42,10 +43,10 @@ def jobs() -> list[Job]:
         ]
     spans = [{**base, "kind": kind} for kind in ("causal", "left padding", "chunks")]
     spans += [{**base, "kind": "causal", "dtype": torch.float32, **options}]
-    edits = [{**base, "kind": kind, "edit": "distance slope"} for kind in MASKS]
+    edits = [{**base, "kind": kind, "edit": "bounded scores"} for kind in MASKS]
     edits += [{**base, "kind": "causal", "edit": name, **options} for name in _names(random_edits)]
     for d, dv in ((60, 60), (128, 64), (256, 256)):
-        edits.append({**base, "kind": "causal", "d_head": d, "d_value": dv, "keys": 400, "edit": "distance table"})
+        edits.append({**base, "kind": "causal", "d_head": d, "d_value": dv, "keys": 400, "edit": "a function's table"})
     edits.append({**base, "kind": "window", "dtype": torch.float16, "edit": "key scale"})
     moves = [{**base, "kind": kind, "move": "onto a set"} for kind in kinds]
     moves += [{**base, "kind": "causal", "move": name, **options} for name in _names(random_moves)]
@@ -55,6 +56,25 @@ def jobs() -> list[Job]:
         [("edits", spec) for spec in edits] + [("top", spec) for spec in top] + [("spans", spec) for spec in spans]
     )
     return listed
+
+
+def declared() -> list[Job]:
+    """Calls with declared edits, which Triton's kernels compute: each edit, mask and width, few queries, float32."""
+    options = {"softcap": 5.0, "sinks": True, "bias": True}
+    base: dict[str, Any] = {"dtype": torch.bfloat16, "d_head": 128, "queries": 333, "keys": 333, "kind": "causal"}
+    few = random_case("causal", queries=3, keys=3)
+    names = [name for name, edit in random_edits(few).items() if edit.in_kernels]
+    calls = [{**base, "edit": name} for name in names]
+    calls += [{**base, "edit": "every term", "kind": kind} for kind in MASKS if kind != "rule"]
+    for d, dv in ((60, 60), (64, 64), (80, 80), (96, 128), (128, 64), (256, 256)):
+        size = {"d_head": d, "d_value": dv, "queries": 63}
+        calls += [{**base, **size, "edit": name} for name in ("every term", "distance slope")]
+    for n in (1, 3, 1100):
+        calls += [{**base, "edit": "every term", "queries": n, "keys": 3000, **options}]
+        calls += [{**base, "edit": "distance slope", "queries": n, "keys": 3000, "d_head": 64}]
+    kinds = (torch.float16, torch.float32)
+    calls += [{**base, "edit": "every term", "dtype": dtype, "whole": True, **options} for dtype in kinds]
+    return [("declared", spec) for spec in calls]
 
 
 def _names(kinds: Callable[[Case], dict[str, Any]]) -> list[str]:
@@ -126,7 +146,7 @@ def _spans_apart(spec: dict[str, Any], case: Case, spans: torch.Tensor, lse: tor
 
 
 def check_edits(spec: dict[str, Any]) -> list[str]:
-    """The output and lse by FlexAttention's compiled kernel, beside a statistic by streaming."""
+    """The output and lse by FlexAttention's compiled kernel, beside a statistic by streaming, whatever the edit is."""
     spec = dict(spec)
     name = spec.pop("edit")
     case = random_case(**spec, device=DEVICE)
@@ -135,10 +155,23 @@ def check_edits(spec: dict[str, Any]) -> list[str]:
         return [f"FlexAttention does not take {spec}"]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        wrong = _twice(
-            f"{name} {spec}", case, attention.attend, Request(lse=True, entropy=True, columns=(Columns(sum=True),))
-        )
+        request = Request(lse=True, entropy=True, columns=(Columns(sum=True),))
+        wrong = _twice(f"{name} {spec}", case, flex.attend, request)
     return wrong + [f"{name} {spec}: {x.message}" for x in said if "does not compile" in str(x.message)]
+
+
+def check_declared(spec: dict[str, Any]) -> list[str]:
+    """Declared edits by Triton's kernels alone: rows, the output and columns; ``whole``: everything but top keys, of
+    all rows and of some."""
+    spec = dict(spec)
+    name, whole = spec.pop("edit"), spec.pop("whole", False)
+    case = random_case(**spec, device=DEVICE)
+    case = replace(case, edit=random_edits(case)[name])
+    asked = [Request(lse=True, entropy=True, columns=(Columns(sum=True, max=True),))]
+    if whole:
+        asked = [everything(case, subset=subset, top=0) for subset in (False, True)]
+    with patch("headscope.kernels.gpu_engine.streaming.attend", side_effect=AssertionError("streaming was asked")):
+        return [line for request in asked for line in _twice(f"{name} {spec}", case, attention.attend, request)]
 
 
 def check_moves(spec: dict[str, Any]) -> list[str]:
@@ -152,4 +185,10 @@ def check_moves(spec: dict[str, Any]) -> list[str]:
     return [line for request in asked for line in _twice(f"{name} {spec}", case, redistribute, request)]
 
 
-CHECKS = {"top": check_top, "spans": check_spans, "edits": check_edits, "moves": check_moves}
+CHECKS = {
+    "top": check_top,
+    "spans": check_spans,
+    "edits": check_edits,
+    "declared": check_declared,
+    "moves": check_moves,
+}

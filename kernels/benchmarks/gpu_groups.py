@@ -144,6 +144,7 @@ def groups() -> dict[str, list[Job]]:
             ),
             ("all", {**base, "kind": "causal", "d_head": 128, "queries": 70, "keys": 150, "features": 3}),
         ],
+        "edited scores": gpu_check_edits.declared(),
         "every rule at every width": [("narrow", spec) for spec in wide + bare + single],
         "widths fetched by threads": [("narrow", spec) for spec in odd],
         "padding around the tiles": [("narrow", spec) for spec in pads],

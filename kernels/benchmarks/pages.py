@@ -116,7 +116,8 @@ def _corners(result: Result) -> list[str]:
             lines.append(f"| {row['row']} | {row['what']} | {row['now']} | {row['target']} | {row['us']:.0f} us | | |")
         else:
             ms, more = f"{row['ms']:.3f}", f"{row.get('extra MiB', 0):,.0f}"
-            cells = row["row"], row["what"], f"{row['now']}x", f"{row['target']}x", f"{row['measured']:.2f}x", ms, more
+            was = "" if row["now"] is None else f"{row['now']}x"
+            cells = row["row"], row["what"], was, f"{row['target']}x", f"{row['measured']:.2f}x", ms, more
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from headscope.kernels import attention, flex
+from headscope.kernels import attention
 from headscope.kernels import gpu_passes as passes
 from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.divergence import divergence
@@ -73,7 +73,7 @@ def kinds(
         quarters = [(n * keys // 4, (n + 1) * keys // 4) for n in range(4)]
         every["4 spans"] = lambda: span_outputs(scores, v, quarters)
         edit = distance_slope(torch.full((HEADS,), 1e-3, device="cuda"))
-        every["edited output"] = lambda: flex.attention(replace(scores, edit=edit), v)
+        every["edited output"] = lambda: attention.output(replace(scores, edit=edit), v)
         if find_spec("flash_colreduce"):
             flash_colreduce = import_module("flash_colreduce").flash_colreduce
             wide = k.repeat_interleave(HEADS // KV_HEADS, dim=1)  # it takes one key head a query head

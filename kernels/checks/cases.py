@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headscope.kernels import reference
+from headscope.kernels.edit_terms import Term
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribution import Move, Redistribution, dense
 from headscope.kernels.request import Columns, Reduced, Request
@@ -180,7 +182,21 @@ def random_edits(case: Case, *, seed: int = 0) -> dict[str, ScoreEdit]:
     squash = ScoreEdit(lambda s, b, h, q, k: 3 * torch.tanh(s / 3))  # as distant from a hidden score as can be
     table = by_distance(scale=0.5 + uniform(heads, 20), bias=uniform(1, 9))
     hide = ScoreEdit(lambda s, b, h, q, k: torch.where((k + b) % 4 == h % 4, -torch.inf, s))
+    (batch, _, queries, keys), mask = case.shape, case.mask
+    on_rows = (uniform(batch, heads, queries) < 0.7).float()
+    span = (uniform(batch, 1, keys) < 0.4).float()
+    at: dict[str, Any] = {"first_query": mask.query_offset, "first_key": mask.key_offset}
+    factor = Term(of="score", queries=uniform(batch, heads, queries) - 0.5, **at)
+    raised = Term(of="size", queries=on_rows * 0.7, keys=span, **at)
+    taken = Term(queries=on_rows, keys=torch.where(uniform(1, heads, keys) < 0.2, -torch.inf, 0.5), **at)
+    recent = Term(queries=torch.full((1, 1, 1), 0.9, device=device), within=(1, 7))
+    decay = Term(of="positive", distances=-uniform(1, heads, 30), first_distance=-10)
     return {
+        "rows and keys": ScoreEdit.of(factor, raised),
+        "keys taken from rows": ScoreEdit.of(taken),
+        "recent keys": ScoreEdit.of(recent),
+        "every term": ScoreEdit.of(taken, decay, recent, raised, factor, *(slope.terms or ())),
+        "a function's table": ScoreEdit(table.function),
         "distance slope": slope,
         "key scale": scale,
         "distance table": table,

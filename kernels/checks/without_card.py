@@ -25,7 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from headscope.kernels.checks.cases import MASKS, WIDTHS, random_mask
+from headscope.kernels.edit_terms import Term
 from headscope.kernels.masks import Mask
+from headscope.kernels.score_edits import ScoreEdit, distance_slope
 from headscope.kernels.triton import (
     blocks,
     columns,
@@ -111,10 +113,38 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "shares of spans", lambda: shares.split_shares(parts, None, outputs[0][0, :, 0, 0], spans)
     room, few_keys = listed.room(q, 8), heaviest.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, KEYS, 8)
     yield "lists", lambda: listed.heaviest(q, k, lse, room, few_keys, seen, device.score(**plain))
+    chain = _every_term(q)
+    edit: dict[str, Any] = {**plain, "edit": chain}
+    wants = frozenset({"lse", "entropy"})
+
+    def edited(values: Tensor | None, looked_up: bool = True) -> Callable[[], Any]:
+        which = chain if looked_up else distance_slope(torch.ones(HEADS))
+        size = rows.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, KEYS)
+        shape: dict[str, Any] = {"sizes": size, "mask": mask, "positions": None, "wants": wants, **plain}
+        return lambda: rows.rows(q, k, values, None, None, **shape, edit=which)
+
+    yield "edited rows", edited(None)
+    yield "edited output", edited(v)
+    yield "slope: rows", edited(None, looked_up=False)
+    yield "slope: output", edited(v, looked_up=False)
+    yield "edited columns", lambda: columns.fill(q, k, lse, sums, sums, sizes, seen, **edit)
+    yield "edited columns, one query", lambda: few_columns.fill(q, k, lse, sums, sums, few, seen, **edit)
+    yield "edited targets", lambda: targets.target_mass(q, k, lse, named, mask=mask, **edit)
     yield "blocks", lambda: blocks.pooled(q, k, lse, mask=mask, size=64, **plain)
     options: dict[str, Any] = {"mask": mask, "scale": 0.1}
     if width == d_value:
         yield "divergence", lambda: divergence.distances((q, k), (q, k), (lse, lse), (lse, lse), **options)
+
+
+def _every_term(q: Tensor) -> ScoreEdit:
+    """A score edit in which each kind of a term and of its weight stands once."""
+    on_rows, on_keys = q.new_ones(BATCH, HEADS, QUERIES).float(), q.new_ones(BATCH, 1, KEYS).float()
+    return ScoreEdit.of(
+        Term(queries=on_rows, keys=on_keys),
+        Term(of="positive", distances=on_rows[:1, :, :20]),
+        Term(of="size", keys=on_keys, within=(1, 7)),
+        Term(of="score", queries=on_rows, slope=True),
+    )
 
 
 def failures(mask: Mask, width: int, d_value: int, dtype: torch.dtype, names: Sequence[str] = ()) -> list[str]:

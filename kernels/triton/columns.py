@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.device import (
     HIDDEN,
@@ -34,6 +35,7 @@ from headscope.kernels.triton.device import (
     strides,
     tma,
 )
+from headscope.kernels.triton.edits import argument, edited, looks_up
 from headscope.kernels.triton.masks import Rules, query_range, visible
 
 
@@ -101,10 +103,11 @@ def _kernel(
             if rules.end is not None:
                 norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
             s = tl.dot(kt, tl.trans(qt), input_precision=PARTS if D <= 128 else WHOLE)
-            if score.softcap is None and score.bias is None and masked == 0:
+            if score.softcap is None and score.bias is None and score.edited is None and masked == 0:
                 t = s * (score.scale * LOG2E) - norm[None, :]
             else:
                 s = biased(scored(s, score), score, b, h, j[:, None], sizes.keys)
+                s = edited(s, score, b, h, position[None, :], (j + rules.key_offset)[:, None])
                 if masked:
                     s = tl.where(tl.trans(visible(position, j + rules.key_offset, b, rules)), s, HIDDEN)
                 t = s - norm[None, :]
@@ -132,10 +135,14 @@ def fill(
     scale: float,
     softcap: float | None,
     bias: Tensor | None,
+    edit: ScoreEdit | None = None,
 ) -> None:
     """Fill ``sums`` and ``highest`` (batch, head, key), each where it is wanted; see ``passes.columns``."""
     batch, heads, _, d = q.shape
-    tiles = triton_tuning.column_tiles(padded(d), q.dtype)
+    if edit is None:
+        tiles = triton_tuning.column_tiles(padded(d), q.dtype)
+    else:
+        tiles = triton_tuning.edited_column_tiles(padded(d), q.dtype, looks_up(edit))
     queries_at = tma(q, tiles.rows, padded(d)) if tiles.copy_engine else None
     launch(
         _kernel,
@@ -149,7 +156,7 @@ def fill(
         (strides(q), strides(k)),
         sizes,
         seen,
-        score(scale, softcap, bias, registers=tiles.registers),
+        score(scale, softcap, bias, registers=tiles.registers, edit=argument(edit, q.device)),
         d=d,
         D=padded(d),
         BM=tiles.rows,

@@ -40,17 +40,28 @@ class Score(NamedTuple):
     bias_batch: int
     bias_head: int
     sign: float | None  # multiplies the operand that stays: see ``signed``
+    edited: int | None = None  # 1 with an ``edit``: Triton 3.4 to 3.6 cannot ask whether a tuple is None
+    edit: tuple[Any, ...] | None = None  # see ``edits``
 
 
-def score(scale: float, softcap: float | None, bias: Tensor | None, *, registers: bool = False) -> Score:
-    """The kernel argument for ``scale``, ``softcap`` and a key bias (batch or 1, head or 1, key), where -inf hides."""
+def score(
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    *,
+    registers: bool = False,
+    edit: tuple[Any, ...] | None = None,
+) -> Score:
+    """The kernel argument for ``scale``, ``softcap``, a key bias (batch or 1, head or 1, key), where -inf hides, and an
+    ``edit`` as ``edits.argument`` gives it."""
     sign = math.copysign(1.0, scale) if registers or scale < 0 else None
+    edited = None if edit is None else 1
     scale = abs(scale)  # a maximum commutes with positive scales only
     if bias is None:
-        return Score(scale, softcap, None, 0, 0, sign)
+        return Score(scale, softcap, None, 0, 0, sign, edited, edit)
     bias = (bias.float() * LOG2E.value).clamp_(min=HIDDEN.value).contiguous()
     batch, head = (0 if bias.shape[d] == 1 else bias.stride(d) for d in (0, 1))
-    return Score(scale, softcap, bias, batch, head, sign)
+    return Score(scale, softcap, bias, batch, head, sign, edited, edit)
 
 
 def padded(d: int) -> int:

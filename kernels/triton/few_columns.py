@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.triton import tuning
 from headscope.kernels.triton.columns import Sizes
 from headscope.kernels.triton.device import (
@@ -28,6 +29,7 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
+from headscope.kernels.triton.edits import argument, edited
 from headscope.kernels.triton.masks import Rules, visible
 
 MOST = 64  # queries of all heads that share a key/value head
@@ -72,6 +74,7 @@ def _kernel(
         norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
     s = scored(tl.dot(kt, tl.trans(qt), input_precision=PARTS if D <= 128 else WHOLE), score)
     s = biased(s, score, b, h[None, :], j[:, None], sizes.keys)
+    s = edited(s, score, b, h[None, :], position[None, :], (j + rules.key_offset)[:, None])
     seen = tl.trans(visible(position, j + rules.key_offset, b, rules)) & (j < sizes.keys)[:, None]
     p = tl.exp2(tl.where(seen, s, HIDDEN) - norm[None, :])
     p = tl.reshape(p, [BN, HEADS, ROWS])
@@ -108,6 +111,7 @@ def fill(
     scale: float,
     softcap: float | None,
     bias: Tensor | None,
+    edit: ScoreEdit | None = None,
 ) -> None:
     """Fill ``sums`` and ``highest`` (batch, head, key) for a call that ``takes``; see ``passes.columns``."""
     batch, _, _, d = q.shape
@@ -125,7 +129,7 @@ def fill(
         (strides(q), strides(k)),
         sizes,
         seen,
-        score(scale, softcap, bias),
+        score(scale, softcap, bias, edit=argument(edit, q.device)),
         d=d,
         D=padded(d),
         HEADS=heads,

@@ -3,7 +3,7 @@
 Flash attention's recurrence (Dao 2022, arXiv:2205.14135; Milakov and Gimelshein 2018, arXiv:1805.02867), with more sums
 beside the denominator. For one block of queries, over tiles of keys, in units of ln 2:
 
-1. s = log2(e) scale q k^T (softcap, bias, hidden keys); m' = max(m, max_j s); a = exp2(m - m');
+1. s = log2(e) scale q k^T (softcap, bias, declared edit, hidden keys); m' = max(m, max_j s); a = exp2(m - m');
    t = s - m'; p = exp2(t);
 2. denominator: l' = a l + sum_j p;
 3. entropy: e' = a (e + l (m - m')) + sum_j p t, elementwise in float32; at the end H = ln 2 (log2 l - e / l);
@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.device import (
     FLOOR,
@@ -46,6 +47,7 @@ from headscope.kernels.triton.device import (
     strides,
     tma,
 )
+from headscope.kernels.triton.edits import argument, edited, looks_up
 from headscope.kernels.triton.masks import key_range, row_positions, rules, visible
 from headscope.kernels.triton.merge import merge_kernel
 from headscope.kernels.triton.softmax import absorb, store_statistics
@@ -149,7 +151,7 @@ def _kernel(
 
     nothing = tl.zeros([BM], tl.float32)
     state = (nothing + FLOOR, nothing, nothing, nothing)  # max, denominator, entropy, distance
-    plain: tl.constexpr = score.softcap is None and score.bias is None
+    plain: tl.constexpr = score.softcap is None and score.bias is None and score.edited is None
     linear = tl.zeros([BM, NF], tl.float32)
     output = tl.zeros([BM, DV], tl.float32)
     # under segments in pieces no tile is known to be whole, and that loop is left out: one that never runs, behind the
@@ -174,6 +176,7 @@ def _kernel(
             s = tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE)
             if not (plain and masked == 0):
                 s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
+                s = edited(s, score, example, bias_head, position[:, None], (start + j + rules.key_offset)[None, :])
             if masked:
                 seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
                 s = tl.where(seen, s, HIDDEN)
@@ -220,6 +223,7 @@ def rows(
     wants: frozenset[str],
     within: Tensor | None = None,
     ranges: tuple[Tensor, Tensor] | None = None,
+    edit: ScoreEdit | None = None,
 ) -> Rows:
     """The statistics ``wants``; see ``passes.rows``. ``columns`` are as ``features.encode`` gives them."""
     batch, heads, n, d = q.shape
@@ -234,7 +238,11 @@ def rows(
         splits = triton_tuning.key_splits(programs, sizes.keys, tiles.keys)
         grid = (1, programs, splits)
     else:
-        tiles = triton_tuning.row_tiles(width, 0 if v is None else width_v, 0 if columns is None else 1, dtype)
+        sized = width, 0 if v is None else width_v, 0 if columns is None else 1, dtype
+        if edit is None:
+            tiles = triton_tuning.row_tiles(*sized)
+        else:
+            tiles = triton_tuning.edited_row_tiles(*sized, looks_up(edit))
         splits, grid = 1, (triton.cdiv(n, tiles.rows), batch * heads, 1)
     kept = None if columns is None else sizes.width
     results = allocate(q, v, wants | ({"lse"} if splits > 1 else set()), kept, splits, sizes.repeat)
@@ -262,7 +270,7 @@ def rows(
         (strides(q), strides(k), strides(values), strides(f)),
         sizes,
         rules(mask, batch, positions, ranges),
-        score(scale, softcap, bias, registers=tiles.registers),
+        score(scale, softcap, bias, registers=tiles.registers, edit=argument(edit, q.device)),
         d=d,
         D=width,
         dv=d_value,

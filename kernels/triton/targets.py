@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headscope.kernels.masks import Mask
+from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.triton.device import (
     LOG2E,
     biased,
@@ -26,6 +27,7 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
+from headscope.kernels.triton.edits import argument, edited
 from headscope.kernels.triton.masks import rules as mask_rules
 from headscope.kernels.triton.masks import sees
 
@@ -76,6 +78,7 @@ def _kernel(
         s = scored(tl.sum(qt * key.to(tl.float32), 1), score)
         j = index.to(tl.int32)
         s = biased(s, score, b, h, j, sizes.keys)
+        s = edited(s, score, b, h, i + rules.query_offset, j + rules.key_offset)
         seen = real & sees(i + rules.query_offset, j + rules.key_offset, b, rules)
         tl.store(out + row * sizes.each + t, tl.where(seen, tl.exp2(s - norm), 0.0), mask=exists)
 
@@ -90,6 +93,7 @@ def target_mass(
     scale: float,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    edit: ScoreEdit | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
     """Mass (batch, head, row, t) on key positions ``targets`` (batch or 1, query, t); negative targets mean none.
@@ -116,7 +120,7 @@ def target_mass(
         (strides(q), strides(k)),
         Sizes(heads, heads // k.shape[1], queries, n, k.shape[2], count, int(targets.shape[0] > 1)),
         mask_rules(mask, batch),
-        score(scale, softcap, bias),
+        score(scale, softcap, bias, edit=argument(edit, q.device)),
         d=d,
         D=padded(d),
         BM=ROWS,

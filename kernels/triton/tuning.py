@@ -34,6 +34,23 @@ def row_tiles(d: int, d_value: int, features: int, dtype: torch.dtype) -> Tiles:
     return Tiles(128, 64, 8, 3) if features else Tiles(128, 64, 8, 2)
 
 
+def edited_row_tiles(d: int, d_value: int, features: int, dtype: torch.dtype, looks_up: bool) -> Tiles:
+    """Tiles of the row kernel under a score edit; ``looks_up``: weights of distances, one look-up a pair."""
+    wide = max(d, d_value)
+    if dtype == torch.float32:
+        return Tiles(64, 32, 4, 2) if looks_up and wide <= 128 else row_tiles(d, d_value, features, dtype)
+    if looks_up:
+        return Tiles(64, 64, 4 if wide <= 64 else 8, 2)
+    return Tiles(128, 64, 8, 3) if d_value and wide <= 64 else row_tiles(d, d_value, features, dtype)
+
+
+def edited_column_tiles(d: int, dtype: torch.dtype, looks_up: bool) -> Tiles:
+    """Tiles of the column kernel under a score edit: fewer scores a thread, which also holds their weights."""
+    if d > 128 or dtype == torch.float32:
+        return column_tiles(d, dtype)
+    return Tiles(64, 64, 4, 3) if d <= 64 else Tiles(64, 64 if looks_up else 128, 8, 2)
+
+
 def decode_tiles(d: int, rows: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the row kernel where a program holds all ``rows`` queries of a key/value head."""
     if dtype == torch.float32:

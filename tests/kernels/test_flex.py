@@ -19,7 +19,7 @@ from headscope.kernels.request import Columns, Request
 from headscope.kernels.score_edits import ScoreEdit, distance_slope
 
 ALL_THREE = {"softcap": 5.0, "sinks": True, "bias": True}
-EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads")
+EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads", "every term")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 

@@ -21,7 +21,7 @@ pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import gpu_engine
 from headscope.kernels.blocks import blocks, dense
-from headscope.kernels.checks.cases import MASKS, Case, everything, random_case
+from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_edits
 from headscope.kernels.checks.compare import allowed, compare, distance
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
@@ -59,6 +59,10 @@ def draw(number: int) -> tuple[dict[str, Any], Case, Request]:
     case = random_case(**spec, seed=number, device=DEVICE)
     if pick.random() < 0.2:
         case = replace(case, scale=-case.scale)
+    if pick.random() < 0.3:
+        edits = random_edits(case, seed=number)
+        spec["edit"] = pick.choice(sorted(edits))
+        case = replace(case, edit=edits[spec["edit"]])
     some = {"seed": number, "subset": pick.random() < 0.3, "top": pick.choice([0, 1, 5])}
     whole = everything(case, **some, features=pick.choice([0, 1, 3, 25]))
     if pick.random() < 0.7:  # fewer reductions in a pass are other kernels

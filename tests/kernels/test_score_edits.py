@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from headscope.kernels.checks.cases import MASKS, Case, everything, random_case,
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.divergence import dense as dense_divergence
 from headscope.kernels.divergence import divergence
+from headscope.kernels.edit_terms import Term
 from headscope.kernels.redistribute import redistribute
 from headscope.kernels.request import Columns, Reduced, Request
-from headscope.kernels.score_edits import ScoreEdit, by_distance, distance_slope, key_scale
+from headscope.kernels.score_edits import MOST, ScoreEdit, by_distance, distance_slope, key_scale
 from headscope.kernels.streaming import engine as streaming
 
-EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads")
+EDITS = ("distance slope", "key scale", "distance table", "hidden keys", "two, on some heads", "every term")
 ALL_THREE = {"softcap": 5.0, "sinks": True, "bias": True}
 
 
@@ -46,6 +48,85 @@ def test_the_definition_is_the_formula_on_every_single_pair() -> None:
         assert torch.isclose(
             got[b, h, i, j], want, rtol=1e-5, atol=1e-5
         )  # a dozen float32 roundings of numbers below 10
+
+
+@pytest.mark.parametrize("of", ["one", "score", "size", "positive"])
+@pytest.mark.parametrize("slope", [False, True])
+@pytest.mark.parametrize("within", [None, (-1, 3)])
+def test_a_term_is_its_formula_on_every_single_pair(of: str, slope: bool, within: tuple[int, int] | None) -> None:
+    case = random_case("shifted keys", batch=2, kv_heads=1, queries=5, keys=6, d_head=8)
+    tables = {"queries": torch.randn(2, 2, 5), "keys": torch.randn(1, 2, 6), "distances": torch.randn(2, 1, 4)}
+    firsts = {"first_query": 10, "first_key": 11, "first_distance": -2}
+    term = Term(of=of, slope=slope, within=within, **tables, **firsts)  # type: ignore[arg-type]
+    got, s = (reference.dense_scores(replace(case, edit=edit)) for edit in (ScoreEdit.of(term), None))
+    for b, h, i, j in torch.cartesian_prod(*(torch.arange(n) for n in (2, 2, 5, 6))).tolist():
+        apart, x = (10 + i) - (11 + j), s[b, h, i, j]
+        w = tables["queries"][b, h, i] * tables["keys"][0, h, j] * tables["distances"][b, 0, min(max(apart + 2, 0), 3)]
+        w = w * (apart if slope else 1) * (within is None or -1 <= apart <= 3)
+        g = {"one": x.new_ones(()), "score": x, "size": x.abs(), "positive": x.clamp(min=0)}[of]
+        want = x + w * g if 11 + j <= 10 + i + 2 else torch.tensor(-torch.inf)
+        assert torch.isclose(got[b, h, i, j], want, rtol=1e-5, atol=1e-5)  # a dozen roundings of numbers below 30
+
+
+def test_the_gradient_reaches_the_tables_of_a_term() -> None:
+    """Also beside keys that it hides, whose scores have none."""
+    case = random_case("causal", batch=1, kv_heads=1, group=1, queries=6, keys=6, dtype=torch.float64)
+    hide = Term(keys=torch.tensor([[[0.0, -torch.inf, 0, 0, -torch.inf, 0]]], dtype=torch.float64))
+
+    def total(keys: torch.Tensor) -> torch.Tensor:
+        factor = Term(of="score", keys=keys, queries=torch.full((1, 1, 1), 0.5, dtype=torch.float64))
+        return reference.pattern(replace(case, edit=ScoreEdit.of(hide, factor))).square().sum()
+
+    assert torch.autograd.gradcheck(total, torch.randn(1, 1, 6, dtype=torch.float64).requires_grad_())
+
+
+def test_what_a_term_hides_no_later_one_brings_back() -> None:
+    case = random_case("full", batch=1, kv_heads=1, group=1, queries=3, keys=4)
+    keys = torch.tensor([[[0.0, -torch.inf, 0.5, -torch.inf]]])
+    rows = torch.tensor([[[1.0, 0.0, 1.0]]])
+    neutral = key_scale(torch.zeros(1, 4))
+    edit = ScoreEdit.of(Term(queries=rows, keys=keys)).then(neutral).then(neutral)
+    got = reference.dense_scores(replace(case, edit=edit))[0, 0]
+    assert torch.equal(got == -torch.inf, (keys[0] == -torch.inf) & (rows[0, 0, :, None] > 0))
+    assert (got[got > -torch.inf] == 0).all()
+
+
+def test_an_edit_is_declared_while_all_of_it_is() -> None:
+    slope, function = distance_slope(torch.ones(4)), ScoreEdit(lambda s, b, h, q, k: s)
+    assert slope.in_kernels and slope.then(slope).on_heads([1], 4).in_kernels
+    assert not slope.then(function).in_kernels and not function.then(slope).in_kernels
+    assert not reduce(ScoreEdit.then, [slope] * (MOST + 1)).in_kernels
+
+
+@pytest.mark.parametrize("name", ["every term", "hidden keys"])
+def test_a_part_of_a_call_is_edited_as_the_whole(name: str) -> None:
+    case = edited("causal", name, queries=9, keys=9)
+    assert case.edit is not None
+    whole = reference.dense_scores(case)[1:2, 1:2]
+    part = replace(case, q=case.q[1:2, 1:2], k=case.k[1:2, :1], edit=case.edit.of_part(slice(1, 2), slice(1, 2)))
+    assert torch.equal(reference.dense_scores(part), whole)
+
+
+@pytest.mark.parametrize(
+    "term, said",
+    [
+        (Term(queries=torch.ones(1, 3, 5)), "4 or 1"),
+        (Term(keys=torch.ones(3, 1, 6)), "2 or 1"),
+        (Term(keys=torch.ones(1, 1, 5)), "positions 0:5; the call has 0:6"),
+        (Term(queries=torch.ones(1, 1, 5), first_query=2), "positions 2:7; the call has 1:6"),
+    ],
+)
+def test_tables_of_another_call_are_refused(term: Term, said: str) -> None:
+    case = replace(random_case("causal", queries=5, keys=6), edit=ScoreEdit.of(term))
+    with pytest.raises(ValueError, match=said):
+        case.run(attention.attend, Request(lse=True))
+
+
+def test_terms_of_no_form_are_refused() -> None:
+    with pytest.raises(ValueError, match="a term is of one, score, size, positive"):
+        Term(of="cube")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be"):
+        Term(keys=torch.ones(5))
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -125,8 +206,9 @@ def test_other_heads_keep_their_numbers_to_the_bit() -> None:
     assert torch.equal(got[:, [0, 1, 3]], same[:, [0, 1, 3]]) and (got[:, 2] - plain[:, 2]).abs().max() > 0.1
 
 
-def test_the_gradient_passes_through_an_edit() -> None:
-    case = edited("causal", "distance table", dtype=torch.float64, queries=9, keys=9)
+@pytest.mark.parametrize("name", ["distance table", "every term"])
+def test_the_gradient_passes_through_an_edit(name: str) -> None:
+    case = edited("causal", name, dtype=torch.float64, queries=9, keys=9)
     leaf = case.q.clone().requires_grad_()
     got = replace(case, q=leaf).run(attention.attend, Request(lse=True)).output
     assert got is not None
@@ -172,7 +254,7 @@ def test_an_edit_of_another_shape_is_refused() -> None:
 def test_engines_without_a_kernel_for_it_compute_it_by_streaming(engine: str) -> None:
     if engine == "triton":
         pytest.importorskip("triton")
-    case = edited("causal", "distance slope")
+    case = edited("causal", "a function's table")
     got = attention.attend(
         case,
         case.v,

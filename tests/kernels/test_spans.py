@@ -108,10 +108,12 @@ def test_spans_by_the_triton_kernels(kind: str) -> None:
         assert (got.output[b] - output[b]).abs().max() < 1e-5 and (got.mass[b] - mass[b]).abs().max() < 1e-5
 
 
-def test_spans_that_cut_up_the_keys_or_have_an_lse_in_one_launch() -> None:
+@pytest.mark.parametrize("edit", [None, "every term"])
+def test_spans_that_cut_up_the_keys_or_have_an_lse_in_one_launch(edit: str | None) -> None:
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     case = random_case("window", queries=20, keys=50, kv_heads=1, d_head=16, sinks=True, bias=True, device=device)
+    case = case if edit is None else replace(case, edit=random_edits(case)[edit])
     lse = case.run(streaming.attend, Request(output=False, lse=True)).lse
     for spans, known in ((SPANS, None), (SPANS, lse), ([(7, 9)], None)):
         got = span_outputs(case, case.v, spans, lse=known, engine="triton")

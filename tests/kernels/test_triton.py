@@ -17,11 +17,12 @@ pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import attention
 from headscope.kernels import gpu_engine as triton_engine
-from headscope.kernels.checks.cases import MASKS, Case, everything, paddings, random_case
+from headscope.kernels.checks.cases import MASKS, Case, everything, paddings, random_case, random_edits
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.scores import Scores
+from headscope.kernels.triton import edits as triton_edits
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.tuning import Tiles
 
@@ -88,6 +89,51 @@ def test_logit_options(option: str, queries: int) -> None:
     chosen = OPTIONS if option == "all three" else {option: OPTIONS[option]}
     case = random_case("causal", queries=queries, keys=40, kv_heads=1, device=DEVICE, **chosen)
     assert not fails(case, everything(case, top=0))
+
+
+DECLARED = ("distance slope", "key scale", "distance table", "rows and keys", "keys taken from rows", "recent keys")
+
+
+def edited(kind: str, name: str, **options: object) -> Case:
+    case = random_case(kind, kv_heads=1, device=DEVICE, **options)  # type: ignore[arg-type]
+    return replace(case, edit=random_edits(case)[name])
+
+
+@pytest.fixture
+def no_streaming(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headscope.kernels.gpu_engine.streaming.attend", lambda *_, **__: pytest.fail("streamed"))
+
+
+@pytest.mark.parametrize("name", DECLARED)
+@pytest.mark.parametrize("queries, d", [(1, 60), (33, 16), pytest.param(63, 80, marks=pytest.mark.slow)])
+def test_declared_edits(no_streaming: None, name: str, queries: int, d: int) -> None:
+    case = edited("causal", name, queries=queries, keys=70, d_head=d)
+    assert not fails(case, everything(case, top=0, subset=queries == 33))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "rule"])
+def test_every_term_under_every_mask(no_streaming: None, kind: str) -> None:
+    case = edited(kind, "every term", queries=35, keys=41, **OPTIONS)
+    assert not fails(case, Request(entropy=True, lse=True, columns=(Columns(sum=True, max=True),)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("queries, d, dv", [(1, 256, 256), (63, 60, 48), (63, 96, 128), (40, 256, 256)])
+def test_every_term_at_every_width(no_streaming: None, dtype: torch.dtype, queries: int, d: int, dv: int) -> None:
+    case = edited("left padding", "every term", queries=queries, keys=140, d_head=d, d_value=dv, dtype=dtype, **OPTIONS)
+    assert not fails(case, everything(case, top=0))
+
+
+def test_top_keys_of_edited_scores_are_streamed() -> None:
+    case = edited("causal", "every term", queries=20, keys=30)
+    assert not fails(case, Request(output=False, top=3))
+
+
+def test_a_kernel_takes_no_function() -> None:
+    case = edited("causal", "hidden keys", queries=20, keys=30)
+    with pytest.raises(ValueError, match="declared score edits alone"):
+        triton_edits.argument(case.edit, case.q.device)
 
 
 def test_a_softcap_leaves_small_scores_as_exact_as_they_were() -> None:

@@ -47,6 +47,15 @@ class StreamingLLM(RowPolicy):
         self.check(kept, kept)
         return (key < self.sink) | (query - key < kept - self.sink)
 
+    def ends(self, kept: int) -> tuple[int, int]:
+        """As ``shows``.
+
+        Raises:
+            HeadscopeError: no more than the first tokens are kept.
+        """
+        self.check(torch.tensor(kept), torch.tensor(kept))
+        return self.sink, kept - self.sink
+
     def rule(self, reading: Reading, budget: Budget) -> Keep:
         kept, start = (x[:, None, None, None] for x in (budget.count(reading.count), reading.start))
 

@@ -14,13 +14,18 @@ from headscope.interp import load_model
 from headscope.interp.attention.call import AttentionCall, Mask
 from headscope.interp.prompts import prompt_boundary
 from headscope.interventions import (
+    BoostRecent,
     DecayBeyondWindow,
     EmphasizeSpan,
+    EvictKeys,
+    ForcePattern,
     HeadTemperature,
     Intervention,
     KnockOut,
     RaiseSpanLogits,
+    ScaleSpanLogits,
     SpotLight,
+    SwapKeys,
     apply,
 )
 from headscope.kernels import flex, reference
@@ -69,12 +74,18 @@ EDITS: list[Intervention] = [
     RaiseSpanLogits(span=(3, 40)),
     HeadTemperature([(0, 0), (0, 3)], temperature=(0.5, 2.0), positions=(20, 150)) + HeadTemperature(temperature=2.0),
     DecayBeyondWindow(window=9, factor=0.2, bands=[(60, 70, 0.1)]),
+    DecayBeyondWindow(window=9, factor=0.2, positive_only=False),
+    ScaleSpanLogits(span=(3, 40), factor=0.5, at="all"),
+    BoostRecent(beta=0.5, window=7, previous="all", renormalise=True),
+    SwapKeys(first=(4, 5), second=(9, 10), strength=0.3),
+    ForcePattern(onto=(3, 9)),
+    EvictKeys(policy="streaming_llm", budget=20, read=90),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit.name)
-def test_flex_attention_takes_them(edit: Intervention) -> None:
+def test_they_are_declared_and_flex_attention_takes_them(edit: Intervention) -> None:
     """The function that FlexAttention would compile on a GPU, in its dense form on a CPU, beside the definition.
 
     Tolerance: float32 scores of size 3 and softmax over 160 of them, 64 roundings.
@@ -82,7 +93,7 @@ def test_flex_attention_takes_them(edit: Intervention) -> None:
     q, k, v = (torch.randn(2, n, 160, 16, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 2))
     mask = Mask(start=torch.tensor([0, 30]))
     edited = edit.edit(AttentionCall(q, k, v, mask, 0.25, layer=0, module="m", softcap=5.0))
-    assert edited.score_edit is not None
+    assert edited.score_edit is not None and edited.score_edit.in_kernels
     with torch.no_grad():
         expected = reference.attend(edited.inputs(), v, request=Request()).output
         found, _ = flex.attention(edited.inputs(), v)

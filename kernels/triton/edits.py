@@ -1,0 +1,155 @@
+"""A declared score edit inside a Triton kernel: one multiply-add a term, and the look-ups of its weight.
+
+What a term lacks is compiled away. Scores are in units of ln 2: what is of the score itself needs no conversion.
+"""
+
+# A kernel's types are its arguments' at compile time.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headscope.kernels import edit_terms
+from headscope.kernels.score_edits import MOST, ScoreEdit
+from headscope.kernels.triton.device import HIDDEN, LOG2E
+
+LOWEST = tl.constexpr(edit_terms.LOWEST)
+GONE = tl.constexpr(edit_terms.GONE)
+TERMS = tl.constexpr(MOST)
+
+
+class Table(NamedTuple):
+    """A table (example, head, place), float32, contiguous; the stride of a dimension of one place is None."""
+
+    data: Tensor
+    batch: int | None
+    heads: int | None
+    places: int | None
+    first: int
+
+
+class Term(NamedTuple):
+    """``edit_terms.Term`` as a kernel argument: what is not None is a flag, which is 1, or what it says.
+
+    Without ``score``, ``size`` and ``positive`` g is 1. A table stands where its flag does.
+    """
+
+    score: int | None
+    size: int | None
+    positive: int | None
+    slope: int | None
+    least: int | None
+    greatest: int | None
+    by_query: int | None
+    by_key: int | None
+    by_distance: int | None
+    queries: Table | None
+    keys: Table | None
+    distances: Table | None
+
+
+class Edit(NamedTuple):
+    """Terms, and ``MOST`` flags that say which there are."""
+
+    some: tuple[int | None, ...]
+    terms: tuple[Term, ...]
+
+
+def argument(edit: ScoreEdit | None, device: torch.device) -> Edit | None:
+    """The kernel argument for ``edit``, which must be declared."""
+    if edit is None:
+        return None
+    if not edit.in_kernels:
+        raise ValueError("Triton kernels evaluate declared score edits alone; use the streaming engine")
+    terms = edit.terms or ()
+    return Edit((1,) * len(terms) + (None,) * (MOST - len(terms)), tuple(_term(each, device) for each in terms))
+
+
+def looks_up(edit: ScoreEdit) -> bool:
+    """Whether a weight of ``edit`` is looked up for every pair of a tile, not for its rows and keys."""
+    return any(term.distances is not None for term in edit.terms or ())
+
+
+def _term(term: edit_terms.Term, device: torch.device) -> Term:
+    least, greatest = term.within or (None, None)
+    return Term(
+        score=_flag(term.of == "score"),
+        size=_flag(term.of == "size"),
+        positive=_flag(term.of == "positive"),
+        slope=_flag(term.slope),
+        least=least,
+        greatest=greatest,
+        by_query=_flag(term.queries is not None),
+        by_key=_flag(term.keys is not None),
+        by_distance=_flag(term.distances is not None),
+        queries=_table(term.queries, term.first_query, device),
+        keys=_table(term.keys, term.first_key, device),
+        distances=_table(term.distances, term.first_distance, device),
+    )
+
+
+def _flag(held: bool) -> int | None:
+    return 1 if held else None
+
+
+def _table(x: Tensor | None, first: int, device: torch.device) -> Table | None:
+    if x is None:
+        return None
+    batch, heads, places = (None if n == 1 else n for n in x.shape)
+    first = 0 if places is None else first  # one that changes with every token might be compiled anew
+    return Table(x.detach().to(device, torch.float32).contiguous(), batch, heads, places, first)
+
+
+@triton.jit
+def edited(s, score, b, h, query, key):
+    """Scores ``s`` after the edit of ``score``; heads ``h`` and positions ``query`` and ``key`` broadcast to them."""
+    if score.edited is not None:
+        for n in tl.static_range(TERMS):
+            if score.edit.some[n] is not None:
+                s = changed(s, score.edit.terms[n], b, h, query, key, n > 0 or score.bias is not None)
+    return s
+
+
+@triton.jit
+def changed(s, term, b, h, query, key, hidden: tl.constexpr):
+    """One term. The maximum hides by a finite number, and what was hidden (some may be, if ``hidden``) stays so,
+    whatever is added to it."""
+    w = 1.0
+    if term.slope is not None:
+        w = (query - key).to(tl.float32)
+    if term.by_query is not None:
+        w = w * read(term.queries, b, h, query)
+    if term.by_key is not None:
+        w = w * read(term.keys, b, h, key)
+    if term.by_distance is not None:
+        w = w * read(term.distances, b, h, query - key)
+    if term.least is not None:
+        apart = query - key
+        w = tl.where((apart >= term.least) & (apart <= term.greatest), w, 0.0)
+    if term.score is not None:
+        new = s + w * s
+    elif term.size is not None:
+        new = s + w * tl.abs(s)
+    elif term.positive is not None:
+        new = s + w * tl.maximum(s, 0.0)
+    else:
+        new = tl.maximum(s + w * LOG2E, HIDDEN)
+    if hidden and (term.score is not None or term.size is not None or term.positive is not None):
+        new = tl.where(s <= GONE, s, new)
+    return new
+
+
+@triton.jit
+def read(table, b, h, place):
+    """A table at ``place``, clamped to it, of example ``b`` and head ``h``."""
+    at = b.to(tl.int64) if table.batch is not None else b.to(tl.int64) * 0
+    if table.heads is not None:
+        at = at * table.heads + h
+    if table.places is not None:
+        at = at * table.places + tl.minimum(tl.maximum(place - table.first, 0), table.places - 1)
+    return tl.maximum(tl.load(table.data + at), LOWEST)
