@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -117,7 +118,12 @@ def _triton_takes(q: Tensor, v: Tensor) -> bool:
     if not q.is_cuda:
         return False
     fits = q.dtype in _HALF_TO_SINGLE and q.dtype == v.dtype and max(q.shape[-1], v.shape[-1]) <= 256
-    return fits and find_spec("triton") is not None
+    return fits and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @torch.no_grad()

@@ -53,6 +53,16 @@ class Mask:
         return cls(right=None)
 
     @property
+    def numbers(self) -> tuple[int | bool | None, ...]:
+        """What tells masks apart beside ``tensors``, if neither has a ``rule``; a mask that has one is another kind."""
+        return self.query_offset, self.key_offset, self.left, self.right, self.chunk, self.rule is None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What it holds on the device, but for what a ``rule`` holds."""
+        return self.start, self.end, self.origin, self.segments
+
+    @property
     def is_plain_causal(self) -> bool:
         """True where only causality restricts the keys (what a library kernel's ``is_causal`` means)."""
         return self.right == 0 and self._only_band and self.left is None

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headscope.kernels.fallback import build
+from headscope.kernels.replay import compiled
 
 LOG2E = tl.constexpr(1.0 / math.log(2.0))
 LN2 = tl.constexpr(math.log(2.0))
@@ -76,7 +77,7 @@ def on_device(x: Tensor) -> Iterator[None]:
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
     """Run ``kernel`` on ``grid`` on the device of ``x``. Raises NotCompiled where it cannot be built."""
     with on_device(x):
-        build(kernel[grid], kernel, x, args, options)
+        compiled(kernel, grid, args, options, build(kernel[grid], kernel, x, args, options))
 
 
 def has_copy_engine(x: Tensor) -> bool:
