@@ -14,16 +14,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 MOST = 1024  # kinds that are remembered, the oldest first forgotten: every length of a text that grows is one
 ROOM = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 VIEWS = {"alias", "as_strided", "detach", "expand", "select", "slice", "squeeze", "t", "transpose", "unsqueeze", "view"}
 Results = tuple[Tensor | None, ...]
+T = TypeVar("T")
 _Fill = Callable[[Sequence[Tensor]], Any]
 
 
@@ -43,8 +44,10 @@ class Start(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """What a call does: room, kernels, and which tensors (inputs, then room) are its results."""
+    """What a call does: tensors made of inputs (``derived``), room, kernels, and which tensors (inputs, derived ones,
+    room) are its results."""
 
+    derived: list[tuple[Callable[..., Tensor], int, tuple[Any, ...]]]
     rooms: list[Room]
     starts: list[Start]
     results: list[int | None]
@@ -77,7 +80,7 @@ def again(run: Callable[[], Results], tensors: Sequence[Tensor | None], about: H
     recording = _Recording([x for x in tensors if x is not None])
     with recording.watching():
         results = run()
-    _remember(_KINDS, kind, recording.made(tensors, results))
+    _remember(_KINDS, kind, recording.made(results))
     return results
 
 
@@ -87,23 +90,22 @@ def forget() -> None:
     _ONCE.clear()
 
 
-def started(run: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """A kernel was started on ``args``: ``run(*args)`` does it once more; None in its place if nothing can."""
+def started(run: Callable[..., Any] | None, args: tuple[Any, ...]) -> None:
+    """A kernel was started on ``args``; ``run(*args)`` does it once more, if it is not None."""
     recording = _RECORDING.get()
     if recording is not None:
         recording.starts.append((run, args))
 
 
-def compiled(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], found: Any) -> None:
-    """``kernel[grid](*args, **options)`` gave ``found``: a kernel that Triton compiled is a start."""
-    if _RECORDING.get() is None:
-        return
-    names = getattr(kernel, "arg_names", ())
-    whole = (*args, *(options[name] for name in names[len(args) :] if name in options))
-    if hasattr(found, "packed_metadata") and len(whole) == len(names):
-        started(found[(*grid, 1, 1)[:3]], whole)
-    else:
-        started(None, ())  # type: ignore[arg-type]
+def derived(make: Callable[..., T], x: Tensor, rest: tuple[Any, ...]) -> T:
+    """``make(x, *rest)``, which is computed once for what ``x`` holds: a recording asks it of its own ``x``."""
+    recording = _RECORDING.get()
+    if recording is None:
+        return make(x, *rest)
+    with _disable_current_modes():
+        found = make(x, *rest)
+    recording.derived.append((make, x, rest, found))
+    return found
 
 
 def _is_here(x: Tensor | None) -> bool:
@@ -124,6 +126,7 @@ def _remember(where: dict[Hashable, Any], kind: Hashable, what: Any) -> None:
 def _replayed(known: Recorded, tensors: Sequence[Tensor | None]) -> Results:
     given = [x for x in tensors if x is not None]
     device = given[0].device
+    given += [make(given[at], *rest) for make, at, rest in known.derived]
     given += [torch.empty(room.shape, dtype=room.dtype, device=device) for room in known.rooms]
     for run, args, fills in known.starts:
         whole = args.copy()
@@ -140,7 +143,8 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.given = given
         self.rooms: list[Tensor] = []
-        self.starts: list[tuple[Any, tuple[Any, ...]]] = []
+        self.derived: list[tuple[Callable[..., Any], Tensor, tuple[Any, ...], Any]] = []
+        self.starts: list[tuple[Callable[..., Any] | None, tuple[Any, ...]]] = []
         self.faithful = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,18 +166,21 @@ class _Recording(TorchDispatchMode):
         finally:
             _RECORDING.reset(token)
 
-    def made(self, tensors: Sequence[Tensor | None], results: Results) -> Recorded | None:
+    def made(self, results: Results) -> Recorded | None:
         """What is kept; None where doing it again would not be the same call."""
-        device = self.given[0].device
-        whole = all(x.is_contiguous() and x.device == device for x in self.rooms)
-        if not (self.faithful and whole and self.starts) or any(run is None for run, _ in self.starts):
+        device, inputs = self.given[0].device, {x.data_ptr(): at for at, x in enumerate(self.given)}
+        faithful = self.faithful and all(x.is_contiguous() and x.device == device for x in self.rooms)
+        runs = [(run, args) for run, args in self.starts if run is not None]
+        known = [isinstance(found, Tensor) and x.data_ptr() in inputs for _, x, _, found in self.derived]
+        if not (faithful and runs and all(known)) or len(runs) < len(self.starts):
             return None
-        everything = [*self.given, *self.rooms]
+        before = [*self.given, *(found for *_, found in self.derived)]
+        everything = [*before, *self.rooms]
         places = {x.data_ptr(): at for at, x in enumerate(everything)}
         if len(places) < len(everything) or 0 in places:  # two at one place cannot be told apart
             return None
         try:
-            starts = [_start(run, args, places) for run, args in self.starts]
+            starts = [_start(run, args, places) for run, args in runs]
             ends = [None if x is None else places[x.data_ptr()] for x in results]
         except KeyError:  # a tensor from elsewhere
             return None
@@ -181,10 +188,12 @@ class _Recording(TorchDispatchMode):
         for at, x in zip(ends, results, strict=True):
             if at is None or x is None:
                 continue
-            if at < len(self.given) or not x.is_contiguous() or x.numel() != self.rooms[at - len(self.given)].numel():
+            room = at - len(before)
+            if room < 0 or not x.is_contiguous() or x.numel() != self.rooms[room].numel():
                 return None
-            rooms[at - len(self.given)] = Room(tuple(x.shape), x.dtype)  # as it is given back
-        return Recorded(rooms, starts, ends)
+            rooms[room] = Room(tuple(x.shape), x.dtype)  # as it is given back
+        derived = [(make, inputs[x.data_ptr()], rest) for make, x, rest, _ in self.derived]
+        return Recorded(derived, rooms, starts, ends)
 
 
 def _start(run: Callable[..., Any], args: tuple[Any, ...], places: dict[int, int]) -> Start:

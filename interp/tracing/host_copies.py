@@ -14,6 +14,14 @@ def owned(value: Tensor) -> Tensor:
     return value.clone(memory_format=torch.contiguous_format) if held > value.nbytes else value
 
 
+def in_host_memory(values: list[Tensor]) -> list[Tensor]:
+    """``values`` in host memory: all copies are sent before the first is waited for."""
+    copies = HostCopies()
+    sent = [copies.send(value) for value in values]
+    copies.wait()
+    return [value.cpu() for value in sent]
+
+
 class HostCopies:
     """Copies on their way to host memory, which may be read after ``wait``."""
 

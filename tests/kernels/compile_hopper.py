@@ -26,7 +26,7 @@ from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import rows as triton_rows
-from headscope.kernels.triton.device import score
+from headscope.kernels.triton.device import any_length, score
 from headscope.kernels.triton.masks import rules
 
 COMPARISONS = 32  # a masked tile makes one for each of a thread's 64 scores
@@ -43,7 +43,7 @@ class Compiled:
         self.kernel, self.name = kernel, name
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: self.say(self.kernel.warmup(*args, grid=grid, **options))
+        return lambda *args, **options: self.say(self.kernel.warmup(*map(any_length, args), grid=grid, **options))
 
     def say(self, compiled: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
-from headscope.kernels import fallback, gpu_engine, gpu_passes, replay
+from headscope.kernels import gpu_engine, gpu_passes, replay
 from headscope.kernels.checks.cases import Case, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Request
-from headscope.kernels.triton import device
+from headscope.kernels.triton import device, features
 
 TARGETS = torch.randint(-1, 22, (1, 20, 2), generator=torch.Generator().manual_seed(0))
 REQUESTS = {
@@ -41,15 +41,12 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton's interpreter ran is a start, as on a card what Triton compiled; its own torch operations are no part
     of the call."""
 
-    def build(*args: Any) -> None:
+    def start(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
         with _disable_current_modes():
-            fallback.build(*args)
-
-    def compiled(kernel: Any, grid: Any, args: tuple[Any, ...], options: dict[str, Any], _: Any) -> None:
+            kernel[grid](*args, **options)
         replay.started(lambda *whole: kernel[grid](*whole, **options), args)
 
-    monkeypatch.setattr(device, "compiled", compiled)
-    monkeypatch.setattr(device, "build", build)
+    monkeypatch.setattr(device, "_start", start)
 
 
 def case(seed: int, kind: str = "causal", **options: Any) -> Case:
@@ -110,8 +107,8 @@ def test_a_call_that_differs_in_one_thing_is_another() -> None:
 
 
 def test_passes_are_recorded_where_the_call_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = torch.arange(20)[:, None] < torch.tensor([1, 4])
-    request = Request(output=False, lse=True, linear=features, columns=(Columns(sum=True),))
+    near = torch.arange(20)[:, None] < torch.tensor([1, 4])
+    request = Request(output=False, lse=True, linear=near, columns=(Columns(sum=True),))
     for seed in range(2):
         assert not wrong(case(seed), request)
     monkeypatch.setattr(gpu_passes, "_rows", lambda *_, **__: pytest.fail("decided anew"))
@@ -139,6 +136,25 @@ def test_what_would_not_be_the_same_is_not_recorded(run: Callable[[Tensor], Any]
     for _ in range(3):
         replay.again(lambda: run(x), [x := torch.ones(3)], "call")
     assert list(replay._KINDS.values()) == [None]
+
+
+def test_what_is_derived_of_an_input_is_of_the_calls_own() -> None:
+    seen = []
+
+    @features.kept
+    def double(x: Tensor) -> Tensor:
+        return 2.0 * x
+
+    def call(x: Tensor) -> None:
+        def run() -> tuple[Tensor]:
+            replay.started(lambda made, _: seen.append(made), (double(x), room := torch.empty(3)))
+            return (room,)
+
+        replay.again(run, [x], "call")
+
+    for n in range(4):
+        call(torch.full((3,), float(n)))
+    assert [x.tolist() for x in seen] == [[4.0] * 3, [6.0] * 3]
 
 
 def _start(x: Tensor) -> Tensor:
