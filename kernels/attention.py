@@ -8,6 +8,7 @@ streaming inside the same call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -57,7 +58,7 @@ def attend(
     if request.output and wants_gradient(scores, v):
         out = _differentiable_output(scores, v)
         request = replace(request, output=False)
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # to enter it takes as long as an operation
         result = run(scores, v, request=request)
     result.output = result.output if out is None else out
     return result

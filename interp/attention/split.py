@@ -65,7 +65,7 @@ class Split:
         return gather(x, along, sizes, self.group)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SplitCall(AttentionCall):
     """The whole of a call whose parts are computed where ``split`` says."""
 

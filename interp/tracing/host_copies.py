@@ -9,7 +9,9 @@ LARGE = 1 << 20  # bytes; what is smaller stays until it is read, for a copy cos
 
 
 def owned(value: Tensor) -> Tensor:
-    """``value`` without the larger tensor that it may be a view of, which the record would keep in memory."""
+    """``value`` without the larger tensor that it may be a view of, which the record would keep in memory, and without
+    what a backward pass needs."""
+    value = value.detach() if value.requires_grad else value
     held = value.untyped_storage().nbytes()
     return value.clone(memory_format=torch.contiguous_format) if held > value.nbytes else value
 
