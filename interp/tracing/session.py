@@ -34,6 +34,7 @@ class Session:
         self._blocks: dict[int, list[Piece]] = {}
         self._outputs: dict[int, dict[str, Tensor]] = {}
         self._stop: dict[int, int] = {}
+        self._read = 0  # positions, by the layer that came furthest
         self._tokens: list[tuple[int, Tensor]] = []
         self._start: Tensor | None = None
         self._cross = False
@@ -73,7 +74,7 @@ class Session:
                 f"this model attends in several towers ({self.module} and {call.module}); choose one with tower=..."
             )
         self._began = offset if self._began is None else self._began
-        read = max(self._stop.values(), default=offset)
+        read = self._read if self._stop else offset
         if offset != read:
             raise HeadscopeError(
                 f"a pass at position {offset} does not follow the {read} positions that were recorded (a cropped, "
@@ -107,6 +108,7 @@ class Session:
     def _note(self, piece: Piece) -> None:
         stop = piece.offset + piece.shape[2]
         self._stop[piece.layer] = stop
+        self._read = max(self._read, stop)
         self._cross, self._heads = piece.cross, piece.shape[1]
         if piece.start is not None:  # the latest: a chunk of padding alone does not know where its example begins
             self._start = piece.start

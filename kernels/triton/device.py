@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -87,10 +87,19 @@ def any_length(arg: Any) -> Any:
     """An argument of a kernel as Triton is to compile for it: with ``ANY`` in the place of every length."""
     if type(arg) is int:
         return ANY if abs(arg) < 1 << 31 else arg
-    if not LENGTHS.intersection(getattr(arg, "_fields", ())):
+    places = _lengths(type(arg))
+    if not places:
         return arg
-    values = zip(arg._fields, arg, strict=True)
-    return arg._make([any_length(x) if name in LENGTHS else x for name, x in values])
+    values = list(arg)
+    for at in places:
+        values[at] = any_length(values[at])
+    return arg._make(values)
+
+
+@cache
+def _lengths(kind: Any) -> list[int]:
+    """Which fields of a tuple of this class are lengths."""
+    return [at for at, name in enumerate(getattr(kind, "_fields", ())) if name in LENGTHS]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
