@@ -8,10 +8,11 @@ streaming inside the same call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from threading import Thread
 from typing import Literal
 
 import torch
@@ -125,6 +126,32 @@ def _triton_takes(q: Tensor, v: Tensor) -> bool:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def prepare(device: torch.device) -> None:
+    """Begin what the first call on a GPU waits for, in a thread beside this one: imports, and Triton's reading of its
+    own files, by whose hash it finds what it compiled before (400 MB; a second or so of each process)."""
+    if device.type == "cuda" and _has_triton():
+        Thread(target=_prepare, args=(device,)).start()
+
+
+def _prepare(device: torch.device) -> None:
+    with suppress(Exception):  # whatever is wrong, the first call says
+        from headscope.kernels import gpu_engine  # noqa: F401
+        from headscope.kernels.hopper.dispatch import works_on
+
+        works_on(device)
+        triton_key()()
+
+
+def triton_key() -> Callable[[], str]:
+    """Triton's function that hashes its own files, and remembers the hash."""
+    from triton.compiler import compiler  # its home before Triton 3.5
+    from triton.runtime import cache as home
+
+    found: Callable[[], str] = getattr(home, "triton_key", None) or compiler.triton_key
+    return found
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def any_length(arg: Any) -> Any:
     """An argument of a kernel as Triton is to compile for it: with ``ANY`` in the place of every length."""
     if type(arg) is int:
         return ANY if abs(arg) < 1 << 31 else arg
-    places = _lengths(type(arg))
+    places = _lengths(arg.__class__)
     if not places:
         return arg
     values = list(arg)

@@ -6,14 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
+from headscope.kernels import attention
 from headscope.kernels.benchmarks import first_calls
 from headscope.kernels.checks import machine
+from headscope.kernels.hopper import dispatch
 from headscope.kernels.masks import Mask
 from headscope.kernels.triton import device
 
@@ -108,3 +112,12 @@ def test_what_a_kernel_is_compiled_for_has_no_lengths() -> None:
         assert [device.any_length(x) for x in kinds] == [device.any_length(x) for x in others]
     assert device.any_length(1) == device.any_length(48) != device.any_length(1 << 40) == 1 << 40
     assert device.any_length(masks.rules(Mask.causal(16), 1)) == device.any_length(masks.rules(Mask.causal(3), 1))
+
+
+@pytest.mark.slow
+def test_what_a_first_call_waits_for_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton hashes 400 MB of its own once: the second time it only remembers."""
+    monkeypatch.setattr(attention, "suppress", lambda *_: nullcontext())  # nothing failed unseen
+    monkeypatch.setattr(dispatch, "works_on", lambda _: True)
+    attention._prepare(torch.device("cuda"))
+    assert attention.triton_key().cache_info().currsize == 1
