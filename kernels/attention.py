@@ -8,8 +8,11 @@ compute falls to streaming inside the same call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
+from threading import Thread
 from typing import Literal
 
 import torch
@@ -56,7 +59,7 @@ def attend(
     if request.output and wants_gradient(scores, v):
         out = _differentiable_output(scores, v)
         request = replace(request, output=False)
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # to enter it takes as long as an operation
         result = run(scores, v, request=request)
     result.output = result.output if out is None else out
     return result
@@ -118,7 +121,38 @@ def _triton_takes(q: Tensor, v: Tensor) -> bool:
     if not q.is_cuda:
         return False
     fits = q.dtype in _HALF_TO_SINGLE and q.dtype == v.dtype and max(q.shape[-1], v.shape[-1]) <= 256
-    return fits and find_spec("triton") is not None
+    return fits and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def prepare(device: torch.device) -> None:
+    """Begin what the first call on a GPU waits for, in a thread beside this one: imports, and Triton's reading of its
+    own files, by whose hash it finds what it compiled before (400 MB; a second or so of each process)."""
+    if device.type == "cuda" and _has_triton():
+        Thread(target=_prepare, args=(device,)).start()
+
+
+def _prepare(device: torch.device) -> None:
+    with suppress(Exception):  # whatever is wrong, the first call says
+        from headscope.kernels import gpu_engine  # noqa: F401
+        from headscope.kernels.hopper.dispatch import works_on
+
+        works_on(device)
+        triton_key()()
+
+
+def triton_key() -> Callable[[], str]:
+    """Triton's function that hashes its own files, and remembers the hash."""
+    from triton.compiler import compiler  # its home before Triton 3.5
+    from triton.runtime import cache as home
+
+    found: Callable[[], str] = getattr(home, "triton_key", None) or compiler.triton_key
+    return found
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ def falls_back(engine: str) -> Iterator[None]:
             warnings.warn(f"{error}; {engine} computes this call, slower", EngineWarning, stacklevel=4)
 
 
-def build(start: Callable[..., None], kernel: Any, x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """``start(*args, **options)``, which builds ``kernel`` and runs it on the device of ``x``.
+def build(start: Callable[..., Any], kernel: Any, x: Tensor, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """``start(*args, **options)``, which builds ``kernel`` and runs it on the device of ``x``; what that gives.
 
     Raises NotCompiled where it cannot be built; memory that is spent and what Triton's interpreter says stay as they
     are.
@@ -52,7 +52,7 @@ def build(start: Callable[..., None], kernel: Any, x: Tensor, args: tuple[Any, .
     if shape in _FAILED:
         raise NotCompiled(_FAILED[shape], first=False)
     try:
-        start(*args, **options)
+        return start(*args, **options)
     except Exception as error:
         if not is_compilers(error, x):
             raise

@@ -9,7 +9,7 @@ whole call), longer lists of top keys, and lists of edited scores. So does a cal
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from headscope.kernels.fallback import falls_back
 from headscope.kernels.gpu_passes import columns, rows, top_keys
 from headscope.kernels.masks import Mask
+from headscope.kernels.replay import Results, again
 from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
 from headscope.kernels.streaming import engine as streaming
@@ -29,6 +30,7 @@ from headscope.kernels.triton.topk import MOST
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
+ROW_NAMES = tuple(each.name for each in fields(Reduced) if each.name != "columns")
 AT_ONCE = 20  # linear columns in a pass: three times as many, where half precision needs three to hold a value
 
 
@@ -45,10 +47,32 @@ def attend(
     request: Request,
 ) -> Reduced:
     """Compute ``request``; shapes and meaning as in ``headscope.kernels.attention.attend``."""
-    if takes(scores, v) and scores.in_kernels:
-        with falls_back("the streaming engine"):
-            return _Call(scores, v, request).run()
+    if not takes(scores, v) or not scores.in_kernels:
+        return streaming.attend(scores, v, request=request)
+    if request.linear is not None or scores.edit is not None:  # what is made of features, or an edit's tables, is no
+        return _computed(scores, v, request)  # input of the call
+    tensors = (scores.q, scores.k, v, scores.sinks, scores.bias, *scores.mask.tensors, *request.tensors)
+    about = ("attend", scores.scale, scores.softcap, *scores.mask.numbers, *request.numbers)
+    return _whole(again(lambda: _flat(_computed(scores, v, request)), tensors, about))
+
+
+def _computed(scores: Scores, v: Tensor, request: Request) -> Reduced:
+    with falls_back("the streaming engine"):
+        return _Call(scores, v, request).run()
     return streaming.attend(scores, v, request=request)
+
+
+def _flat(reduced: Reduced) -> Results:
+    """A call's results, one after the other."""
+    columns = [x for each in reduced.columns for x in (each.sum, each.max, each.count)]
+    return tuple([*(getattr(reduced, name) for name in ROW_NAMES), *columns])
+
+
+def _whole(parts: Results) -> Reduced:
+    """The results whose ``_flat`` these are."""
+    first = len(ROW_NAMES)
+    rows: dict[str, Any] = dict(zip(ROW_NAMES, parts, strict=False))
+    return Reduced(**rows, columns=tuple([ReducedColumns(*parts[at : at + 3]) for at in range(first, len(parts), 3)]))
 
 
 class _Call:

@@ -10,6 +10,7 @@ from torch import Tensor
 from headscope.kernels.fallback import falls_back
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
+from headscope.kernels.replay import again
 from headscope.kernels.score_edits import ScoreEdit
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import few_columns, heaviest, listed, topk
@@ -49,49 +50,75 @@ def rows(
     one position to the next, beside the mask, which then has no segments.
     ``edit``: a declared one; Hopper's kernels take none.
     """
-    v = None if v is None or "output" not in wants else last_dim_contiguous(v)
+    v = None if v is None or "output" not in wants else v
+    encoded, kept = (None, 0) if features is None else (encode(features, q.dtype), width(features, q.dtype))
+    sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "wants": wants, "repeat": repeat}
+    options |= {"kept": kept, "sparse": sparse}
+    given: dict[str, Any] = {"sinks": sinks, "bias": bias, "positions": positions, "within": within}
+    about = ("rows", *options.values(), *mask.numbers)
+    tensors = (q, k, v, encoded, *given.values(), *(ranges or (None, None)), *mask.tensors)
+
+    def run() -> tuple[Tensor | None, ...]:
+        return _rows(q, k, v, encoded, mask=mask, ranges=ranges, edit=edit, **given, **options)[:-1]
+
+    found = Rows(*(run() if edit is not None else again(run, tensors, about)))  # an edit's tables are no input
+    if features is None or found.linear is None:
+        return found
+    return found._replace(linear=decode(found.linear, features, q.dtype))
+
+
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    columns: Tensor | None,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    wants: frozenset[str],
+    positions: Tensor | None,
+    repeat: int,
+    within: Tensor | None,
+    ranges: tuple[Tensor, Tensor] | None,
+    edit: ScoreEdit | None,
+    kept: int,
+    sparse: bool,
+) -> Rows:
+    """``rows`` of features as ``encode`` gives them, ``kept`` columns of which count; ``sparse``: few keys have any."""
+    v = None if v is None else last_dim_contiguous(v)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
     sinks = None if sinks is None else sinks.contiguous()
-    columns = None if features is None else encode(features, q.dtype)
-    kept = None if features is None else width(features, q.dtype)
-    sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept or 0, repeat)
-    found = None
+    sizes = triton_rows.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], kept, repeat)
+    linear = None if columns is None else kept
     if q.shape[0] * sizes.rows == 0:
-        found = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1, repeat))
-    elif edit is None and hopper.takes(
+        return triton_rows.first(triton_rows.allocate(q, v, wants, linear, 1, repeat))
+    if edit is None and hopper.takes(q, k, v, mask=mask, scale=scale, columns=columns):
+        filled = triton_rows.first(triton_rows.allocate(q, v, wants, linear, 1, repeat))._replace(within=within)
+        seen = rules(mask, q.shape[0] * repeat, positions, ranges)
+        with falls_back("Triton's own kernel"):
+            hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, score(scale, softcap, bias), sparse=sparse)
+            return filled
+    return triton_rows.rows(
         q,
         k,
         v,
+        columns,
+        sinks,
+        sizes=sizes,
         mask=mask,
+        positions=positions,
         scale=scale,
-        columns=columns,
-    ):
-        filled = triton_rows.first(triton_rows.allocate(q, v, wants, kept, 1, repeat))._replace(within=within)
-        seen = rules(mask, q.shape[0] * repeat, positions, ranges)
-        sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
-        with falls_back("Triton's own kernel"):
-            hopper.fill_rows(q, k, v, columns, sinks, filled, sizes, seen, score(scale, softcap, bias), sparse=sparse)
-            found = filled
-    if found is None:
-        found = triton_rows.rows(
-            q,
-            k,
-            v,
-            columns,
-            sinks,
-            sizes=sizes,
-            mask=mask,
-            positions=positions,
-            scale=scale,
-            softcap=softcap,
-            bias=bias,
-            wants=wants,
-            within=within,
-            ranges=ranges,
-            edit=edit,
-        )
-    linear = None if features is None or found.linear is None else decode(found.linear, features, q.dtype)
-    return found._replace(linear=linear, within=None)
+        softcap=softcap,
+        bias=bias,
+        wants=wants,
+        within=within,
+        ranges=ranges,
+        edit=edit,
+    )
 
 
 def columns(
@@ -113,6 +140,31 @@ def columns(
     ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d), ``lse`` (batch, head, query) float32 as ``rows``
     gives it (a sink logit included).
     """
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "queries": queries}
+    options |= {"total": total, "highest": highest}
+    tensors, about = (q, k, lse, bias, *mask.tensors), ("columns", *options.values(), *mask.numbers)
+
+    def run() -> tuple[Tensor | None, ...]:
+        return _columns(q, k, lse, mask=mask, bias=bias, edit=edit, **options)
+
+    sums, most = run() if edit is not None else again(run, tensors, about)
+    return sums, most
+
+
+def _columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    edit: ScoreEdit | None,
+    queries: tuple[int, int] | None,
+    total: bool,
+    highest: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     batch, heads, n, _ = q.shape
     keys = k.shape[2]
     sums = torch.empty(batch, heads, keys, device=q.device) if total else None

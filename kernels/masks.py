@@ -53,17 +53,28 @@ class Mask:
         return cls(right=None)
 
     @property
+    def numbers(self) -> tuple[int | bool | None, ...]:
+        """What tells masks apart beside ``tensors``, if neither has a ``rule``; a mask that has one is another kind."""
+        return self.query_offset, self.key_offset, self.left, self.right, self.chunk, self.rule is None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What it holds on the device, but for what a ``rule`` holds."""
+        return self.start, self.end, self.origin, self.segments
+
+    @property
     def is_plain_causal(self) -> bool:
         """True where only causality restricts the keys (what a library kernel's ``is_causal`` means)."""
-        return self.right == 0 and self._only_band and self.left is None
+        return self.right == 0 and self.only_band and self.left is None
 
     @property
     def is_full(self) -> bool:
         """True where no rule is set."""
-        return self.right is None and self.left is None and self._only_band
+        return self.right is None and self.left is None and self.only_band
 
     @property
-    def _only_band(self) -> bool:
+    def only_band(self) -> bool:
+        """Whether no rule but ``left`` and ``right`` is set."""
         padded = self.start is not None or self.end is not None  # asked in every call of every layer: no loop
         return not padded and self.chunk is None and self.segments is None and self.rule is None
 

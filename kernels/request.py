@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -64,6 +65,17 @@ class Request:
     targets: Tensor | None = None
     query_rows: Tensor | None = None
     columns: tuple[Columns, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[Hashable, ...]:
+        """What tells requests apart beside ``tensors``."""
+        rows = self.lse, self.max, self.entropy, self.distance, self.windows, self.top
+        return self.output, *rows, self.columns
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What it holds on the device."""
+        return self.linear, self.targets, self.query_rows
 
     @property
     def wants_rows(self) -> bool:

@@ -22,9 +22,9 @@ LOWEST = -1e30  # stands for -inf where a bias says "never": finite, so that 0 t
 __all__ = ["AttentionCall", "Mask"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # made in every call of every layer: a frozen one takes three times as long to make
 class AttentionCall:
-    """One attention layer at one forward pass.
+    """One attention layer at one forward pass. Nothing changes one after it was made.
 
     ``query`` (batch, head, query, d_head), ``key`` and ``value`` (batch, kv_head, key, ·): after position embedding and
     QK-norm, after the cache update, key/value heads not repeated. ``layer`` is the layer's index within its tower,

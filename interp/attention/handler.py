@@ -98,7 +98,7 @@ def finish_call(call: AttentionCall, handlers: list[Handler], z: Tensor | None =
     for handler in handlers:
         request = handler.request(call)
         if request is not None:
-            result = call.attend(replace(request, output=z is None))
+            result = call.attend(request if request.output == (z is None) else replace(request, output=z is None))
             z = result.output if z is None else z
             results.append((handler, result))
     if z is None:

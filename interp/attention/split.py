@@ -54,7 +54,7 @@ class Split:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SplitCall(AttentionCall):
     """The whole of a call whose parts are computed where ``split`` says."""
 

@@ -39,6 +39,7 @@ from headscope.interp.benchmarks.long_context import rows
 from headscope.interp.benchmarks.shapes import SHAPES, Shape, random_model
 from headscope.interp.sites import attached
 from headscope.interp.statistics import KeyMass, Statistic, TopKeys
+from headscope.interp.statistics.exactness import Exactness
 from headscope.interp.statistics.plan import Plans
 from headscope.kernels.benchmarks.pages import machine
 from headscope.kernels.request import Reduced, Request
@@ -113,16 +114,16 @@ class Again(Handler):
     only_reads = True
 
     def __init__(self, statistics: list[Statistic]) -> None:
-        self.plans = Plans(statistics, None)
+        self.plans = Plans(statistics, None, Exactness(statistics).require)
         self.worst: dict[str, float] = {}
 
     def request(self, call: AttentionCall) -> Request:
         """All that the statistics ask for."""
-        return self.plans.of(call, prompt=True)[0]
+        return self.plans.of(call, prompt=True, continues=False)[0]
 
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Compare what the processes found together with what this one finds alone."""
-        request, readers, _ = self.plans.of(call, prompt=True)
+        request, readers, _ = self.plans.of(call, prompt=True, continues=False)
         alone = unsplit(call).attend(request)
         for _, read in readers:
             found = read(reduced)

@@ -29,6 +29,7 @@ from headscope.interp.models.packages import PACKAGED, ensure_packaged
 from headscope.interp.sites.compiled import plain
 from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.unwrap import bare_model, origin
+from headscope.kernels.attention import prepare
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
@@ -73,6 +74,7 @@ def load_model(
         options = Options.decide(
             dtype, device, device_map, quantize, trust_remote_code=trust_remote_code, tokenizer=own
         )
+        prepare(options.device)
         found = _from_name(str(name_or_path_or_model), options, revision, offline)
         return found if processor is None else replace(found, processor=processor)
     if not (isinstance(name_or_path_or_model, nn.Module) or origin(name_or_path_or_model)):

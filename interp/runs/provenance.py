@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,11 @@ def signed(record: xr.Dataset, model: ModelLike, **parameters: Any) -> xr.Datase
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide the numbers."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:  # reading them from disk takes as long as a short pass
     found = {}
     for name in ("headscope", "torch", "transformers", "tokenizers", "numpy", "scikit-learn", "triton"):
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -12,11 +14,23 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.unwrap import bare_model
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 _OFF = "gradients are off inside this block: pass grad=True to every trace and apply around the backward pass"
 _NONE = (
     "this value carries no gradient although grad=True: it came from a pass that ran without them (as lm(texts) does: "
     "call lm.model(**lm.encode(texts))), or nothing that it depends on requires one"
 )
+
+
+def without_gradients(method: Method) -> Method:
+    """``torch.no_grad``, which takes as long to enter as an operation, where gradients are not off already."""
+    quiet = torch.no_grad()(method)
+
+    @wraps(method)
+    def called(*args: Any) -> Any:
+        return quiet(*args) if torch.is_grad_enabled() else method(*args)
+
+    return cast(Method, called)
 
 
 class _Mode:

@@ -61,20 +61,27 @@ def conditions_of(call: AttentionCall, *, continues: bool) -> set[str]:
     return {name for name, holds in found.items() if holds}
 
 
-def require_exact(statistics: tuple[Statistic, ...], call: AttentionCall, *, continues: bool) -> None:
-    """Refuse the first statistic that is not exact in this call.
+class Exactness:
+    """Refuses calls in which one of some statistics is not exact; what each refuses is found once."""
 
-    Raises:
-        HeadscopeError: names the statistic, the condition and why.
-    """
-    held = conditions_of(call, continues=continues)
-    for statistic in statistics:
-        for condition, why in refused_by(statistic).items():
-            if condition in held:
-                raise HeadscopeError(
-                    f"{name_of(statistic)} is not exact with {CONDITIONS[condition]} ({why}); leave it out, or trace "
-                    "inputs without that"
-                )
+    def __init__(self, statistics: tuple[Statistic, ...]) -> None:
+        self._refused = [(statistic, refused_by(statistic)) for statistic in statistics]
+        self._conditions = {condition for _, refused in self._refused for condition in refused}
+
+    def require(self, call: AttentionCall, *, continues: bool) -> None:
+        """Refuse the first statistic that is not exact in this call.
+
+        Raises:
+            HeadscopeError: names the statistic, the condition and why.
+        """
+        held = conditions_of(call, continues=continues) & self._conditions
+        for statistic, refused in self._refused if held else ():
+            for condition, why in refused.items():
+                if condition in held:
+                    raise HeadscopeError(
+                        f"{name_of(statistic)} is not exact with {CONDITIONS[condition]} ({why}); leave it out, or "
+                        "trace inputs without that"
+                    )
 
 
 def exceptions() -> dict[str, Mapping[str, str]]:

@@ -14,7 +14,7 @@ from headscope.interp.statistics.queries import Queries
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, Request
 
-_Planned = tuple[Request, list[tuple[Any, Callable[[Reduced], dict[str, Tensor]]]], Tensor | None]
+Planned = tuple[Request, list[tuple[Any, Callable[[Reduced], dict[str, Tensor]]]], Tensor | None]
 
 
 class Plan:
@@ -108,14 +108,20 @@ class Plan:
 class Plans:
     """The plans of one forward pass: layers share their mask object, so that one is made for each mask and shape."""
 
-    def __init__(self, statistics: Sequence[Any], queries: Queries | None) -> None:
-        self.statistics, self.queries = statistics, queries
-        self._made: dict[Any, tuple[Mask, _Planned]] = {}
+    def __init__(self, statistics: Sequence[Any], queries: Queries | None, require: Callable[..., None]) -> None:
+        self.statistics, self.queries, self._require = statistics, queries, require
+        self._made: dict[Any, tuple[Mask, Planned]] = {}
 
-    def of(self, call: AttentionCall, *, prompt: bool) -> _Planned:
-        """The request for ``call``, how each statistic reads the result, and which query rows (None: all)."""
-        key = (id(call.mask), call.query.shape[2], call.key.shape[2], call.query.device, prompt)
+    def of(self, call: AttentionCall, *, prompt: bool, continues: bool) -> Planned:
+        """The request for ``call``, how each statistic reads the result, and which query rows (None: all).
+
+        ``continues``: an earlier pass holds the tokens before it; ``require(call, continues=...)`` may refuse the call.
+        """
+        query = call.query
+        shape = (query.shape[2], call.key.shape[2], query.device)
+        key = (id(call.mask), *shape, prompt, continues, call.gaps, call.cross)
         if key not in self._made:
+            self._require(call, continues=continues)
             rows = None if self.queries is None else self.queries.rows(call, prompt=prompt)
             plan = Plan(call)
             asked = [s for s in self.statistics if s.kind != "output" or prompt]

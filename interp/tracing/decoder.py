@@ -16,13 +16,13 @@ class DecoderPosition:
 
     def __init__(self) -> None:
         self._mask: Mask | None = None
-        self._padded = False
+        self._padding: Tensor | None = None
 
     def begin(self, inputs: dict[str, Any]) -> None:
         """A pass on these inputs begins."""
         self._mask = None
         padding = inputs.get("attention_mask")
-        self._padded = isinstance(padding, Tensor) and padding.dim() == 2 and not bool(padding.all())
+        self._padding = padding if isinstance(padding, Tensor) and padding.dim() == 2 else None
 
     def see(self, call: AttentionCall) -> None:
         """A call of the text tower.
@@ -31,7 +31,10 @@ class DecoderPosition:
             HeadscopeError: its mask hides the padding that the pass was given.
         """
         self._mask = call.mask
-        if self._padded and call.dense and call.mask.start is None and call.mask.end is None:
+        if not call.dense or call.mask.start is not None or call.mask.end is not None:
+            return
+        padding, self._padding = self._padding, None  # asked here and once: on a card it waits for what runs there
+        if padding is not None and not bool(padding.all()):
             raise HeadscopeError(
                 "this model makes a dense mask of its own from the padding, which hides where examples begin and "
                 "end; trace prompts of one length, or one at a time"

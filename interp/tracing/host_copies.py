@@ -9,9 +9,19 @@ LARGE = 1 << 20  # bytes; what is smaller stays until it is read, for a copy cos
 
 
 def owned(value: Tensor) -> Tensor:
-    """``value`` without the larger tensor that it may be a view of, which the record would keep in memory."""
+    """``value`` without the larger tensor that it may be a view of, which the record would keep in memory, and without
+    what a backward pass needs."""
+    value = value.detach() if value.requires_grad else value
     held = value.untyped_storage().nbytes()
     return value.clone(memory_format=torch.contiguous_format) if held > value.nbytes else value
+
+
+def in_host_memory(values: list[Tensor]) -> list[Tensor]:
+    """``values`` in host memory: all copies are sent before the first is waited for."""
+    copies = HostCopies()
+    sent = [copies.send(value) for value in values]
+    copies.wait()
+    return [value.cpu() for value in sent]
 
 
 class HostCopies:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -18,6 +19,7 @@ from headscope.interp.records.lazy import missing
 from headscope.interp.statistics import BLOCK, OUTPUT, ROW, BlockStatistic, KeyStatistic, Statistic
 from headscope.interp.tracing.blocks import BLOCKS
 from headscope.interp.tracing.blocks import variables as block_variables
+from headscope.interp.tracing.host_copies import in_host_memory
 from headscope.interp.tracing.piece import Piece
 
 
@@ -32,6 +34,7 @@ class Session:
         self._blocks: dict[int, list[Piece]] = {}
         self._outputs: dict[int, dict[str, Tensor]] = {}
         self._stop: dict[int, int] = {}
+        self._read = 0  # positions, by the layer that came furthest
         self._tokens: list[tuple[int, Tensor]] = []
         self._start: Tensor | None = None
         self._cross = False
@@ -71,7 +74,7 @@ class Session:
                 f"this model attends in several towers ({self.module} and {call.module}); choose one with tower=..."
             )
         self._began = offset if self._began is None else self._began
-        read = max(self._stop.values(), default=offset)
+        read = self._read if self._stop else offset
         if offset != read:
             raise HeadscopeError(
                 f"a pass at position {offset} does not follow the {read} positions that were recorded (a cropped, "
@@ -105,6 +108,7 @@ class Session:
     def _note(self, piece: Piece) -> None:
         stop = piece.offset + piece.shape[2]
         self._stop[piece.layer] = stop
+        self._read = max(self._read, stop)
         self._cross, self._heads = piece.cross, piece.shape[1]
         if piece.start is not None:  # the latest: a chunk of padding alone does not know where its example begins
             self._start = piece.start
@@ -187,17 +191,25 @@ class _Builder:
             position[b, : len(kept)] = kept
         self.coords["query"] = np.arange(width)
         self.coords["query_position"] = (("example", "query"), position)
+        runs = [_run(np.flatnonzero(real)) for real in inside]
         for name in placed[0].values[ROW]:
             array: NDArray[Any] | None = None
             for i, layer in enumerate(self.layers):
-                value = _joined([piece.values[ROW][name] for piece in pieces[layer][:passes]]).numpy()
+                value = _joined([piece.values[ROW][name] for piece in pieces[layer][:passes]])
                 if array is None:
-                    shape = (self.batch, len(self.layers), value.shape[1], width, *value.shape[3:])
-                    array = np.full(shape, missing(value.dtype), dtype=value.dtype)
-                for b, real in enumerate(inside):
-                    # an index by bool copies once more and slowly: not where every row is real
-                    array[b, i, :, : len(self._kept[b])] = value[b] if real.all() else value[b][:, real]
+                    array = self._room(value, [len(kept) for kept in self._kept])
+                _place(array[:, i], value, runs)
             self._put(name, array, "query", *self._extra(name))
+
+    def _room(self, like: Tensor, lengths: Sequence[int]) -> NDArray[Any]:
+        """Room for (example, layer, head, place, ...) of values ``like`` a layer's: what an example does not fill is
+        missing."""
+        batch, heads, _, *rest = like.shape
+        dtype = like.new_empty(0, device="cpu").numpy().dtype
+        array: NDArray[Any] = np.empty((batch, len(self.layers), heads, max(lengths), *rest), dtype)
+        for b, length in enumerate(lengths):
+            array[b, :, :, length:] = missing(dtype)
+        return array
 
     def _put(self, name: str, array: NDArray[Any] | None, *dims: str) -> None:
         """Keep a variable of (example, layer, head, *dims)."""
@@ -213,17 +225,15 @@ class _Builder:
                 continue
             layers = [statistic.finish(held[layer][statistic.recorded[0]]) for layer in self.layers]
             for name in statistic.variables:
-                values = [layer[name].expand(self.batch, heads, *layer[name].shape[2:]).cpu() for layer in layers]
-                whole = torch.stack(values, dim=1).numpy()
+                values = in_host_memory([layer[name] for layer in layers])
                 starts, lengths = self.start.tolist(), self.length.tolist()
                 if cross:
-                    starts, lengths = [0] * self.batch, [whole.shape[3]] * self.batch
-                width = max(lengths)
-                shape = (*whole.shape[:3], width, *whole.shape[4:])
-                array = np.full(shape, missing(whole.dtype), dtype=whole.dtype)
-                for b, (first, n) in enumerate(zip(starts, lengths, strict=True)):
-                    array[b, :, :, :n] = whole[b, :, :, first : first + n]
-                self.coords["key"] = np.arange(width)
+                    starts, lengths = [0] * self.batch, [values[0].shape[2]] * self.batch
+                array = self._room(values[0].expand(self.batch, heads, *values[0].shape[2:]), lengths)
+                runs = [slice(first, first + n) for first, n in zip(starts, lengths, strict=True)]
+                for i, value in enumerate(values):
+                    _place(array[:, i], value.expand(self.batch, heads, *value.shape[2:]), runs)
+                self.coords["key"] = np.arange(max(lengths))
                 self._put(statistic.named(name), array, "key", *statistic.axes)
 
     def blocks(self, pieces: dict[int, list[Piece]]) -> None:
@@ -260,5 +270,20 @@ class _Builder:
 
 def _joined(values: list[Tensor]) -> Tensor:
     """Statistics of passes in a row, in host memory; neighbours on one device are joined there."""
-    parts = [torch.cat(list(same), dim=2).cpu() for _, same in groupby(values, key=lambda value: value.device)]
+    grouped = [list(same) for _, same in groupby(values, key=lambda value: value.device)]
+    parts = [(same[0] if len(same) == 1 else torch.cat(same, dim=2)).cpu() for same in grouped]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _run(places: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Ascending places as a slice where they are neighbours, which copies faster."""
+    run = len(places) > 0 and places[-1] - places[0] + 1 == len(places)
+    return slice(int(places[0]), int(places[-1]) + 1) if run else places
+
+
+def _place(into: NDArray[Any], value: Tensor, runs: Sequence[slice | NDArray[np.int64]]) -> None:
+    """Copy the places ``runs`` of every example of ``value`` (batch, head, place, ...), on torch's threads."""
+    room = torch.from_numpy(into)
+    for b, run in enumerate(runs):
+        part = value[b, :, run]
+        room[b, :, : part.shape[1]].copy_(part)

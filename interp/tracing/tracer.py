@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from headscope.interp.attention.stream import StreamCall
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.provenance import signed
 from headscope.interp.sites.given import ModelLike
+from headscope.interp.sites.gradients import without_gradients
 from headscope.interp.sites.sizes import attending
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.sites.unwrap import bare_model
@@ -31,8 +31,8 @@ from headscope.interp.statistics import (
 )
 from headscope.interp.statistics.base import check_together
 from headscope.interp.statistics.declared import Named, declared
-from headscope.interp.statistics.exactness import require_exact
-from headscope.interp.statistics.plan import Plans
+from headscope.interp.statistics.exactness import Exactness
+from headscope.interp.statistics.plan import Planned, Plans
 from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.caches import Caches, check_repeats
 from headscope.interp.tracing.decoder import DecoderPosition
@@ -77,7 +77,8 @@ class Tracer(Handler):
         self._sessions: list[Session] = []
         self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
         self._pending_ids: Tensor | None = None
-        self._plans = Plans(self.statistics, queries)
+        self._plans = Plans(self.statistics, queries, Exactness(self.statistics).require)
+        self._planned: Planned | None = None
         self._reads: dict[str, bool] = {}
         self._times: dict[int, int] = {}
         self._heap, self._host_copies = Heap(), HostCopies()
@@ -151,7 +152,7 @@ class Tracer(Handler):
         """Remember where the decoder stands."""
         self._decoder.see(call)
 
-    @torch.no_grad()
+    @without_gradients
     def request(self, call: AttentionCall) -> Request | None:
         """The declared statistics as one request, or None where this call is not recorded."""
         if call.module not in self._reads:
@@ -161,20 +162,21 @@ class Tracer(Handler):
         if not self.statistics:
             return None
         session, offset = self._session_of(call)
-        require_exact(self.statistics, call, continues=session.continues)
         prompt = session.is_prompt(call, offset, self._boundary)
-        request, _, rows = self._plans.of(call, prompt=prompt)
+        self._planned = self._plans.of(call, prompt=prompt, continues=session.continues)
+        request, _, rows = self._planned
         self._pass.append((session, Piece.of(call, offset, rows, prompt=prompt)))
         if rows is not None and rows.numel() == 0 and not request.wants_keys:
             if not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics):
                 return None
         return request
 
-    @torch.no_grad()
+    @without_gradients
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
-        _, piece = self._pass[-1]
-        _, readers, rows = self._plans.of(call, prompt=piece.prompt)
+        (_, piece), planned = self._pass[-1], self._planned
+        assert planned is not None
+        _, readers, rows = planned
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
@@ -182,16 +184,16 @@ class Tracer(Handler):
                 values = statistic.measure(call, reduced, rows)
             else:
                 values = reader(reduced)
-            values = {name: owned(value.detach()) for name, value in values.items()}
             if isinstance(statistic, KeyStatistic):
-                piece.parts[statistic.recorded[0]] = values
+                piece.parts[statistic.recorded[0]] = {name: owned(value) for name, value in values.items()}
                 continue
-            found = {statistic.named(name): value for name, value in values.items()}
             if isinstance(statistic, BlockStatistic):
                 piece.places[statistic.recorded[0]] = statistic.place(call)
-            if statistic.kind in (ROW, BLOCK):
-                found = {name: self._host_copies.send(value) for name, value in found.items()}
-            piece.values.setdefault(statistic.kind, {}).update(found)
+            found = piece.values.setdefault(statistic.kind, {})
+            leaves = statistic.kind in (ROW, BLOCK)
+            for name, value in values.items():
+                kept = owned(value)
+                found[statistic.named(name)] = self._host_copies.send(kept) if leaves else kept
         if call.query.device.type == "cpu":
             self._heap.called(call.query.shape[0] * call.query.shape[2])
 
@@ -216,6 +218,7 @@ class Tracer(Handler):
         """The pass came to its end: what it recorded becomes part of the record."""
         done, self._pass = self._pass, []
         self._plans.clear()
+        self._planned = None
         self._times.clear()
         kinds = by_layer_group(done)
         if len(kinds) < 2:

@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import torch
 
-from headscope.kernels import fallback
+from headscope.kernels import fallback, replay
 from headscope.kernels.benchmarks import gpu_groups
 from headscope.kernels.benchmarks.clock import median
 from headscope.kernels.benchmarks.corner_list import ROWS, SWEEPS, Row, Sweep
@@ -40,6 +40,7 @@ CHECKED = (
     "moved mass and spans",
     "top keys, few queries",
     "edited scores",
+    "calls that come again",
 )
 LONGEST = 60.0  # seconds for a row
 Job = tuple[int, int, int]  # row, sweep or -1, its setting
@@ -57,6 +58,7 @@ def setting(sweep: Sweep | None, number: int) -> Iterator[None]:
     with ExitStack() as patches, warnings.catch_warnings():
         warnings.simplefilter("error", fallback.EngineWarning)  # it is this kernel that is timed, or none
         fallback._FAILED.clear()  # tiles that are too large say nothing of others
+        replay.forget()
         if sweep is not None:
             patches.enter_context(patch.object(sweep.module, sweep.name, lambda *_: sweep.settings[number]))
         yield

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import triton
 
-from headscope.kernels import attention
+from headscope.kernels import attention, replay
 from headscope.kernels import gpu_passes as passes
 from headscope.kernels.benchmarks import gpu_groups
 from headscope.kernels.benchmarks.clock import AHEAD, median
@@ -128,6 +128,7 @@ def tune() -> None:
 
 
 def _with(kind: str, tiles: Tiles, data: Tensors) -> Callable[[], Any]:
+    replay.forget()
     hopper.takes = lambda *_, **__: False  # it is Triton's tiles that are tuned
     triton_tuning.row_tiles = lambda *_: tiles
     triton_tuning.column_tiles = lambda *_: tiles

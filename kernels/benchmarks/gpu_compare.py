@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from headscope.kernels import replay
 from headscope.kernels.benchmarks.clock import median
 from headscope.kernels.benchmarks.timed import kinds, tensors
 from headscope.kernels.hopper import dispatch as hopper
@@ -24,6 +25,7 @@ _TAKES = hopper.takes
 
 def _runs(way: str, n: int, d: int) -> dict[str, Callable[[], Any]]:
     """What is timed at ``n`` tokens; Triton's kernels also where Hopper's would run, if ``way`` says so."""
+    replay.forget()
     hopper.takes = _TAKES if way == "default" else lambda *_, **__: False
     return kinds(*tensors(n, n, d), WAYS[way])
 

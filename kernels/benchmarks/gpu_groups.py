@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from headscope.kernels import gpu_engine
+from headscope.kernels import gpu_engine, replay
 from headscope.kernels.benchmarks import gpu_check, gpu_check_edits
 from headscope.kernels.blocks import blocks
 from headscope.kernels.checks.broken import Broken
@@ -145,6 +145,11 @@ def groups() -> dict[str, list[Job]]:
             ("all", {**base, "kind": "causal", "d_head": 128, "queries": 70, "keys": 150, "features": 3}),
         ],
         "edited scores": gpu_check_edits.declared(),
+        "calls that come again": [
+            ("again", {**base, "kind": kind, "d_head": 128, "queries": n, "keys": 1100})
+            for kind in ("causal", "left padding")
+            for n in (1, 333, 1100)
+        ],
         "every rule at every width": [("narrow", spec) for spec in wide + bare + single],
         "widths fetched by threads": [("narrow", spec) for spec in odd],
         "padding around the tiles": [("narrow", spec) for spec in pads],
@@ -215,6 +220,7 @@ def broken(spec: dict[str, Any]) -> list[str]:
     d, n = (128, 1100) if name.startswith("hopper") else (80, 70)
     case = random_case("causal", batch=1, queries=n, keys=n, d_head=d, dtype=DTYPE, device=DEVICE)
     request = everything(case, top=5)
+    replay.forget()
     with ExitStack() as patches, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if name in KERNELS:
@@ -240,6 +246,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "blocks": repeated,
     "broken": broken,
     "all": both,
+    "again": gpu_check.check_again,
     "pairs": gpu_check.check_pairs,
     "same": gpu_check_edits.check_equal,
     **gpu_check_edits.CHECKS,
@@ -250,7 +257,8 @@ def _guarded(job: Job) -> list[str]:
     torch.set_num_threads(1)
     kind, spec = job
     allocate = torch.empty
-    if kind != "edits":  # the compiler of FlexAttention allocates, too
+    replay.forget()
+    if kind not in ("edits", "again"):  # the compiler of FlexAttention allocates, too; the other poisons in time
         gpu_check.poison()
     try:
         with warnings.catch_warnings():

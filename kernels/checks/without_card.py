@@ -42,6 +42,7 @@ from headscope.kernels.triton import (
     targets,
     topk,
 )
+from headscope.kernels.triton.device import any_length
 from headscope.kernels.triton.masks import rules
 
 QUERIES, KEYS, HEADS, KV_HEADS, BATCH = 256, 256, 8, 2, 2
@@ -70,7 +71,7 @@ class Compiled:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
+        return lambda *args, **options: self.kernel.warmup(*map(any_length, args), grid=grid, **options)
 
 
 def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from headscope.kernels.request import Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
-from headscope.kernels.streaming import library
+from headscope.kernels.streaming import library, one_row
 from headscope.kernels.streaming.counts import count_columns
 from headscope.kernels.streaming.tiles import Block
 
@@ -47,6 +47,10 @@ def attend(
     """
     q = scores.q
     tile = tile or (CPU_TILE if q.device.type == "cpu" else GPU_TILE)
+    if one_row.takes(scores, request, tile):
+        result = one_row.attend(scores, v, request)
+        count_columns(request, result, scores)
+        return result
     result = Reduced(columns=tuple(ReducedColumns() for _ in request.columns))
     for rows, part in _passes(request, q.shape[2], q.device):
         _Pass(scores, v, rows, part, result).run(tile)

@@ -11,15 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headscope.kernels.fallback import build
+from headscope.kernels.replay import started
 
 LOG2E = tl.constexpr(1.0 / math.log(2.0))
 LN2 = tl.constexpr(math.log(2.0))
@@ -84,10 +87,47 @@ def on_device(x: Tensor) -> Iterator[None]:
         yield
 
 
+# Sizes that change with the text. Triton compiles anew where a whole number becomes 1, or a multiple of 16, or is that
+# no longer; of these numbers it is not told, so that one compiled kernel serves every length.
+LENGTHS = {"rows", "queries", "keys", "first", "stop", "down", "across", "query_offset", "key_offset", "left", "right"}
+LENGTHS |= {"segment_stride", "segment_count"}
+ANY = 7  # stands for a length: neither 1 nor a multiple of 16
+
+
+def any_length(arg: Any) -> Any:
+    """An argument of a kernel as Triton is to compile for it: with ``ANY`` in the place of every length."""
+    if type(arg) is int:
+        return ANY if abs(arg) < 1 << 31 else arg
+    places = _lengths(arg.__class__)
+    if not places:
+        return arg
+    values = list(arg)
+    for at in places:
+        values[at] = any_length(values[at])
+    return arg._make(values)
+
+
+@cache
+def _lengths(kind: Any) -> list[int]:
+    """Which fields of a tuple of this class are lengths."""
+    return [at for at, name in enumerate(getattr(kind, "_fields", ())) if name in LENGTHS]
+
+
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
     """Run ``kernel`` on ``grid`` on the device of ``x``. Raises NotCompiled where it cannot be built."""
     with on_device(x):
-        build(kernel[grid], kernel, x, args, options)
+        build(partial(_start, kernel, grid), kernel, x, args, options)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    if not isinstance(kernel, JITFunction):  # Triton's interpreter
+        kernel[grid](*args, **options)
+        started(None, args)
+        return
+    compiled = kernel.warmup(*map(any_length, args), grid=grid, **options)
+    run, whole = compiled[(*grid, 1, 1)[:3]], (*args, *(options[name] for name in kernel.arg_names[len(args) :]))
+    run(*whole)
+    started(run, whole)
 
 
 def has_copy_engine(x: Tensor) -> bool:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from headscope.kernels.replay import derived
+
 T = TypeVar("T")
 
 
@@ -24,6 +26,9 @@ def kept(make: Callable[..., T]) -> Callable[..., T]:
     memory: Any = WeakTensorKeyDictionary()
 
     @wraps(make)
+    def remembered(features: Tensor, *rest: Any) -> T:
+        return derived(recall, features, rest)
+
     def recall(features: Tensor, *rest: Any) -> T:
         if features.is_inference() or (features.is_cuda and torch.cuda.is_current_stream_capturing()):
             return make(features, *rest)
@@ -36,7 +41,7 @@ def kept(make: Callable[..., T]) -> Callable[..., T]:
         found: T = known[rest]
         return found
 
-    return recall
+    return remembered
 
 
 PARTS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # columns of a type for one that it cannot hold

@@ -15,12 +15,22 @@ import triton.language as tl
 
 @triton.jit
 def merge_kernel(
-    parts, merged, sinks, count, sizes, dv: tl.constexpr, DV: tl.constexpr, NF: tl.constexpr, SPLITS: tl.constexpr
+    parts,
+    merged,
+    sinks,
+    count,
+    splits,
+    sizes,
+    dv: tl.constexpr,
+    DV: tl.constexpr,
+    NF: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """One program merges one row of ``parts`` (split, row, ·) into ``merged`` (row, ·)."""
+    """One program merges one row of ``parts`` (split, row, ·), at most ``SPLITS``, into ``merged`` (row, ·)."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SPLITS).to(tl.int64) * count + row
-    lse = tl.load(parts.lse + at)
+    split = tl.arange(0, SPLITS)
+    at = tl.minimum(split, splits - 1).to(tl.int64) * count + row  # what is no split reads the last, and weighs nothing
+    lse = tl.load(parts.lse + at, mask=split < splits, other=float("-inf"))
     top = tl.max(lse, 0)
     some = top > float("-inf")
     top = tl.where(some, top, 0.0)

@@ -105,7 +105,7 @@ def _kernel(
     BN: tl.constexpr,
     TMA: tl.constexpr,
     PACK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # under causal masks the last blocks are the longest: first
     r = block * BM + tl.arange(0, BM)
@@ -140,8 +140,8 @@ def _kernel(
         f += e64 * strides[3].batch
 
     lo, hi, full_lo, full_hi = key_range(first, last, b, sizes.keys, rules, BN)
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(hi - lo, BN), SPLITS) * BN
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(hi - lo, BN), tl.num_programs(2)) * BN
         lo = tl.minimum(lo + tl.program_id(2) * share, hi)
         hi = tl.minimum(hi, lo + share)
         full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
@@ -280,7 +280,7 @@ def rows(
         BN=tiles.keys,
         TMA=keys_at is not None,
         PACK=pack,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -288,8 +288,9 @@ def rows(
         return first(results)
     merged = allocate(q, v, wants, kept, 1, sizes.repeat)._replace(within=within)
     count = batch * heads * n
-    options = {"dv": d_value, "DV": width_v, "NF": narrow, "SPLITS": splits}
-    launch(merge_kernel, (count,), q, results, merged, sinks, count, sizes, **options)
+    room = next(most for most in triton_tuning.SPLITS if splits <= most)
+    options = {"dv": d_value, "DV": width_v, "NF": narrow, "SPLITS": room}
+    launch(merge_kernel, (count,), q, results, merged, sinks, count, splits, sizes, **options)
     return first(merged)
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+SPLITS = (16, 64, 128)  # programs that share the keys of one row: at most so many, by how merging them is compiled
+
 
 class Tiles(NamedTuple):
     """Query rows and keys of a tile, and how Triton runs it."""
@@ -102,5 +104,5 @@ def divergence_tiles(d: int, dtype: torch.dtype) -> Tiles:
 
 def key_splits(programs: int, keys: int, tile: int) -> int:
     """Over how many programs, a power of two, to split the keys so that about four a multiprocessor run."""
-    splits = max(1, min(4 * 132 // max(1, programs), -(-keys // (4 * tile)), 128))
+    splits = max(1, min(4 * 132 // max(1, programs), -(-keys // (4 * tile)), SPLITS[-1]))
     return 1 << (splits.bit_length() - 1)

@@ -29,7 +29,7 @@ from headscope.kernels.masks import Mask
 from headscope.kernels.triton import columns as triton_columns
 from headscope.kernels.triton import divergence, heaviest, listed
 from headscope.kernels.triton import rows as triton_rows
-from headscope.kernels.triton.device import score
+from headscope.kernels.triton.device import any_length, score
 from headscope.kernels.triton.masks import rules
 
 COMPARISONS = 32  # a masked tile makes one for each of a thread's 64 scores
@@ -46,7 +46,7 @@ class Compiled:
         self.kernel, self.name = kernel, name
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: self.say(self.kernel.warmup(*args, grid=grid, **options))
+        return lambda *args, **options: self.say(self.kernel.warmup(*map(any_length, args), grid=grid, **options))
 
     def say(self, compiled: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -45,13 +45,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_fallback() -> Iterator[None]:
-    """No test passes because another engine answered; what did not compile is forgotten after each."""
-    from headscope.kernels import fallback
+    """No test passes because another engine answered; what did not compile or was recorded is forgotten after each."""
+    from headscope.kernels import fallback, replay
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", fallback.EngineWarning)
         yield
     fallback._FAILED.clear()
+    replay.forget()
 
 
 @pytest.fixture(autouse=True, scope="session")

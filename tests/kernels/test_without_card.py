@@ -6,10 +6,20 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
+
+from headscope.kernels import attention
+from headscope.kernels.benchmarks import first_calls
+from headscope.kernels.checks import machine
+from headscope.kernels.hopper import dispatch
+from headscope.kernels.masks import Mask
+from headscope.kernels.triton import device
 
 COMPILE = """
 import json, sys
@@ -64,3 +74,50 @@ def test_every_kernel_compiles(tmp_path_factory: pytest.TempPathFactory) -> None
     asked = [("window", "80", "float16", ""), ("chunks", "256", "bfloat16", ""), ("window", "80", "float32", few)]
     said = compile_all(tmp_path_factory, asked)
     assert [line.split(": ")[1] for line in said] == ["1 shapes, 0 kernels do not compile"] * 3
+
+
+@pytest.mark.slow
+def test_one_compiled_kernel_serves_every_length(tmp_path: Path) -> None:
+    """Triton compiles anew for a size that is 1 or a multiple of 16, also in tuples, if it is told of it."""
+    if not machine.compiler():
+        pytest.skip("the driver that does nothing needs a C compiler")
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        first_calls.__file__,
+        "--without-card",
+        "--kinds",
+        "targets",
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    found = json.loads((tmp_path / "x").read_text())["calls"]["targets"]
+    assert found["built"] == 0 and found["filled"] < found["empty"]
+
+
+def test_what_a_kernel_is_compiled_for_has_no_lengths() -> None:
+    """Every whole number that a kernel is given in a tuple is a length, which it is not compiled for, or stays the same
+    for a model and what is asked of it."""
+    from headscope.kernels.triton import blocks, columns, divergence, heaviest, masks, rows, targets, topk
+
+    stay = {"heads", "group", "width", "repeat", "together", "top", "each", "batch", "chunk"}
+    sizes = [x.Sizes for x in (blocks, columns, divergence, heaviest, rows, targets, topk)]
+    numbers = {name for kind in sizes for name in kind._fields}
+    numbers |= {name for name, what in masks.Rules.__annotations__.items() if "int" in str(what)}
+    assert numbers == device.LENGTHS | stay
+    for one, other in ((16, 17), (1, 4096), (0, 31)):
+        kinds = [kind(*(one if name in device.LENGTHS else 4 for name in kind._fields)) for kind in sizes]
+        others = [kind(*(other if name in device.LENGTHS else 4 for name in kind._fields)) for kind in sizes]
+        assert [device.any_length(x) for x in kinds] == [device.any_length(x) for x in others]
+    assert device.any_length(1) == device.any_length(48) != device.any_length(1 << 40) == 1 << 40
+    assert device.any_length(masks.rules(Mask.causal(16), 1)) == device.any_length(masks.rules(Mask.causal(3), 1))
+
+
+@pytest.mark.slow
+def test_what_a_first_call_waits_for_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton hashes 400 MB of its own once: the second time it only remembers."""
+    monkeypatch.setattr(attention, "suppress", lambda *_: nullcontext())  # nothing failed unseen
+    monkeypatch.setattr(dispatch, "works_on", lambda _: True)
+    attention._prepare(torch.device("cuda"))
+    assert attention.triton_key().cache_info().currsize == 1

@@ -129,8 +129,9 @@ def lazy_mask(
     The offsets are read now: a StaticCache updates its offset tensor in place before the layers run.
     """
     rule = translate(mask_function, batch_size, vmap=use_vmap)
-    rule = replace(rule, query_offset=int(q_offset), key_offset=int(kv_offset))
-    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, int(kv_offset))
+    query_offset, key_offset = int(q_offset), int(kv_offset)  # once each: on a card it waits for what runs there
+    rule = replace(rule, query_offset=query_offset, key_offset=key_offset)
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, key_offset)
     before = rule
     if padding is not None:
         rule = with_padding(rule, padding.to(torch.bool), batch_size)
@@ -138,9 +139,9 @@ def lazy_mask(
         "batch_size": batch_size,
         "q_length": q_length,
         "kv_length": kv_length,
-        "q_offset": int(q_offset),
+        "q_offset": query_offset,
     }
-    arguments |= {"kv_offset": int(kv_offset), "mask_function": mask_function, "attention_mask": attention_mask}
+    arguments |= {"kv_offset": key_offset, "mask_function": mask_function, "attention_mask": attention_mask}
     made = LazyMask(
         (batch_size, 1, q_length, kv_length),
         device,

@@ -1,0 +1,153 @@
+"""The host's time of a kernel call, measured without a card: its kernels compile for Hopper and start nowhere.
+
+    python kernels/benchmarks/host_time.py --out host.json
+
+prints microseconds of processor time a call (the median of many, and the fewest), decided anew and as the third call
+of its kind. Triton's own launcher runs, linked to a driver that does nothing (a C compiler builds it): what is missing
+is the driver's share of a launch, and memory comes from torch's allocator of the CPU. On a card the row "host time of a
+call" of ``corners.py`` says all of it. Another Triton: as in ``headscope.kernels.checks.without_card``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+DRIVER = """
+#include "cuda.h"
+#define DONE { return CUDA_SUCCESS; }
+#define DONE_ return CUDA_SUCCESS;
+CUresult cuInit(unsigned flags) DONE
+CUresult cuDriverGetVersion(int *x) { *x = 12080; DONE_ }
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p, void **e) DONE
+CUresult cuPointerGetAttribute(void *to, CUpointer_attribute a, CUdeviceptr x) { *(CUdeviceptr *)to = x; DONE_}
+CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute *a, void **to, CUdeviceptr x)
+{ *(CUdeviceptr *)to[0] = x; DONE_}
+CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)1; DONE_}
+CUresult cuCtxSetCurrent(CUcontext c) DONE
+CUresult cuCtxSetLimit(CUlimit l, size_t x) DONE
+CUresult cuCtxGetLimit(size_t *x, CUlimit l) { *x = 0; DONE_}
+CUresult cuCtxGetDevice(CUdevice *d) { *d = 0; DONE_}
+CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *x) { *x = CU_STREAM_CAPTURE_STATUS_NONE; DONE_}
+CUresult cuDeviceGet(CUdevice *d, int i) { *d = 0; DONE_}
+CUresult cuDeviceGetCount(int *n) { *n = 1; DONE_}
+CUresult cuDevicePrimaryCtxRetain(CUcontext *c, CUdevice d) { *c = (CUcontext)1; DONE_}
+CUresult cuDeviceGetAttribute(int *x, CUdevice_attribute a, CUdevice d) { *x = 232448; DONE_}
+CUresult cuFuncGetAttribute(int *x, CUfunction_attribute a, CUfunction f)
+{ *x = a == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0; DONE_}
+CUresult cuFuncSetAttribute(CUfunction f, CUfunction_attribute a, int x) DONE
+CUresult cuFuncSetCacheConfig(CUfunction f, CUfunc_cache c) DONE
+CUresult cuGetErrorString(CUresult r, const char **s) { *s = "no driver"; DONE_}
+CUresult cuModuleLoadData(CUmodule *m, const void *x) { *m = (CUmodule)1; DONE_}
+CUresult cuModuleGetFunction(CUfunction *f, CUmodule m, const char *n) { *f = (CUfunction)1; DONE_}
+CUresult cuModuleUnload(CUmodule m) DONE
+CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; DONE_}
+CUresult cuTensorMapEncodeTiled(CUtensorMap *t, CUtensorMapDataType a, cuuint32_t r, void *x, const cuuint64_t *d,
+  const cuuint64_t *s, const cuuint32_t *b, const cuuint32_t *e, CUtensorMapInterleave i, CUtensorMapSwizzle w,
+  CUtensorMapL2promotion l, CUtensorMapFloatOOBfill o) DONE
+"""
+
+
+def load_driver(folder: Path) -> None:
+    """Build a driver that does nothing, and have Triton take it; before anything asks for a card."""
+    import triton
+
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    library, source = folder / "libcuda.so.1", folder / "driver.c"
+    source.write_text(DRIVER)
+    named = ["-Wl,-soname,libcuda.so.1", f"-I{include}", "-o", str(library), str(source)]
+    subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", *named], check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def pretend() -> None:
+    """Calls on the CPU take the way that they take on an H200."""
+    import torch
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    from headscope.kernels import attention
+    from headscope.kernels.benchmarks import corner_rows
+    from headscope.kernels.checks.without_card import NoCard
+    from headscope.kernels.hopper import dispatch
+    from headscope.kernels.triton import device
+
+    class NoDriver(NoCard):
+        utils = nvidia.CudaUtils()
+        launcher_cls = nvidia.CudaLauncher
+
+    driver.set_active(NoDriver())
+    dispatch._on_hopper = lambda x: True
+    device.has_copy_engine = lambda x: True
+    attention._triton_takes = lambda q, v: True
+    corner_rows.BFLOAT16 = torch.bfloat16
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """Those of the row "host time of a call"."""
+    import torch
+
+    from headscope.kernels import attention
+    from headscope.kernels.benchmarks.corner_rows import Call
+    from headscope.kernels.request import Request
+
+    call = Call(1024, 128, 1, heads=4)
+    attend = partial(attention.attend, call.scores, call.v)
+    targets = torch.zeros(1, call.n, 1, dtype=torch.int64)
+    return {
+        "rows": call.rows,
+        "columns": partial(call.columns, call.lse()),
+        "attend: lse, entropy": partial(attend, request=Request(output=False, lse=True, entropy=True)),
+        "attend: output, lse, entropy": partial(attend, request=Request(lse=True, entropy=True)),
+        "attend: targets": partial(attend, request=Request(output=False, targets=targets)),
+    }
+
+
+def timed(run: Callable[[], Any], before: Callable[[], None], turns: int = 400) -> dict[str, float]:
+    """Microseconds of processor time of ``run``; ``before`` each is not timed."""
+    for _ in range(3):
+        run()
+    took = []
+    for _ in range(turns):
+        before()
+        began = time.process_time_ns()
+        run()
+        took.append((time.process_time_ns() - began) / 1000)
+    return {"median us": statistics.median(took), "fewest us": min(took)}
+
+
+def main() -> None:
+    """Parse the command line, measure, and say so."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        load_driver(Path(folder))
+        pretend()
+        import triton
+
+        from headscope.kernels import replay
+
+        found: dict[str, Any] = {"kind": "host time", "triton": triton.__version__, "calls": {}}
+        for name, run in calls().items():
+            anew, again = timed(run, replay.forget), timed(run, lambda: None)
+            found["calls"][name] = {"anew": anew, "again": again}
+            print(f"{name:<30} {anew['median us']:6.0f} us anew, {again['median us']:6.0f} us again", flush=True)
+    if args.out is not None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

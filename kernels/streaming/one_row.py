@@ -1,0 +1,75 @@
+"""A token that is read on a cache: one query, which sees a run of keys, so that none of its scores is hidden.
+
+The definition written out (``reference``), without what a tile of many rows needs: a step of generation makes such a
+call in every layer, and there an operation of torch's costs more than its arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headscope.kernels.reference import pad_top
+from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
+from headscope.kernels.scores import Scores
+
+
+def takes(scores: Scores, request: Request, held: int) -> bool:
+    """Whether this is such a call, of at most ``held`` scores, and its reductions are here."""
+    batch, heads, queries, keys = scores.shape
+    if queries != 1 or not 0 < batch * heads * keys <= held or not scores.is_plain:
+        return False
+    rare = request.windows or request.targets is not None or request.query_rows is not None
+    lo, hi = scores.mask.key_bounds(0, 1, keys) if scores.mask.only_band else (0, 0)
+    return lo < hi and not rare and all(_is_whole(each) for each in request.columns)
+
+
+def _is_whole(columns: Columns) -> bool:
+    return columns.queries in (None, (0, 1))
+
+
+def attend(scores: Scores, v: Tensor, request: Request) -> Reduced:
+    """``request`` of a call that ``takes``, but for counts of queries."""
+    (batch, heads, _, keys), dtype, group, mask = scores.shape, scores.dtype, scores.group, scores.mask
+    lo, hi = mask.key_bounds(0, 1, keys)
+    q = _as(scores.q, dtype).reshape(-1, group, scores.q.shape[3]) * scores.scale
+    k, v_seen = (_as(x if hi - lo == keys else x[:, :, lo:hi], dtype).flatten(0, 1) for x in (scores.k, v))
+    s = torch.bmm(q, k.transpose(1, 2))  # (batch x kv_head, group, key)
+    log_p = s.log_softmax(-1)
+    p = log_p.exp()
+
+    def of_head(x: Tensor) -> Tensor:
+        """(batch x kv_head, group, ...) as (batch, head, 1, ...)."""
+        return x.view(batch, heads, 1, *x.shape[2:])
+
+    result = Reduced()
+    if request.output:
+        result.output = _as(of_head(torch.bmm(p, v_seen)), v.dtype)
+    if request.lse:
+        result.lse = of_head(s.logsumexp(-1))
+    if request.max:
+        result.max = of_head(s.amax(-1))
+    if request.entropy:
+        result.entropy = of_head(torch.linalg.vecdot(p, log_p).neg_())
+    if request.linear is not None:
+        columns = request.linear[..., lo:hi, :].to(dtype)
+        result.linear = torch.matmul(of_head(p), columns if columns.dim() == 2 else columns[:, None])
+    if request.distance:
+        ahead = mask.query_offset - mask.key_offset - torch.arange(lo, hi, device=p.device, dtype=dtype)
+        result.distance = of_head(torch.matmul(p, ahead))
+    if request.top:
+        mass, index = p.topk(min(request.top, hi - lo), dim=-1)
+        result.top_mass, result.top_keys = pad_top(of_head(mass), of_head(index + (lo + mask.key_offset)), request.top)
+    if request.columns:
+        weights = torch.nn.functional.pad(p.view(batch, heads, hi - lo), (lo, keys - hi))
+        result.columns = tuple([_columns(weights, each) for each in request.columns])
+    return result
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _columns(weights: Tensor, want: Columns) -> ReducedColumns:
+    """The sum and the maximum over one row are its weights."""
+    return ReducedColumns(weights.clone() if want.sum else None, weights if want.max else None)
