@@ -114,7 +114,7 @@ class Again(Handler):
     only_reads = True
 
     def __init__(self, statistics: list[Statistic]) -> None:
-        self.plans = Plans(statistics, None, Exactness(statistics).require)
+        self.plans = Plans(statistics, None, Exactness(tuple(statistics)).require)
         self.worst: dict[str, float] = {}
 
     def request(self, call: AttentionCall) -> Request:
