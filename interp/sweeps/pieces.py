@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,13 +61,6 @@ class Piece:
         """Of its part of the record."""
         return f"part-{min(self.batch.examples):08d}.zarr"
 
-    def write(self, lm: LanguageModel, out: Path, *, write: bool = True) -> str:
-        """Trace it and, where it is this process's to do, ``write`` the part to ``out``; its name."""
-        part = self.trace(lm)
-        if write:
-            write_part(part, out, self.name)
-        return self.name
-
     def trace(self, lm: LanguageModel) -> xr.Dataset:
         """The record of the batch, its examples numbered as the prompts are."""
         batch, chosen = self.batch, self.chosen
@@ -88,6 +82,34 @@ class Piece:
         return own_rows(tracer.record, chosen.queries).assign_coords(example=np.asarray(batch.examples))
 
 
+def written(lm: LanguageModel, pieces: Iterable[Piece], out: Path, *, write: bool) -> Iterator[str]:
+    """Trace ``pieces`` and, where it is this process's to do, ``write`` their parts to ``out``; their names.
+
+    A part is compressed and written by a thread while the next one is traced, so that two are in memory; where that
+    next one fails, the part is finished and named first.
+    """
+    with ThreadPoolExecutor(1) as writer:
+        before: tuple[str, Future[None]] | None = None
+        for piece in pieces:
+            try:
+                part = piece.trace(lm)
+            finally:
+                if before is not None:
+                    before[1].result()
+                    yield before[0]
+            before = piece.name, writer.submit(write_part, part, out, piece.name) if write else _nothing()
+            del part
+        if before is not None:
+            before[1].result()
+            yield before[0]
+
+
+def _nothing() -> Future[None]:
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
+
+
 def gathered(actors: Ray, make: Callable[[], LanguageModel], pieces: Iterable[Piece], out: Path) -> Iterator[str]:
     """Trace ``pieces`` in workers and write their parts to ``out`` as they come; their names."""
     for _, (name, packed) in actors.map(make, packed_part, pieces):
@@ -98,7 +120,7 @@ def gathered(actors: Ray, make: Callable[[], LanguageModel], pieces: Iterable[Pi
 def packed_part(lm: LanguageModel, piece: Piece) -> tuple[str, bytes]:
     """A part of the record with its list of files, as the bytes of a zip archive."""
     with tempfile.TemporaryDirectory() as folder:
-        piece.write(lm, Path(folder))
+        write_part(piece.trace(lm), Path(folder), piece.name)
         stream = io.BytesIO()
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:  # chunks are compressed already
             for file in sorted(Path(folder).rglob("*")):

@@ -39,7 +39,7 @@ from headscope.interp.statistics.exactness import is_exact
 from headscope.interp.statistics.queries import Queries
 from headscope.interp.sweeps.batches import Budget, Cost, Prompts, bytes_of
 from headscope.interp.sweeps.examples import check_statistics
-from headscope.interp.sweeps.pieces import Chosen, Piece, gathered
+from headscope.interp.sweeps.pieces import Chosen, Piece, gathered, written
 from headscope.interp.sweeps.ranks import Ranks, ranks
 from headscope.interp.tracing.tracer import Tracer
 
@@ -119,7 +119,7 @@ def sweep(
         if actors is not None:
             finished: Any = gathered(actors, maker(model, lm), pieces, out)
         else:
-            finished = (piece.write(lm, out, write=us.writes) for piece in pieces)
+            finished = written(lm, pieces, out, write=us.writes)
         for name in track(finished, f"trace{before}", enabled=progress and us.first, total=len(mine)):
             store.keep(name)
         us.share(None)

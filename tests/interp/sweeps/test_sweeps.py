@@ -289,6 +289,23 @@ def test_an_interrupted_sweep_continues_also_with_other_batches(lm, tmp_path, mo
     assert seen == [] and not list((tmp_path / "run").glob(".*"))
 
 
+def test_a_batch_that_fails_leaves_the_one_before_it_finished(lm, tmp_path, monkeypatch):
+    real, traced, kept = pieces.Piece.trace, [], []
+
+    def fails(self, model):
+        traced.append(self.name)
+        if len(traced) == 3:
+            raise HeadscopeError("out of memory")
+        return real(self, model)
+
+    monkeypatch.setattr(pieces.Piece, "trace", fails)
+    keep = run.Store.keep
+    monkeypatch.setattr(run.Store, "keep", lambda self, name: (kept.append(name), keep(self, name))[1])
+    with pytest.raises(HeadscopeError, match="out of memory"):
+        sweep(lm, prompts(), MIXED, out=tmp_path, largest=4, **QUIET)
+    assert sorted(kept)[1:] == sorted(traced[:2]) == sorted(path.name for path in tmp_path.glob("part-*"))
+
+
 def test_other_settings_do_not_continue_a_sweep(lm, tmp_path):
     given = prompts(4)
     spans = SpanMass({"a": (0, 2)})
