@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from headscope.interp.errors import HeadscopeError
 
 Group = Any  # of torch.distributed, which has no public type for it
 
@@ -142,6 +145,22 @@ def gather(part: Tensor, along: int, shares: Shares, group: Group) -> Tensor:
     dist.all_gather(parts, sent, group=group)
     whole = shares.together([each.narrow(along, 0, n) for each, n in zip(parts, sizes, strict=True)], along)
     return whole.to(part.device, kind)
+
+
+def require_same(group: Group, *tensors: Tensor, of: str) -> None:
+    """Refuse what differs between the processes of ``group``, which all of them must ask.
+
+    Raises:
+        HeadscopeError: in every process; ``of`` names them.
+    """
+    digest = hashlib.sha256()
+    for x in tensors:
+        digest.update(f"{tuple(x.shape)} {x.dtype}".encode())
+        digest.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.int64).to(tensors[0].device)[None]
+    found = gather(mine, 0, Shares.in_order((1,) * dist.get_world_size(group)), group)
+    if bool((found != found[:1]).any()):
+        raise HeadscopeError(f"{of} were given different texts, positions or options; give all of them the same")
 
 
 def over(x: Tensor, how: Any, group: Group) -> Tensor:

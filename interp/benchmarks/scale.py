@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if rank == 0:
         print("GiB expected, each process:", result["GiB expected, each"], flush=True)
     if args.dry_run:
-        args.shape, args.tokens, args.prompts, args.every, args.repeats = "tiny", 257, 12, 16, 1
+        args.shape, args.tokens, args.prompts, args.every, args.repeats = "tiny-8", 257, 12, 16, 1
     measure: dict[str, Callable[[Any], dict[str, Any]]] = {"heads": heads, "text": text, "prompts": prompts}
     result |= measure[args.what](args)
     if rank == 0:

@@ -49,6 +49,7 @@ SHAPES = {
     "8b": Shape(32, 4096, 14336, 32, 8, 128256, False, tokens=131072),  # Llama-3.1-8B
     "1b": Shape(16, 2048, 8192, 32, 8, 128256, True, tokens=1 << 20, chunk=1 << 16),  # Llama-3.2-1B
     "tiny": Shape(2, 64, 128, 4, 2, 256, True, tokens=512),
+    "tiny-8": Shape(2, 128, 256, 16, 8, 256, True, tokens=512),  # heads for eight processes
 }
 
 

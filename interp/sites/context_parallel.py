@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from headscope.interp.attention.handler import Handler
 from headscope.interp.attention.split_rows import SplitRows
-from headscope.interp.attention.whole import Group, Shares, gather
+from headscope.interp.attention.whole import Group, Shares, gather, require_same
 from headscope.interp.errors import HeadscopeError
-from headscope.interp.sites import attached, verify_once
+from headscope.interp.sites import attached, is_attached, verify_once
 from headscope.interp.sites.given import ModelLike, PreTrained
 from headscope.interp.sites.huggingface.parallel import tensor_mesh
+from headscope.interp.sites.huggingface.route import is_paused
 from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.huggingface.untraced import APART
 from headscope.interp.sites.interrupts import block
@@ -31,6 +32,7 @@ from headscope.interp.sites.unwrap import bare_model, model_device, origin, take
 
 _TAKEN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict"}
 _BY_LENGTH = ("dynamic", "longrope")  # rotary embeddings whose frequencies depend on the largest position of a pass
+_SHARP = 1e-4  # of the largest value: float32 sums in another order are within 1e-5 of it (tests/interp/parallel)
 _JOINED = ("logits", "last_hidden_state")
 
 
@@ -48,14 +50,18 @@ def context_parallel(model: ModelLike, group: Group = None) -> Iterator[None]:
     What an edit or a statistic reads beyond the reductions of a ``Request`` (z as a whole, block maps) is gathered, and
     then takes every process what it takes one.
 
+    What is within it must be the same in every process: edits, statistics, and the order of passes. Enter it before
+    ``trace`` and ``apply``.
+
     Args:
         model: load_model's result or a Hugging Face model, whole on every process.
         group: processes of ``torch.distributed``, which must have been started (``torchrun``) and initialised.
 
     Raises:
-        HeadscopeError: no processes; a model that mixes tokens outside attention, as a short text then shows, or whose
-            positions depend on the text's length; and, of a pass, padding, a cache, and texts that differ between
-            processes.
+        HeadscopeError: no processes; a model that mixes tokens outside attention, as a short text then shows (in half
+            precision a faint mixture does not show), or whose positions depend on the text's length; a trace or edits
+            that are in force already; and, of a pass, padding, a ready-made mask, packed texts, a cache, gradients of
+            edits, hidden states, and texts that differ between processes.
     """
     inner = bare_model(model)
     _check(model, inner)
@@ -97,13 +103,31 @@ def _check(model: ModelLike, inner: PreTrained) -> None:
         raise HeadscopeError(f"{kind} is under tensor parallelism (tp_size); use that or context_parallel, not both")
     if hasattr(inner.forward, "headscope_shared"):
         raise HeadscopeError(f"{kind} is in a context_parallel block already; leave that one first")
-    scaling = getattr(inner.config.get_text_config(), "rope_parameters", None) or {}
-    named = str(scaling.get("rope_type", "default")) if isinstance(scaling, dict) else ""
-    if named in _BY_LENGTH:
-        raise HeadscopeError(
-            f"{kind} has {named!r} rotary embeddings, whose frequencies depend on the length that a process sees: "
-            "trace it on one process"
-        )
+    if is_attached(model):
+        raise HeadscopeError(f"{kind} is traced or edited already: enter context_parallel first, then trace and apply")
+    for named in _rope_types(getattr(inner.config.get_text_config(), "rope_parameters", None)):
+        if named in _BY_LENGTH:
+            raise HeadscopeError(
+                f"{kind} has {named!r} rotary embeddings, whose frequencies depend on the length that a process sees: "
+                "trace it on one process"
+            )
+    if any(isinstance(part, nn.Conv1d) and part.kernel_size[0] > 1 for part in inner.modules()):
+        raise _mixes(inner)
+
+
+def _rope_types(given: Any) -> Iterator[str]:
+    """The kinds of rotary embeddings in a configuration's ``rope_parameters``, of one kind of layer each or of all."""
+    if isinstance(given, dict):
+        yield str(given.get("rope_type", "default"))
+        for part in given.values():
+            yield from _rope_types(part)
+
+
+def _mixes(inner: PreTrained, apart: str = "it has convolutions over tokens") -> HeadscopeError:
+    return HeadscopeError(
+        f"{type(inner).__name__} cannot be shared out over processes ({apart}): something beside softmax attention "
+        "mixes its tokens; trace it on one process"
+    )
 
 
 def _no_stream(inner: PreTrained) -> HeadscopeError:
@@ -135,19 +159,20 @@ class _Shared:
         return forward
 
     def __call__(self, **given: Any) -> Any:
-        ids = self._ids(given)
-        if ids.shape[1] < 2 * self.size:  # every process reads all of it
+        if is_paused(self.model):  # a pass of our own, which no handler sees: every process reads all of it
             return self.forward(**given)
+        wanted = given.pop("return_dict", getattr(self.model.config, "return_dict", True))
+        ids, positions, keep = self._texts(given)
+        if ids.shape[1] < 2 * self.size:
+            return self.forward(**given, **({} if wanted else {"return_dict": False}))
         split = SplitRows(self.group, self.rank, _sizes(ids.shape[1], 2 * self.size))
-        shares, keep = split.shares, given.pop("logits_to_keep", 0)
+        shares = split.shares
         kept = Shares.paired(_last_of(split.sizes, keep)) if keep else shares
-        options = {name: given[name] for name in ("return_dict",) if name in given}
+        options: dict[str, Any] = {} if wanted else {"return_dict": True}
         if takes(self.model, "use_cache"):
             options["use_cache"] = False
         if keep:
             options["logits_to_keep"] = max(1, kept.sizes[self.rank])
-        positions = given.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
-        positions = positions.expand(ids.shape[0], -1)
         mine, at = (shares.of(x, 1, self.rank) for x in (ids, positions))
         if takes(self.model, "attention_mask"):  # without one transformers takes a gap in positions for two texts
             options["attention_mask"] = torch.ones_like(mine)
@@ -161,30 +186,38 @@ class _Shared:
             if isinstance(x, Tensor):
                 held = kept if name == "logits" else shares  # the last rows of a process are those of its later run
                 setattr(output, name, gather(x[:, x.shape[1] - held.sizes[self.rank] :], 1, held, self.group))
-        return output
+        return output if wanted else output.to_tuple()
 
-    def _ids(self, given: dict[str, Any]) -> Tensor:
-        """The token ids of a pass, the same on every process.
+    def _texts(self, given: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+        """Token ids and positions (text, token) of a pass, and how many logits are kept: the same on every process.
 
         Raises:
             HeadscopeError: padding, a cache, another input or other texts on other processes.
         """
         more = [name for name, value in given.items() if name not in _TAKEN and value is not False]
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        for name in ("output_hidden_states", "output_attentions"):
+            more += [f"config.{name}"] if getattr(self.model.config, name, False) and name not in more else []
+        ids, mask, keep = given.get("input_ids"), given.get("attention_mask"), given.get("logits_to_keep", 0)
         if more or ids is None or given.get("use_cache") is True and "past_key_values" in given:
             raise HeadscopeError(
                 f"a pass inside context_parallel takes whole texts as input_ids, not {', '.join(more) or 'a cache'}; "
                 "leave that out, or run it on one process (so does generation, whose cache would be in parts)"
             )
-        if isinstance(mask, Tensor) and not bool(mask.all()):
-            raise HeadscopeError("texts inside context_parallel are of one length, without padding; give one at a time")
-        check = torch.tensor([ids.shape[0], ids.shape[1], int((ids * torch.arange(1, 1 + ids.shape[1]).to(ids)).sum())])
-        found = gather(check.to(ids.device)[None], 0, Shares.in_order((1,) * self.size), self.group)
-        if bool((found != found[:1]).any()):
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all())):
             raise HeadscopeError(
-                "the processes of context_parallel were given different texts; give all of them the same"
+                "texts inside context_parallel are of one length, without padding and without a ready-made mask; give "
+                "one at a time"
             )
-        return ids  # type: ignore[no-any-return]
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+            raise HeadscopeError(f"logits_to_keep inside context_parallel is a number of last tokens, not {keep!r}")
+        positions = given.get("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
+        positions = positions.expand(ids.shape[0], -1)
+        if bool((positions.diff(dim=1) != 1).any()):
+            raise HeadscopeError(
+                "position_ids inside context_parallel go up by one: packed texts, or a gap, are one process's to read"
+            )
+        require_same(self.group, ids, positions, torch.tensor([keep]), of="the processes of context_parallel")
+        return ids, positions, keep
 
 
 def _sizes(tokens: int, runs: int) -> tuple[int, ...]:
@@ -216,11 +249,9 @@ def _prove(model: PreTrained) -> None:
         parts = _logits(shared(input_ids=ids))
         whole = _logits(shared.__wrapped__(input_ids=ids, use_cache=False))
     apart = float((parts.float() - whole.float()).abs().max())
-    if not apart <= APART * max(1.0, float(whole.float().abs().max())):
-        raise HeadscopeError(
-            f"{type(model).__name__} gives another output when its tokens are on several processes (by {apart:.2g}): "
-            "something beside softmax attention mixes them; trace it on one process"
-        )
+    bound = _SHARP if whole.dtype in (torch.float32, torch.float64) else APART
+    if not apart <= bound * max(1.0, float(whole.float().abs().max())):
+        raise _mixes(model, f"its output is another by {apart:.2g} then")
 
 
 def _logits(output: Any) -> Tensor:

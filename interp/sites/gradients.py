@@ -101,6 +101,8 @@ def _refuse(model: ModelLike) -> None:
             "gradients of a model under tensor parallelism (tp_size) are not taken: load it on one process, with "
             "device_map='auto' if it is large, for grad=True"
         )
+    if hasattr(bare_model(model).forward, "headscope_shared"):
+        raise HeadscopeError("gradients are not taken inside context_parallel: leave that block first for grad=True")
     if torch.is_inference_mode_enabled():
         raise HeadscopeError("grad=True does nothing under torch.inference_mode(); leave that block first")
     if any(part.training and getattr(part, "gradient_checkpointing", False) for part in bare_model(model).modules()):

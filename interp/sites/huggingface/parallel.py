@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.split import Split
 from headscope.interp.attention.split_heads import SplitHeads
+from headscope.interp.attention.whole import require_same
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.sizes import query_heads
@@ -60,6 +61,18 @@ def require_whole_heads(model: nn.Module) -> None:
             "nothing says which heads each holds: load it with from_pretrained(..., tp_plan='auto') under torchrun, or "
             "with device_map='auto'"
         )
+
+
+def require_same_inputs(mesh: Any, inputs: dict[str, Any]) -> None:
+    """Refuse a pass whose tokens differ between the processes that hold the heads: each would attend to other ones.
+
+    Raises:
+        HeadscopeError: in every process.
+    """
+    given = [inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")]
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    if tensors:
+        require_same(mesh.get_group(), *tensors, of="the processes of one model under tensor parallelism")
 
 
 def require_whole_places(model: nn.Module, places: tuple[str, ...]) -> None:

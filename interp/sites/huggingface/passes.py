@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.huggingface.parallel import require_same_inputs
 from headscope.interp.sites.huggingface.state import Route
 from headscope.interp.sites.unwrap import stopped
 
@@ -72,6 +73,8 @@ class _Begin(_Bound):
         inputs = dict(kwargs)
         if args and "input_ids" not in inputs:
             inputs["input_ids"] = args[0]
+        if route.heads is not None:
+            require_same_inputs(route.heads, inputs)
         asked = inputs.get("output_attentions")
         route.maps = bool(getattr(model.config, "output_attentions", False) if asked is None else asked)
         route.forget_pass()

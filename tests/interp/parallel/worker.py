@@ -25,6 +25,7 @@ from headscope.interp.models import output_projections
 from headscope.interp.models.placement import require_own_weights
 from headscope.interp.runs.provenance import fingerprint
 from headscope.interp.sites import is_attached
+from headscope.interp.sites.before import own_passes
 from headscope.interp.statistics import (
     BlockMap,
     Distance,
@@ -58,6 +59,7 @@ STATISTICS = [
     TargetMass({"before": lambda at: at - 1}),
 ]
 IDS = torch.randint(4, 100, (2, 25), generator=torch.Generator().manual_seed(0))
+AT = torch.arange(25).expand(2, -1)
 REAL = torch.ones_like(IDS)
 REAL[0, :3] = 0
 
@@ -118,6 +120,7 @@ def tensor_parallel() -> dict[str, Any]:
     found["swept parts"] = len(list((FOLDER / "swept").glob("part-*")))
     found["fingerprints"] = fingerprint(whole) == fingerprint(split)
     found["gradients"] = refusal(lambda: trace(split, few, grad=True).__enter__())
+    found["texts"] = refusal(lambda: record(split, (), input_ids=IDS + dist.get_rank()))
     found["weights"] = refusal(lambda: output_projections(split))
     found["head 8"] = refusal(lambda: apply(split, AblateHeads("L0H8")).__enter__())
     found["neurons"] = refusal(
@@ -182,10 +185,30 @@ def context() -> dict[str, Any]:
     with context_parallel(model):
         found["padding"] = refusal(lambda: model(input_ids=IDS, attention_mask=REAL))
         found["texts"] = refusal(lambda: model(input_ids=IDS + dist.get_rank()))
+        found["positions"] = refusal(lambda: model(input_ids=IDS, position_ids=AT + dist.get_rank()))
+        found["packed"] = refusal(lambda: model(input_ids=IDS, position_ids=AT % 12, use_cache=False))
+        found["mask"] = refusal(lambda: model(input_ids=IDS, attention_mask=torch.ones(2, 1, 25, 25).bool()))
+        found["kept"] = refusal(lambda: model(input_ids=IDS, logits_to_keep=torch.tensor([3])))
+        found["numbers kept"] = refusal(lambda: model(input_ids=IDS, logits_to_keep=4 + dist.get_rank()))
+        found["gradients"] = refusal(lambda: trace(model, [Entropy()], grad=True).__enter__())
+        model.config.output_hidden_states = True
+        found["hidden"] = refusal(lambda: model(input_ids=IDS))
+        model.config.output_hidden_states = False
+        found["tuple"] = float((model(IDS, return_dict=False)[0] - few_of(model, IDS)).abs().max())
+        with own_passes(model) as own:
+            found["own"] = float((own(IDS).logits - few_of(model, IDS)).abs().max())
         found["cache"] = refusal(lambda: model.generate(IDS, max_new_tokens=2, do_sample=False))
         found["stream"] = refusal(lambda: trace(model, [Resid()]).__enter__())
         found["twice"] = refusal(lambda: context_parallel(model).__enter__())
+    with trace(model, [Entropy()]):
+        found["traced"] = refusal(lambda: context_parallel(model).__enter__())
     found["recurrent"] = refusal(lambda: context_parallel(tiny_model("qwen3_next")).__enter__())
+    mixing = tiny_model("llama")
+    mixing.model.layers[0].mlp.register_forward_hook(lambda part, args, out: out + 1e-3 * args[0].mean(1, keepdim=True))
+    found["mixing"] = refusal(lambda: context_parallel(mixing).__enter__())
+    longer = tiny_model("gemma3_text")
+    longer.config.rope_parameters["full_attention"]["rope_type"] = "dynamic"
+    found["rotary"] = refusal(lambda: context_parallel(longer).__enter__())
     fresh = tiny_model(kind, num_attention_heads=8, num_key_value_heads=4)
     found["after"] = float((model(IDS).logits - fresh(IDS).logits).abs().max())
     return found
@@ -197,6 +220,12 @@ def shared_card() -> dict[str, Any]:
     found = {"right": card.main(tiny), "written": len(list((FOLDER / "card").glob("*.json")))}
     with mock.patch.object(SplitRows, "_over", lambda self, x, how: x):
         return {**found, "beyond": card.main(tiny[:-2])["beyond"]}
+
+
+def few_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a model of the same weights that reads all of the text itself."""
+    kind = model.config.model_type
+    return tiny_model(kind, num_attention_heads=8, num_key_value_heads=4)(ids).logits
 
 
 def every_edit() -> dict[str, Any]:
