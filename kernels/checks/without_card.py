@@ -108,9 +108,6 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "targets", lambda: targets.target_mass(q, k, lse, named, mask=mask, **plain)
     outputs = [torch.zeros(BATCH, HEADS, QUERIES, d_value, dtype=dtype) for _ in range(2)]
     yield "shares", lambda: shares.add_shares(outputs, [lse, lse], outputs[0])
-    parts = torch.zeros(BATCH, 3, HEADS, QUERIES)
-    spans = torch.zeros(*parts.shape, d_value, dtype=dtype)
-    yield "shares of spans", lambda: shares.split_shares(parts, None, outputs[0][0, :, 0, 0], spans)
     room, few_keys = listed.room(q, 8), heaviest.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, KEYS, 8)
     yield "lists", lambda: listed.heaviest(q, k, lse, room, few_keys, seen, device.score(**plain))
     chain = _every_term(q)
@@ -178,7 +175,6 @@ def main(given: Sequence[str] | None = None) -> int:
             patches.enter_context(patch.object(module, "_kernel", Compiled(module._kernel)))
         patches.enter_context(patch.object(topk, "_merge_kernel", Compiled(topk._merge_kernel)))
         patches.enter_context(patch.object(listed, "_anew", Compiled(listed._anew)))
-        patches.enter_context(patch.object(shares, "_split_kernel", Compiled(shares._split_kernel)))
         patches.enter_context(patch.object(rows, "merge_kernel", Compiled(merge.merge_kernel)))
         for kind in asked.rules.split(","):
             for size in asked.widths.split(","):
