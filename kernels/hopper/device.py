@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from headscope.kernels.hopper.scores import scored
+from headscope.kernels.hopper.scores import key_bias, scored
 from headscope.kernels.triton import masks as triton_masks
 from headscope.kernels.triton import softmax as triton_softmax
 from headscope.kernels.triton.device import FLOOR as _FLOOR
@@ -230,13 +230,13 @@ def seen_in_tile(position, j, start, b, sizes, rules):
 
 
 @gluon.jit
-def absorb(s, bias, state, position, start, b, sizes, rules, results, score, FOLD: gl.constexpr, MASKED: gl.constexpr):
+def absorb(s, state, position, start, b, h, sizes, rules, results, score, FOLD: gl.constexpr, MASKED: gl.constexpr):
     """Steps 1 to 4 of ``triton_rows`` on products ``s``: (weights p, factor of what was summed before, state)."""
     m, norm, e, x = state
     keys: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     like: gl.constexpr = norm.type.layout
     j = gl.arange(0, s.shape[1], layout=keys)
-    s, unit = scored(s, score, bias)
+    s, unit = scored(s, score, key_bias(score, b, h, start, j, sizes.keys, MASKED))
     if MASKED:
         s = gl.where(seen_in_tile(position, j, start, b, sizes, rules), s, HIDDEN / unit)
     new = gl.maximum(m, gl.max(s, 1) * unit)

@@ -226,7 +226,7 @@ class Pending:
     type = Value.type
 
     def __init__(self, a: Value | Shared, b: Shared, c: Value, use_acc: bool) -> None:
-        self.a, self.b, self.c = a, b, plain(c) if use_acc else 0.0
+        self.a, self.b, self.c = a, b, c if use_acc else 0.0  # ``c`` may be a product that this one follows
         self.result: Value | None = None
 
     @property
@@ -235,7 +235,8 @@ class Pending:
 
     def finish(self) -> None:
         if self.result is None:
-            self.result = Value(self.a.x.float() @ self.b.x.float() + self.c)
+            sums = self.c.result if isinstance(self.c, Pending) else self.c
+            self.result = Value(self.a.x.float() @ self.b.x.float() + plain(sums))
 
 
 _here = threading.local()  # .block, in each of its threads
@@ -295,11 +296,11 @@ MBARRIER = SimpleNamespace(
 )
 
 
-def allocate_shared_memory(dtype: Any, shape: list[int], layout: Any) -> Any:
+def allocate_shared_memory(dtype: Any, shape: list[int], layout: Any, value: Any = None) -> Any:
     if layout is Barrier:
         made = [Barrier() for _ in range(shape[0])]
         return SimpleNamespace(index=lambda i: made[int(i)], shape=shape)
-    return Shared(torch.full(shape, float("nan"), dtype=dtype))
+    return Shared(torch.full(shape, float("nan"), dtype=dtype) if value is None else value.x)
 
 
 def warp_specialize(groups: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: Any) -> None:
@@ -373,6 +374,7 @@ LANGUAGE = SimpleNamespace(
     SliceLayout=_nothing,
     DotOperandLayout=_nothing,
     NVMMADistributedLayout=_nothing,
+    NVMMASharedLayout=_nothing,
 )
 NAMES = {
     "gl": LANGUAGE,

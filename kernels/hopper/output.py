@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from headscope.kernels.hopper.bias import COLUMNS, bias_room, bias_tiles, fetch_bias, products
 from headscope.kernels.hopper.device import (
     FLOOR,
     GROUP_ROWS,
@@ -57,7 +58,6 @@ from headscope.kernels.hopper.device import (
     tiles,
     weigh,
 )
-from headscope.kernels.hopper.scores import key_bias
 from headscope.kernels.triton.device import launch
 
 ABSENT = gl.constexpr(0)  # features: there are none;
@@ -66,12 +66,12 @@ APART = gl.constexpr(2)  # tiles are asked whether they need one
 
 
 @gluon.jit
-def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
-    """The producer: the block's queries, then tiles of keys and of values, the latter with the features' rows."""
-    q_at, k_at, v_at, f_at = at
-    q_smem, k_smem, v_smem, f_smem = smem
+def _fetch(at, smem, bars, score, where, lo, hi, FEATURES: gl.constexpr):
+    """The producer: the block's queries, then tiles of keys, with their bias, and of values, with their features."""
+    q_at, k_at, v_at, f_at, bias_at = at
+    q_smem, k_smem, v_smem, f_smem, bias = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
-    b, h, kv, fb, row = where
+    b, h, kv, fb, row, pattern = where
     GROUPS: gl.constexpr = q_smem.shape[0]
     STAGES: gl.constexpr = k_smem.shape[0]
     BN: gl.constexpr = k_at.block_type.shape[2]
@@ -83,7 +83,11 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
         stage = n % STAGES
         phase = (n // STAGES & 1) ^ 1
         mbarrier.wait(k_free.index(stage), phase)
-        mbarrier.expect(k_ready.index(stage), k_at.block_type.nbytes)
+        if bias[0].shape[4] == COLUMNS:
+            mbarrier.expect(k_ready.index(stage), k_at.block_type.nbytes + bias_at.block_type.nbytes)
+            fetch_bias(bias_at, pattern, h, start, score, k_ready.index(stage), bias[0].index(stage))
+        else:
+            mbarrier.expect(k_ready.index(stage), k_at.block_type.nbytes)
         fetch(k_at, [b, kv, start, 0], k_ready.index(stage), k_smem.index(stage))
         mbarrier.wait(v_free.index(stage), phase)
         if FEATURES != ABSENT:
@@ -109,20 +113,18 @@ def _skip(n, keys, bars, BN: gl.constexpr):
 
 
 @gluon.jit
-def _scores(n, q, k_smem, ready):
+def _scores(n, q, smem, ready):
     """Issue the product of the queries and the n-th tile of keys, once it is there."""
+    _q_smem, k_smem, _v_smem, _f_smem, bias = smem
     STAGES: gl.constexpr = k_smem.shape[0]
-    BN: gl.constexpr = k_smem.shape[3]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     mbarrier.wait(ready.index(n % STAGES), n // STAGES & 1)
-    kt = k_smem.index(n % STAGES).reshape([BN, k_smem.shape[4]]).permute([1, 0])
-    return warpgroup_mma(q, kt, gl.zeros([GROUP_ROWS, BN], gl.float32, mma), use_acc=False, is_async=True)
+    return products(q, k_smem, n % STAGES, bias)
 
 
 @gluon.jit
 def _values(p, stage, smem, output, linear, F: gl.constexpr):
     """Issue the products of weights ``p`` with a tile's values and, ``BESIDE``, with its features."""
-    _q_smem, _k_smem, v_smem, f_smem = smem
+    _q_smem, _k_smem, v_smem, f_smem, _bias = smem
     o_ = warpgroup_mma(p, v_smem.index(stage).reshape([v_smem.shape[3], v_smem.shape[4]]), output, is_async=True)
     f_ = linear
     if F == BESIDE:
@@ -149,14 +151,10 @@ def _at_once(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexp
     state, nothing, output, linear = sums
     b, h, sizes, rules, results, score = given
     STAGES: gl.constexpr = smem[1].shape[0]
-    BN: gl.constexpr = smem[1].shape[3]
-    keys: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
     stage = n % STAGES
-    s_ = _scores(n, q, smem[1], k_ready)
-    bias = key_bias(score, b, h, start, gl.arange(0, BN, layout=keys), sizes.keys, MASKED)
-    s = warpgroup_mma_wait(0, deps=[s_])
+    s = warpgroup_mma_wait(0, deps=[_scores(n, q, smem, k_ready)])
     mbarrier.arrive(k_free.index(stage))
-    p, a, state = absorb(s, bias, state, position, start, b, sizes, rules, results, score, True, MASKED)
+    p, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, True, MASKED)
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, output.type.layout, 2))
     if F == BESIDE:
         linear = scaled(linear, a)
@@ -174,17 +172,14 @@ def _one_late(n, start, q, smem, bars, position, sums, given, MASKED: gl.constex
     state, p, output, linear = sums
     b, h, sizes, rules, results, score = given
     STAGES: gl.constexpr = smem[1].shape[0]
-    BN: gl.constexpr = smem[1].shape[3]
-    keys: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
     last = gl.maximum(n - 1, 0)
     before = last % STAGES
-    s_ = _scores(n, q, smem[1], k_ready)
-    bias = key_bias(score, b, h, start, gl.arange(0, BN, layout=keys), sizes.keys, MASKED)
+    s_ = _scores(n, q, smem, k_ready)
     mbarrier.wait(v_ready.index(before), last // STAGES & 1)
     o_, f_ = _values(p, before, smem, output, linear, F)
     s = warpgroup_mma_wait(2 if F == BESIDE else 1, deps=[s_])
     mbarrier.arrive(k_free.index(n % STAGES))
-    new, a, state = absorb(s, bias, state, position, start, b, sizes, rules, results, score, False, MASKED)
+    new, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, False, MASKED)
     output, linear = _wait(o_, f_, F)
     mbarrier.arrive(v_free.index(before), pred=n > 0)
     output = scaled(output, a)
@@ -231,10 +226,10 @@ def _runs(n, start, to, columns, q, smem, bars, position, sums, given):
 @gluon.jit
 def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, F: gl.constexpr, dv: gl.constexpr):
     """One group: the statistics and the output of 64 rows."""
-    q_smem, k_smem, v_smem, f_smem = smem
+    q_smem, k_smem, v_smem, f_smem, _bias = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
     b, h, sizes, rules, results, score = given
-    _b, _h, _kv, _fb, row = where
+    _b, _h, _kv, _fb, row, _pattern = where
     LATE: gl.constexpr = q_smem.shape[0] == 2
     BN: gl.constexpr = k_smem.shape[3]
     DV: gl.constexpr = v_smem.shape[4]
@@ -281,6 +276,7 @@ def _kernel(
     k_at,
     v_at,
     f_at,
+    bias_at,
     columns,
     sinks,
     results,
@@ -298,11 +294,14 @@ def _kernel(
     F: gl.constexpr = ABSENT if f_at is None else BESIDE if columns is None else APART
     b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
     example = b // sizes.repeat
-    where = (example, h, h // sizes.group, example * batch, row)
+    where = (example, h, h // sizes.group, example * batch, row, b)
     q_smem, k_smem, v_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES), buffers(v_at, STAGES)
-    at, smem = (q_at, k_at, v_at, v_at), (q_smem, k_smem, v_smem, v_smem)
+    bias = (k_smem, k_smem)
+    if bias_at is not None:
+        bias = bias_room(bias_at, STAGES)
+    at, smem = (q_at, k_at, v_at, v_at, bias_at), (q_smem, k_smem, v_smem, v_smem, bias)
     if F != ABSENT:
-        at, smem = (q_at, k_at, v_at, f_at), (q_smem, k_smem, v_smem, buffers(f_at, STAGES))
+        at, smem = (q_at, k_at, v_at, f_at, bias_at), (q_smem, k_smem, v_smem, buffers(f_at, STAGES), bias)
     if F == APART:
         columns = of_example(columns, example * batch, sizes.keys, BN, f_at.block_type.shape[2])
     ready, free = barriers(STAGES, 1), barriers(STAGES, GROUPS)
@@ -314,7 +313,7 @@ def _kernel(
             [
                 (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
                 (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
-                (_fetch, (at, smem, bars, where, lo, hi, F)),
+                (_fetch, (at, smem, bars, score, where, lo, hi, F)),
             ],
             [4, 1],
             [240, 24],
@@ -325,7 +324,7 @@ def _kernel(
                 (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
                 (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
                 (_reduce, (2, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
-                (_fetch, (at, smem, bars, where, lo, hi, F)),
+                (_fetch, (at, smem, bars, score, where, lo, hi, F)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -366,5 +365,8 @@ def output(
     grid = (triton.cdiv(sizes.rows, groups * GROUP_ROWS.value) * pairs,)
     at = tiles(q, GROUP_ROWS.value, width), tiles(k, keys, width), tiles(v, keys, width)
     f_at, features, batch = feature_tiles(columns, keys, asked=sparse)
+    bias_at, score = bias_tiles(q, score, columns, keys)
     given = sinks, results, sizes, rules, score, batch, together
-    launch(_kernel, grid, q, *at, f_at, features, *given, dv=v.shape[3], GROUPS=groups, STAGES=stages, num_warps=4)
+    launch(
+        _kernel, grid, q, *at, f_at, bias_at, features, *given, dv=v.shape[3], GROUPS=groups, STAGES=stages, num_warps=4
+    )
