@@ -180,14 +180,13 @@ def _sizes(sets: list[Tensor]) -> list[tuple[slice, int, int]]:
     head has in it, the fewest and the most. The device is asked once, before it has work to wait for."""
     if not sets[0].numel():
         return [(slice(0, 0), 0, 0)] * len(sets)
-    numbers = []
-    for chosen in sets:
-        some, counts = chosen.flatten(0, 1).any(0).int(), chosen.sum(-1)
-        numbers += [some.argmax(), some.flip(0).argmax(), counts.min(), counts.max()]
-    found, length = torch.stack(numbers).tolist(), sets[0].shape[-1]
-    each = zip(*(found[i::4] for i in range(4)), strict=True)
+    every = torch.stack(torch.broadcast_tensors(*sets)).flatten(1, 2)
+    some, counts = every.any(1).int(), every.sum(-1)
+    numbers = some.argmax(-1), some.flip(-1).argmax(-1), *counts.aminmax(dim=-1)
+    length = every.shape[-1]
     return [  # without a key: one that is hidden
-        (slice(first, length - last) if most else slice(0, 1), least, most) for first, last, least, most in each
+        (slice(first, length - last) if most else slice(0, 1), least, most)
+        for first, last, least, most in torch.stack(numbers, -1).tolist()
     ]
 
 
@@ -250,7 +249,7 @@ def _with_few(part: _Part, v: Tensor, share: Tensor | None, output: Tensor) -> T
         add_few(few, part.norm, v, share, output)
         return output
     batch, heads, _, n = few.scores.shape
-    index = few.index.clamp(min=0).long()[..., None].expand(batch, heads, n, v.shape[3])
+    index = few.which.clamp(min=0).long()[..., None].expand(batch, heads, n, v.shape[3])
     values = v.repeat_interleave(heads // v.shape[1], 1).gather(2, index).float()
     weights = torch.exp2(few.scores - part.norm[..., None] * math.log2(math.e))
     return (output if share is None else output * share[..., None]) + weights @ values

@@ -40,10 +40,10 @@ ROWS = 64
 
 
 class Few(NamedTuple):
-    """``index`` (batch or 1, head or 1, n) int32 of keys, -1 where there are fewer; ``scores`` (batch, head, query, n)
+    """``which`` keys (batch or 1, head or 1, n) int32, -1 where there are fewer; ``scores`` (batch, head, query, n)
     float32 in units of ln 2, -inf where hidden; ``lse`` (batch, head, query)."""
 
-    index: Tensor
+    which: Tensor
     scores: Tensor
     lse: Tensor
 
@@ -153,8 +153,8 @@ def few_scores(scores: Scores, chosen: Tensor, most: int) -> Few:
     (batch, heads, rows, keys), n = scores.shape, padded(most)
     place = torch.where(chosen, chosen.cumsum(-1) - 1, n)
     index = torch.full((*chosen.shape[:2], n + 1), -1, dtype=torch.int32, device=chosen.device)
-    which = torch.arange(keys, dtype=torch.int32, device=chosen.device).expand_as(place)
-    index = index.scatter_(2, place, which)[..., :n].contiguous()
+    every = torch.arange(keys, dtype=torch.int32, device=chosen.device).expand_as(place)
+    index = index.scatter_(2, place, every)[..., :n].contiguous()
     q, k = last_dim_contiguous(scores.q), last_dim_contiguous(scores.k)
     found = Few(index, q.new_empty(batch, heads, rows, n, dtype=torch.float32), q.new_empty(batch, heads, rows).float())
     sizes = _sizes(found, k)
@@ -172,7 +172,7 @@ def add_few(few: Few, norm: Tensor, v: Tensor, share: Tensor | None, out: Tensor
     """
     v, d, n = last_dim_contiguous(v), v.shape[3], few.scores.shape[3]
     share = None if share is None else share.contiguous()
-    given = few.scores, norm.contiguous(), share, v, few.index, out, strides(v), _sizes(few, v)
+    given = few.scores, norm.contiguous(), share, v, few.which, out, strides(v), _sizes(few, v)
     batch, heads, rows, _ = few.scores.shape
     grid, tile = (triton.cdiv(rows, ROWS), batch * heads), {"d": d, "D": padded(d), "N": n, "BM": ROWS}
     launch(_add_kernel, grid, out, *given, **tile, num_warps=4)
@@ -180,5 +180,5 @@ def add_few(few: Few, norm: Tensor, v: Tensor, share: Tensor | None, out: Tensor
 
 def _sizes(few: Few, x: Tensor) -> Sizes:
     heads, rows = few.scores.shape[1:3]
-    moves = (0 if few.index.shape[at] == 1 else few.index.stride(at) for at in (0, 1))
+    moves = (0 if few.which.shape[at] == 1 else few.which.stride(at) for at in (0, 1))
     return Sizes(heads, heads // x.shape[1], rows, x.shape[2], *moves)
