@@ -39,25 +39,19 @@ from headscope.kernels.hopper.device import (
     block_rows,
     bounds,
     buffers,
-    enter,
-    feature_tiles,
     fetch,
     finish,
     fold,
     group_keys,
     group_rows,
-    leave,
-    no_features,
-    of_example,
-    run_of,
     scaled,
     skip,
     store_rows,
     taking_turns,
     tile_width,
     tiles,
-    weigh,
 )
+from headscope.kernels.hopper.features import enter, feature_tiles, leave, no_features, of_example, run_of, weigh
 from headscope.kernels.triton.device import launch
 
 ABSENT = gl.constexpr(0)  # features: there are none;

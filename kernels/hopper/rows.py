@@ -3,7 +3,7 @@
 A block is 192 queries of one head: three groups of 64 share every tile of keys. Each group multiplies, then takes its
 exponentials while the matrix unit works for the others; its sums stay with the threads until the end (``fold``).
 Features c that stay the same over many tiles (sinks and spans: nearly everywhere) cost nothing there, for the sums F
-of features and l of weights change alike: F - c l is only scaled to the new maxima, so (see ``hopper_device.leave``)
+of features and l of weights change alike: F - c l is only scaled to the new maxima, so (see ``hopper.features``)
 
     F' = a (F - c l) + c l'.
 """
@@ -33,24 +33,18 @@ from headscope.kernels.hopper.device import (
     block_rows,
     bounds,
     buffers,
-    enter,
-    feature_tiles,
     fetch,
     finish,
     fold,
     group_keys,
     group_rows,
-    leave,
-    no_features,
-    of_example,
-    run_of,
     scaled,
     skip,
     taking_turns,
     tile_width,
     tiles,
-    weigh,
 )
+from headscope.kernels.hopper.features import enter, feature_tiles, leave, no_features, of_example, run_of, weigh
 from headscope.kernels.triton.device import launch
 
 GROUPS = gl.constexpr(3)

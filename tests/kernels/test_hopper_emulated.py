@@ -29,8 +29,9 @@ from headscope.kernels.hopper import heaviest as hopper_heaviest
 from headscope.kernels.hopper import output as hopper_output
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.hopper.bias import bias_tiles, pieces
-from headscope.kernels.hopper.device import GROUP_ROWS, LOG2E, _beside
+from headscope.kernels.hopper.device import GROUP_ROWS, LOG2E
 from headscope.kernels.hopper.emulator import Deadlock, Emulated, Value, emulated, translated
+from headscope.kernels.hopper.features import _beside
 from headscope.kernels.hopper.scores import capped
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, ReducedColumns, Request
