@@ -2,10 +2,7 @@
 
 A block is 192 queries of one head: three groups of 64 share every tile of keys. Each group multiplies, then takes its
 exponentials while the matrix unit works for the others; its sums stay with the threads until the end (``fold``).
-Features c that stay the same over many tiles (sinks and spans: nearly everywhere) cost nothing there, for the sums F
-of features and l of weights change alike: F - c l is only scaled to the new maxima, so (see ``hopper.features``)
-
-    F' = a (F - c l) + c l'.
+Features that stay the same over many tiles (sinks and spans: nearly everywhere) cost nothing there (``features``).
 """
 
 # A kernel's types are its arguments' at compile time.

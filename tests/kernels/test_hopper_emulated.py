@@ -27,6 +27,7 @@ from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.hopper import divergence as hopper_divergence
 from headscope.kernels.hopper import heaviest as hopper_heaviest
 from headscope.kernels.hopper import output as hopper_output
+from headscope.kernels.hopper import output_tiles
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.hopper.bias import bias_tiles, pieces
 from headscope.kernels.hopper.device import GROUP_ROWS, LOG2E
@@ -355,7 +356,7 @@ def _forgets_the_scale(linear, c, before, state, FOLD: gl.constexpr):
 
 def test_a_planted_bug_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case("causal", **BASE, d_head=64, queries=300, keys=900)
-    for module in (hopper_rows, hopper_output):
+    for module in (hopper_rows, output_tiles):
         monkeypatch.setattr(module, "leave", _forgets_the_scale)
     with emulated(hopper_rows, hopper_output):
         assert {verdict.name for verdict in fails(case, request_of(case, features=0))} == {"linear"}
