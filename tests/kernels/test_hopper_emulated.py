@@ -31,7 +31,9 @@ from headscope.kernels.hopper import output_tiles
 from headscope.kernels.hopper import rows as hopper_rows
 from headscope.kernels.hopper.bias import bias_tiles, pieces
 from headscope.kernels.hopper.device import GROUP_ROWS, LOG2E
-from headscope.kernels.hopper.emulator import Deadlock, Emulated, Value, emulated, translated
+from headscope.kernels.hopper.emulated_block import Deadlock
+from headscope.kernels.hopper.emulated_values import Value
+from headscope.kernels.hopper.emulator import Emulated, emulated, translated
 from headscope.kernels.hopper.features import _beside
 from headscope.kernels.hopper.scores import capped
 from headscope.kernels.masks import Mask
