@@ -98,7 +98,9 @@ def main(d: int, dtype: torch.dtype, mask: Mask, numbers: list[int], options: di
             hopper.fill_rows(q, k, k.clone(), f, sinks, output, sizes, seen, s, sparse=sparse)
     hopper.fill_columns(q, k, z, z, z, triton_columns.Sizes(8, 4, 256, 0, 256, 256), seen, s)
     norms = z, z, None, None
-    hopper.fill_distances(q, k, q, k, norms, torch.zeros(4, *z.shape), divergence.Sizes(8, 4, 256, 256), seen, s)
+    unbiased = s._replace(bias=None)  # no divergence has a bias
+    sizes = divergence.Sizes(8, 4, 256, 256)
+    hopper.fill_distances(q, k, q, k, norms, torch.zeros(4, *z.shape), sizes, seen, unbiased)
     hopper.fill_lists(q, k, listed.room(q, 16), heaviest.Sizes(8, 4, 256, 256, 16), seen, s)
 
 
