@@ -173,6 +173,7 @@ def _wide() -> list[dict[str, Any]]:
             {**base, "kind": "left padding", "d_head": d, "bias": True},
         ]
     every += [{**base, "kind": kind, "d_head": d} for d in (64, 128) for kind in ("segments", "chunks from origin")]
+    every += [{**base, "kind": "causal", "d_head": d, "bias": True, "keys": 4200} for d in (64, 128)]  # by products
     return [{**spec, "batch": 2, "kv_heads": 1} for spec in every]
 
 

@@ -5,7 +5,8 @@ neither loads nor adds anything. One operand is all ones. The other, 32 bytes a 
 in three pieces of bfloat16 (8 bits each, together float32's 24), and zeros: products with 1 are exact. The unit adds
 the pieces to the sum of q.k in float32 and may cut off bits below the last of the largest of them: an error of two such
 bits, 2^-22 of q.k or of the bias, as a rounding of either is. Float16 has not the range, a softcap comes before a bias,
-and with features or heads wider than 128 there is no room in shared memory: ``scores.key_bias`` is then added.
+and with features or heads wider than 128 there is no room in shared memory: ``scores.key_bias`` is then added, as it
+is to the scores of few keys.
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -23,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 from headscope.kernels.hopper.device import GROUP_ROWS, LOG2E, buffers, fetch, tile_width, tiles
 
 COLUMNS = gl.constexpr(16)
+LEAST = 4096  # keys: of fewer, to put the pieces together takes as long as they save
 
 
 def pieces(score: Any) -> Tensor:
@@ -41,7 +43,7 @@ def pieces(score: Any) -> Tensor:
 def bias_tiles(q: Tensor, score: Any, columns: Tensor | None, keys: int) -> tuple[Any, Any]:
     """Tiles of ``keys`` of the bias and a ``score`` that has none, or None and the ``score`` as it is (see above)."""
     fits = q.dtype == torch.bfloat16 and columns is None and tile_width(q.shape[3]) <= 128
-    if score.bias is None or score.softcap is not None or not fits:
+    if score.bias is None or score.softcap is not None or not fits or score.bias.shape[-1] < LEAST:
         return None, score
     return tiles(pieces(score), keys), score._replace(bias=None)
 
