@@ -10,15 +10,18 @@
 
 A set is a slice of the keys and a bias that hides the others in it, so no kernel is needed: up to three passes for one
 move (three times as many with each further one), and as many for columns. Where a set fills little of its slice and
-the request allows, its keys are gathered first (``gathered``). Definition: ``redistribution.dense``.
+the request allows, its keys are gathered first (``gathered``). A set of a few keys, a sink say, beside a larger one
+needs no pass where only the output is asked for: its scores are computed by themselves, and its share is added to the
+other sets' output (``triton.few_keys``). Definition: ``redistribution.dense``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +35,10 @@ from headscope.kernels.scores import Scores
 from headscope.kernels.streaming.counts import count_columns
 from headscope.kernels.streaming.weights import log_tile
 
+if TYPE_CHECKING:  # needs Triton
+    from headscope.kernels.triton.few_keys import Few
+
+MOST_FEW = 64  # keys of a set whose scores are kept instead of its output: as much memory as heads 128 wide take
 SUMS = ("output", "entropy", "linear", "distance", "window_mass", "window_distance", "target_mass")
 ROWS = ("lse", "max", *SUMS[1:], "top_mass", "top_keys")
 
@@ -61,8 +68,9 @@ def redistribute(
     result, by_key = Reduced(), any(each.weighs for each in request.columns)
     if request.output or request.wants_rows or by_key:
         rows = None if request.output or by_key else request.query_rows
-        parts, lse = _attended(scores, v, move, replace(request, query_rows=rows), engine)
-        result = _summed(parts, lse, request if rows is None else replace(request, query_rows=None), v.dtype, engine)
+        parts = _attended(scores, v, move, replace(request, query_rows=rows), engine)
+        asked = request if rows is None else replace(request, query_rows=None)
+        result = _summed(parts, scores.sinks, v, asked, engine)
         if by_key:
             result.columns = tuple(_reduce_columns(scores.shape, parts, each, engine) for each in request.columns)
     result.columns = result.columns or tuple(ReducedColumns() for _ in request.columns)
@@ -100,7 +108,7 @@ def pattern(
     out = torch.zeros(batch, heads, queries, keys.stop - keys.start, dtype=scores.dtype, device=scores.q.device)
     if not out.numel():
         return out
-    parts, _ = _attended(scores, scores.k, move, Request(output=False), "auto")
+    parts = _attended(scores, scores.k, move, Request(output=False), "auto")
     for part in parts:
         a, b = max(keys.start, part.keys.start), min(keys.stop, part.keys.stop)
         if a < b:
@@ -112,12 +120,14 @@ def pattern(
 
 class _Part(NamedTuple):
     """Attention over a set: the slice of the keys that holds it, that slice's scores, with a bias that hides its other
-    keys, what was found, its lse and the set's mass W after the edit (batch, head, query)."""
+    keys, what was found, its lse, its few keys' scores where there is no output, and its mass W after the edit (batch,
+    head, query)."""
 
     keys: slice
     scores: Scores
     found: Reduced
     lse: Tensor
+    few: Few | None
     mass: Tensor
 
     @property
@@ -127,34 +137,42 @@ class _Part(NamedTuple):
 
 
 @torch.no_grad()
-def _attended(
-    scores: Scores, v: Tensor, move: Move, request: Request, engine: attention.Engine
-) -> tuple[list[_Part], Tensor]:
-    """Steps 1 and 2: every set of ``move``, of the rows asked for; and the lse of all sets (batch, head, row)."""
+def _attended(scores: Scores, v: Tensor, move: Move, request: Request, engine: attention.Engine) -> list[_Part]:
+    """Steps 1 and 2: every set of ``move``, of the rows asked for."""
     asked = replace(request, lse=True, columns=())
     sets = move.sets(scores.q.device)
     sizes, found = _sizes(sets), {}
     gather = gathered.gathers(scores, v, request, engine)
-    for n in sorted(range(len(sets)), key=lambda n: -sizes[n][2]):  # the largest while no other result takes memory
+    largest, *rest = sorted(range(len(sets)), key=lambda n: -sizes[n][2])
+    for n in (largest, *rest):  # the largest while no other result takes memory
         chosen, (keys, least, most) = sets[n], sizes[n]
         here = replace(scores.keys(keys), sinks=None)
         if least < keys.stop - keys.start:
             hidden = 0.0 if here.bias is None else here.bias
             here = replace(here, bias=torch.where(chosen[..., keys], hidden, -torch.inf))
-        got = None
-        if gather and 0 < most <= gathered.WORTH * (keys.stop - keys.start):
+        got = few = None
+        if gather and n != largest and most <= MOST_FEW and _asks_output_alone(request):
+            from headscope.kernels.triton.few_keys import few_scores
+
+            with falls_back("attention over the set"):
+                few = few_scores(scores, chosen, most)
+                got = Reduced(lse=few.lse)
+        if got is None and gather and 0 < most <= gathered.WORTH * (keys.stop - keys.start):
             with falls_back("attention in which the set's other keys are hidden"):
                 got = gathered.attend(scores, v, chosen, most, request=asked)
         if got is None:
             linear = None if asked.linear is None else asked.linear[..., keys, :]
             got = attention.attend(here, v[:, :, keys], request=replace(asked, linear=linear), engine=engine)
         assert got.lse is not None
-        found[n] = keys, here, got, got.lse
+        found[n] = keys, here, got, got.lse, few
     norms = [found[n][3] for n in range(len(sets))]
     move = move if request.query_rows is None else move.of_rows(request.query_rows)
-    after = move.after(norms, scores.sinks)
-    parts = [_Part(*found[n], mass) for n, mass in enumerate(after)]
-    return parts, reference.log_total(torch.stack(norms, -1), scores.sinks)
+    return [_Part(*found[n], mass) for n, mass in enumerate(move.after(norms, scores.sinks))]
+
+
+def _asks_output_alone(request: Request) -> bool:
+    """Whether no statistic of a set is asked for, of what can be ``gathered``."""
+    return request.output and not (request.max or request.entropy)
 
 
 def _sizes(sets: list[Tensor]) -> list[tuple[slice, int, int]]:
@@ -162,20 +180,21 @@ def _sizes(sets: list[Tensor]) -> list[tuple[slice, int, int]]:
     head has in it, the fewest and the most. The device is asked once, before it has work to wait for."""
     if not sets[0].numel():
         return [(slice(0, 0), 0, 0)] * len(sets)
-    numbers = []
-    for chosen in sets:
-        some, counts = chosen.flatten(0, 1).any(0).int(), chosen.sum(-1)
-        numbers += [some.argmax(), some.flip(0).argmax(), counts.min(), counts.max()]
-    found, length = torch.stack(numbers).tolist(), sets[0].shape[-1]
-    each = zip(*(found[i::4] for i in range(4)), strict=True)
+    every = torch.stack(torch.broadcast_tensors(*sets)).flatten(1, 2)
+    some, counts = every.any(1).int(), every.sum(-1)
+    numbers = some.argmax(-1), some.flip(-1).argmax(-1), *counts.aminmax(dim=-1)
+    length = every.shape[-1]
     return [  # without a key: one that is hidden
-        (slice(first, length - last) if most else slice(0, 1), least, most) for first, last, least, most in each
+        (slice(first, length - last) if most else slice(0, 1), least, most)
+        for first, last, least, most in torch.stack(numbers, -1).tolist()
     ]
 
 
-def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtype, engine: attention.Engine) -> Reduced:
-    """Steps 3 and 4: the output, in ``dtype``, and the rows."""
-    result = Reduced(lse=lse if request.lse else None, output=_output(parts, engine))
+def _summed(parts: list[_Part], sinks: Tensor | None, v: Tensor, request: Request, engine: attention.Engine) -> Reduced:
+    """Steps 3 and 4: the output, in the values' type, and the rows."""
+    result = Reduced(output=_output(parts, v, engine))
+    if request.lse:
+        result.lse = reference.log_total(torch.stack([part.lse for part in parts], -1), sinks)
     for name in SUMS if result.output is None else SUMS[1:]:
         if getattr(parts[0].found, name) is not None:
             setattr(result, name, _sum(parts, name))
@@ -192,22 +211,48 @@ def _summed(parts: list[_Part], lse: Tensor, request: Request, dtype: torch.dtyp
         for name in ROWS:
             x = getattr(result, name)
             setattr(result, name, None if x is None else x[:, :, request.query_rows])
-    result.output = None if result.output is None else result.output.to(dtype)
+    result.output = None if result.output is None else result.output.to(v.dtype)
     return result
 
 
-def _output(parts: list[_Part], engine: attention.Engine) -> Tensor | None:
+def _output(parts: list[_Part], v: Tensor, engine: attention.Engine) -> Tensor | None:
     """The output, where it was asked for and a Triton kernel adds it up: every set's is read once, in its own type."""
-    outputs = [part.found.output for part in parts if part.found.output is not None]
-    if not outputs or not attention.uses_triton(engine, parts[0].scores):
+    passes = [part for part in parts if part.found.output is not None]
+    few = [part for part in parts if part.few is not None]
+    if not passes or not (few or attention.uses_triton(engine, parts[0].scores)):
         return None
     from headscope.kernels.triton.shares import add_shares
 
+    outputs = [part.found.output.contiguous() for part in passes if part.found.output is not None]
+    total, share = None, passes[0].mass
+    if len(passes) == 1 and few:
+        total = outputs[0]  # takes the sum: nothing else is read of it
+    else:
+        with falls_back("PyTorch"):
+            add_shares(outputs, [part.mass for part in passes], outputs[0])
+            total = outputs[0]
+    if few and total is None:
+        total = _sum(passes, "output")
+    for n, part in enumerate(few):
+        assert total is not None
+        total = _with_few(part, v, share if n == 0 and len(passes) == 1 else None, total)
+    return total
+
+
+def _with_few(part: _Part, v: Tensor, share: Tensor | None, output: Tensor) -> Tensor:
+    """``output`` times ``share`` (None: 1), and what the few keys of ``part`` give."""
+    from headscope.kernels.triton.few_keys import add_few
+
+    few = part.few
+    assert few is not None
     with falls_back("PyTorch"):
-        outputs[0] = outputs[0].contiguous()  # takes the sum: nothing else is read of it
-        add_shares(outputs, [part.mass for part in parts], outputs[0])
-        return outputs[0]
-    return None
+        add_few(few, part.norm, v, share, output)
+        return output
+    batch, heads, _, n = few.scores.shape
+    index = few.which.clamp(min=0).long()[..., None].expand(batch, heads, n, v.shape[3])
+    values = v.repeat_interleave(heads // v.shape[1], 1).gather(2, index).float()
+    weights = torch.exp2(few.scores - part.norm[..., None] * math.log2(math.e))
+    return (output if share is None else output * share[..., None]) + weights @ values
 
 
 def _sum(parts: list[_Part], name: str) -> Tensor:

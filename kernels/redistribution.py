@@ -72,8 +72,10 @@ class Redistribution:
     def masses(self, before: list[Tensor], sees_taker: Tensor) -> list[Tensor]:
         """W of every set from the w before, each (batch, head, query)."""
         givers, takers = before[:2]
-        keep = torch.as_tensor(self.keep, device=givers.device, dtype=givers.dtype)
-        keep = keep[:, None] if keep.dim() == 1 else keep
+        keep = self.keep  # a number stays one: a copy of it to the device would wait for all that is queued there
+        if isinstance(keep, Tensor):
+            keep = keep.to(givers)
+            keep = keep[:, None] if keep.dim() == 1 else keep
         if self.freed == "lost":
             return [keep * givers, *before[1:]]
         if self.freed == "rescaled":

@@ -100,7 +100,7 @@ def _by_triton(scores: Scores, v: Tensor, engine: attention.Engine) -> bool:
 def _at_once(scores: Scores, v: Tensor, named: Tensor, lse: Tensor | None) -> SpanOutputs:
     """Step 5. Spans ``named`` (batch or 1, span, 2) become examples: those of an example follow one another."""
     from headscope.kernels.gpu_passes import rows
-    from headscope.kernels.triton.shares import split_shares
+    from headscope.kernels.triton.shares import add_shares
 
     (batch, heads, queries, keys), spans = scores.shape, named.shape[1]
     options, whole = scores.device_arguments, _cuts(named, keys)
@@ -113,10 +113,10 @@ def _at_once(scores: Scores, v: Tensor, named: Tensor, lse: Tensor | None) -> Sp
     found = rows(scores.q, scores.k, v, wants=frozenset({"lse", "output"}), within=within, **options)
     assert found.lse is not None and found.output is not None
     own = found.lse.view(each)
+    total = reference.log_total(own.movedim(1, -1), scores.sinks) if lse is None else lse
+    mass = torch.exp(own - total[:, None]).masked_fill_(own == -torch.inf, 0.0)
     if lse is None:
-        mass = split_shares(own, None, scores.sinks, found.output)
-    else:
-        mass = split_shares(own, lse.float().contiguous(), None, found.output)
+        add_shares([found.output], [mass.flatten(0, 1)], found.output)
     return SpanOutputs(found.output.view(*each, -1).movedim(1, 3), mass.movedim(1, 3))
 
 

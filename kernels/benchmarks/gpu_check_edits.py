@@ -175,13 +175,14 @@ def check_declared(spec: dict[str, Any]) -> list[str]:
 
 
 def check_moves(spec: dict[str, Any]) -> list[str]:
-    """Everything of a redistributed pattern, of all rows and of some; and what scattered sets are gathered for."""
+    """Everything of a redistributed pattern, of all rows and of some; what scattered sets are gathered for, and the
+    output alone, for which few keys need no pass."""
     spec = dict(spec)
     name = spec.pop("move")
     case = random_case(**spec, device=DEVICE)
     case = replace(case, move=random_moves(case)[name])
     asked = [everything(case, subset=subset) for subset in (False, True)]
-    asked.append(Request(lse=True, max=True, entropy=True))
+    asked += [Request(lse=True, max=True, entropy=True), Request(lse=True)]
     return [line for request in asked for line in _twice(f"{name} {spec}", case, redistribute, request)]
 
 

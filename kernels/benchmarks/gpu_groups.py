@@ -118,6 +118,11 @@ def groups() -> dict[str, list[Job]]:
                 "moves",
                 {**base, "kind": "window", "d_head": 64, "queries": 1100, "keys": 1100, "move": "lost to the row"},
             ),
+            (
+                "moves",
+                {**base, "kind": "left padding", "d_head": 128, "queries": 1100, "keys": 1100, "move": "no first key"},
+            ),
+            ("moves", {**base, "kind": "window", "d_head": 80, "keys": 200, "bias": True, "move": "a head's own keys"}),
             ("spans", {**base, "kind": "causal", "d_head": 80, "queries": 1100, "keys": 1100}),
             ("spans", {**base, "kind": "left padding", "d_head": 128, "queries": 1100, "keys": 1100, "sinks": True}),
             ("spans", {**base, "kind": "segments", "d_head": 256, "queries": 1100, "keys": 1100, "bias": True}),
@@ -173,18 +178,23 @@ def _wide() -> list[dict[str, Any]]:
             {**base, "kind": "left padding", "d_head": d, "bias": True},
         ]
     every += [{**base, "kind": kind, "d_head": d} for d in (64, 128) for kind in ("segments", "chunks from origin")]
+    every += [{**base, "kind": "causal", "d_head": d, "bias": True, "keys": 4200} for d in (64, 128)]  # by products
     return [{**spec, "batch": 2, "kv_heads": 1} for spec in every]
 
 
 def narrow(spec: dict[str, Any]) -> list[str]:
     """Lse, entropy and the output in a pass, and column sums and maxima: the fewest kernels that hold every rule."""
     case = random_case(**spec, device=DEVICE)
-    request = Request(lse=True, entropy=True, columns=(Columns(sum=True, max=True),))
-    got, again = (case.run(gpu_engine.attend, request) for _ in range(2))
-    wrong = [f"{spec}: {verdict}" for verdict in compare(got, case, request) if not verdict.holds]
-    for name, x in tensors(got).items():
-        if not torch.equal(x, tensors(again)[name]):
-            wrong.append(f"{spec}: {name} differs between two runs")
+    asked = [Request(lse=True, entropy=True, columns=(Columns(sum=True, max=True),))]
+    if case.bias is not None:  # which rows without the output add in another way than columns
+        asked.append(Request(output=False, lse=True, max=True, entropy=True))
+    wrong = []
+    for request in asked:
+        got, again = (case.run(gpu_engine.attend, request) for _ in range(2))
+        wrong += [f"{spec}: {verdict}" for verdict in compare(got, case, request) if not verdict.holds]
+        for name, x in tensors(got).items():
+            if not torch.equal(x, tensors(again)[name]):
+                wrong.append(f"{spec}: {name} differs between two runs")
     return wrong
 
 

@@ -28,12 +28,14 @@ from headscope.kernels.checks.cases import MASKS, WIDTHS, random_mask
 from headscope.kernels.edit_terms import Term
 from headscope.kernels.masks import Mask
 from headscope.kernels.score_edits import ScoreEdit, distance_slope
+from headscope.kernels.scores import Scores
 from headscope.kernels.triton import (
     blocks,
     columns,
     device,
     divergence,
     few_columns,
+    few_keys,
     heaviest,
     listed,
     merge,
@@ -109,11 +111,12 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "targets", lambda: targets.target_mass(q, k, lse, named, mask=mask, **plain)
     outputs = [torch.zeros(BATCH, HEADS, QUERIES, d_value, dtype=dtype) for _ in range(2)]
     yield "shares", lambda: shares.add_shares(outputs, [lse, lse], outputs[0])
-    parts = torch.zeros(BATCH, 3, HEADS, QUERIES)
-    spans = torch.zeros(*parts.shape, d_value, dtype=dtype)
-    yield "shares of spans", lambda: shares.split_shares(parts, None, outputs[0][0, :, 0, 0], spans)
-    room, few_keys = listed.room(q, 8), heaviest.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, KEYS, 8)
-    yield "lists", lambda: listed.heaviest(q, k, lse, room, few_keys, seen, device.score(**plain))
+    set_of_few = few_keys.Few(torch.zeros(1, HEADS, 16, dtype=torch.int32), lse[..., None].expand(*lse.shape, 16), lse)
+    yield "few keys added", lambda: few_keys.add_few(set_of_few, lse, v, lse, outputs[0])
+    chosen, scores = torch.zeros(1, HEADS, KEYS, dtype=torch.bool), Scores(q, k, mask, 0.1)
+    yield "few keys", lambda: few_keys.few_scores(scores, chosen, 64)
+    room, few_lists = listed.room(q, 8), heaviest.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, KEYS, 8)
+    yield "lists", lambda: listed.heaviest(q, k, lse, room, few_lists, seen, device.score(**plain))
     chain = _every_term(q)
     edit: dict[str, Any] = {**plain, "edit": chain}
     wants = frozenset({"lse", "entropy"})
@@ -175,11 +178,23 @@ def main(given: Sequence[str] | None = None) -> int:
     bad = count = 0
     with ExitStack() as patches:
         patches.enter_context(patch.object(device, "has_copy_engine", lambda _: True))
-        for module in (rows, columns, blocks, divergence, topk, few_columns, heaviest, listed, shares, targets):
+        for module in (
+            rows,
+            columns,
+            blocks,
+            divergence,
+            topk,
+            few_columns,
+            few_keys,
+            heaviest,
+            listed,
+            shares,
+            targets,
+        ):
             patches.enter_context(patch.object(module, "_kernel", Compiled(module._kernel)))
         patches.enter_context(patch.object(topk, "_merge_kernel", Compiled(topk._merge_kernel)))
+        patches.enter_context(patch.object(few_keys, "_add_kernel", Compiled(few_keys._add_kernel)))
         patches.enter_context(patch.object(listed, "_anew", Compiled(listed._anew)))
-        patches.enter_context(patch.object(shares, "_split_kernel", Compiled(shares._split_kernel)))
         patches.enter_context(patch.object(rows, "merge_kernel", Compiled(merge.merge_kernel)))
         for kind in asked.rules.split(","):
             for size in asked.widths.split(","):

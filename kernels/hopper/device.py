@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from headscope.kernels.hopper.scores import scored
+from headscope.kernels.hopper.scores import key_bias, scored
 from headscope.kernels.triton import masks as triton_masks
 from headscope.kernels.triton import softmax as triton_softmax
 from headscope.kernels.triton.device import FLOOR as _FLOOR
 from headscope.kernels.triton.device import HIDDEN as _HIDDEN
 from headscope.kernels.triton.device import LOG2E as _LOG2E
-from headscope.kernels.triton.features import runs
 
 LOG2E, HIDDEN, FLOOR = (gl.constexpr(x.value) for x in (_LOG2E, _HIDDEN, _FLOOR))
 CACHE = 32 << 20  # bytes, of the 50 MB that Hopper's second-level cache holds
@@ -61,16 +60,6 @@ def taking_turns(pairs: int, bytes_read: int) -> int:
     """
     most = max(1, min(8, CACHE // bytes_read))
     return math.gcd(pairs, 1 << (most.bit_length() - 1))
-
-
-def feature_tiles(columns: Tensor | None, rows: int, *, asked: bool) -> tuple[Any, Any, int]:
-    """Features (key, n) or (batch, key, n) as a kernel takes them: tiles; values and runs, where tiles are ``asked``
-    for them; and 1 where every example has features of its own, else 0."""
-    if columns is None:
-        return None, None, 0
-    batched = columns if columns.dim() == 3 else columns[None]
-    found = (columns, runs(columns, rows)) if asked else None
-    return tiles(batched, rows), found, int(batched.shape[0] > 1)
 
 
 @cache
@@ -230,13 +219,13 @@ def seen_in_tile(position, j, start, b, sizes, rules):
 
 
 @gluon.jit
-def absorb(s, bias, state, position, start, b, sizes, rules, results, score, FOLD: gl.constexpr, MASKED: gl.constexpr):
+def absorb(s, state, position, start, b, h, sizes, rules, results, score, FOLD: gl.constexpr, MASKED: gl.constexpr):
     """Steps 1 to 4 of ``triton_rows`` on products ``s``: (weights p, factor of what was summed before, state)."""
     m, norm, e, x = state
     keys: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     like: gl.constexpr = norm.type.layout
     j = gl.arange(0, s.shape[1], layout=keys)
-    s, unit = scored(s, score, bias)
+    s, unit = scored(s, score, key_bias(score, b, h, start, j, sizes.keys, MASKED))
     if MASKED:
         s = gl.where(seen_in_tile(position, j, start, b, sizes, rules), s, HIDDEN / unit)
     new = gl.maximum(m, gl.max(s, 1) * unit)
@@ -253,59 +242,9 @@ def absorb(s, bias, state, position, start, b, sizes, rules, results, score, FOL
 
 
 @gluon.jit
-def no_features(NF: gl.constexpr):
-    """Sums (row, column) of nothing yet, as the product with a tile of features adds to them."""
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NF, 16])
-    return gl.zeros([GROUP_ROWS, NF], gl.float32, narrow)
-
-
-@gluon.jit
 def scaled(x, a):
     """``x`` (row, column) times ``a`` (row,)."""
     return x * gl.convert_layout(a, gl.SliceLayout(1, x.type.layout))[:, None]
-
-
-@gluon.jit
-def weigh(p, f, linear):
-    """``linear`` and what the weights ``p`` (row, key) give it of a tile of features (1, key, column)."""
-    f = f.reshape([f.shape[1], f.shape[2]])
-    return warpgroup_mma(gl.convert_layout(p, gl.DotOperandLayout(0, linear.type.layout, 2)), f, linear)
-
-
-@gluon.jit
-def of_example(columns, example, keys, BN: gl.constexpr, NF: gl.constexpr):
-    """The features' rows and their ``runs`` of one example."""
-    values, runs = columns
-    return values + example.to(gl.int64) * keys * NF, runs + example * gl.cdiv(keys, BN)
-
-
-@gluon.jit
-def run_of(columns, start, to, linear, BN: gl.constexpr):
-    """The run of tiles at ``start``: where it ends, negative where their features are mixed, and else the features."""
-    values, runs = columns
-    until = gl.load(runs + start // BN)
-    column = gl.arange(0, linear.shape[1], layout=gl.SliceLayout(0, linear.type.layout))
-    c = gl.load(values + start.to(gl.int64) * linear.shape[1] + column).to(gl.float32)
-    return gl.where(until > 0, gl.minimum(until * BN, to), -gl.minimum(-until * BN, to)), c
-
-
-@gluon.jit
-def enter(linear, c, norm, FOLD: gl.constexpr):
-    """F - c l, before tiles whose keys all have the features ``c``."""
-    return linear - _beside(linear, norm, FOLD) * c[None, :]
-
-
-@gluon.jit
-def leave(linear, c, before, state, FOLD: gl.constexpr):
-    """After them, from what ``enter`` gave when the maxima were ``before``: F."""
-    linear = scaled(linear, gl.exp2(before - state[0]))
-    return linear + _beside(linear, state[1], FOLD) * c[None, :]
-
-
-@gluon.jit
-def _beside(linear, norm, FOLD: gl.constexpr):
-    rows: gl.constexpr = gl.SliceLayout(1, linear.type.layout)
-    return total(norm, rows, FOLD)[:, None] if FOLD else gl.convert_layout(norm, rows)[:, None]
 
 
 @gluon.jit

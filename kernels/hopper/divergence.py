@@ -50,11 +50,12 @@ from headscope.kernels.hopper.scores import logarithm, scored
 from headscope.kernels.triton.device import LN2 as _LN2
 from headscope.kernels.triton.device import launch
 
+GROUPS = gl.constexpr(2)
 LN2 = gl.constexpr(_LN2.value)
 
 
 @gluon.jit
-def _fetch(at, smem, bars, where, lo, hi, GROUPS: gl.constexpr, STAY: gl.constexpr):
+def _fetch(at, smem, bars, where, lo, hi, STAY: gl.constexpr):
     """The producer: the block's queries, then its tiles of keys, of both patterns each."""
     q_at, u_at, k_at, w_at = at
     q_smem, u_smem, k_smem, w_smem = smem
@@ -85,7 +86,7 @@ def _fetch(at, smem, bars, where, lo, hi, GROUPS: gl.constexpr, STAY: gl.constex
 
 
 @gluon.jit
-def _queries(group: gl.constexpr, smem, bars, mma: gl.constexpr, GROUPS: gl.constexpr, STAY: gl.constexpr):
+def _queries(group: gl.constexpr, smem, bars, mma: gl.constexpr, STAY: gl.constexpr):
     """A group's queries of both patterns, and how many tiles have passed."""
     q_smem, u_smem, k_smem, w_smem = smem
     q_ready, ready, free = bars
@@ -146,7 +147,6 @@ def _reduce(
     where,
     lo,
     hi,
-    GROUPS: gl.constexpr,
     STAY: gl.constexpr,
 ):
     """One group: the distances of 64 rows."""
@@ -173,7 +173,7 @@ def _reduce(
     zero = gl.zeros([GROUP_ROWS, BN], gl.float32, mma)
     nothing = fold(zero, True)
     sums = (nothing, nothing, nothing, nothing, nothing, nothing)
-    q, u, n = _queries(group, smem, bars, mma, GROUPS, STAY)
+    q, u, n = _queries(group, smem, bars, mma, STAY)
     n = skip(n, mine - lo, ready, free, BN)
     for part in gl.static_range(3):
         start, to = bounds(part, mine, full_lo, full_hi, stop)
@@ -216,9 +216,7 @@ def _kernel(
     rules,
     score,
     together,
-    GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
 ):
     BN: gl.constexpr = k_at.block_type.shape[2]
     STAY: gl.constexpr = q_at.block_type.shape[3] <= 128
@@ -231,35 +229,21 @@ def _kernel(
     bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS))
     at = (q_at, u_at, k_at, w_at)
     fence_async_shared()
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_reduce, (0, smem, bars, norms, out, count, sizes, rules, score, where, lo, hi, GROUPS, STAY)),
-                (_reduce, (1, smem, bars, norms, out, count, sizes, rules, score, where, lo, hi, GROUPS, STAY)),
-                (_fetch, (at, smem, bars, where, lo, hi, GROUPS, STAY)),
-            ],
-            [4, 1],
-            [REGISTERS, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_reduce, (0, smem, bars, norms, out, count, sizes, rules, score, where, lo, hi, GROUPS, STAY)),
-                (_reduce, (1, smem, bars, norms, out, count, sizes, rules, score, where, lo, hi, GROUPS, STAY)),
-                (_reduce, (2, smem, bars, norms, out, count, sizes, rules, score, where, lo, hi, GROUPS, STAY)),
-                (_fetch, (at, smem, bars, where, lo, hi, GROUPS, STAY)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, 24],
-        )
+    gl.warp_specialize(
+        [
+            (_reduce, (0, smem, bars, norms, out, count, sizes, rules, score, where, lo, hi, STAY)),
+            (_reduce, (1, smem, bars, norms, out, count, sizes, rules, score, where, lo, hi, STAY)),
+            (_fetch, (at, smem, bars, where, lo, hi, STAY)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
 
 
-def shape(width: int) -> tuple[int, int, int]:
-    """Groups of a block, keys of a tile, and how many tiles wait, for tiles ``width`` wide (shared memory).
-
-    Where queries come by the tiles of keys, these have as many rows as a group.
-    """
-    return (3, 64, 3) if width <= 128 else (2, GROUP_ROWS.value, 3)
+def shape(width: int) -> tuple[int, int]:
+    """Keys of a tile, as many as a group has rows, for queries may come by such tiles, and how many tiles wait, for
+    tiles ``width`` wide (shared memory)."""
+    return GROUP_ROWS.value, 4 if width <= 128 else 3
 
 
 def distances(
@@ -275,10 +259,9 @@ def distances(
 ) -> None:
     """Fill ``out`` (4, batch, head, query): see ``triton.divergence.distances``."""
     width = tile_width(q.shape[3])
-    groups, keys, stages = shape(width)
+    keys, stages = shape(width)
     pairs = q.shape[0] * sizes.heads
     together = taking_turns(pairs, 2 * k[0, 0].nbytes // sizes.group)
-    grid = (triton.cdiv(sizes.rows, groups * GROUP_ROWS.value) * pairs,)
+    grid = (triton.cdiv(sizes.rows, GROUPS.value * GROUP_ROWS.value) * pairs,)
     at = (*(tiles(x, GROUP_ROWS.value, width) for x in (q, u)), *(tiles(x, keys, width) for x in (k, w)))
-    options = {"GROUPS": groups, "STAGES": stages, "REGISTERS": 160 if groups == 3 else 240}
-    launch(_kernel, grid, q, *at, norms, out, out[0].numel(), sizes, rules, score, together, **options, num_warps=4)
+    launch(_kernel, grid, q, *at, norms, out, out[0].numel(), sizes, rules, score, together, STAGES=stages, num_warps=4)

@@ -23,55 +23,47 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from headscope.kernels.hopper.bias import COLUMNS, bias_room, bias_tiles, fetch_bias
 from headscope.kernels.hopper.device import (
     FLOOR,
     GROUP_ROWS,
-    absorb,
     barriers,
     block_rows,
     bounds,
     buffers,
-    enter,
-    feature_tiles,
     fetch,
     finish,
     fold,
     group_keys,
     group_rows,
-    leave,
-    no_features,
-    of_example,
-    run_of,
-    scaled,
-    skip,
     store_rows,
     taking_turns,
     tile_width,
     tiles,
-    weigh,
 )
-from headscope.kernels.hopper.scores import key_bias
+from headscope.kernels.hopper.features import feature_tiles, no_features, of_example
+from headscope.kernels.hopper.output_tiles import (
+    ABSENT,
+    APART,
+    BESIDE,
+    add_runs,
+    add_tile,
+    multiply,
+    skip_both,
+    wait_for,
+)
 from headscope.kernels.triton.device import launch
-
-ABSENT = gl.constexpr(0)  # features: there are none;
-BESIDE = gl.constexpr(1)  # their product is issued beside that of the values;
-APART = gl.constexpr(2)  # tiles are asked whether they need one
 
 
 @gluon.jit
-def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
-    """The producer: the block's queries, then tiles of keys and of values, the latter with the features' rows."""
-    q_at, k_at, v_at, f_at = at
-    q_smem, k_smem, v_smem, f_smem = smem
+def _fetch(at, smem, bars, score, where, lo, hi, FEATURES: gl.constexpr):
+    """The producer: the block's queries, then tiles of keys, with their bias, and of values, with their features."""
+    q_at, k_at, v_at, f_at, bias_at = at
+    q_smem, k_smem, v_smem, f_smem, bias = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
-    b, h, kv, fb, row = where
+    b, h, kv, fb, row, pattern = where
     GROUPS: gl.constexpr = q_smem.shape[0]
     STAGES: gl.constexpr = k_smem.shape[0]
     BN: gl.constexpr = k_at.block_type.shape[2]
@@ -83,7 +75,11 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
         stage = n % STAGES
         phase = (n // STAGES & 1) ^ 1
         mbarrier.wait(k_free.index(stage), phase)
-        mbarrier.expect(k_ready.index(stage), k_at.block_type.nbytes)
+        if bias[0].shape[4] == COLUMNS:
+            mbarrier.expect(k_ready.index(stage), k_at.block_type.nbytes + bias_at.block_type.nbytes)
+            fetch_bias(bias_at, pattern, h, start, score, k_ready.index(stage), bias[0].index(stage))
+        else:
+            mbarrier.expect(k_ready.index(stage), k_at.block_type.nbytes)
         fetch(k_at, [b, kv, start, 0], k_ready.index(stage), k_smem.index(stage))
         mbarrier.wait(v_free.index(stage), phase)
         if FEATURES != ABSENT:
@@ -96,145 +92,12 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
 
 
 @gluon.jit
-def _skip(n, keys, bars, BN: gl.constexpr):
-    """Pass on the tiles of ``keys`` keys that a group does not see, from the n-th: the next n.
-
-    One after the other, as they come: values that wait for room would else wait for ever behind keys that do.
-    """
-    _q_ready, k_ready, k_free, v_ready, v_free = bars
-    for passed in range(0, keys, BN):
-        skip(n + passed // BN, BN, k_ready, k_free, BN)
-        skip(n + passed // BN, BN, v_ready, v_free, BN)
-    return n + gl.cdiv(gl.maximum(keys, 0), BN)
-
-
-@gluon.jit
-def _scores(n, q, k_smem, ready):
-    """Issue the product of the queries and the n-th tile of keys, once it is there."""
-    STAGES: gl.constexpr = k_smem.shape[0]
-    BN: gl.constexpr = k_smem.shape[3]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    mbarrier.wait(ready.index(n % STAGES), n // STAGES & 1)
-    kt = k_smem.index(n % STAGES).reshape([BN, k_smem.shape[4]]).permute([1, 0])
-    return warpgroup_mma(q, kt, gl.zeros([GROUP_ROWS, BN], gl.float32, mma), use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _values(p, stage, smem, output, linear, F: gl.constexpr):
-    """Issue the products of weights ``p`` with a tile's values and, ``BESIDE``, with its features."""
-    _q_smem, _k_smem, v_smem, f_smem = smem
-    o_ = warpgroup_mma(p, v_smem.index(stage).reshape([v_smem.shape[3], v_smem.shape[4]]), output, is_async=True)
-    f_ = linear
-    if F == BESIDE:
-        f = f_smem.index(stage).reshape([f_smem.shape[2], f_smem.shape[3]])
-        f_ = warpgroup_mma(
-            gl.convert_layout(p, gl.DotOperandLayout(0, linear.type.layout, 2)), f, linear, is_async=True
-        )
-    return o_, f_
-
-
-@gluon.jit
-def _wait(o_, f_, F: gl.constexpr):
-    """Wait for what ``_values`` issued."""
-    if F == BESIDE:
-        return warpgroup_mma_wait(0, deps=[o_, f_])
-    else:
-        return warpgroup_mma_wait(0, deps=[o_]), f_
-
-
-@gluon.jit
-def _at_once(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexpr, F: gl.constexpr):
-    """The n-th tile of keys, its weights multiplied with its values: the next n, and the sums."""
-    _q_ready, k_ready, k_free, v_ready, v_free = bars
-    state, nothing, output, linear = sums
-    b, h, sizes, rules, results, score = given
-    STAGES: gl.constexpr = smem[1].shape[0]
-    BN: gl.constexpr = smem[1].shape[3]
-    keys: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
-    stage = n % STAGES
-    s_ = _scores(n, q, smem[1], k_ready)
-    bias = key_bias(score, b, h, start, gl.arange(0, BN, layout=keys), sizes.keys, MASKED)
-    s = warpgroup_mma_wait(0, deps=[s_])
-    mbarrier.arrive(k_free.index(stage))
-    p, a, state = absorb(s, bias, state, position, start, b, sizes, rules, results, score, True, MASKED)
-    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, output.type.layout, 2))
-    if F == BESIDE:
-        linear = scaled(linear, a)
-    mbarrier.wait(v_ready.index(stage), n // STAGES & 1)
-    o_, f_ = _values(p, stage, smem, scaled(output, a), linear, F)
-    output, linear = _wait(o_, f_, F)
-    mbarrier.arrive(v_free.index(stage))
-    return n + 1, (state, nothing, output, linear)
-
-
-@gluon.jit
-def _one_late(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexpr, F: gl.constexpr):
-    """Steps 1 to 3 for the n-th tile of keys: the next n, and the sums, of which ``p`` is still to be multiplied."""
-    _q_ready, k_ready, k_free, v_ready, v_free = bars
-    state, p, output, linear = sums
-    b, h, sizes, rules, results, score = given
-    STAGES: gl.constexpr = smem[1].shape[0]
-    BN: gl.constexpr = smem[1].shape[3]
-    keys: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
-    last = gl.maximum(n - 1, 0)
-    before = last % STAGES
-    s_ = _scores(n, q, smem[1], k_ready)
-    bias = key_bias(score, b, h, start, gl.arange(0, BN, layout=keys), sizes.keys, MASKED)
-    mbarrier.wait(v_ready.index(before), last // STAGES & 1)
-    o_, f_ = _values(p, before, smem, output, linear, F)
-    s = warpgroup_mma_wait(2 if F == BESIDE else 1, deps=[s_])
-    mbarrier.arrive(k_free.index(n % STAGES))
-    new, a, state = absorb(s, bias, state, position, start, b, sizes, rules, results, score, False, MASKED)
-    output, linear = _wait(o_, f_, F)
-    mbarrier.arrive(v_free.index(before), pred=n > 0)
-    output = scaled(output, a)
-    p = gl.convert_layout(new.to(q.dtype), gl.DotOperandLayout(0, output.type.layout, 2))
-    if F != ABSENT:
-        linear = scaled(linear, a)
-    if F == APART:
-        mbarrier.wait(v_ready.index(n % STAGES), n // STAGES & 1)
-        linear = weigh(p, smem[3].index(n % STAGES), linear)
-    return n + 1, (state, p, output, linear)
-
-
-@gluon.jit
-def _tile(n, start, q, smem, bars, position, sums, given, MASKED: gl.constexpr, F: gl.constexpr):
-    """The n-th tile of keys: the next n, and the sums (state, weights to multiply, output, linear)."""
-    if smem[0].shape[0] == 2:
-        return _one_late(n, start, q, smem, bars, position, sums, given, MASKED, F)
-    else:  # there is no earlier product beside which features could wait
-        return _at_once(n, start, q, smem, bars, position, sums, given, MASKED, ABSENT if F == ABSENT else BESIDE)
-
-
-@gluon.jit
-def _runs(n, start, to, columns, q, smem, bars, position, sums, given):
-    """The whole tiles ``start:to``, of which those without mixed features leave the features' sums alone."""
-    BN: gl.constexpr = smem[1].shape[3]
-    FOLD: gl.constexpr = smem[0].shape[0] == 3
-    while start < to:
-        state, p, output, linear = sums
-        until, c = run_of(columns, start, to, linear, BN)
-        if until > 0:
-            before = state[0]
-            sums = (state, p, output, enter(linear, c, state[1], FOLD))
-            for at in range(start, until, BN):
-                n, sums = _tile(n, at, q, smem, bars, position, sums, given, False, ABSENT)
-            state, p, output, linear = sums
-            sums = (state, p, output, leave(linear, c, before, state, FOLD))
-        else:
-            for at in range(start, -until, BN):
-                n, sums = _tile(n, at, q, smem, bars, position, sums, given, False, APART)
-        start = gl.maximum(until, -until)
-    return n, sums
-
-
-@gluon.jit
 def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, F: gl.constexpr, dv: gl.constexpr):
     """One group: the statistics and the output of 64 rows."""
-    q_smem, k_smem, v_smem, f_smem = smem
+    q_smem, k_smem, v_smem, f_smem, _bias = smem
     q_ready, k_ready, k_free, v_ready, v_free = bars
     b, h, sizes, rules, results, score = given
-    _b, _h, _kv, _fb, row = where
+    _b, _h, _kv, _fb, row, _pattern = where
     LATE: gl.constexpr = q_smem.shape[0] == 2
     BN: gl.constexpr = k_smem.shape[3]
     DV: gl.constexpr = v_smem.shape[4]
@@ -248,7 +111,7 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     if LATE:  # its first tile may not be one that was passed on
         mine, stop = lo, hi
     else:
-        n = _skip(0, mine - lo, bars, BN)
+        n = skip_both(0, mine - lo, bars, BN)
     nothing = fold(gl.zeros([GROUP_ROWS, BN], gl.float32, mma), not LATE)
     state = (gl.full([GROUP_ROWS], FLOOR, gl.float32, rows), nothing, nothing, nothing)
     p = gl.zeros([GROUP_ROWS, BN], q_smem.dtype, gl.DotOperandLayout(0, wide, 2))  # weights of the tile before: none
@@ -259,18 +122,18 @@ def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, h
     for part in gl.static_range(3):
         start, to = bounds(part, mine, full_lo, full_hi, stop)
         if F == APART and part == 1:
-            n, sums = _runs(n, start, to, columns, q, smem, bars, position, sums, given)
+            n, sums = add_runs(n, start, to, columns, q, smem, bars, position, sums, given)
         else:
             for at in range(start, to, BN):
-                n, sums = _tile(n, at, q, smem, bars, position, sums, given, part != 1, F)
+                n, sums = add_tile(n, at, q, smem, bars, position, sums, given, part != 1, F)
     state, p, output, linear = sums
     if LATE:
         if lo < hi:
             last = (n - 1) % k_smem.shape[0]
             mbarrier.wait(v_ready.index(last), (n - 1) // k_smem.shape[0] & 1)
-            output, linear = _wait(*_values(p, last, smem, output, linear, F), F)
+            output, linear = wait_for(*multiply(p, last, smem, output, linear, F), F)
     else:
-        _skip(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, bars, BN)
+        skip_both(n, hi - mine - gl.cdiv(stop - mine, BN) * BN, bars, BN)
     row, inverse, exists = finish(i, state, linear, results, sizes, sinks, b, h, not LATE)
     store_rows(results.output, output, row, inverse, exists, dv)
 
@@ -281,6 +144,7 @@ def _kernel(
     k_at,
     v_at,
     f_at,
+    bias_at,
     columns,
     sinks,
     results,
@@ -298,11 +162,14 @@ def _kernel(
     F: gl.constexpr = ABSENT if f_at is None else BESIDE if columns is None else APART
     b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
     example = b // sizes.repeat
-    where = (example, h, h // sizes.group, example * batch, row)
+    where = (example, h, h // sizes.group, example * batch, row, b)
     q_smem, k_smem, v_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES), buffers(v_at, STAGES)
-    at, smem = (q_at, k_at, v_at, v_at), (q_smem, k_smem, v_smem, v_smem)
+    bias = (k_smem, k_smem)
+    if bias_at is not None:
+        bias = bias_room(bias_at, STAGES)
+    at, smem = (q_at, k_at, v_at, v_at, bias_at), (q_smem, k_smem, v_smem, v_smem, bias)
     if F != ABSENT:
-        at, smem = (q_at, k_at, v_at, f_at), (q_smem, k_smem, v_smem, buffers(f_at, STAGES))
+        at, smem = (q_at, k_at, v_at, f_at, bias_at), (q_smem, k_smem, v_smem, buffers(f_at, STAGES), bias)
     if F == APART:
         columns = of_example(columns, example * batch, sizes.keys, BN, f_at.block_type.shape[2])
     ready, free = barriers(STAGES, 1), barriers(STAGES, GROUPS)
@@ -314,7 +181,7 @@ def _kernel(
             [
                 (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
                 (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
-                (_fetch, (at, smem, bars, where, lo, hi, F)),
+                (_fetch, (at, smem, bars, score, where, lo, hi, F)),
             ],
             [4, 1],
             [240, 24],
@@ -325,7 +192,7 @@ def _kernel(
                 (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
                 (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
                 (_reduce, (2, smem, bars, columns, sinks, given, where, lo, hi, F, dv)),
-                (_fetch, (at, smem, bars, where, lo, hi, F)),
+                (_fetch, (at, smem, bars, score, where, lo, hi, F)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -366,5 +233,8 @@ def output(
     grid = (triton.cdiv(sizes.rows, groups * GROUP_ROWS.value) * pairs,)
     at = tiles(q, GROUP_ROWS.value, width), tiles(k, keys, width), tiles(v, keys, width)
     f_at, features, batch = feature_tiles(columns, keys, asked=sparse)
+    bias_at, score = bias_tiles(q, score, columns, keys)
     given = sinks, results, sizes, rules, score, batch, together
-    launch(_kernel, grid, q, *at, f_at, features, *given, dv=v.shape[3], GROUPS=groups, STAGES=stages, num_warps=4)
+    launch(
+        _kernel, grid, q, *at, f_at, bias_at, features, *given, dv=v.shape[3], GROUPS=groups, STAGES=stages, num_warps=4
+    )

@@ -2,10 +2,7 @@
 
 A block is 192 queries of one head: three groups of 64 share every tile of keys. Each group multiplies, then takes its
 exponentials while the matrix unit works for the others; its sums stay with the threads until the end (``fold``).
-Features c that stay the same over many tiles (sinks and spans: nearly everywhere) cost nothing there, for the sums F
-of features and l of weights change alike: F - c l is only scaled to the new maxima, so (see ``hopper_device.leave``)
-
-    F' = a (F - c l) + c l'.
+Features that stay the same over many tiles (sinks and spans: nearly everywhere) cost nothing there (``features``).
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -21,10 +18,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from headscope.kernels.hopper.bias import COLUMNS, bias_room, bias_tiles, fetch_bias, products
 from headscope.kernels.hopper.device import (
     FLOOR,
     GROUP_ROWS,
@@ -33,37 +30,30 @@ from headscope.kernels.hopper.device import (
     block_rows,
     bounds,
     buffers,
-    enter,
-    feature_tiles,
     fetch,
     finish,
     fold,
     group_keys,
     group_rows,
-    leave,
-    no_features,
-    of_example,
-    run_of,
     scaled,
     skip,
     taking_turns,
     tile_width,
     tiles,
-    weigh,
 )
-from headscope.kernels.hopper.scores import key_bias
+from headscope.kernels.hopper.features import enter, feature_tiles, leave, no_features, of_example, run_of, weigh
 from headscope.kernels.triton.device import launch
 
 GROUPS = gl.constexpr(3)
 
 
 @gluon.jit
-def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
-    """The producer: the block's queries, then its tiles of keys, each with its rows of the features."""
-    q_at, k_at, f_at = at
-    q_smem, k_smem, f_smem = smem
+def _fetch(at, smem, bars, score, where, lo, hi, FEATURES: gl.constexpr):
+    """The producer: the block's queries, then its tiles of keys, each with its rows of the features or its bias."""
+    q_at, k_at, f_at, bias_at = at
+    q_smem, k_smem, f_smem, bias = smem
     q_ready, ready, free = bars
-    b, h, kv, row, example = where
+    b, h, kv, row, example, pattern = where
     BN: gl.constexpr = k_at.block_type.shape[2]
     STAGES: gl.constexpr = k_smem.shape[0]
     mbarrier.expect(q_ready.index(0), GROUPS * q_at.block_type.nbytes)
@@ -76,6 +66,9 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
         if FEATURES:
             mbarrier.expect(ready.index(stage), k_at.block_type.nbytes + f_at.block_type.nbytes)
             fetch(f_at, [example, start, 0], ready.index(stage), f_smem.index(stage))
+        elif bias[0].shape[4] == COLUMNS:
+            mbarrier.expect(ready.index(stage), k_at.block_type.nbytes + bias_at.block_type.nbytes)
+            fetch_bias(bias_at, pattern, h, start, score, ready.index(stage), bias[0].index(stage))
         else:
             mbarrier.expect(ready.index(stage), k_at.block_type.nbytes)
         fetch(k_at, [b, kv, start, 0], ready.index(stage), k_smem.index(stage))
@@ -85,21 +78,16 @@ def _fetch(at, smem, bars, where, lo, hi, FEATURES: gl.constexpr):
 @gluon.jit
 def _tile(n, start, q, smem, bars, position, state, linear, given, MASKED: gl.constexpr, MIXED: gl.constexpr):
     """The n-th tile of keys: (the next n, the sums, the sums of features where the tile's are ``MIXED``)."""
-    _q_smem, k_smem, f_smem = smem
+    _q_smem, k_smem, f_smem, bias = smem
     _q_ready, ready, free = bars
     b, h, sizes, rules, results, score = given
-    BN: gl.constexpr = k_smem.shape[3]
     STAGES: gl.constexpr = k_smem.shape[0]
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     stage = n % STAGES
     mbarrier.wait(ready.index(stage), n // STAGES & 1)
-    kt = k_smem.index(stage).reshape([BN, k_smem.shape[4]]).permute([1, 0])
-    s = warpgroup_mma(q, kt, gl.zeros([GROUP_ROWS, BN], gl.float32, mma), use_acc=False, is_async=True)
-    bias = key_bias(score, b, h, start, gl.arange(0, BN, layout=gl.SliceLayout(0, mma)), sizes.keys, MASKED)
-    s = warpgroup_mma_wait(0, deps=[s])
+    s = warpgroup_mma_wait(0, deps=[products(q, k_smem, stage, bias)])
     if not MIXED:
         mbarrier.arrive(free.index(stage))
-    p, a, state = absorb(s, bias, state, position, start, b, sizes, rules, results, score, True, MASKED)
+    p, a, state = absorb(s, state, position, start, b, h, sizes, rules, results, score, True, MASKED)
     if MIXED:
         linear = weigh(p.to(q.dtype), f_smem.index(stage), scaled(linear, a))
         mbarrier.arrive(free.index(stage))
@@ -109,10 +97,10 @@ def _tile(n, start, q, smem, bars, position, state, linear, given, MASKED: gl.co
 @gluon.jit
 def _reduce(group: gl.constexpr, smem, bars, columns, sinks, given, where, lo, hi, FEATURES: gl.constexpr):
     """One group: the statistics of 64 rows."""
-    q_smem, k_smem, f_smem = smem
+    q_smem, k_smem, f_smem, _bias = smem
     q_ready, ready, free = bars
     b, h, sizes, rules, results, score = given
-    _b, _h, _kv, row, _example = where
+    _b, _h, _kv, row, _example, _pattern = where
     BN: gl.constexpr = k_smem.shape[3]
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     rows: gl.constexpr = gl.SliceLayout(1, mma)
@@ -152,6 +140,7 @@ def _kernel(
     q_at,
     k_at,
     f_at,
+    bias_at,
     columns,
     sinks,
     results,
@@ -168,11 +157,14 @@ def _kernel(
     FEATURES: gl.constexpr = f_at is not None
     b, h, row, lo, hi = block_rows(together, GROUPS * GROUP_ROWS, sizes, rules, BN)
     example = b // sizes.repeat
-    where = (example, h, h // sizes.group, row, example * batch)
+    where = (example, h, h // sizes.group, row, example * batch, b)
     q_smem, k_smem = buffers(q_at, GROUPS), buffers(k_at, STAGES)
-    at, smem = (q_at, k_at, k_at), (q_smem, k_smem, k_smem)
+    bias = (k_smem, k_smem)
+    if bias_at is not None:
+        bias = bias_room(bias_at, STAGES)
+    at, smem = (q_at, k_at, k_at, bias_at), (q_smem, k_smem, k_smem, bias)
     if FEATURES:
-        at, smem = (q_at, k_at, f_at), (q_smem, k_smem, buffers(f_at, STAGES))
+        at, smem = (q_at, k_at, f_at, bias_at), (q_smem, k_smem, buffers(f_at, STAGES), bias)
         columns = of_example(columns, example * batch, sizes.keys, BN, f_at.block_type.shape[2])
     bars = (barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, GROUPS))
     given = (b, h, sizes, rules, results, score)
@@ -182,7 +174,7 @@ def _kernel(
             (_reduce, (0, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
             (_reduce, (1, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
             (_reduce, (2, smem, bars, columns, sinks, given, where, lo, hi, FEATURES)),
-            (_fetch, (at, smem, bars, where, lo, hi, FEATURES)),
+            (_fetch, (at, smem, bars, score, where, lo, hi, FEATURES)),
         ],
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],
@@ -213,6 +205,7 @@ def rows(
     width = tile_width(q.shape[3])
     keys, stages = shape(width, 0 if columns is None else columns.shape[-1])
     f_at, features, batch = feature_tiles(columns, keys, asked=True)
-    at = tiles(q, GROUP_ROWS.value, width), tiles(k, keys, width), f_at
+    bias_at, score = bias_tiles(q, score, columns, keys)
+    at = tiles(q, GROUP_ROWS.value, width), tiles(k, keys, width), f_at, bias_at
     given = sinks, results, sizes, rules, score, batch, together
     launch(_kernel, grid, q, *at, features, *given, STAGES=stages, REGISTERS=160, num_warps=4)

@@ -19,6 +19,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from headscope.kernels.checks.without_card import NoCard
+from headscope.kernels.hopper import bias as hopper_bias
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.hopper import divergence as hopper_divergence
@@ -98,12 +99,15 @@ def main(d: int, dtype: torch.dtype, mask: Mask, numbers: list[int], options: di
             hopper.fill_rows(q, k, k.clone(), f, sinks, output, sizes, seen, s, sparse=sparse)
     hopper.fill_columns(q, k, z, z, z, triton_columns.Sizes(8, 4, 256, 0, 256, 256), seen, s)
     norms = z, z, None, None
-    hopper.fill_distances(q, k, q, k, norms, torch.zeros(4, *z.shape), divergence.Sizes(8, 4, 256, 256), seen, s)
+    unbiased = s._replace(bias=None)  # no divergence has a bias
+    sizes = divergence.Sizes(8, 4, 256, 256)
+    hopper.fill_distances(q, k, q, k, norms, torch.zeros(4, *z.shape), sizes, seen, unbiased)
     hopper.fill_lists(q, k, listed.room(q, 16), heaviest.Sizes(8, 4, 256, 256, 16), seen, s)
 
 
 if __name__ == "__main__":
     driver.set_active(NoCard())
+    hopper_bias.LEAST = 1
     for module in (hopper_rows, hopper_output, hopper_columns, hopper_divergence, hopper_heaviest):
         module._kernel = Compiled(module._kernel, module.__name__.rsplit(".", 1)[1])
     padded = Mask(start=torch.tensor([0, 3]), end=torch.tensor([256, 200]), right=0, left=100)

@@ -22,14 +22,20 @@ from headscope.kernels import gpu_passes as passes
 from headscope.kernels.checks.cases import Case, everything, paddings, random_case
 from headscope.kernels.checks.compare import allowed, compare, distance
 from headscope.kernels.divergence import dense, divergence
+from headscope.kernels.hopper import bias as hopper_bias
 from headscope.kernels.hopper import columns as hopper_columns
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.hopper import divergence as hopper_divergence
 from headscope.kernels.hopper import heaviest as hopper_heaviest
 from headscope.kernels.hopper import output as hopper_output
+from headscope.kernels.hopper import output_tiles
 from headscope.kernels.hopper import rows as hopper_rows
-from headscope.kernels.hopper.device import GROUP_ROWS, _beside
-from headscope.kernels.hopper.emulator import Deadlock, Emulated, Value, emulated, translated
+from headscope.kernels.hopper.bias import bias_tiles, pieces
+from headscope.kernels.hopper.device import GROUP_ROWS, LOG2E
+from headscope.kernels.hopper.emulated_block import Deadlock
+from headscope.kernels.hopper.emulated_values import Value
+from headscope.kernels.hopper.emulator import Emulated, emulated, translated
+from headscope.kernels.hopper.features import _beside
 from headscope.kernels.hopper.scores import capped
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, ReducedColumns, Request
@@ -189,14 +195,48 @@ def test_other_widths_and_rules_with_softcap_and_bias(d: int, kind: str) -> None
     assert not fails(case, request_of(case, features=0))
 
 
-@pytest.mark.parametrize("largest", [0.59, 0.61, 20.0])
+def plain(scores: Scores, v: Tensor, *, request: Request) -> Reduced:
+    """Statistics, with the output where it is asked for, of a call without features."""
+    wants = frozenset({"lse", "max", "entropy"} | ({"output"} if request.output else set()))
+    rows = passes.rows(scores.q, scores.k, v, wants=wants, sinks=scores.sinks, **scores.device_arguments)
+    return Reduced(output=rows.output, lse=rows.lse, max=rows.max, entropy=rows.entropy)
+
+
+@pytest.mark.parametrize("output", [True, False])
+@pytest.mark.parametrize("d, each", [(64, (2, 2)), (128, (1, 2)), (80, (2, 1))])
+def test_a_bias_by_the_matrix_unit(
+    d: int, each: tuple[int, int], output: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ones, whose last bits matter, hidden keys, a head all of whose keys are; for every head, or example."""
+    case = random_case("causal", **BASE, batch=2, d_head=d, queries=200, keys=330)
+    monkeypatch.setattr(hopper_bias, "LEAST", 1)
+    gen = torch.Generator().manual_seed(3)
+    bias = 3.0 * torch.randn(*each, 330, generator=gen) + 300.0
+    bias[torch.rand(bias.shape, generator=gen) < 0.2] = -torch.inf
+    bias[-1, -1] = -torch.inf
+    case = replace(case, bias=bias)
+    request = Request(output=output, lse=True, max=True, entropy=True)
+    assert bias_tiles(case.q, score(case.scale, None, case.bias), None, 128)[0] is not None
+    assert not [verdict for verdict in compare(case.run(plain, request), case, request) if not verdict.holds]
+
+
+@pytest.mark.parametrize("scale", [2e-6, 0.09, 30.0])
+def test_pieces_of_a_bias_are_all_of_it(scale: float) -> None:
+    given = score(scale, None, torch.randn(1, 1, 1000).mul(50).index_fill(2, torch.tensor([3]), -torch.inf))
+    found = pieces(given)
+    assert torch.isfinite(found).all() and found.dtype == torch.bfloat16 and not found[..., 3:].any()
+    assert torch.equal(found.double().sum(-1).float(), given.bias / (scale * LOG2E.value))
+
+
+@pytest.mark.parametrize("largest", [0.01, 0.6, 20.0])
 @pytest.mark.parametrize("softcap, scale", [(50.0, 0.0884), (5.0, 1.0), (30.0, 2e-3)])
 def test_softcap_to_its_roundings(softcap: float, scale: float, largest: float) -> None:
-    """By the polynomial below 0.6 c and by an exponential above: off by what ``capped`` says, in units of c."""
+    """Half a rounding of c for the difference, one of 2 c each for the product, the quotient and the sum beneath it,
+    half of one for the exponent: what ``capped`` says."""
     x = torch.linspace(-largest, largest, 64 * 128).view(64, 128) * (softcap / scale)
     found = translated(capped, {})(Value(x), score(scale, softcap, None)).x.double()
     exact = softcap * torch.tanh(x.double() * (scale / softcap)) * math.log2(math.e)
-    assert (found - exact).abs().max() <= (7.3e-8 + 4 * 2.0**-24) * softcap * math.log2(math.e)
+    assert (found - exact).abs().max() <= 4 * 2.0**-23 * softcap * math.log2(math.e)
 
 
 def heaviest(case: Case, top: int) -> list[Any]:
@@ -322,7 +362,7 @@ def _forgets_the_scale(linear, c, before, state, FOLD: gl.constexpr):
 
 def test_a_planted_bug_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     case = random_case("causal", **BASE, d_head=64, queries=300, keys=900)
-    for module in (hopper_rows, hopper_output):
+    for module in (hopper_rows, output_tiles):
         monkeypatch.setattr(module, "leave", _forgets_the_scale)
     with emulated(hopper_rows, hopper_output):
         assert {verdict.name for verdict in fails(case, request_of(case, features=0))} == {"linear"}

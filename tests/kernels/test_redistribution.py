@@ -14,6 +14,7 @@ from headscope.kernels.blocks import blocks, top_blocks
 from headscope.kernels.checks.cases import MASKS, Case, everything, random_case, random_moves
 from headscope.kernels.checks.compare import ROUNDINGS, compare
 from headscope.kernels.divergence import divergence
+from headscope.kernels.fallback import EngineWarning, NotCompiled
 from headscope.kernels.masks import Mask
 from headscope.kernels.redistribute import pattern, redistribute
 from headscope.kernels.redistribution import Redistribution, dense
@@ -89,6 +90,39 @@ def test_sets_that_fill_little_are_gathered(monkeypatch: pytest.MonkeyPatch) -> 
     case = replace(case, move=Redistribution((torch.arange(40) % 3 == 0).to(DEVICE), 0.5))
     assert not wrong(case, Request(lse=True, entropy=True), "triton")
     assert sizes == [26, 14]
+
+
+@pytest.mark.parametrize("kind, name", [(kind, "a head's own keys") for kind in GATHERED] + [("causal", "three")])
+@OPTIONS
+def test_few_keys_need_no_pass(kind: str, name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many passes as there are sets, less those of which the scores are computed alone: all but the largest."""
+    few_keys = pytest.importorskip("headscope.kernels.triton.few_keys")
+    case = moved(random_case(kind, **SIZES, **options, device=DEVICE), name)
+    seen: list[int] = []
+    few_scores = few_keys.few_scores
+    monkeypatch.setattr(few_keys, "few_scores", lambda *args: seen.append(args[2]) or few_scores(*args))
+    assert not wrong(case, Request(lse=True, columns=(Columns(sum=True),)), "triton")
+    assert len(seen) == len(case.move.sets(case.q.device)) - 1
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_few_keys_in_half_precision_beside_a_heavy_sink(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sink holds nearly all: what the others give is not the difference of two outputs."""
+    few_keys = pytest.importorskip("headscope.kernels.triton.few_keys")
+    if not built:
+        monkeypatch.setattr(few_keys, "add_few", _does_not_compile)
+    case = random_case("full", **SIZES, dtype=torch.float16, device=DEVICE)
+    bias = torch.zeros(1, 1, 40, device=DEVICE).index_fill(2, torch.tensor([0], device=DEVICE), 12.0)
+    case = moved(replace(case, bias=bias), "no first key")
+    if built:
+        assert not wrong(case, Request(lse=True), "triton")
+    else:
+        with pytest.warns(EngineWarning, match="PyTorch"):
+            assert not wrong(case, Request(lse=True), "triton")
+
+
+def _does_not_compile(*_: Any) -> None:
+    raise NotCompiled("it does not", first=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
