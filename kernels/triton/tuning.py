@@ -42,7 +42,9 @@ def edited_row_tiles(d: int, d_value: int, features: int, dtype: torch.dtype, lo
     if dtype == torch.float32:
         return Tiles(64, 32, 4, 2) if looks_up and wide <= 128 else row_tiles(d, d_value, features, dtype)
     if looks_up:
-        return Tiles(64, 64, 4 if wide <= 64 else 8, 2)
+        return Tiles(64, 64, 4 if wide <= 128 else 8, 2)
+    if 64 < wide <= 128 and not features:
+        return Tiles(64, 64, 4, 3)
     return Tiles(128, 64, 8, 3) if d_value and wide <= 64 else row_tiles(d, d_value, features, dtype)
 
 
@@ -50,7 +52,7 @@ def edited_column_tiles(d: int, dtype: torch.dtype, looks_up: bool) -> Tiles:
     """Tiles of the column kernel under a score edit: fewer scores a thread, which also holds their weights."""
     if d > 128 or dtype == torch.float32:
         return column_tiles(d, dtype)
-    return Tiles(64, 64, 4, 3) if d <= 64 else Tiles(64, 64 if looks_up else 128, 8, 2)
+    return Tiles(64, 64, 8, 2) if looks_up and d > 64 else Tiles(64, 64, 4, 3)
 
 
 def decode_tiles(d: int, rows: int, dtype: torch.dtype) -> Tiles:
