@@ -102,7 +102,7 @@ def _table(x: Tensor | None, first: int, device: torch.device) -> Table | None:
         return None
     batch, heads, places = (None if n == 1 else n for n in x.shape)
     first = 0 if places is None else first  # one that changes with every token might be compiled anew
-    return Table(x.detach().to(device, torch.float32).contiguous(), batch, heads, places, first)
+    return Table(x.detach().to(device, torch.float32).contiguous().resolve_neg(), batch, heads, places, first)
 
 
 @triton.jit
