@@ -38,8 +38,9 @@ def attend(
 ) -> Reduced:
     """One attention call: its output and every reduction in ``request``, in as few passes as the engine can.
 
-    Statistics carry no gradient. The output does where q, k, v, sinks or bias require one: it is then computed apart,
-    by the library or, with softcap, sinks, bias or edit, a few rows at a time (``streaming.backward``).
+    Statistics carry no gradient. The output does where q, k, v, sinks, bias or a declared edit's tables require one: it
+    is then computed apart, by the library or, with softcap, sinks, bias or edit, a few rows at a time
+    (``streaming.backward``).
 
     Args:
         scores: queries, keys, and how they become scores; statistics are those of the edited pattern. A declared
@@ -76,9 +77,15 @@ def output(scores: Scores, v: Tensor) -> Tensor:
 
 
 def wants_gradient(scores: Scores, *others: Tensor | None) -> bool:
-    """Whether any of a call's inputs requires a gradient."""
-    inputs = (scores.q, scores.k, scores.sinks, scores.bias, *others)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    """Whether any of a call's inputs requires a gradient, a declared edit's tables among them.
+
+    What a function that edits scores holds cannot be asked: its gradient is kept where another input requires one.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    tables = () if scores.edit is None else scores.edit.tensors
+    inputs = (scores.q, scores.k, scores.sinks, scores.bias, *tables, *others)
+    return any(x is not None and x.requires_grad for x in inputs)
 
 
 def _differentiable_output(scores: Scores, v: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-LOWEST = -1e37  # stands for -inf in a table: 0 times it is 0
-GONE = -1e30  # a score at or below it is that of a hidden key
+LARGEST = 1e9  # of a weight's factor: products of three, and of a distance, are far from what float32 ends at
+GONE = -1e29  # a score at or below it is that of a hidden key, and so far from any engine's own number for one
+NEVER = 1024.0  # stands for a -inf among signs
 
 Of = Literal["one", "score", "size", "positive"]
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -35,8 +36,11 @@ class Term:
        query - key, and query - key itself (``slope``); 1 where nothing is. Outside ``within`` w is 0.
     2. g(s) is 1 (``of="one"``), s (``"score"``), |s| (``"size"``) or max(s, 0) (``"positive"``). So a factor f is a
        weight of f - 1 of the score, which is rounded where s is: a factor of 1e-3 keeps s to 1e-7 |s|, not to 1e-10.
-    3. A key that is hidden before stays hidden. -inf in one of the tables of ``of="one"`` hides a key wherever the
-       others are above 0: it counts as -1e37, and a score of -1e30 or less as -inf.
+    3. A key that is hidden before stays hidden. -inf in the tables of ``of="one"`` hides a key, for good, wherever the
+       product of w's other factors is above 0, however little, and changes nothing elsewhere.
+    4. [OURS] So that no engine meets infinities or what rounds to them: a table's number of -1e29 or less counts as
+       -inf, another beyond 1e9 in size as 1e9 with its sign (as -inf does in the tables of other g, where it hides
+       nothing); a score of -1e29 or less hides its key, and one of 1e29 or more counts as 1e29.
 
     Args:
         of: g.
@@ -116,6 +120,7 @@ class Term:
             s = s.to(torch.promote_types(s.dtype, torch.float32))
             apart = q - k
             w = apart.to(s.dtype) if slope else None
+            sign = None if w is None else torch.sign(w)
             for table, place in (
                 (queries, q - first_query),
                 (keys, k - first_key),
@@ -123,29 +128,43 @@ class Term:
             ):
                 if table is not None:
                     own = table(b, h, place).to(s.dtype)
-                    w = own if w is None else w * own
+                    signs, own = _signs_and_sizes(own, hides)
+                    w, sign = (own, signs) if w is None or sign is None else (w * own, sign * signs)
             w = s.new_ones(()) if w is None else w
-            if within is not None:
-                w = torch.where((apart >= within[0]) & (apart <= within[1]), w, 0.0)
-            if hides:
-                s = s + w
-                return torch.where(s <= GONE, -torch.inf, s)
             gone = s <= GONE
             own = torch.where(gone, 0.0, s)  # -inf times a weight has no gradient
-            return torch.where(gone, -torch.inf, own + w * g(own))
+            if hides and sign is not None:
+                gone = gone | ((sign >= NEVER) if within is None else (sign >= NEVER) & _inside(apart, within))
+            if within is not None:
+                w = torch.where(_inside(apart, within), w, 0.0)
+            new = (own + w * g(own)).clamp(max=-GONE)
+            return torch.where(gone | (new <= GONE), -torch.inf, new)
 
         return changed
 
 
+def _inside(apart: Tensor, within: tuple[int, int]) -> Tensor:
+    return (apart >= within[0]) & (apart <= within[1])
+
+
+def _signs_and_sizes(x: Tensor, hides: bool) -> tuple[Tensor, Tensor]:
+    """A factor's sign, ``NEVER`` in place of -inf, and the factor within bounds, 0 in place of an -inf that ``hides``.
+
+    The product of signs says whether one of factors is above 0 that is rounded to 0.
+    """
+    near = x.clamp(-LARGEST, LARGEST)
+    never = x <= GONE
+    return torch.where(never, NEVER, torch.sign(x)), torch.where(never, 0.0, near) if hides else near
+
+
 def _lookup(table: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """``table`` (batch or 1, head or 1, place) at index tensors that broadcast, -inf as ``LOWEST``."""
+    """``table`` (batch or 1, head or 1, place) at index tensors that broadcast."""
     if table is None:
         return None
     batch, heads, count = table.shape
     wide = torch.promote_types(table.dtype, torch.float32)
 
     def read(b: Tensor, h: Tensor, place: Tensor) -> Tensor:
-        found = table[b if batch > 1 else 0, h if heads > 1 else 0, place.clamp(0, count - 1)]
-        return found.to(wide).clamp(min=LOWEST)
+        return table[b if batch > 1 else 0, h if heads > 1 else 0, place.clamp(0, count - 1)].to(wide)
 
     return read

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+_PLAIN = frozenset((int, type(None)))
 
 # An index function, broadcast over its arguments: (batch, head, query position, key position) -> bool.
 IndexRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -23,7 +26,9 @@ class Mask:
     * ``left``: ``k >= q - left`` (a sliding window of ``w`` tokens is ``left=w-1``);
     * ``start``, ``end``: ``start[b] <= k < end[b]`` (left and right padding), integer tensors of shape (batch,);
     * ``chunk``: ``(k - origin[b]) // chunk == (q - origin[b]) // chunk`` (``origin`` (batch,) or None);
-    * ``segments``: ``segments[b, k] == segments[b, q]`` (packed sequences), integer tensor (batch, positions);
+    * ``segments``: ``segments[b, k] == segments[b, q]`` (packed sequences), integer tensor (batch, positions). On a GPU
+      what is worked out of it is kept while torch counts no change of it: change it by torch's own operations
+      (``segments[0, 3] = 1``), not through ``.data`` or an array that shares its memory, or give a new tensor;
     * ``rule``: any index function of (batch, head, q, k), evaluated only on the tiles that are computed, for
       ``examples`` examples (1: the same for all).
 
@@ -41,6 +46,13 @@ class Mask:
     segments: Tensor | None = None
     rule: IndexRule | None = None
     examples: int = 1
+
+    def __post_init__(self) -> None:
+        numbers = (self.query_offset, self.key_offset, self.left, self.right, self.chunk)
+        if not _PLAIN.issuperset(map(type, numbers)):  # numpy's are no numbers to Triton
+            for name, x in zip(("query_offset", "key_offset", "left", "right", "chunk"), numbers, strict=True):
+                if isinstance(x, Integral):
+                    object.__setattr__(self, name, int(x))
 
     @classmethod
     def causal(cls, query_offset: int = 0, *, window: int | None = None) -> Mask:

@@ -15,6 +15,10 @@ that they had: W_C = t a w_C, W_B = t w_B, t = (w_C + w_B) / (a w_C + w_B).
 Several follow one another as ``Redistributions``: the second moves mass of the pattern that the first made. Wherever a
 set of one meets a set of the next, the pattern stays in proportion to the softmax, so that these cells are sets too.
 
+[OURS] Takers are the keys that a row sees, whether or not an earlier move left them anything: keys that hold nothing
+take in proportion to what they held last. So it makes no difference whether a move takes all that keys have or all but
+a rounding of it, and no precision decides it.
+
 Sources: ACT (Yu et al. 2024, arXiv 2406.15765: from a head's sinks to every other key) and VAR (Kang et al. 2025, arXiv
 2503.03321: from sinks to the image's other tokens); which heads, queries and keys is their choice, and the caller's.
 """
@@ -86,7 +90,8 @@ class Redistribution:
         binds = keep * givers > givers + takers
         a = torch.where(binds, 1 + takers / torch.where(binds, givers, 1.0), keep)
         a = torch.where(sees_taker, a, 1.0)
-        return [a * givers, (takers + (1 - a) * givers).clamp(min=0.0), *before[2:]]
+        left = (takers + (1 - a) * givers).clamp(min=0.0)
+        return [a * givers, torch.where(binds & sees_taker, 0.0, left), *before[2:]]  # all is taken: no rounding of it
 
     def after(self, norms: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
         """W of every set from the lse of its scores (batch, head, query), and a sink logit (head,)."""
@@ -141,16 +146,30 @@ class Redistributions:
     def after(self, norms: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
         """W of every cell from the lse of its scores (batch, head, query), and a sink logit (head,).
 
-        Logarithms are kept between parts, so that a cell whose mass no float holds is still told from one without.
+        Logarithms are kept between parts, so that a cell whose mass no float holds is still told from one without:
+        ``logs`` of what cells hold, and ``last`` of what they held when they last held something.
         """
-        logs, counts = norms, [len(part.sets(norms[0].device)) for part in self.parts]
+        logs, own = norms, [] if sinks is None else [sinks.to(norms[0].dtype)[None, :, None].expand_as(norms[0])]
+        total = _log_sum([*norms, *own])
+        last = [log - total.masked_fill(total == -torch.inf, 0.0) for log in norms]
+        counts = [len(part.sets(norms[0].device)) for part in self.parts]
         places = list(itertools.product(*map(range, counts)))
         for i, part in enumerate(self.parts):
-            cells = [[log for log, at in zip(logs, places, strict=True) if at[i] == one] for one in range(counts[i])]
-            of_sets = [_log_sum(each) for each in cells]
-            before = [log.exp() for log in of_sets] if i else shares(of_sets, sinks)
-            mass = part.masses(before, of_sets[1] > -torch.inf)
-            logs = [_scaled(log, of_sets[at[i]], mass[at[i]]) for log, at in zip(logs, places, strict=True)]
+
+            def of_sets(cells: list[Tensor], i: int = i) -> list[Tensor]:
+                each = ([x for x, at in zip(cells, places, strict=True) if at[i] == n] for n in range(counts[i]))
+                return [_log_sum(own) for own in each]
+
+            held, once = of_sets(logs), of_sets(last)
+            before = [log.exp() for log in held] if i else shares(held, sinks)
+            mass = part.masses(before, once[1] > -torch.inf)
+            scaled = []
+            for log, old, at in zip(logs, last, places, strict=True):
+                n, holds = at[i], held[at[i]] > -torch.inf
+                whole = torch.where(holds, held[n], once[n])
+                scaled.append(_scaled(torch.where(holds, log, old), whole, mass[n]))
+            logs = scaled
+            last = [torch.where(log > -torch.inf, log, old) for log, old in zip(logs, last, strict=True)]
         return [log.exp() for log in logs]
 
     def of_rows(self, rows: Tensor | slice) -> Redistributions:
@@ -210,11 +229,15 @@ def _three(x: Tensor) -> Tensor:
 def dense(p: Tensor, move: Move) -> Tensor:
     """The definition of ``redistribute``: a pattern ``p`` (batch, head, query, key) after ``move``.
 
-    Takers whose weights are 0 in the precision of ``p`` count as not seen.
+    Keys whose weights are 0 in the precision of ``p`` count as not seen.
     """
+    last = p  # what each key holds, or held when it last held something
     for part in move.parts:
         sets = [x[:, :, None] for x in part.sets(p.device)]
-        before = [(p * x).sum(-1) for x in sets]
-        for x, w, after in zip(sets, before, part.masses(before, before[1] > 0), strict=True):
-            p = torch.where(x, p * (after / torch.where(w > 0, w, 1.0))[..., None], p)
+        before, once = ([(held * x).sum(-1) for x in sets] for held in (p, last))
+        masses = part.masses(before, once[1] > 0)
+        for x, w, seen, after in zip(sets, before, once, masses, strict=True):
+            by = torch.where(w > 0, after / torch.where(w > 0, w, 1.0), after / torch.where(seen > 0, seen, 1.0))
+            p = torch.where(x, torch.where((w > 0)[..., None], p, last) * by[..., None], p)
+        last = torch.where(p > 0, p, last)
     return p

@@ -214,12 +214,12 @@ def _filled(arg: Any, places: dict[int, int]) -> _Fill | None:
         return lambda tensors: tensors[at]
     if hasattr(arg, "block_shape"):
         return _descriptor(arg, places[arg.base.data_ptr()])
-    if not isinstance(arg, tuple):
+    if not isinstance(arg, tuple | list):
         return None
     fills = [_filled(x, places) for x in arg]
     if not any(fills):
         return None
-    make = getattr(type(arg), "_make", tuple)
+    make = getattr(type(arg), "_make", type(arg))
     parts = [(x if fill is None else None, fill) for x, fill in zip(arg, fills, strict=True)]
     return lambda tensors: make([x if fill is None else fill(tensors) for x, fill in parts])
 

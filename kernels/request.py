@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from operator import index
+from typing import Any
 
 from torch import Tensor
 
@@ -18,6 +20,10 @@ class Columns:
     sum: bool = False
     max: bool = False
     count: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.queries) is not tuple and self.queries is not None:  # a list tells no kinds of calls apart
+            object.__setattr__(self, "queries", _numbers("queries of columns", self.queries))
 
     def rows(self, queries: int) -> tuple[int, int]:
         """The rows of a call with so many ``queries``."""
@@ -66,6 +72,12 @@ class Request:
     query_rows: Tensor | None = None
     columns: tuple[Columns, ...] = ()
 
+    def __post_init__(self) -> None:
+        if type(self.windows) is not tuple:
+            object.__setattr__(self, "windows", _numbers("windows", self.windows))
+        if type(self.columns) is not tuple:
+            object.__setattr__(self, "columns", _each("columns", self.columns))
+
     @property
     def numbers(self) -> tuple[Hashable, ...]:
         """What tells requests apart beside ``tensors``."""
@@ -92,6 +104,20 @@ class Request:
     def wants_statistics(self) -> bool:
         """Whether anything beside the output is asked for."""
         return self.wants_rows or self.wants_keys
+
+
+def _numbers(name: str, given: Any) -> tuple[Any, ...]:
+    """Whole numbers, given as a list, an array or the like."""
+    try:
+        return tuple([index(x) for x in _each(name, given)])
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers; got {given!r:.60}") from None
+
+
+def _each(name: str, given: Any) -> tuple[Any, ...]:
+    if not isinstance(given, Iterable):
+        raise ValueError(f"{name} must be a tuple; got {given!r:.60}")
+    return tuple(given)
 
 
 @dataclass(eq=False)

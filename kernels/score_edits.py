@@ -69,6 +69,11 @@ class ScoreEdit:
         """Whether Triton's kernels evaluate it: a declared edit of at most ``MOST`` terms."""
         return self.terms is not None and 0 < len(self.terms) <= MOST
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tables of a declared edit."""
+        return tuple([table for term in self.terms or () for table in term.tables.values()])
+
     def then(self, after: ScoreEdit) -> ScoreEdit:
         """This edit, and ``after`` on what it gives: declared where both are."""
         if self.terms is not None and after.terms is not None:

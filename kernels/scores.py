@@ -97,6 +97,8 @@ class Scores:
             bias.dim() != 3 or any(n not in fit for n, fit in zip(bias.shape, sizes, strict=True))
         ):
             raise ValueError(f"bias must be ({batch} or 1, {heads} or 1, {keys}); got {tuple(bias.shape)}")
+        if self.q.is_neg() or self.k.is_neg() or (v is not None and v.is_neg()):  # a kernel reads what is in memory
+            raise ValueError("q, k or v is a lazy negation (torch's is_neg): give x.resolve_neg()")
         if self.edit is not None:
             row, key = self.mask.query_offset, self.mask.key_offset
             self.edit.check(batch, heads, range(row, row + q[2]), range(key, key + keys))

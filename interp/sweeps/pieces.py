@@ -85,23 +85,24 @@ class Piece:
 def written(lm: LanguageModel, pieces: Iterable[Piece], out: Path, *, write: bool) -> Iterator[str]:
     """Trace ``pieces`` and, where it is this process's to do, ``write`` their parts to ``out``; their names.
 
-    A part is compressed and written by a thread while the next one is traced, so that two are in memory; where that
-    next one fails, the part is finished and named first.
+    A part is compressed and written by a thread while the next one is made and traced, so that two are in memory; where
+    that next one fails, the part is finished and named first.
     """
     with ThreadPoolExecutor(1) as writer:
         before: tuple[str, Future[None]] | None = None
-        for piece in pieces:
+        coming = iter(pieces)
+        while True:
             try:
-                part = piece.trace(lm)
+                piece = next(coming, None)
+                part = None if piece is None else piece.trace(lm)
             finally:
                 if before is not None:
                     before[1].result()
                     yield before[0]
+            if piece is None or part is None:
+                return
             before = piece.name, writer.submit(write_part, part, out, piece.name) if write else _nothing()
             del part
-        if before is not None:
-            before[1].result()
-            yield before[0]
 
 
 def _nothing() -> Future[None]:

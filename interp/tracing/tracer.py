@@ -99,7 +99,7 @@ class Tracer(Handler):
         self._keep_pass()
         self._running = True
         ids = inputs.get("input_ids")
-        self._pending_ids = ids.detach() if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        self._pending_ids = ids.clone() if isinstance(ids, Tensor) and ids.dim() == 2 else None  # may be reused
         self._decoder.begin(inputs)
         cache = inputs.get("past_key_values")
         self._cache = None if cache is None else weakref.ref(cache)

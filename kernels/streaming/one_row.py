@@ -62,7 +62,8 @@ def attend(scores: Scores, v: Tensor, request: Request) -> Reduced:
         result.top_mass, result.top_keys = pad_top(of_head(mass), of_head(index + (lo + mask.key_offset)), request.top)
     if request.columns:
         weights = torch.nn.functional.pad(p.view(batch, heads, hi - lo), (lo, keys - hi))
-        result.columns = tuple([_columns(weights, each) for each in request.columns])
+        alone = len(request.columns) == 1  # no two share a tensor
+        result.columns = tuple([_columns(weights if alone else weights.clone(), each) for each in request.columns])
     return result
 
 

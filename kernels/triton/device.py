@@ -59,7 +59,8 @@ def score(
     ``edit`` as ``edits.argument`` gives it."""
     sign = math.copysign(1.0, scale) if registers or scale < 0 else None
     edited = None if edit is None else 1
-    scale = abs(scale)  # a maximum commutes with positive scales only
+    scale, softcap = float(abs(scale)), None if softcap is None else float(softcap)  # numpy's are none to Triton
+    # a maximum commutes with positive scales only
     if bias is None:
         return Score(scale, softcap, None, 0, 0, sign, edited, edit)
     bias = (bias.float() * LOG2E.value).clamp_(min=HIDDEN.value).contiguous()

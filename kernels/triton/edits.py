@@ -18,8 +18,10 @@ from headscope.kernels import edit_terms
 from headscope.kernels.score_edits import MOST, ScoreEdit
 from headscope.kernels.triton.device import HIDDEN, LOG2E
 
-LOWEST = tl.constexpr(edit_terms.LOWEST)
+LARGEST = tl.constexpr(edit_terms.LARGEST)
 GONE = tl.constexpr(edit_terms.GONE)
+FAR = tl.constexpr(edit_terms.GONE * LOG2E.value)  # GONE in units of ln 2, above FLOOR
+NEVER = tl.constexpr(edit_terms.NEVER)
 TERMS = tl.constexpr(MOST)
 
 
@@ -102,7 +104,7 @@ def _table(x: Tensor | None, first: int, device: torch.device) -> Table | None:
         return None
     batch, heads, places = (None if n == 1 else n for n in x.shape)
     first = 0 if places is None else first  # one that changes with every token might be compiled anew
-    return Table(x.detach().to(device, torch.float32).contiguous(), batch, heads, places, first)
+    return Table(x.detach().to(device, torch.float32).contiguous().resolve_neg(), batch, heads, places, first)
 
 
 @triton.jit
@@ -111,26 +113,40 @@ def edited(s, score, b, h, query, key):
     if score.edited is not None:
         for n in tl.static_range(TERMS):
             if score.edit.some[n] is not None:
-                s = changed(s, score.edit.terms[n], b, h, query, key, n > 0 or score.bias is not None)
+                s = changed(s, score.edit.terms[n], b, h, query, key)
     return s
 
 
 @triton.jit
-def changed(s, term, b, h, query, key, hidden: tl.constexpr):
-    """One term. The maximum hides by a finite number, and what was hidden (some may be, if ``hidden``) stays so,
-    whatever is added to it."""
+def changed(s, term, b, h, query, key):
+    """One term. What is hidden, before or by it, is so by a finite number."""
     w = 1.0
+    sign = 1.0
+    hides: tl.constexpr = term.score is None and term.size is None and term.positive is None
     if term.slope is not None:
         w = (query - key).to(tl.float32)
+        if hides:
+            sign = signs(w)
     if term.by_query is not None:
-        w = w * read(term.queries, b, h, query)
+        x = read(term.queries, b, h, query)
+        w = w * bounded(x, hides)
+        if hides:
+            sign = sign * signs(x)
     if term.by_key is not None:
-        w = w * read(term.keys, b, h, key)
+        x = read(term.keys, b, h, key)
+        w = w * bounded(x, hides)
+        if hides:
+            sign = sign * signs(x)
     if term.by_distance is not None:
-        w = w * read(term.distances, b, h, query - key)
+        x = read(term.distances, b, h, query - key)
+        w = w * bounded(x, hides)
+        if hides:
+            sign = sign * signs(x)
     if term.least is not None:
-        apart = query - key
-        w = tl.where((apart >= term.least) & (apart <= term.greatest), w, 0.0)
+        inside = (query - key >= term.least) & (query - key <= term.greatest)
+        w = tl.where(inside, w, 0.0)
+        if hides:
+            sign = tl.where(inside, sign, 0.0)
     if term.score is not None:
         new = s + w * s
     elif term.size is not None:
@@ -138,10 +154,24 @@ def changed(s, term, b, h, query, key, hidden: tl.constexpr):
     elif term.positive is not None:
         new = s + w * tl.maximum(s, 0.0)
     else:
-        new = tl.maximum(s + w * LOG2E, HIDDEN)
-    if hidden and (term.score is not None or term.size is not None or term.positive is not None):
-        new = tl.where(s <= GONE, s, new)
-    return new
+        new = tl.where(sign >= NEVER, HIDDEN, s + w * LOG2E)
+    new = tl.where((s <= FAR) | (new <= FAR), HIDDEN, new)
+    return tl.minimum(new, -FAR)
+
+
+@triton.jit
+def bounded(x, hides: tl.constexpr):
+    """A factor of a weight; 0 in place of -inf in a term that ``hides`` by it."""
+    near = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+    if hides:
+        near = tl.where(x <= GONE, 0.0, near)
+    return near
+
+
+@triton.jit
+def signs(x):
+    """1, 0 or -1, and ``NEVER`` in place of -inf."""
+    return tl.where(x <= GONE, NEVER, tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)))
 
 
 @triton.jit
@@ -152,4 +182,4 @@ def read(table, b, h, place):
         at = at * table.heads + h
     if table.places is not None:
         at = at * table.places + tl.minimum(tl.maximum(place - table.first, 0), table.places - 1)
-    return tl.maximum(tl.load(table.data + at), LOWEST)
+    return tl.load(table.data + at)

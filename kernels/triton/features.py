@@ -22,7 +22,11 @@ T = TypeVar("T")
 
 
 def kept(make: Callable[..., T]) -> Callable[..., T]:
-    """``make(features, *rest)``, remembered; not where a CUDA graph is captured, whose memory is the graph's."""
+    """``make(features, *rest)``, remembered; not where a CUDA graph is captured, whose memory is the graph's.
+
+    Whether ``features`` is as it was, torch's count of changes says. It does not count a change through ``.data``,
+    ``from_numpy`` or another library: whoever makes one gives a new tensor (``masks.Mask``, ``request.Request``).
+    """
     memory: Any = WeakTensorKeyDictionary()
 
     @wraps(make)

@@ -40,6 +40,14 @@ def test_one_query_that_sees_a_run_of_keys(mask: Mask, dtype: torch.dtype, monke
         assert [x for x in compare(case.run(engine.attend, request), case, request) if not x.holds] == []
 
 
+def test_no_two_columns_share_a_tensor() -> None:
+    case = random_case("full", queries=1, keys=41)
+    both = Columns(sum=True, max=True)
+    found = case.run(engine.attend, Request(columns=(both, both, Columns(max=True)))).columns
+    tensors = [x for each in found for x in (each.sum, each.max) if x is not None]
+    assert len({x.data_ptr() for x in tensors}) == len(tensors) == 5
+
+
 def test_one_query_from_which_keys_are_hidden_in_between_is_a_tile() -> None:
     case = random_case("full", queries=1, keys=41)
     request, seen = Request(), []

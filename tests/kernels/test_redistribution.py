@@ -191,6 +191,41 @@ def test_sets_whose_mass_float32_cannot_hold(gap: float, keep: float, later: Red
         assert (x - y).abs().max() < 1e-4 * max(1.0, float(y.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_that_a_move_emptied_take_what_a_later_one_gives(dtype: torch.dtype) -> None:
+    """Emptied by a share of 0, by givers that ask for more than there is, or all but emptied: no precision decides."""
+    at = torch.arange(40)
+    c, b, e = at < 10, (at >= 10) & (at < 20), at >= 20
+    case = random_case("full", **SIZES, dtype=dtype, sinks=True, bias=True)
+    p = case.pattern()
+    onto = torch.where(b, p, 0.0)
+    onto /= onto.sum(-1, keepdim=True)  # b has what e had, in the proportion of its weights
+    want = {
+        "onto": torch.where(c, p * (p[..., c | b].sum(-1) / p[..., c].sum(-1))[..., None], 0.0),
+        "lost": torch.where(c, p, 0.0),
+    }
+    gives = Redistribution(e, 0.0, onto=b)
+    emptied = {
+        "onto": Redistribution(c, 1e4, onto=b).then(gives),
+        "lost": Redistribution(b, 0.0, freed="lost").then(gives),
+        "all but": Redistribution(b, 1e-9, freed="lost").then(gives),
+        "twice": Redistribution(b & (at < 15), 0.0, freed="lost")
+        .then(Redistribution(b, 0.0, freed="lost"))
+        .then(gives),
+    }
+    for name, move in emptied.items():
+        whole = want["onto" if name == "onto" else "lost"] + onto * p[..., e].sum(-1, keepdim=True)
+        assert (dense(p, move) - whole).abs().max() < 1e-8  # that share of b, and roundings
+        assert (dense(p.to(dtype), move) - whole).abs().max() < ROUNDINGS
+        here = replace(case, move=move)
+        assert (pattern(here, move) - whole).abs().max() < ROUNDINGS * case.score_size()
+        assert not wrong(here, Request(lse=True, entropy=True, columns=(Columns(sum=True),)))
+    moves = emptied["onto"], emptied["twice"]
+    for move in moves:
+        ours, exact = (gradients(replace(case, move=move), run, torch.float64) for run in (redistribute, None))
+        assert all(torch.allclose(x, y) for x, y in zip(ours, exact, strict=True))
+
+
 def test_rows_are_computed_alone_where_they_are_asked_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, Request]] = []
     attend = attention.attend

@@ -126,11 +126,21 @@ ELSEWHERE = torch.ones(3)
         lambda x: (torch.empty(3).fill_(2.0),),
         lambda x: (_start(x.clone()),),
         lambda x: (_start(ELSEWHERE),),
+        lambda x: _start((1, [ELSEWHERE])) and (torch.empty(3),),
         lambda x: (_start(x) if x.sum() > 0 else None,),
         lambda x: (_start(torch.empty(2, 3))[0],),
         lambda x: (_start(x),),
     ],
-    ids=["an operation", "a fill", "a copy", "a tensor from elsewhere", "a look", "a part", "an input back"],
+    ids=[
+        "an operation",
+        "a fill",
+        "a copy",
+        "a tensor from elsewhere",
+        "one in a list",
+        "a look",
+        "a part",
+        "an input back",
+    ],
 )
 def test_what_would_not_be_the_same_is_not_recorded(run: Callable[[Tensor], Any]) -> None:
     for _ in range(3):
@@ -157,9 +167,22 @@ def test_what_is_derived_of_an_input_is_of_the_calls_own() -> None:
     assert [x.tolist() for x in seen] == [[4.0] * 3, [6.0] * 3]
 
 
-def _start(x: Tensor) -> Tensor:
+def _start(x: Any) -> Any:
     replay.started(lambda _: None, (x,))
     return x
+
+
+def test_tensors_in_a_list_are_the_calls_own() -> None:
+    seen: list[Any] = []
+    for n in range(4):
+        x = torch.full((3,), float(n))
+
+        def run(x: Tensor = x) -> tuple[Tensor]:
+            replay.started(lambda given, _: seen.append(given), (["a", (x,)], room := torch.empty(3)))
+            return (room,)
+
+        replay.again(run, [x], "call")
+    assert [(type(given), given[1][0].tolist()) for given in seen] == [(list, [2.0] * 3), (list, [3.0] * 3)]
 
 
 def test_a_recording_holds_no_tensor_and_gives_room_of_its_own() -> None:

@@ -91,6 +91,60 @@ def test_what_a_term_hides_no_later_one_brings_back() -> None:
     assert (got[got > -torch.inf] == 0).all()
 
 
+ENDS = {
+    "one": (Term(keys=torch.tensor([[[0.0, -torch.inf, 0.5, -torch.inf]]])), [1, 3]),
+    "of little weight": (Term(keys=torch.tensor([[[-torch.inf, 0, 0, 0]]]), queries=torch.full((1, 1, 1), 1e-30)), [0]),
+    "of none": (Term(keys=torch.tensor([[[-torch.inf, 0, 0, 0]]]), queries=torch.zeros(1, 1, 1)), []),
+    "below none": (Term(keys=torch.tensor([[[-torch.inf, 0, 0, 0]]]), queries=-torch.ones(1, 1, 1)), []),
+    "two": (Term(keys=torch.tensor([[[-torch.inf, 0, 0, 0]]]), queries=torch.full((1, 1, 1), -torch.inf)), [0]),
+    "products beyond float32": (
+        Term(
+            keys=torch.tensor([[[-torch.inf, 1e-30, 1e-30, 1e-30]]]),
+            queries=torch.full((1, 1, 1), 1e-30),
+            distances=torch.full((1, 1, 1), 1e-30),
+        ),
+        [0],
+    ),
+    "all keys": (Term(keys=torch.full((1, 1, 1), -torch.inf), queries=torch.full((1, 1, 1), 1e-8)), [0, 1, 2, 3]),
+    "a finite end": (Term(keys=torch.tensor([[[-1e30, 0, -9e29, torch.finfo(torch.float32).min]]])), [0, 2, 3]),
+    "far below": (Term(keys=torch.tensor([[[-1e28, -1e28, -1e28, -1e28]]])), []),
+    "far above": (Term(keys=torch.tensor([[[1e30, 0, 0, 1e30]]]), queries=torch.full((1, 1, 1), 1e30)), []),
+    "a score beyond": (Term(of="score", keys=torch.tensor([[[1e38, -1e38, 0, -torch.inf]]])), []),
+    "within": (Term(keys=torch.full((1, 1, 1), -torch.inf), within=(-1, 9)), None),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("later", [False, True])
+def test_every_engine_hides_the_same_at_the_ends_of_float32(name: str, later: bool) -> None:
+    """And no later term brings a key back."""
+    pytest.importorskip("triton")
+    term, hidden = ENDS[name]
+    back = (Term(keys=torch.full((1, 1, 1), 50.0)), Term(of="score", keys=torch.full((1, 1, 1), -0.9)))
+    edit = ScoreEdit.of(term, *(back if later else ()))
+    case = replace(random_case("full", batch=1, kv_heads=1, group=1, queries=3, keys=4, d_head=16), edit=edit)
+    s = reference.dense_scores(case)[0, 0]
+    want = torch.zeros(3, 4, dtype=torch.bool)
+    want[:, hidden or []] = True
+    if hidden is None:
+        want = torch.arange(3)[:, None] - torch.arange(4) >= -1
+    assert torch.equal(s == -torch.inf, want) and not s.isnan().any() and (s < torch.inf).all()
+    request = Request(lse=True, max=True, entropy=True, columns=(Columns(sum=True),))
+    exact = case.eager(request)
+    for engine in ("reference", "streaming", "triton"):
+        got = attention.attend(case, case.v, request=request, engine=engine)  # type: ignore[arg-type]
+        found = {n: (getattr(got, n), getattr(exact, n)) for n in ("lse", "max", "output", "entropy")}
+        found["sum"] = got.columns[0].sum, exact.columns[0].sum
+        for n, (x, y) in found.items():
+            if name.startswith("far ") and n not in (
+                "lse",
+                "max",
+            ):  # what float32 keeps of the scores is the edit alone
+                assert bool(x.isfinite().all()), (engine, n)
+            else:  # weights carry the roundings of scores below 60; larger ones are relative to their size
+                assert torch.allclose(x.double(), y, rtol=1e-5, atol=1e-4), (engine, n, x, y)
+
+
 def test_an_edit_is_declared_while_all_of_it_is() -> None:
     slope, function = distance_slope(torch.ones(4)), ScoreEdit(lambda s, b, h, q, k: s)
     assert slope.in_kernels and slope.then(slope).on_heads([1], 4).in_kernels

@@ -307,6 +307,26 @@ def test_a_batch_that_fails_leaves_the_one_before_it_finished(lm, tmp_path, monk
     assert sorted(path.name for path in tmp_path.glob("part-*")) == sorted(traced[:2])
 
 
+def test_a_batch_that_cannot_be_made_leaves_the_one_before_it_finished(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "write_part", lambda part, out, name: (out / name).write_text(part))
+
+    class Made:
+        name = "part-0"
+
+        def trace(self, _):
+            return "all of it"
+
+    def coming():
+        yield Made()
+        raise HeadscopeError("no second one")
+
+    named = []
+    with pytest.raises(HeadscopeError, match="no second one"):
+        for name in pieces.written(None, coming(), tmp_path, write=True):
+            named.append(name)
+    assert named == ["part-0"] and (tmp_path / "part-0").read_text() == "all of it"
+
+
 def test_other_settings_do_not_continue_a_sweep(lm, tmp_path):
     given = prompts(4)
     spans = SpanMass({"a": (0, 2)})

@@ -125,6 +125,14 @@ def test_beam_search_is_refused_and_the_cache_left_alone(model):
     assert not set(vars(cache)) & {"reorder_cache", "crop"}
 
 
+def test_token_ids_are_those_of_the_pass_also_where_their_tensor_is_used_again(model):
+    ids, cache, buffer = tokens(length=8), DynamicCache(config=model.config), torch.empty(2, 1, dtype=torch.long)
+    with torch.no_grad(), trace(model, SinkMass()) as tracer:
+        for at in range(8):
+            model(buffer.copy_(ids[:, at : at + 1]), past_key_values=cache, use_cache=True)
+    assert tracer.record["token"].to_numpy().tolist() == ids.tolist()
+
+
 def test_positions_that_come_twice_are_refused(model):
     with trace(model, [Entropy()]):
         cache = DynamicCache()
