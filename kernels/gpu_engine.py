@@ -51,7 +51,8 @@ def attend(
         return streaming.attend(scores, v, request=request)
     if request.linear is not None or scores.edit is not None:  # what is made of features, or an edit's tables, is no
         return _computed(scores, v, request)  # input of the call
-    tensors = (scores.q, scores.k, v, scores.sinks, scores.bias, *scores.mask.tensors, *request.tensors)
+    values = v if request.output else None  # else nothing reads them, and they may be the keys
+    tensors = (scores.q, scores.k, values, scores.sinks, scores.bias, *scores.mask.tensors, *request.tensors)
     about = ("attend", scores.scale, scores.softcap, *scores.mask.numbers, *request.numbers)
     return _whole(again(lambda: _flat(_computed(scores, v, request)), tensors, about))
 

@@ -199,6 +199,29 @@ def top_keys(
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masses (float32) and positions (int64) of the ``count`` heaviest keys: see ``triton.topk.top_keys``."""
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "positions": positions}
+
+    def run() -> tuple[Tensor, Tensor]:
+        return _top_keys(q, k, lse, count=count, **options)
+
+    tensors, about = (q, k, lse, bias, positions, *mask.tensors), ("top keys", count, scale, softcap, *mask.numbers)
+    mass, keys = again(run, tensors, about)
+    assert mass is not None and keys is not None
+    return mass, keys
+
+
+def _top_keys(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    count: int,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if 1 <= count <= topk.MOST and hopper.takes(q, k, None, mask=mask, scale=scale):
         sizes = heaviest.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], count)
         seen, given = rules(mask, q.shape[0], positions), score(scale, softcap, bias)
