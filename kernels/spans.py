@@ -112,7 +112,7 @@ def _at_once(scores: Scores, v: Tensor, named: Named, lse: Tensor | None) -> Spa
         lse = rows(scores.q, scores.k, None, sinks=sinks, **options).lse
     each = (batch, spans, heads, queries)
     total = None if lse is None else lse.float().contiguous()
-    within = None if total is None else total[:, None].expand(each).reshape(-1, heads, queries)
+    within = None if total is None else total[:, None].expand(each).reshape(-1, heads, queries).contiguous()
     mask, bias = _in_spans(scores.mask, named, batch, scores.q.device), _repeated(scores.bias, spans)
     options |= {"mask": mask, "repeat": spans, "bias": bias}
 
