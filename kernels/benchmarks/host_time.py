@@ -77,7 +77,7 @@ def pretend() -> None:
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
 
-    from headscope.kernels import attention
+    from headscope.kernels import attention, first_call
     from headscope.kernels.benchmarks import corner_rows
     from headscope.kernels.checks.without_card import NoCard
     from headscope.kernels.hopper import dispatch
@@ -90,6 +90,7 @@ def pretend() -> None:
     driver.set_active(NoDriver())
     dispatch._on_hopper = lambda x: True
     device.has_copy_engine = lambda x: True
+    first_call.has_card = lambda: True
     attention._triton_takes = lambda q, v: True
     corner_rows.BFLOAT16 = torch.bfloat16
 

@@ -37,7 +37,7 @@ def _kernel(own, total, sinks, mass, out, rows, heads, spans, d: tl.constexpr, D
             new = tl.maximum(most, one)
             norm = norm * tl.exp2((most - new) * LOG2E) + tl.exp2((one - new) * LOG2E)
             most = new
-        whole = most + tl.log2(norm) / LOG2E
+        whole = most + tl.log2(tl.maximum(norm, 1e-30)) / LOG2E  # of a row that sees no key it is 0
     share = tl.where(lse == float("-inf"), 0.0, tl.exp2((lse - whole) * LOG2E))
     tl.store(mass + at, share, mask=exists)
     if out is not None:
