@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from headscope.kernels import reference
-from headscope.kernels.first_call import has_triton, triton_engine
+from headscope.kernels import first_call, reference
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.scores import Scores
 from headscope.kernels.streaming import backward, library
@@ -95,7 +96,7 @@ def _engine(engine: str, scores: Scores, v: Tensor) -> Callable[..., Reduced]:
     if engine == "streaming":
         return streaming.attend
     if engine == "triton":
-        run: Callable[..., Reduced] = triton_engine().attend
+        run: Callable[..., Reduced] = _triton_engine().attend
         return run
     if engine == "flex":
         from headscope.kernels import flex  # slow to import
@@ -109,14 +110,39 @@ def uses_triton(engine: str, scores: Scores) -> bool:
     wanted = engine == "triton" or (engine == "auto" and _triton_takes(scores.q, scores.k))
     if not wanted:
         return False
-    return bool(triton_engine().takes(scores, scores.k))
+    return bool(_triton_engine().takes(scores, scores.k))
 
 
 def _triton_takes(q: Tensor, v: Tensor) -> bool:
     if not q.is_cuda:
         return False
     fits = q.dtype in _HALF_TO_SINGLE and q.dtype == v.dtype and max(q.shape[-1], v.shape[-1]) <= 256
-    return fits and has_triton()
+    return fits and first_call.has_triton()
+
+
+@cache
+def prepare(device: torch.device) -> None:
+    """Begin all that a first call on ``device`` waits for, where that is a GPU."""
+    if device.type == "cuda" and first_call.has_triton():
+        first_call.begin(lambda: _prepare(device))
+
+
+def _prepare(device: torch.device) -> None:
+    from headscope.kernels import gpu_engine  # noqa: F401
+    from headscope.kernels.hopper.dispatch import works_on
+
+    works_on(device)
+    first_call.triton_key()()
+
+
+@cache
+def _triton_engine() -> ModuleType:
+    """The engine of Triton kernels, during whose import Triton begins to read its files."""
+    if first_call.has_card():
+        first_call.begin(lambda: first_call.triton_key()())
+    from headscope.kernels import gpu_engine
+
+    return gpu_engine
 
 
 @torch.no_grad()

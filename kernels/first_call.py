@@ -11,7 +11,6 @@ from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from threading import Thread, current_thread
-from types import ModuleType
 
 import torch
 
@@ -22,23 +21,6 @@ _BEGUN: list[Thread] = []
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return find_spec("triton") is not None
-
-
-@cache
-def prepare(device: torch.device) -> None:
-    """Begin all that a first call on ``device`` waits for, where that is a GPU and nobody waits yet."""
-    if device.type == "cuda" and has_triton():
-        _begin(lambda: _prepare(device))
-
-
-@cache
-def triton_engine() -> ModuleType:
-    """The engine of Triton kernels, during whose import Triton begins to read its files."""
-    if has_card():
-        _begin(lambda: triton_key()())
-    from headscope.kernels import gpu_engine
-
-    return gpu_engine
 
 
 def has_card() -> bool:
@@ -53,22 +35,17 @@ def wait() -> None:
             thread.join()
 
 
-def _begin(run: Callable[[], object]) -> None:
+def begin(run: Callable[[], object]) -> None:
+    """Run ``run`` in a thread, if it is the first that is begun."""
+
     def whole() -> None:
         with suppress(Exception):  # whatever is wrong, the call says
             run()
 
     if not _BEGUN:
-        _BEGUN.append(thread := Thread(target=whole))
+        thread = Thread(target=whole)
         thread.start()
-
-
-def _prepare(device: torch.device) -> None:
-    from headscope.kernels import gpu_engine  # noqa: F401
-    from headscope.kernels.hopper.dispatch import works_on
-
-    works_on(device)
-    triton_key()()
+        _BEGUN.append(thread)
 
 
 def triton_key() -> Callable[[], str]:

@@ -129,6 +129,7 @@ def _at_once(scores: Scores, v: Tensor, named: Named, lse: Tensor | None) -> Spa
     return SpanOutputs(output.view(*each, -1).movedim(1, 3), mass.view(each).movedim(1, 3))
 
 
+@lru_cache(256)
 def _cuts(named: Named, keys: int) -> bool:
     """Whether every example's spans cut up the ``keys``: none is in two of them, or in none."""
     for spans in named:

@@ -29,7 +29,7 @@ from headscope.interp.models.packages import PACKAGED, ensure_packaged
 from headscope.interp.sites.compiled import plain
 from headscope.interp.sites.given import Loadable
 from headscope.interp.sites.unwrap import bare_model, origin
-from headscope.kernels.first_call import prepare
+from headscope.kernels.attention import prepare
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
