@@ -71,7 +71,8 @@ def again(run: Callable[[], Results], tensors: Sequence[Tensor | None], about: H
     """
     if _RECORDING.get() is not None:  # it is part of a call that is recorded
         return run()
-    kind = (about, tuple([None if x is None else _kind_of(x) for x in tensors]))
+    kinds = [None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for x in tensors]
+    kind = (about, *kinds)
     known = _KINDS.get(kind, _UNKNOWN)
     if isinstance(known, Recorded) and _is_here(tensors[0]):
         return _replayed(known, tensors)
@@ -116,10 +117,6 @@ def _is_here(x: Tensor | None) -> bool:
     return x is not None and (not x.is_cuda or x.get_device() == torch.cuda.current_device())
 
 
-def _kind_of(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16
-
-
 def _remember(where: dict[Hashable, Any], kind: Hashable, what: Any) -> None:
     if len(where) >= MOST:
         where.pop(next(iter(where)), None)
@@ -129,7 +126,8 @@ def _remember(where: dict[Hashable, Any], kind: Hashable, what: Any) -> None:
 def _replayed(known: Recorded, tensors: Sequence[Tensor | None]) -> Results:
     given = [x for x in tensors if x is not None]
     device = given[0].device
-    given += [make(given[at], *rest) for make, at, rest in known.derived]
+    if known.derived:
+        given += [make(given[at], *rest) for make, at, rest in known.derived]
     given += [make(shape, dtype=dtype, device=device) for make, shape, dtype in known.rooms]
     for run, args, fills in known.starts:
         run(*_put(args, fills, given))
