@@ -8,17 +8,16 @@ compute falls to streaming inside the same call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
-from threading import Thread
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from headscope.kernels import reference
+from headscope.kernels import first_call, reference
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.scores import Scores
 from headscope.kernels.streaming import backward, library
@@ -104,9 +103,8 @@ def _engine(engine: str, scores: Scores, v: Tensor) -> Callable[..., Reduced]:
     if engine == "streaming":
         return streaming.attend
     if engine == "triton":
-        from headscope.kernels import gpu_engine as triton_engine
-
-        return triton_engine.attend
+        run: Callable[..., Reduced] = _triton_engine().attend
+        return run
     if engine == "flex":
         from headscope.kernels import flex  # slow to import
 
@@ -119,47 +117,39 @@ def uses_triton(engine: str, scores: Scores) -> bool:
     wanted = engine == "triton" or (engine == "auto" and _triton_takes(scores.q, scores.k))
     if not wanted:
         return False
-    from headscope.kernels import gpu_engine as triton_engine
-
-    return triton_engine.takes(scores, scores.k)
+    return bool(_triton_engine().takes(scores, scores.k))
 
 
 def _triton_takes(q: Tensor, v: Tensor) -> bool:
     if not q.is_cuda:
         return False
     fits = q.dtype in _HALF_TO_SINGLE and q.dtype == v.dtype and max(q.shape[-1], v.shape[-1]) <= 256
-    return fits and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return fits and first_call.has_triton()
 
 
 @cache
 def prepare(device: torch.device) -> None:
-    """Begin what the first call on a GPU waits for, in a thread beside this one: imports, and Triton's reading of its
-    own files, by whose hash it finds what it compiled before (400 MB; a second or so of each process)."""
-    if device.type == "cuda" and _has_triton():
-        Thread(target=_prepare, args=(device,)).start()
+    """Begin all that a first call on ``device`` waits for, where that is a GPU."""
+    if device.type == "cuda" and first_call.has_triton():
+        first_call.begin(lambda: _prepare(device))
 
 
 def _prepare(device: torch.device) -> None:
-    with suppress(Exception):  # whatever is wrong, the first call says
-        from headscope.kernels import gpu_engine  # noqa: F401
-        from headscope.kernels.hopper.dispatch import works_on
+    from headscope.kernels import gpu_engine  # noqa: F401
+    from headscope.kernels.hopper.dispatch import works_on
 
-        works_on(device)
-        triton_key()()
+    works_on(device)
+    first_call.triton_key()()
 
 
-def triton_key() -> Callable[[], str]:
-    """Triton's function that hashes its own files, and remembers the hash."""
-    from triton.compiler import compiler  # its home before Triton 3.5
-    from triton.runtime import cache as home
+@cache
+def _triton_engine() -> ModuleType:
+    """The engine of Triton kernels, during whose import Triton begins to read its files."""
+    if first_call.has_card():
+        first_call.begin(lambda: first_call.triton_key()())
+    from headscope.kernels import gpu_engine
 
-    found: Callable[[], str] = getattr(home, "triton_key", None) or compiler.triton_key
-    return found
+    return gpu_engine
 
 
 @torch.no_grad()

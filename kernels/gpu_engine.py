@@ -30,7 +30,7 @@ from headscope.kernels.triton.topk import MOST
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
-ROW_NAMES = tuple(each.name for each in fields(Reduced) if each.name != "columns")
+ROW_NAMES = tuple(each.name for each in fields(Reduced))[:-1]  # the last are the columns
 AT_ONCE = 20  # linear columns in a pass: three times as many, where half precision needs three to hold a value
 
 
@@ -51,7 +51,8 @@ def attend(
         return streaming.attend(scores, v, request=request)
     if request.linear is not None or scores.edit is not None:  # what is made of features, or an edit's tables, is no
         return _computed(scores, v, request)  # input of the call
-    tensors = (scores.q, scores.k, v, scores.sinks, scores.bias, *scores.mask.tensors, *request.tensors)
+    values = v if request.output else None  # else nothing reads them, and they may be the keys
+    tensors = (scores.q, scores.k, values, scores.sinks, scores.bias, *scores.mask.tensors, *request.tensors)
     about = ("attend", scores.scale, scores.softcap, *scores.mask.numbers, *request.numbers)
     return _whole(again(lambda: _flat(_computed(scores, v, request)), tensors, about))
 
@@ -71,8 +72,9 @@ def _flat(reduced: Reduced) -> Results:
 def _whole(parts: Results) -> Reduced:
     """The results whose ``_flat`` these are."""
     first = len(ROW_NAMES)
-    rows: dict[str, Any] = dict(zip(ROW_NAMES, parts, strict=False))
-    return Reduced(**rows, columns=tuple([ReducedColumns(*parts[at : at + 3]) for at in range(first, len(parts), 3)]))
+    result = Reduced(*parts[:first])  # type: ignore[arg-type]  # by place: by name it takes as long as a small tensor
+    result.columns = tuple([ReducedColumns(*parts[at : at + 3]) for at in range(first, len(parts), 3)])
+    return result
 
 
 class _Call:

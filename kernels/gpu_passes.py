@@ -53,14 +53,14 @@ def rows(
     v = None if v is None or "output" not in wants else v
     encoded, kept = (None, 0) if features is None else (encode(features, q.dtype), width(features, q.dtype))
     sparse = features is not None and features.dtype == torch.bool  # memberships: of sinks, of spans
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "wants": wants, "repeat": repeat}
-    options |= {"kept": kept, "sparse": sparse}
-    given: dict[str, Any] = {"sinks": sinks, "bias": bias, "positions": positions, "within": within}
-    about = ("rows", *options.values(), *mask.numbers)
-    tensors = (q, k, v, encoded, *given.values(), *(ranges or (None, None)), *mask.tensors)
+    begin, end = ranges or (None, None)
+    about = ("rows", scale, softcap, wants, repeat, kept, sparse, *mask.numbers)
+    tensors = (q, k, v, encoded, sinks, bias, positions, within, begin, end, *mask.tensors)
 
     def run() -> tuple[Tensor | None, ...]:
-        return _rows(q, k, v, encoded, mask=mask, ranges=ranges, edit=edit, **given, **options)[:-1]
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "wants": wants, "repeat": repeat}
+        options |= {"kept": kept, "sparse": sparse, "mask": mask, "ranges": ranges, "edit": edit}
+        return _rows(q, k, v, encoded, sinks=sinks, bias=bias, positions=positions, within=within, **options)[:-1]
 
     found = Rows(*(run() if edit is not None else again(run, tensors, about)))  # an edit's tables are no input
     if features is None or found.linear is None:
@@ -140,12 +140,13 @@ def columns(
     ``q`` (batch, head, query, d), ``k`` (batch, kv_head, key, d), ``lse`` (batch, head, query) float32 as ``rows``
     gives it (a sink logit included).
     """
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "queries": queries}
-    options |= {"total": total, "highest": highest}
-    tensors, about = (q, k, lse, bias, *mask.tensors), ("columns", *options.values(), *mask.numbers)
+    about = ("columns", scale, softcap, queries, total, highest, *mask.numbers)
+    tensors = (q, k, lse, bias, *mask.tensors)
 
     def run() -> tuple[Tensor | None, ...]:
-        return _columns(q, k, lse, mask=mask, bias=bias, edit=edit, **options)
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "queries": queries}
+        options |= {"total": total, "highest": highest, "mask": mask, "bias": bias, "edit": edit}
+        return _columns(q, k, lse, **options)
 
     sums, most = run() if edit is not None else again(run, tensors, about)
     return sums, most
@@ -199,6 +200,29 @@ def top_keys(
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masses (float32) and positions (int64) of the ``count`` heaviest keys: see ``triton.topk.top_keys``."""
+    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "positions": positions}
+
+    def run() -> tuple[Tensor, Tensor]:
+        return _top_keys(q, k, lse, count=count, **options)
+
+    tensors, about = (q, k, lse, bias, positions, *mask.tensors), ("top keys", count, scale, softcap, *mask.numbers)
+    mass, keys = again(run, tensors, about)
+    assert mass is not None and keys is not None
+    return mass, keys
+
+
+def _top_keys(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None,
+    count: int,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if 1 <= count <= topk.MOST and hopper.takes(q, k, None, mask=mask, scale=scale):
         sizes = heaviest.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], count)
         seen, given = rules(mask, q.shape[0], positions), score(scale, softcap, bias)

@@ -22,15 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 MOST = 1024  # kinds that are remembered, the oldest first forgotten: every length of a text that grows is one
 ROOM = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+ZEROS = {"zeros", "zeros_like", "new_zeros"}
 VIEWS = {"alias", "as_strided", "detach", "expand", "select", "slice", "squeeze", "t", "transpose", "unsqueeze", "view"}
 Results = tuple[Tensor | None, ...]
 T = TypeVar("T")
-_Fill = Callable[[Sequence[Tensor]], Any]
+_Fill = int | Callable[[Sequence[Tensor]], Any]  # which of a call's tensors, or what is made of them
 
 
 class Room(NamedTuple):
-    """A tensor that the call makes."""
+    """A tensor that the call makes by ``make``: as it comes, or of zeros."""
 
+    make: Callable[..., Tensor]
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -53,7 +55,8 @@ class Recorded(NamedTuple):
     results: list[int | None]
 
 
-_KINDS: dict[Hashable, Recorded | None] = {}  # None: seen once, or not to be recorded
+_KINDS: dict[Hashable, Recorded | None] = {}  # None: not to be recorded
+_UNKNOWN = object()
 _ONCE: dict[Hashable, None] = {}
 _RECORDING: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 
@@ -68,11 +71,12 @@ def again(run: Callable[[], Results], tensors: Sequence[Tensor | None], about: H
     """
     if _RECORDING.get() is not None:  # it is part of a call that is recorded
         return run()
-    kind = (about, tuple([None if x is None else _kind_of(x) for x in tensors]))
-    known = _KINDS.get(kind)
-    if known is not None and _is_here(tensors[0]):
+    kinds = [None if x is None else (x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16) for x in tensors]
+    kind = (about, *kinds)
+    known = _KINDS.get(kind, _UNKNOWN)
+    if isinstance(known, Recorded) and _is_here(tensors[0]):
         return _replayed(known, tensors)
-    if kind in _KINDS:
+    if known is not _UNKNOWN:
         return run()
     if kind not in _ONCE:
         _remember(_ONCE, kind, None)
@@ -113,10 +117,6 @@ def _is_here(x: Tensor | None) -> bool:
     return x is not None and (not x.is_cuda or x.get_device() == torch.cuda.current_device())
 
 
-def _kind_of(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % 16
-
-
 def _remember(where: dict[Hashable, Any], kind: Hashable, what: Any) -> None:
     if len(where) >= MOST:
         where.pop(next(iter(where)), None)
@@ -126,13 +126,11 @@ def _remember(where: dict[Hashable, Any], kind: Hashable, what: Any) -> None:
 def _replayed(known: Recorded, tensors: Sequence[Tensor | None]) -> Results:
     given = [x for x in tensors if x is not None]
     device = given[0].device
-    given += [make(given[at], *rest) for make, at, rest in known.derived]
-    given += [torch.empty(room.shape, dtype=room.dtype, device=device) for room in known.rooms]
+    if known.derived:
+        given += [make(given[at], *rest) for make, at, rest in known.derived]
+    given += [make(shape, dtype=dtype, device=device) for make, shape, dtype in known.rooms]
     for run, args, fills in known.starts:
-        whole = args.copy()
-        for at, fill in fills:
-            whole[at] = fill(given)
-        run(*whole)
+        run(*_put(args, fills, given))
     return tuple([None if at is None else given[at] for at in known.results])
 
 
@@ -143,6 +141,7 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.given = given
         self.rooms: list[Tensor] = []
+        self.makes: list[Callable[..., Tensor]] = []
         self.derived: list[tuple[Callable[..., Any], Tensor, tuple[Any, ...], Any]] = []
         self.starts: list[tuple[Callable[..., Any] | None, tuple[Any, ...]]] = []
         self.faithful = True
@@ -151,8 +150,9 @@ class _Recording(TorchDispatchMode):
         """Room is noted, views pass, and anything else makes the recording worthless."""
         made = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ROOM:
+        if name in ROOM or name in ZEROS:
             self.rooms.append(made)
+            self.makes.append(torch.zeros if name in ZEROS else torch.empty)
         elif name not in VIEWS:
             self.faithful = False
         return made
@@ -184,23 +184,36 @@ class _Recording(TorchDispatchMode):
             ends = [None if x is None else places[x.data_ptr()] for x in results]
         except KeyError:  # a tensor from elsewhere
             return None
-        rooms = [Room(tuple(x.shape), x.dtype) for x in self.rooms]
+        rooms = [Room(make, tuple(x.shape), x.dtype) for make, x in zip(self.makes, self.rooms, strict=True)]
         for at, x in zip(ends, results, strict=True):
             if at is None or x is None:
                 continue
             room = at - len(before)
             if room < 0 or not x.is_contiguous() or x.numel() != self.rooms[room].numel():
                 return None
-            rooms[room] = Room(tuple(x.shape), x.dtype)  # as it is given back
+            rooms[room] = rooms[room]._replace(shape=tuple(x.shape), dtype=x.dtype)  # as it is given back
         derived = [(make, inputs[x.data_ptr()], rest) for make, x, rest, _ in self.derived]
         return Recorded(derived, rooms, starts, ends)
 
 
 def _start(run: Callable[..., Any], args: tuple[Any, ...], places: dict[int, int]) -> Start:
     """``run(*args)``, to be done on other tensors. Raises KeyError as ``_filled`` does."""
-    fills = [_filled(x, places) for x in args]
-    kept = [x if fill is None else None for x, fill in zip(args, fills, strict=True)]  # no tensor stays in memory
-    return Start(run, kept, [(at, fill) for at, fill in enumerate(fills) if fill is not None])
+    return Start(run, *_parts(args, places))
+
+
+def _parts(values: tuple[Any, ...], places: dict[int, int]) -> tuple[list[Any], list[tuple[int, _Fill]]]:
+    """``values`` without those that hold tensors, for no tensor stays in memory, and how those are made."""
+    fills = [_filled(x, places) for x in values]
+    kept = [x if fill is None else None for x, fill in zip(values, fills, strict=True)]
+    return kept, [(at, fill) for at, fill in enumerate(fills) if fill is not None]
+
+
+def _put(kept: list[Any], fills: list[tuple[int, _Fill]], tensors: Sequence[Tensor]) -> list[Any]:
+    """The values whose ``_parts`` these are, of other ``tensors``."""
+    whole = kept.copy()
+    for at, fill in fills:
+        whole[at] = tensors[fill] if type(fill) is int else fill(tensors)  # type: ignore[operator]
+    return whole
 
 
 def _filled(arg: Any, places: dict[int, int]) -> _Fill | None:
@@ -210,18 +223,14 @@ def _filled(arg: Any, places: dict[int, int]) -> _Fill | None:
         KeyError: it holds a tensor that is not the call's.
     """
     if isinstance(arg, Tensor):
-        at = places[arg.data_ptr()]
-        return lambda tensors: tensors[at]
+        return places[arg.data_ptr()]
     if hasattr(arg, "block_shape"):
         return _descriptor(arg, places[arg.base.data_ptr()])
     if not isinstance(arg, tuple | list):
         return None
-    fills = [_filled(x, places) for x in arg]
-    if not any(fills):
-        return None
+    kept, fills = _parts(arg, places)
     make = getattr(type(arg), "_make", type(arg))
-    parts = [(x if fill is None else None, fill) for x, fill in zip(arg, fills, strict=True)]
-    return lambda tensors: make([x if fill is None else fill(tensors) for x, fill in parts])
+    return (lambda tensors: make(_put(kept, fills, tensors))) if fills else None
 
 
 def _descriptor(arg: Any, at: int) -> _Fill:
@@ -230,7 +239,7 @@ def _descriptor(arg: Any, at: int) -> _Fill:
 
     def fill(tensors: Sequence[Tensor]) -> Any:
         made = object.__new__(kind)
-        vars(made).update(fields, base=tensors[at])
+        made.__dict__ = {**fields, "base": tensors[at]}
         return made
 
     return fill

@@ -83,7 +83,7 @@ class Scores:
         """Raise ValueError where these inputs, and values ``v``, do not belong together."""
         q, k, sinks, bias = self.q.shape, self.k.shape, self.sinks, self.bias  # asked once: of every layer's call
         shapes = (q, k, k if v is None else v.shape)
-        if any(len(x) != 4 for x in shapes):
+        if not len(q) == len(k) == len(shapes[2]) == 4:
             raise ValueError(f"q, k and v must be (batch, head, position, d); got {[tuple(x) for x in shapes]}")
         (batch, heads, _, width), (k_batch, kv_heads, keys, k_width) = q, k
         if batch != k_batch or width != k_width or shapes[2][:3] != k[:3]:

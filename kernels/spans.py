@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,12 @@ from torch import Tensor
 from headscope.kernels import attention, reference
 from headscope.kernels.fallback import falls_back
 from headscope.kernels.masks import Mask
+from headscope.kernels.replay import again
 from headscope.kernels.request import Request
 from headscope.kernels.scores import Scores
 
 Span = tuple[int, int]
+Named = tuple[tuple[Span, ...], ...]  # the spans of every example, or of all
 
 
 class SpanOutputs(NamedTuple):
@@ -62,10 +65,11 @@ def span_outputs(
     """
     batch, heads, queries, count = scores.shape
     device = scores.q.device
-    named = _checked(spans, batch, count)
-    if named.numel() and v.numel() and scores.q.numel() and _by_triton(scores, v, engine):
+    every = _checked(spans, batch, count)
+    if every[0] and v.numel() and scores.q.numel() and _by_triton(scores, v, engine):
         with falls_back("attention over one segment after the other"):
-            return _at_once(scores, v, named, lse)
+            return _at_once(scores, v, every, lse)
+    named = torch.tensor(every, dtype=torch.int64).view(len(every), -1, 2)
     ends = named.new_tensor([[0, count]]).expand(named.shape[0], -1)
     cuts = torch.cat([named.flatten(1), ends], 1).sort().values
     whole = replace(scores, sinks=None)
@@ -97,62 +101,82 @@ def _by_triton(scores: Scores, v: Tensor, engine: attention.Engine) -> bool:
     return scores.in_kernels and attention.uses_triton(engine, scores) and scores.k.dtype == v.dtype
 
 
-def _at_once(scores: Scores, v: Tensor, named: Tensor, lse: Tensor | None) -> SpanOutputs:
-    """Step 5. Spans ``named`` (batch or 1, span, 2) become examples: those of an example follow one another."""
+def _at_once(scores: Scores, v: Tensor, named: Named, lse: Tensor | None) -> SpanOutputs:
+    """Step 5. Spans ``named`` become examples: those of an example follow one another."""
     from headscope.kernels.gpu_passes import rows
-    from headscope.kernels.triton.shares import add_shares
+    from headscope.kernels.triton.span_shares import span_shares
 
-    (batch, heads, queries, keys), spans = scores.shape, named.shape[1]
-    options, whole = scores.device_arguments, _cuts(named, keys)
-    if lse is None and not whole:
-        lse = rows(scores.q, scores.k, None, sinks=scores.sinks, **options).lse
+    (batch, heads, queries, keys), spans, sinks = scores.shape, len(named[0]), scores.sinks
+    options = scores.device_arguments
+    if lse is None and not _cuts(named, keys):
+        lse = rows(scores.q, scores.k, None, sinks=sinks, **options).lse
     each = (batch, spans, heads, queries)
-    options |= {"mask": _in_spans(scores.mask, named, batch, scores.q.device), "repeat": spans}
-    options["bias"] = _repeated(scores.bias, spans)
-    within = None if lse is None else lse.float()[:, None].expand(each).reshape(-1, heads, queries).contiguous()
-    found = rows(scores.q, scores.k, v, wants=frozenset({"lse", "output"}), within=within, **options)
-    assert found.lse is not None and found.output is not None
-    own = found.lse.view(each)
-    total = reference.log_total(own.movedim(1, -1), scores.sinks) if lse is None else lse
-    mass = torch.exp(own - total[:, None]).masked_fill_(own == -torch.inf, 0.0)
-    if lse is None:
-        add_shares([found.output], [mass.flatten(0, 1)], found.output)
-    return SpanOutputs(found.output.view(*each, -1).movedim(1, 3), mass.movedim(1, 3))
+    total = None if lse is None else lse.float().contiguous()
+    within = None if total is None else total[:, None].expand(each).reshape(-1, heads, queries).contiguous()
+    mask, bias = _in_spans(scores.mask, named, batch, scores.q.device), _repeated(scores.bias, spans)
+    options |= {"mask": mask, "repeat": spans, "bias": bias}
+
+    def run() -> tuple[Tensor, Tensor]:
+        wants = frozenset({"lse", "output"})
+        found = rows(scores.q, scores.k, v, wants=wants, within=within, **options)
+        assert found.lse is not None and found.output is not None
+        return found.output, span_shares(found.lse, found.output, total, sinks, spans)
+
+    tensors = (scores.q, scores.k, v, sinks, total, within, bias, *mask.tensors)
+    about = ("spans", spans, scores.scale, scores.softcap, *mask.numbers)
+    output, mass = run() if scores.edit is not None else again(run, tensors, about)
+    assert output is not None and mass is not None
+    return SpanOutputs(output.view(*each, -1).movedim(1, 3), mass.view(each).movedim(1, 3))
 
 
-def _cuts(named: Tensor, keys: int) -> bool:
+@lru_cache(256)
+def _cuts(named: Named, keys: int) -> bool:
     """Whether every example's spans cut up the ``keys``: none is in two of them, or in none."""
-    for spans in named.tolist():
+    for spans in named:
         ends = [0, *(end for span in sorted(span for span in spans if span[0] < span[1]) for end in span), keys]
         if any(a != b for a, b in zip(ends[::2], ends[1::2], strict=True)):
             return False
     return True
 
 
-def _in_spans(mask: Mask, named: Tensor, batch: int, device: torch.device) -> Mask:
+def _in_spans(mask: Mask, named: Named, batch: int, device: torch.device) -> Mask:
     """``mask`` for an example of every span, which sees the keys of the span alone."""
-    begin, end = (named + mask.key_offset).to(device).expand(batch, -1, -1).unbind(-1)
-    begin = begin if mask.start is None else torch.maximum(begin, mask.start[:, None])
-    end = end if mask.end is None else torch.minimum(end, mask.end[:, None])
-    spans = named.shape[1]
+    begin, end = _bounds(named, batch, mask.key_offset, device)
+    spans = len(named[0])
+    if mask.start is not None:
+        begin = torch.maximum(begin.view(batch, spans), mask.start[:, None]).flatten()
+    if mask.end is not None:
+        end = torch.minimum(end.view(batch, spans), mask.end[:, None]).flatten()
     origin, segments = (_repeated(x, spans) for x in (mask.origin, mask.segments))
-    return replace(mask, start=begin.flatten(), end=end.flatten(), origin=origin, segments=segments)
+    return replace(mask, start=begin, end=end, origin=origin, segments=segments)
+
+
+@lru_cache(256)  # all layers of a model ask for the same, and a copy to the card waits for all that it is to do before
+def _bounds(named: Named, batch: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where every example's spans start and stop, as positions (batch * span,) on ``device``."""
+    every = torch.tensor(named).expand(batch, -1, -1) + offset
+    begin, end = (x.flatten().contiguous().to(device) for x in every.unbind(-1))
+    return begin, end
 
 
 def _repeated(x: Tensor | None, spans: int) -> Tensor | None:
     return x if x is None or x.shape[0] == 1 else x.repeat_interleave(spans, 0)
 
 
-def _checked(spans: Sequence[Span] | Tensor, batch: int, keys: int) -> Tensor:
-    """The spans as integers (batch or 1, span, 2) on the CPU."""
-    named = spans.cpu() if isinstance(spans, Tensor) else torch.tensor(list(spans), dtype=torch.int64).view(1, -1, 2)
-    shape = tuple(named.shape)
-    if len(shape) != 3 or shape[0] not in (1, batch) or shape[2] != 2:
+def _checked(spans: Sequence[Span] | Tensor, batch: int, keys: int) -> Named:
+    """The spans of every example, or of all."""
+    each = spans.tolist() if isinstance(spans, Tensor) else [spans]
+    try:
+        named = tuple(tuple([(int(start), int(stop)) for start, stop in one]) for one in each)
+    except (TypeError, ValueError):
+        named = ()
+    if len(named) not in (1, batch):
+        shape = tuple(spans.shape) if isinstance(spans, Tensor) else spans
         raise ValueError(f"spans must be (start, stop) pairs or a tensor ({batch} or 1, span, 2); got {shape}")
-    for start, stop in named.flatten(0, 1).tolist():
+    for start, stop in (span for one in named for span in one):
         if not 0 <= start <= stop <= keys:
             raise ValueError(f"span {start}:{stop} lies outside the {keys} keys")
-    return named.long()
+    return named
 
 
 def _slice(scores: Scores, start: Tensor, stop: Tensor) -> tuple[slice, Scores]:

@@ -284,6 +284,8 @@ def _run(places: NDArray[np.int64]) -> slice | NDArray[np.int64]:
 def _place(into: NDArray[Any], value: Tensor, runs: Sequence[slice | NDArray[np.int64]]) -> None:
     """Copy the places ``runs`` of every example of ``value`` (batch, head, place, ...), on torch's threads."""
     room = torch.from_numpy(into)
-    for b, run in enumerate(runs):
-        part = value[b, :, run]
-        room[b, :, : part.shape[1]].copy_(part)
+    alike = all(isinstance(run, slice) and run == runs[0] for run in runs)
+    parts = [slice(None)] if alike else [slice(b, b + 1) for b in range(len(runs))]  # a large copy has more threads
+    for part, run in zip(parts, runs, strict=False):
+        some = value[part, :, run]
+        room[part, :, : some.shape[2]].copy_(some)

@@ -4,9 +4,9 @@
 
 Every number is of a process of its own, which has imported torch and reached the card, and nothing of headscope: the
 call's imports count (with a card). In brackets: what of it is Triton's reading of its own files, once a process,
-which ``load_model`` begins in a thread. "other lengths" are lengths that no process asked for before, and "built" how
-many kernels they added to the cache (none may). ``--without-card``: the host's part, for kernels that compile for
-Hopper behind a driver that does nothing (``host_time``).
+which a thread begins beside our imports (``first_call``). "other lengths" are lengths that no process asked for before,
+and "built" how many kernels they added to the cache (none may). ``--without-card``: the host's part, for kernels that
+compile for Hopper behind a driver that does nothing (``host_time``).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def one(kind: str, lengths: list[int], without_card: bool) -> list[float]:
             call(kind)
             _wait(torch)
             took.append(time.perf_counter() - began)
-    from headscope.kernels.attention import triton_key
+    from headscope.kernels.first_call import triton_key
 
     began = time.perf_counter()
     triton_key().__wrapped__()  # type: ignore[attr-defined]  # it remembers what it found

@@ -77,7 +77,7 @@ def pretend() -> None:
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
 
-    from headscope.kernels import attention
+    from headscope.kernels import attention, first_call
     from headscope.kernels.benchmarks import corner_rows
     from headscope.kernels.checks.without_card import NoCard
     from headscope.kernels.hopper import dispatch
@@ -90,27 +90,48 @@ def pretend() -> None:
     driver.set_active(NoDriver())
     dispatch._on_hopper = lambda x: True
     device.has_copy_engine = lambda x: True
+    first_call.has_card = lambda: True
     attention._triton_takes = lambda q, v: True
     corner_rows.BFLOAT16 = torch.bfloat16
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """Those of the row "host time of a call"."""
+    """Those of the row "host time of a call", and those that are made of several launches."""
+    from dataclasses import replace
+
     import torch
 
     from headscope.kernels import attention
+    from headscope.kernels import gpu_passes as passes
     from headscope.kernels.benchmarks.corner_rows import Call
+    from headscope.kernels.blocks import blocks
+    from headscope.kernels.divergence import divergence
+    from headscope.kernels.redistribute import redistribute
+    from headscope.kernels.redistribution import Redistribution
     from headscope.kernels.request import Request
+    from headscope.kernels.spans import span_outputs
 
     call = Call(1024, 128, 1, heads=4)
+    lse, first = call.lse(), torch.arange(call.n) < 1
+    ends = [(n * call.n // 4, (n + 1) * call.n // 4) for n in range(4)]
+    split = partial(span_outputs, call.scores, call.v)
+    move = partial(redistribute, call.scores, call.v, Redistribution(first, 0.5), request=Request())
+    top = partial(passes.top_keys, call.q, call.k, lse, count=16, **call.scores.device_arguments)
     attend = partial(attention.attend, call.scores, call.v)
     targets = torch.zeros(1, call.n, 1, dtype=torch.int64)
     return {
         "rows": call.rows,
-        "columns": partial(call.columns, call.lse()),
+        "columns": partial(call.columns, lse),
         "attend: lse, entropy": partial(attend, request=Request(output=False, lse=True, entropy=True)),
         "attend: output, lse, entropy": partial(attend, request=Request(lse=True, entropy=True)),
         "attend: targets": partial(attend, request=Request(output=False, targets=targets)),
+        "4 spans": partial(split, ends),
+        "4 spans, from lse": partial(split, ends, lse=lse),
+        "4 spans with gaps": partial(split, [(start, start + 16) for start, _ in ends]),
+        "divergence": partial(divergence, call.scores, replace(call.scores, k=call.v)),
+        "moved: sink": move,
+        "blocks of 64": partial(blocks, call.scores, size=64, lse=lse),
+        "top 16": top,
     }
 
 

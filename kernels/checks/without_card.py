@@ -41,6 +41,7 @@ from headscope.kernels.triton import (
     merge,
     rows,
     shares,
+    span_shares,
     targets,
     topk,
 )
@@ -111,6 +112,7 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "targets", lambda: targets.target_mass(q, k, lse, named, mask=mask, **plain)
     outputs = [torch.zeros(BATCH, HEADS, QUERIES, d_value, dtype=dtype) for _ in range(2)]
     yield "shares", lambda: shares.add_shares(outputs, [lse, lse], outputs[0])
+    yield "span shares", lambda: span_shares.span_shares(lse, outputs[0], None, torch.zeros(HEADS), BATCH)
     set_of_few = few_keys.Few(torch.zeros(1, HEADS, 16, dtype=torch.int32), lse[..., None].expand(*lse.shape, 16), lse)
     yield "few keys added", lambda: few_keys.add_few(set_of_few, lse, v, lse, outputs[0])
     chosen, scores = torch.zeros(1, HEADS, KEYS, dtype=torch.bool), Scores(q, k, mask, 0.1)
@@ -189,6 +191,7 @@ def main(given: Sequence[str] | None = None) -> int:
             heaviest,
             listed,
             shares,
+            span_shares,
             targets,
         ):
             patches.enter_context(patch.object(module, "_kernel", Compiled(module._kernel)))

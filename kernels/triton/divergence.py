@@ -22,6 +22,7 @@ from torch import Tensor
 from headscope.kernels.fallback import falls_back
 from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
+from headscope.kernels.replay import again
 from headscope.kernels.triton import tuning
 from headscope.kernels.triton.device import (
     LN2,
@@ -158,13 +159,36 @@ def distances(
     ``lses`` are of the keys alone, and ``lost`` is by how much sink logits raise them, if there are any; (batch, head,
     query) each.
     """
+    (q, k), (u, w) = first, second
+    norms = (*lses, *(lost or (None, None)))
+
+    def run() -> tuple[Tensor]:
+        return (_distances(first, second, norms, mask=mask, scale=scale, softcap=softcap),)
+
+    # runs or heads that are compared often share their queries, or their keys
+    tensors = (q, k, None if u is q else u, None if w is k else w, *norms, *mask.tensors)
+    (out,) = again(run, tensors, ("divergence", scale, softcap, *mask.numbers))
+    assert out is not None
+    return out
+
+
+def _distances(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    norms: tuple[Tensor | None, ...],
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """``distances``; ``norms`` are ``lses`` and what ``lost`` holds."""
     q, k, u, w = (last_dim_contiguous(x) for x in (*first, *second))
     batch, heads, queries, d = q.shape
     out = torch.empty(4, batch, heads, queries, dtype=torch.float32, device=q.device)
     if batch == 0 or queries == 0:
         return out
     sizes, given = Sizes(heads, heads // k.shape[1], queries, k.shape[2]), score(scale, softcap, None)
-    norms = (*(x.contiguous() for x in lses), *((None, None) if lost is None else (x.contiguous() for x in lost)))
+    norms = tuple([None if x is None else x.contiguous() for x in norms])
     seen = rules(mask, batch)
     if all(hopper.takes(x, y, None, mask=mask, scale=scale) for x, y in ((q, k), (u, w))):
         with falls_back("Triton's own kernel"):

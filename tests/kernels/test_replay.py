@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
-from headscope.kernels import gpu_engine, gpu_passes, replay
+from headscope.kernels import blocks, divergence, gpu_engine, gpu_passes, replay, spans
 from headscope.kernels.checks.cases import Case, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Request
+from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.triton import device, features
 
 TARGETS = torch.randint(-1, 22, (1, 20, 2), generator=torch.Generator().manual_seed(0))
@@ -71,6 +72,34 @@ def test_the_third_call_is_right_and_decides_nothing(name: str, monkeypatch: pyt
     assert not wrong(case(2, "left padding", sinks=True), REQUESTS[name])
     with pytest.raises(pytest.fail.Exception):  # another call is no recording
         wrong(case(2, "left padding"), REQUESTS[name])
+
+
+SPANS = [(0, 5), (5, 12), (12, 20)]
+COMPOSED: dict[str, Callable[[Case, Tensor], Any]] = {
+    "spans": lambda one, lse: spans.span_outputs(one, one.v, SPANS, engine="triton"),
+    "spans of one example": lambda one, lse: spans.span_outputs(_first(one), one.v[:1], SPANS[1:], engine="triton"),
+    "spans, from lse": lambda one, lse: spans.span_outputs(_first(one), one.v[:1], SPANS, lse=lse[:1], engine="triton"),
+    "divergence": lambda one, lse: divergence.divergence(one, replace(one, k=one.v), engine="triton"),
+    "top keys": lambda one, lse: gpu_passes.top_keys(one.q, one.k, lse, count=3, **one.device_arguments),
+    "blocks": lambda one, lse: (blocks.blocks(one, size=16, lse=lse, engine="triton"),),
+}
+
+
+def _first(one: Case) -> Case:
+    return replace(one, q=one.q[:1], k=one.k[:1], mask=one.mask.select_batch(0, 1))
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_calls_of_several_launches_are_started_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(seed: int) -> Any:
+        one = random_case("causal", kv_heads=1, queries=20, keys=20, d_head=16, d_value=16, seed=seed)
+        lse = one.run(streaming.attend, Request(output=False, lse=True)).lse
+        return COMPOSED[name](one, lse)
+
+    decided, *_ = [call(seed) for seed in range(2)]
+    monkeypatch.setattr(device, "_start", lambda *_, **__: pytest.fail("decided anew"))
+    for x, y in zip(call(0), decided, strict=True):
+        assert torch.equal(x, y)
 
 
 DIFFERENT: dict[str, Callable[[Case], Case]] = {

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
-from headscope.kernels import attention
+from headscope.kernels import attention, first_call
 from headscope.kernels.benchmarks import first_calls
 from headscope.kernels.checks import machine
 from headscope.kernels.hopper import dispatch
@@ -117,7 +117,7 @@ def test_what_a_kernel_is_compiled_for_has_no_lengths() -> None:
 @pytest.mark.slow
 def test_what_a_first_call_waits_for_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton hashes 400 MB of its own once: the second time it only remembers."""
-    monkeypatch.setattr(attention, "suppress", lambda *_: nullcontext())  # nothing failed unseen
+    monkeypatch.setattr(first_call, "suppress", lambda *_: nullcontext())  # nothing failed unseen
     monkeypatch.setattr(dispatch, "works_on", lambda _: True)
     attention._prepare(torch.device("cuda"))
-    assert attention.triton_key().cache_info().currsize == 1
+    assert first_call.triton_key().cache_info().currsize == 1
