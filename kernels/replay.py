@@ -201,7 +201,7 @@ def _start(run: Callable[..., Any], args: tuple[Any, ...], places: dict[int, int
     return Start(run, *_parts(args, places))
 
 
-def _parts(values: tuple[Any, ...], places: dict[int, int]) -> tuple[list[Any], list[tuple[int, _Fill]]]:
+def _parts(values: Sequence[Any], places: dict[int, int]) -> tuple[list[Any], list[tuple[int, _Fill]]]:
     """``values`` without those that hold tensors, for no tensor stays in memory, and how those are made."""
     fills = [_filled(x, places) for x in values]
     kept = [x if fill is None else None for x, fill in zip(values, fills, strict=True)]
