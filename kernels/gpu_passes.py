@@ -144,9 +144,8 @@ def columns(
     tensors = (q, k, lse, bias, *mask.tensors)
 
     def run() -> tuple[Tensor | None, ...]:
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap, "queries": queries}
-        options |= {"total": total, "highest": highest, "mask": mask, "bias": bias, "edit": edit}
-        return _columns(q, k, lse, **options)
+        given: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias, "edit": edit}
+        return _columns(q, k, lse, mask=mask, queries=queries, total=total, highest=highest, **given)
 
     sums, most = run() if edit is not None else again(run, tensors, about)
     return sums, most
@@ -158,14 +157,13 @@ def _columns(
     lse: Tensor,
     *,
     mask: Mask,
-    scale: float,
-    softcap: float | None,
-    bias: Tensor | None,
-    edit: ScoreEdit | None,
     queries: tuple[int, int] | None,
     total: bool,
     highest: bool,
+    edit: ScoreEdit | None,
+    **given: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """``given``: scale, softcap and key bias."""
     batch, heads, n, _ = q.shape
     keys = k.shape[2]
     sums = torch.empty(batch, heads, keys, device=q.device) if total else None
@@ -177,13 +175,13 @@ def _columns(
     sizes = triton_columns.Sizes(heads, heads // k.shape[1], n, first, stop, keys)
     seen = rules(mask, batch)
     if few_columns.takes(sizes):
-        few_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias, edit=edit)
+        few_columns.fill(q, k, lse, sums, most, sizes, seen, edit=edit, **given)
         return sums, most
-    if edit is None and hopper.takes(q, k, None, mask=mask, scale=scale):
+    if edit is None and hopper.takes(q, k, None, mask=mask, scale=given["scale"]):
         with falls_back("Triton's own kernel"):
-            hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(scale, softcap, bias))
+            hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(**given))
             return sums, most
-    triton_columns.fill(q, k, lse, sums, most, sizes, seen, scale=scale, softcap=softcap, bias=bias, edit=edit)
+    triton_columns.fill(q, k, lse, sums, most, sizes, seen, edit=edit, **given)
     return sums, most
 
 
@@ -200,10 +198,10 @@ def top_keys(
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Masses (float32) and positions (int64) of the ``count`` heaviest keys: see ``triton.topk.top_keys``."""
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "positions": positions}
+    given: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias}
 
     def run() -> tuple[Tensor, Tensor]:
-        return _top_keys(q, k, lse, count=count, **options)
+        return _top_keys(q, k, lse, mask=mask, count=count, positions=positions, **given)
 
     tensors, about = (q, k, lse, bias, positions, *mask.tensors), ("top keys", count, scale, softcap, *mask.numbers)
     mass, keys = again(run, tensors, about)
@@ -212,23 +210,14 @@ def top_keys(
 
 
 def _top_keys(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    *,
-    mask: Mask,
-    scale: float,
-    softcap: float | None,
-    bias: Tensor | None,
-    count: int,
-    positions: Tensor | None,
+    q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask, count: int, positions: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor]:
-    if 1 <= count <= topk.MOST and hopper.takes(q, k, None, mask=mask, scale=scale):
+    """``given``: scale, softcap and key bias."""
+    if 1 <= count <= topk.MOST and hopper.takes(q, k, None, mask=mask, scale=given["scale"]):
         sizes = heaviest.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], count)
-        seen, given = rules(mask, q.shape[0], positions), score(scale, softcap, bias)
+        seen, numbers = rules(mask, q.shape[0], positions), score(**given)
         with falls_back("Triton's own kernel"):
             room = listed.room(q, count)
-            hopper.fill_lists(q, k, room, sizes, seen, given)
-            return listed.heaviest(q, k, lse, room, sizes, seen, given)
-    options: dict[str, Any] = {"mask": mask, "scale": scale, "softcap": softcap, "bias": bias, "positions": positions}
-    return topk.top_keys(q, k, lse, count=count, **options)
+            hopper.fill_lists(q, k, room, sizes, seen, numbers)
+            return listed.heaviest(q, k, lse, room, sizes, seen, numbers)
+    return topk.top_keys(q, k, lse, count=count, mask=mask, positions=positions, **given)

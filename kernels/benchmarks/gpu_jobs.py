@@ -31,37 +31,17 @@ DTYPE = torch.bfloat16
 Job = tuple[str, dict[str, Any]]
 
 
+BASE: dict[str, Any] = {"queries": 333, "keys": 333, "dtype": DTYPE}
+
+
 def groups() -> dict[str, list[Job]]:
     """Jobs by group, the quick groups first."""
-    base: dict[str, Any] = {"queries": 333, "keys": 333, "dtype": DTYPE}
-    wide = [{**base, "kind": kind, "d_head": d, "d_value": dv} for kind in RULES for d, dv in WIDTHS]
-    bare = [spec | {"dtype": torch.float16} for spec in wide if spec["kind"].startswith(("chunks", "segments"))]
-    single = [{**base, "kind": kind, "d_head": 128, "dtype": torch.float32} for kind in RULES]
-    # widths whose rows the copy engine cannot fetch, beside narrower and wider values
-    odd = [
-        {**base, "kind": "causal", "dtype": torch.float16, "queries": n, "d_head": d, "d_value": dv}
-        for n in (20, 333)
-        for d in (17, 33, 65, 129)
-        for dv in (8, 17, 24, 31, 40, 72, 136)
-    ]
-    pads = []
-    for d, n in ((64, 333), (80, 333), (128, 333), (64, 1300), (128, 1300)):  # the last two by Hopper's kernels
-        by_rows, by_columns = tuning.row_tiles(d, d, 0, torch.bfloat16), tuning.column_tiles(d, torch.bfloat16)
-        tiles = {by_rows.rows, by_rows.keys, by_columns.rows, by_columns.keys} if n < 1024 else {64, 128, 384}
-        shape = {**base, "d_head": d, "queries": n, "keys": n}
-        pads += [shape | {"kind": kind, "padding": pad} for kind in ("full", "causal") for pad in paddings(*tiles)]
-    sizes = [
-        {**base, "kind": "causal", "dtype": dtype, "size": size, "d_head": d, "queries": n, "keys": max(n, 333)}
-        for dtype in (torch.float16, torch.bfloat16)
-        for size in (1.0, 65_520.0, 1e7, 1e-7, 0.0)
-        for d, n in ((64, 1), (80, 333), (128, 1100))
-    ]
-    maps = [
-        {**base, "kind": kind, "d_head": 64, "queries": n, "keys": n, "size": size}
-        for kind in ("causal", "left padding")
-        for n in (333, 3000)
-        for size in (7, 16, 24, 100)
-    ]
+    return _quick() | _thorough()
+
+
+def _quick() -> dict[str, list[Job]]:
+    """A few calls of every kernel."""
+    base = BASE
     return {
         "Hopper's widths and options": [("narrow", spec) for spec in _wide()],
         "float32": [
@@ -124,6 +104,41 @@ def groups() -> dict[str, list[Job]]:
             for kind in ("causal", "left padding")
             for n in (1, 333, 1100)
         ],
+    }
+
+
+def _thorough() -> dict[str, list[Job]]:
+    """Every rule, width and place of padding."""
+    base = BASE
+    wide = [{**base, "kind": kind, "d_head": d, "d_value": dv} for kind in RULES for d, dv in WIDTHS]
+    bare = [spec | {"dtype": torch.float16} for spec in wide if spec["kind"].startswith(("chunks", "segments"))]
+    single = [{**base, "kind": kind, "d_head": 128, "dtype": torch.float32} for kind in RULES]
+    # widths whose rows the copy engine cannot fetch, beside narrower and wider values
+    odd = [
+        {**base, "kind": "causal", "dtype": torch.float16, "queries": n, "d_head": d, "d_value": dv}
+        for n in (20, 333)
+        for d in (17, 33, 65, 129)
+        for dv in (8, 17, 24, 31, 40, 72, 136)
+    ]
+    pads = []
+    for d, n in ((64, 333), (80, 333), (128, 333), (64, 1300), (128, 1300)):  # the last two by Hopper's kernels
+        by_rows, by_columns = tuning.row_tiles(d, d, 0, torch.bfloat16), tuning.column_tiles(d, torch.bfloat16)
+        tiles = {by_rows.rows, by_rows.keys, by_columns.rows, by_columns.keys} if n < 1024 else {64, 128, 384}
+        shape = {**base, "d_head": d, "queries": n, "keys": n}
+        pads += [shape | {"kind": kind, "padding": pad} for kind in ("full", "causal") for pad in paddings(*tiles)]
+    sizes = [
+        {**base, "kind": "causal", "dtype": dtype, "size": size, "d_head": d, "queries": n, "keys": max(n, 333)}
+        for dtype in (torch.float16, torch.bfloat16)
+        for size in (1.0, 65_520.0, 1e7, 1e-7, 0.0)
+        for d, n in ((64, 1), (80, 333), (128, 1100))
+    ]
+    maps = [
+        {**base, "kind": kind, "d_head": 64, "queries": n, "keys": n, "size": size}
+        for kind in ("causal", "left padding")
+        for n in (333, 3000)
+        for size in (7, 16, 24, 100)
+    ]
+    return {
         "every rule at every width": [("narrow", spec) for spec in wide + bare + single],
         "widths fetched by threads": [("narrow", spec) for spec in odd],
         "padding around the tiles": [("narrow", spec) for spec in pads],
