@@ -3,7 +3,8 @@
     python kernels/benchmarks/corners.py --check 120 --limit 400 --sweep --out h200-corners.json
 
 A row of ``corner_list`` that fails says so and stops no other. Results are printed and saved row by row; after
-``--limit`` seconds the rows that are left are named. ``--check``: first, for so many seconds, the kernels that the rows
+``--limit`` seconds the rows that are left are named. ``--rows host`` times one of them: the host's time says something
+where nothing else runs on the machine. ``--check``: first, for so many seconds, the kernels that the rows
 run are held to the definition (``gpu_groups``), and 1 is the exit code if one is wrong. ``--sweep``: other tiles, too.
 Kernels are built beforehand, several at a time, into Triton's cache. ``--tiny`` runs every row at a few tokens, on a
 CPU in Triton's interpreter: it tries the script, and times nothing.
@@ -64,12 +65,12 @@ def setting(sweep: Sweep | None, number: int) -> Iterator[None]:
         yield
 
 
-def jobs(sweep: bool) -> list[Job]:
-    """What is timed, in order: rows, then their other tiles."""
-    listed = [(n, -1, 0) for n in range(len(ROWS))]
+def jobs(keys: list[str], sweep: bool) -> list[Job]:
+    """What is timed of the rows ``keys``, in order: rows, then their other tiles."""
+    rows = {row.key: n for n, row in enumerate(ROWS) if row.key in keys}
+    listed = [(n, -1, 0) for n in rows.values()]
     if sweep:
-        rows = {row.key: n for n, row in enumerate(ROWS)}
-        listed += [(rows[s.row], n, i) for n, s in enumerate(SWEEPS) for i in range(len(s.settings))]
+        listed += [(rows[s.row], n, i) for n, s in enumerate(SWEEPS) if s.row in rows for i in range(len(s.settings))]
     return listed
 
 
@@ -144,9 +145,9 @@ def build_all(listed: list[Job], until: float) -> None:
                 print(f"not built: {ROWS[job[0]].name} {named(job) or ''}: {words}", flush=True)
 
 
-def run(sweep: bool, tiny: bool, began: float, limit: float, out: Path | None) -> None:
-    """Time every row until the limit, in a process that is replaced where a row fails or takes a minute."""
-    listed, less = jobs(sweep), 64 if tiny else 1
+def run(listed: list[Job], tiny: bool, began: float, limit: float, out: Path | None) -> None:
+    """Time every job until the limit, in a process that is replaced where a row fails or takes a minute."""
+    less = 64 if tiny else 1
     table: list[dict[str, Any]] = []
     bases: dict[Any, float] = {}
     if not tiny:
@@ -181,6 +182,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", type=float, default=0.0, help="seconds for checks against the definition")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds, checks included")
+    keys = [row.key for row in ROWS]
+    parser.add_argument("--rows", nargs="+", choices=keys, default=keys, metavar="KEY", help="some of the rows, by key")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -190,7 +193,7 @@ def main() -> int:
     wrong = 0
     if args.check:
         wrong = sum(group.failed for group in gpu_groups.check(args.check, CHECKED).values())
-    run(args.sweep, args.tiny, began, args.limit, args.out)
+    run(jobs(args.rows, args.sweep), args.tiny, began, args.limit, args.out)
     return 1 if wrong else 0
 
 
