@@ -21,8 +21,8 @@ import json
 import platform
 import statistics as stats
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from transformers import DynamicCache
 from headscope.interp import load_model
 from headscope.interp.attention.handler import Handler
 from headscope.interp.sites import attached
+from headscope.interp.sites.compiled import uncompiled
 from headscope.interp.sites.huggingface import route as huggingface
 
 MODEL = "smollm2-135m"
@@ -48,8 +49,14 @@ def kinds_of(model: Any) -> Kinds:
     return {
         UNTRACED: nullcontext,
         "attached": lambda: attached(model, Handler()),
-        "idle": lambda: huggingface.attached(model, _Idle()),
+        "idle": lambda: _idle(model),
     }
+
+
+@contextmanager
+def _idle(model: Any) -> Iterator[None]:
+    with uncompiled(), huggingface.attached(model, _Idle()):
+        yield
 
 
 class _Idle(Handler):

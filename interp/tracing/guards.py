@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
@@ -40,12 +40,16 @@ _GUARDS: dict[tuple[type, str], list[Guard]] = {}
 _REPLACED: dict[tuple[type, str], _Replaced] = {}
 
 
-def guard(thing: Any, name: str, around: Around, instead: Callable[..., Any] | None = None) -> Guard | None:
+def _nothing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+def guard(thing: Any, name: str, around: Around = _nothing, instead: Callable[..., Any] | None = None) -> Guard | None:
     """Guard a method of one object, until ``release``; None where its class has no such method.
 
     Of several guards that call something ``instead`` of the method, the last one does.
     """
-    owner = next((kind for kind in type(thing).__mro__ if name in vars(kind)), None)
+    owner = _owner(thing, name)
     if owner is None:
         return None
     made = Guard(weakref.ref(thing), owner, name, around, instead)
@@ -58,6 +62,20 @@ def guard(thing: Any, name: str, around: Around, instead: Callable[..., Any] | N
             _REPLACED[owner, name] = _Replaced(real, _asking(owner, name, real))
             setattr(owner, name, _REPLACED[owner, name].ours)
     return made
+
+
+def unguarded(thing: Any, name: str) -> Callable[..., Any]:
+    """The method of an object that guards stand before."""
+    owner = _owner(thing, name)
+    if owner is None:
+        raise AttributeError(f"{type(thing).__name__} has no method {name!r}")
+    replaced = _REPLACED.get((owner, name))
+    method: Callable[..., Any] = (vars(owner)[name] if replaced is None else replaced.real).__get__(thing)
+    return method
+
+
+def _owner(thing: Any, name: str) -> type | None:
+    return next((kind for kind in type(thing).__mro__ if name in vars(kind)), None)
 
 
 def release(made: Guard | None) -> None:

@@ -10,6 +10,7 @@ from headscope.interp.sites.given import ModelLike
 from headscope.interp.statistics.declared import Named
 from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.generation import watching_generate
+from headscope.interp.tracing.step_graphs import step_graphs
 from headscope.interp.tracing.tracer import Tracer
 
 
@@ -49,8 +50,9 @@ def trace(
     tracer = Tracer(model, statistics, layers=layers, queries=queries, tower=tower)
     try:
         with (
-            attached(model, tracer, tower=tower, layers=layers, verify=verify, grad=grad),
+            attached(model, tracer, tower=tower, layers=layers, verify=verify, grad=grad) as route,
             watching_generate(model, tracer),
+            step_graphs(model, tracer, route),
         ):
             yield tracer
     finally:

@@ -48,13 +48,13 @@ class Session:
         """Whether a pass came before the present one."""
         return bool(self._stop)
 
-    def is_over(self, call: AttentionCall, offset: int, cache: weakref.ref[Any] | None) -> bool:
-        """Whether ``call`` begins new examples: it starts again at position 0, or where this session began but on
-        another cache (each a copy of one prefix, or a prefix that was tuned), or the batch changed."""
+    def is_over(self, batch: int, offset: int, cache: weakref.ref[Any] | None) -> bool:
+        """Whether a call begins new examples: it starts again at position 0, or where this session began but on
+        another cache (each a copy of one prefix, or a prefix that was tuned), or the ``batch`` changed."""
         if not self._stop:
             return False
         other = cache is not None and (self._cache is None or self._cache() is not cache())
-        return offset == 0 or call.query.shape[0] != self.batch or (other and offset == self._began)
+        return offset == 0 or batch != self.batch or (other and offset == self._began)
 
     def is_prompt(self, call: AttentionCall, offset: int, boundary: int | None) -> bool:
         """Whether ``call`` reads the prompt: before the ``boundary`` that `generate` named; without one, in the first
@@ -63,15 +63,15 @@ class Session:
             return offset < boundary
         return not self._stop or call.query.shape[2] > 1
 
-    def check(self, call: AttentionCall, offset: int, cache: weakref.ref[Any] | None) -> None:
-        """Refuse a call that does not fit the others of this session; ``cache`` is what the pass continues or fills.
+    def check(self, module: str, offset: int, cache: weakref.ref[Any] | None) -> None:
+        """Refuse a call of ``module`` that does not fit this session; ``cache`` is what the pass continues or fills.
 
         Raises:
             HeadscopeError: another tower, another cache, or positions that do not follow.
         """
-        if self.module != call.module:
+        if self.module != module:
             raise HeadscopeError(
-                f"this model attends in several towers ({self.module} and {call.module}); choose one with tower=..."
+                f"this model attends in several towers ({self.module} and {module}); choose one with tower=..."
             )
         self._began = offset if self._began is None else self._began
         read = self._read if self._stop else offset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache
 from headscope.interp.tracing.piece import Piece
 from headscope.interp.tracing.session import Session
 from headscope.interp.tracing.stream import StreamRecord
+from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, Request
 
 TEXT = ("language", "decoder")  # towers that read or write text
@@ -86,6 +88,7 @@ class Tracer(Handler):
         self._decoder = DecoderPosition()
         self._running = False
         self._boundary: int | None = None
+        self.generation = 0  # how many have begun
         self._cache: weakref.ref[Any] | None = None
         self._caches = Caches()
         self._passes = 0
@@ -108,6 +111,7 @@ class Tracer(Handler):
     def begin_generation(self, prompt_length: int | None) -> None:
         """Passes before position ``prompt_length`` read the prompt, those after it the response."""
         self._boundary = prompt_length
+        self.generation += 1
 
     def end_generation(self) -> None:
         """Passes are the user's own again."""
@@ -203,16 +207,50 @@ class Tracer(Handler):
         if times:
             check_repeats(bare_model(self.model), call)
         offset = call.mask.query_offset if not call.cross else self._decoder.offset()
-        if not self._pass and self._sessions and self._sessions[0].is_over(call, offset, self._cache):
+        read = (call.query.shape[0], call.query.shape[2])
+        return self._session_at(call.module, offset, None if call.cross else read, read[0], times), offset
+
+    def _session_at(
+        self, module: str, offset: int, read: tuple[int, int] | None, batch: int, times: int = 0
+    ) -> Session:
+        """The session of a call at position ``offset``, with the pass's tokens if it reads so many (batch, query)."""
+        if not self._pass and self._sessions and self._sessions[0].is_over(batch, offset, self._cache):
             self._finish()
         while len(self._sessions) <= times:
-            self._sessions.append(Session(self.statistics, call.module, call.query.shape[0]))
+            self._sessions.append(Session(self.statistics, module, batch))
         session = self._sessions[times]
-        session.check(call, offset, self._cache)
+        session.check(module, offset, self._cache)
         ids, self._pending_ids = self._pending_ids, None
-        if ids is not None and not call.cross and ids.shape == (call.query.shape[0], call.query.shape[2]):
+        if ids is not None and ids.shape == read:
             session.add_tokens(offset, ids)
-        return session, offset
+        return session
+
+    def alike(self) -> Tracer:
+        """A tracer of the same statistics that has recorded nothing and is in the same generation."""
+        layers = None if self.layers is None else sorted(self.layers)
+        made = Tracer(self.model, self.declared, layers=layers, queries=self.queries, tower=self.tower)
+        made._boundary, made.generation = self._boundary, self.generation
+        return made
+
+    def reads_prompt(self, offset: int) -> bool:
+        """Whether a pass at position ``offset`` reads a prompt, or is not of ``generate``."""
+        return self._boundary is None or offset < self._boundary
+
+    @property
+    def last_pass(self) -> list[tuple[str, Piece]]:
+        """What the pass that runs, or ran last, has left: of each call the module's pattern and its piece."""
+        return [(session.module, piece) for session, piece in self._pass]
+
+    def repeat(self, mask: Mask, left: Iterable[tuple[str, Piece]], values: dict[str, Tensor]) -> None:
+        """The pass that began ran as the graph of one that had ``left`` pieces: it leaves the same under ``mask``, with
+        ``values`` (call, ...) of its rows by name."""
+        offset = mask.query_offset
+        for number, (module, piece) in enumerate(left):
+            batch, _, queries = piece.shape
+            session = self._session_at(module, offset, (batch, queries), batch)
+            row = {name: value[number] for name, value in values.items()}
+            now = replace(piece, offset=offset, start=mask.start, end=mask.end, values={ROW: row}, parts={}, places={})
+            self._pass.append((session, now))
 
     def _keep_pass(self) -> None:
         """The pass came to its end: what it recorded becomes part of the record."""

@@ -58,6 +58,11 @@ class _Bound:
         return contextlib.nullcontext().__exit__
 
 
+def is_ours(hook: Any) -> bool:
+    """Whether a hook is one that ``watch_passes`` put on a model."""
+    return isinstance(hook, _Bound)
+
+
 class _Begin(_Bound):
     """Tells the handlers that a forward pass begins."""
 

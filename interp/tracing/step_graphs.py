@@ -1,0 +1,203 @@
+"""Decoding steps over a static cache as CUDA graphs.
+
+``generate`` with ``cache_implementation="static"`` runs the same kernels on the same memory in every step, and most of
+a step's time is Python that starts them. Ours too: so a traced step is captured once with its statistics, and then
+replayed. What is replayed is first held to what runs from Python: at two different positions, and once more in the
+first step of every further ``generate``, both run, and must give the same logits and statistics to the bit. Steps that
+cannot be captured, or that differ, go on as before, with the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook  # type: ignore[attr-defined]
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from headscope.interp.errors import HeadscopeError
+from headscope.interp.sites.attachment import Attachment
+from headscope.interp.sites.given import ModelLike
+from headscope.interp.sites.huggingface.passes import is_ours
+from headscope.interp.sites.huggingface.state import Route
+from headscope.interp.sites.interrupts import block, uninterrupted
+from headscope.interp.sites.unwrap import bare_model
+from headscope.interp.statistics import ROW, CallStatistic
+from headscope.interp.statistics.queries import Generated
+from headscope.interp.tracing.guards import Guard, guard, release, unguarded
+from headscope.interp.tracing.piece import Piece
+from headscope.interp.tracing.step import Step
+from headscope.interp.tracing.tracer import Tracer
+
+CHECKS = 2  # steps that run both ways before the graph alone does
+MOST = 4  # graphs that are held: one for each cache and number of examples
+Left = tuple[str, Piece]
+Values = dict[str, Tensor]  # name -> (layer, ...)
+
+
+@block
+def step_graphs(model: ModelLike, tracer: Tracer, route: Any) -> Iterator[None]:
+    """Inside the block steps of ``model.generate`` over a static cache on a GPU become graphs where they can."""
+    inner = bare_model(model)
+    may = isinstance(route, Route) and isinstance(inner, nn.Module) and _is_captured(tracer)
+    made: list[Guard | None] = []
+    try:
+        with uninterrupted():
+            made.append(guard(inner, "forward", instead=Steps(inner, tracer, route).forward) if may else None)
+        yield
+    finally:
+        try:
+            with uninterrupted():
+                release(made[0] if made else None)
+        finally:
+            release(made[0] if made else None)  # an interrupt may have come just before
+
+
+def _is_captured(tracer: Tracer) -> bool:
+    """Whether a step's statistics are tensors that a graph can leave: those of rows, reduced by the kernels."""
+    rows = all(each.kind == ROW and not isinstance(each, CallStatistic) for each in tracer.statistics)
+    return (
+        bool(tracer.statistics)
+        and rows
+        and not tracer.streams
+        and not tracer.follows
+        and (tracer.queries is None or isinstance(tracer.queries, Generated))
+    )
+
+
+class Steps:
+    """In the place of ``model.forward`` while ``tracer`` is attached by ``route``."""
+
+    def __init__(self, model: nn.Module, tracer: Tracer, route: Route) -> None:
+        self.model, self.tracer, self.route = model, tracer, route
+        self.plain = unguarded(model, "forward")
+        self._held: dict[Any, StepGraph | None] = {}  # None: such a step came once
+        self._hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward pass, or its step's graph."""
+        step = Step.of(args, kwargs) if self._may() else None
+        if step is None or self.tracer.reads_prompt(step.offset):
+            return self.plain(*args, **kwargs)
+        if step.kind not in self._held:
+            self._held[step.kind] = None
+            return self.plain(**step.inputs())
+        graph = self._held.pop(step.kind) or StepGraph(self)
+        while len(self._held) >= MOST:
+            self._held.pop(next(iter(self._held)))
+        self._held[step.kind] = graph  # the last that was used is the last to go
+        return graph.run(step)
+
+    def _may(self) -> bool:
+        """Whether nothing but the tracer sees or changes the pass that runs."""
+        route = self.route
+        attachment = route.handlers[0] if len(route.handlers) == 1 else None
+        mine = isinstance(attachment, Attachment) and attachment.inner is self.tracer
+        whole = route.heads is None and route.rows is None and not route.maps
+        still = not self.model.training and not torch.is_grad_enabled()
+        alone = all(is_ours(hook) for hooks in self._hooks for hook in hooks.values())
+        return mine and whole and still and alone and not _has_any_global_hook()
+
+
+class StepGraph:
+    """The graph of one kind of step: captured at the second, and held to Python's way ``CHECKS`` times."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._checked, self._generation = 0, -1
+        self._why: str | None = None  # it is not used
+        self._step: Step | None = None
+        self._replay: Callable[[], None] = _never
+        self._output: Any = None
+        self._left: list[Left] = []
+        self._values: Values = {}
+
+    def run(self, step: Step) -> Any:
+        """The model's output of ``step``, of which the tracer learns either way."""
+        tracer, steps = self._steps.tracer, self._steps
+        if self._why is None and self._generation != tracer.generation:
+            self._generation, self._checked = tracer.generation, min(self._checked, CHECKS - 1)
+        if self._why is None and self._checked >= CHECKS:
+            self._load(step)
+            self._replay()
+            steps.route.called = True
+            tracer.repeat(step.mask.rule, self._left, {name: value.clone() for name, value in self._values.items()})
+            return tree_map_only(Tensor, Tensor.clone, self._output)
+        output = steps.plain(**step.inputs())
+        if self._why is None:
+            try:
+                self._why = self._differs(step, output)
+            except (RuntimeError, HeadscopeError) as error:  # what cannot be captured
+                self._why = f"{type(error).__name__}: {error}"
+            self._checked += 1
+        return output
+
+    def _differs(self, step: Step, output: Any) -> str | None:
+        """Run ``step`` as a graph after Python gave ``output``: where they differ. The cache is left as it was."""
+        with step.kept():
+            if self._step is None:
+                self._capture(step)
+            step.rewind()
+            self._load(step)
+            self._replay()
+        both = (tree_leaves(output), tree_leaves(self._output))
+        if not all(same(a, b) for a, b in zip(*both, strict=True) if isinstance(a, Tensor)):
+            return "its output differs from what Python's way gives"
+        self._left = self._left or self._steps.tracer.last_pass
+        read = stacked(self._steps.tracer.last_pass)
+        if set(read) != set(self._values) or not all(same(value, self._values[name]) for name, value in read.items()):
+            return "its statistics differ from what Python's way gives"
+        return None
+
+    def _load(self, step: Step) -> None:
+        assert self._step is not None
+        self._step.load(step)
+
+    def _capture(self, step: Step) -> None:
+        steps = self._steps
+        attachment = steps.route.handlers[0]
+        assert isinstance(attachment, Attachment)
+        held, shadow = step.held(), steps.tracer.alike()
+        attachment.inner = shadow
+        try:
+
+            def run() -> None:
+                self._output = steps.plain(**held.inputs())
+                self._values = stacked(shadow.last_pass)
+
+            self._replay = graph_of(run)
+        finally:
+            attachment.inner = steps.tracer
+        self._step = held
+
+
+def graph_of(run: Callable[[], None]) -> Callable[[], None]:
+    """Capture ``run``, which is not carried out; what it returns carries it out."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+def stacked(left: list[Left]) -> Values:
+    """What the calls of a pass left of its rows, of all layers in one tensor each.
+
+    Raises:
+        HeadscopeError: they left something else, too.
+    """
+    pieces = [piece for _, piece in left]
+    if not pieces or any(set(piece.values) != {ROW} or piece.parts or piece.places for piece in pieces):
+        raise HeadscopeError("a step left more than statistics of its rows")
+    return {name: torch.stack([piece.values[ROW][name] for piece in pieces]) for name in pieces[0].values[ROW]}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal to the bit, NaNs included."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _never() -> None:
+    raise AssertionError("nothing was captured")
