@@ -4,6 +4,7 @@ A compiled graph holds the attention it was compiled with. Ours would break it a
 ``fullgraph=True``), and CUDA graphs would write again to the memory that statistics were read from. So inside a block
 torch's stance is "force_eager": a module from ``torch.compile(model)``, ``model.compile()``, a compiled forward or
 layer, and what ``generate`` compiles for a static cache all run uncompiled, with the numbers of the uncompiled model.
+(Steps over a static cache that are only read become CUDA graphs of ours: ``headscope.interp.tracing.step_graphs``.)
 Nothing is thrown away: after the block the same graphs run again, without compiling anew. headscope's own compiled
 kernel (FlexAttention) sets the stance that it needs.
 

@@ -15,9 +15,26 @@ from transformers.cache_utils import StaticLayer
 from headscope.interp.sites.huggingface.masks import LazyMask
 from headscope.kernels.masks import Mask
 
-DEVICES = ("cuda",)  # whose steps can be captured
 MASK = "attention_mask"
 CACHE = "past_key_values"
+
+
+class EndsMask(LazyMask):
+    """A mask of one token, whose rule says where its keys begin and end; what it is for other functions follows from
+    that alone, on the device."""
+
+    def original(self, implementation: str) -> Tensor | None:
+        """A mask (batch, 1, 1, key) as transformers makes it for ``"sdpa"`` and ``"eager"``."""
+        start, end, dtype = self.rule.start, self.rule.end, self.arguments.get("dtype", torch.float32)
+        if implementation not in ("sdpa", "eager") or end is None:
+            return super().original(implementation)
+        if implementation not in self.originals:
+            at = torch.arange(self.shape[-1], device=self.device)
+            seen = at < end[:, None]
+            seen = (seen if start is None else seen & (at >= start[:, None]))[:, None, None]
+            hidden = torch.finfo(dtype).min
+            self.originals[implementation] = seen if implementation == "sdpa" else (~seen).to(dtype) * hidden
+        return self.originals[implementation]
 
 
 @dataclass(eq=False)
@@ -36,7 +53,7 @@ class Step:
         """The step of a call of ``forward``; None for every other pass, and for what a step cannot say: windows, other
         caches, masks that are tensors."""
         ids, cache, mask = (kwargs.get(name) for name in ("input_ids", CACHE, MASK))
-        if args or not isinstance(ids, Tensor) or ids.shape[1:] != (1,) or ids.device.type not in DEVICES:
+        if args or not isinstance(ids, Tensor) or ids.shape[1:] != (1,):
             return None
         masks: dict[str, Any] = mask if isinstance(mask, dict) else {"": mask}
         if not _is_static(cache) or not masks or not all(_is_plain(each) for each in masks.values()):
@@ -65,7 +82,8 @@ class Step:
         """What steps have in common that run the same kernels on the same memory."""
         shapes = {name: (x.shape, x.dtype, x.device) for name, x in self.tensors.items()}
         masks = {name: (tuple(each.shape), each.rule.start is None) for name, each in self.masks.items()}
-        memory = [layer.keys.data_ptr() for layer in self.cache.layers]
+        first = self.cache.layers[0]  # all are made together
+        memory = first.keys.data_ptr(), first.cumulative_length.data_ptr()
         return id(self.cache), *memory, *shapes.items(), *masks.items(), *self.others.items()
 
     def inputs(self) -> dict[str, Any]:
@@ -76,7 +94,7 @@ class Step:
 
     def _by_ends(self, mask: LazyMask) -> LazyMask:
         rule = replace(mask.rule, right=None, end=self.end)
-        return LazyMask(tuple(mask.shape), mask.device, rule, mask.arguments)
+        return EndsMask(tuple(mask.shape), mask.device, rule, mask.arguments)
 
     def held(self) -> Step:
         """A copy with tensors of its own, into which ``load`` copies the next steps'."""

@@ -10,11 +10,11 @@ cannot be captured, or that differ, go on as before, with the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook  # type: ignore[attr-defined]
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from headscope.interp.errors import HeadscopeError
@@ -31,9 +31,11 @@ from headscope.interp.tracing.piece import Piece
 from headscope.interp.tracing.step import Step
 from headscope.interp.tracing.tracer import Tracer
 
+DEVICES = ("cuda",)  # whose steps can be captured
 CHECKS = 2  # steps that run both ways before the graph alone does
 MOST = 4  # graphs that are held: one for each cache and number of examples
 Left = tuple[str, Piece]
+T = TypeVar("T")
 Values = dict[str, Tensor]  # name -> (layer, ...)
 
 
@@ -41,7 +43,7 @@ Values = dict[str, Tensor]  # name -> (layer, ...)
 def step_graphs(model: ModelLike, tracer: Tracer, route: Any) -> Iterator[None]:
     """Inside the block steps of ``model.generate`` over a static cache on a GPU become graphs where they can."""
     inner = bare_model(model)
-    may = isinstance(route, Route) and isinstance(inner, nn.Module) and _is_captured(tracer)
+    may = isinstance(route, Route) and _is_captured(tracer) and _device(inner) in DEVICES
     made: list[Guard | None] = []
     try:
         with uninterrupted():
@@ -53,6 +55,10 @@ def step_graphs(model: ModelLike, tracer: Tracer, route: Any) -> Iterator[None]:
                 release(made[0] if made else None)
         finally:
             release(made[0] if made else None)  # an interrupt may have come just before
+
+
+def _device(model: nn.Module) -> str:
+    return next((x.device.type for x in model.parameters()), "")
 
 
 def _is_captured(tracer: Tracer) -> bool:
@@ -74,11 +80,12 @@ class Steps:
         self.model, self.tracer, self.route = model, tracer, route
         self.plain = unguarded(model, "forward")
         self._held: dict[Any, StepGraph | None] = {}  # None: such a step came once
+        self._seen, self._ours = -1, False
         self._hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, or its step's graph."""
-        step = Step.of(args, kwargs) if self._may() else None
+        step = Step.of(args, kwargs) if self._may() else None  # None: another pass
         if step is None or self.tracer.reads_prompt(step.offset):
             return self.plain(*args, **kwargs)
         if step.kind not in self._held:
@@ -97,8 +104,15 @@ class Steps:
         mine = isinstance(attachment, Attachment) and attachment.inner is self.tracer
         whole = route.heads is None and route.rows is None and not route.maps
         still = not self.model.training and not torch.is_grad_enabled()
-        alone = all(is_ours(hook) for hooks in self._hooks for hook in hooks.values())
-        return mine and whole and still and alone and not _has_any_global_hook()
+        return mine and whole and still and self._is_unwatched() and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+
+    def _is_unwatched(self) -> bool:
+        """Whether no module has a hook but ours, which a graph would not call."""
+        count = sum(map(len, self._hooks))
+        if count != self._seen:  # asked in every step
+            self._seen = count
+            self._ours = all(is_ours(hook) for hooks in self._hooks for hook in hooks.values())
+        return self._ours
 
 
 class StepGraph:
@@ -156,30 +170,28 @@ class StepGraph:
         self._step.load(step)
 
     def _capture(self, step: Step) -> None:
-        steps = self._steps
+        steps, held = self._steps, step.held()
         attachment = steps.route.handlers[0]
         assert isinstance(attachment, Attachment)
-        held, shadow = step.held(), steps.tracer.alike()
-        attachment.inner = shadow
-        try:
 
-            def run() -> None:
-                self._output = steps.plain(**held.inputs())
-                self._values = stacked(shadow.last_pass)
+        def run() -> tuple[Any, Values]:
+            attachment.inner = shadow = steps.tracer.alike()
+            try:
+                output = steps.plain(**held.inputs())
+                return output, stacked(shadow.last_pass)
+            finally:
+                attachment.inner = steps.tracer
 
-            self._replay = graph_of(run)
-        finally:
-            attachment.inner = steps.tracer
+        (self._output, self._values), self._replay = graph_of(run)
         self._step = held
 
 
-def graph_of(run: Callable[[], None]) -> Callable[[], None]:
-    """Capture ``run``, which is not carried out; what it returns carries it out."""
+def graph_of(run: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+    """What ``run`` will give, and what carries it out: it is captured, not carried out."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    replay: Callable[[], None] = graph.replay
-    return replay
+        found = run()
+    return found, graph.replay
 
 
 def stacked(left: list[Left]) -> Values:

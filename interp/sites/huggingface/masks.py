@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import masking_utils
@@ -154,14 +155,15 @@ def lazy_mask(
 
 def with_padding(mask: Mask, real: Tensor, batch: int) -> Mask:
     """``mask`` restricted to the positions that ``real`` (batch, position) marks; ranges where each row is one run."""
-    if bool(real.all()):
+    held = real.cpu().numpy()  # one copy: on a card each question is a launch and a wait
+    if held.all():
         return mask
-    index = torch.arange(real.shape[1], device=real.device)
-    count = real.sum(1)
-    start = torch.where(count > 0, real.int().argmax(1), 0)
-    end = torch.where(count > 0, torch.where(real, index, -1).amax(1) + 1, 0)
-    mask = replace(mask, start=start, end=end)
-    if bool((end - start == count).all()):
+    count, some = held.sum(1), held.any(1)
+    start = np.where(some, held.argmax(1), 0)
+    end = np.where(some, held.shape[1] - held[:, ::-1].argmax(1), 0)
+    ends = torch.from_numpy(np.stack([start, end])).to(real.device)
+    mask = replace(mask, start=ends[0], end=ends[1])
+    if (end - start == count).all():
         return mask
     earlier = mask.rule  # holes between tokens: keep the range for speed and look the holes up
 
