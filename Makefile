@@ -28,11 +28,20 @@ demo: $(READY)
 		--set passages=2 --controls 10 --out $(DEMO)/evaluation
 	$(BIN)/headscope report $(DEMO) --prompt 'The brass key is under the flowerpot. Where is the brass key? The brass key is under'
 
-test: $(READY)
+# what quantises weights stands apart: torchao, once installed, writes to stderr in every process that imports transformers
+QUANTISERS := .venv/quantisers
+$(QUANTISERS)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(QUANTISERS) \
+		-c constraints.txt torchao bitsandbytes
+	touch $@
+
+test: $(READY) $(QUANTISERS)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations=25
+	OMP_NUM_THREADS=1 PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest -n 2 -k 'quanti or bitsandbytes' \
+		tests/interp/parallel/test_processes.py tests/interp/sites/test_precision.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=900 notebooks
 
 # the fast tier: no downloaded model, a few minutes
