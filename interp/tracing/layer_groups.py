@@ -22,9 +22,11 @@ Done = list[tuple[Session, Piece]]
 
 def by_layer_group(done: Done) -> list[Done]:
     """One pass's pieces, those of layers of one kind together, in order of their first layer."""
+    if len({id(piece.where) for _, piece in done}) == 1 and len({piece.layer for _, piece in done}) == len(done):
+        return [done]  # nearly always
     shapes: dict[int, list[tuple[int, ...]]] = {}
     for _, piece in done:
-        shapes.setdefault(piece.layer, []).append((piece.offset, *piece.shape))
+        shapes.setdefault(piece.layer, []).append((piece.where.offset, *piece.where.shape))
     kinds: dict[tuple[tuple[int, ...], ...], Done] = {}
     for session, piece in sorted(done, key=lambda one: one[1].layer):
         kinds.setdefault(tuple(shapes[piece.layer]), []).append((session, piece))
@@ -40,7 +42,7 @@ def datasets(kinds: list[Done]) -> list[xr.Dataset]:
         for session, piece in done:  # the n-th call of every layer is of the same example
             turn = turns[piece.layer] = turns.get(piece.layer, -1) + 1
             if turn == len(sessions):
-                sessions.append(Session(session.statistics, session.module, piece.shape[0]))
+                sessions.append(Session(session.statistics, session.module, piece.where.shape[0]))
             sessions[turn].add(piece)
         made.append(concatenate([one for one in (each.dataset() for each in sessions) if one is not None]))
     return made

@@ -20,7 +20,7 @@ from headscope.interp.statistics import BLOCK, OUTPUT, ROW, BlockStatistic, KeyS
 from headscope.interp.tracing.blocks import BLOCKS
 from headscope.interp.tracing.blocks import variables as block_variables
 from headscope.interp.tracing.host_copies import in_host_memory
-from headscope.interp.tracing.piece import Piece
+from headscope.interp.tracing.piece import Piece, Where
 
 
 class Session:
@@ -33,8 +33,8 @@ class Session:
         self._heads = 0
         self._blocks: dict[int, list[Piece]] = {}
         self._outputs: dict[int, dict[str, Tensor]] = {}
-        self._stop: dict[int, int] = {}
-        self._read = 0  # positions, by the layer that came furthest
+        self._read: int | None = None  # positions, by the layer that came furthest; None: no pass yet
+        self._where: Where | None = None  # of the piece before
         self._tokens: list[tuple[int, Tensor]] = []
         self._start: Tensor | None = None
         self._cross = False
@@ -46,12 +46,12 @@ class Session:
     @property
     def continues(self) -> bool:
         """Whether a pass came before the present one."""
-        return bool(self._stop)
+        return self._read is not None
 
     def is_over(self, call: AttentionCall, offset: int, cache: weakref.ref[Any] | None) -> bool:
         """Whether ``call`` begins new examples: it starts again at position 0, or where this session began but on
         another cache (each a copy of one prefix, or a prefix that was tuned), or the batch changed."""
-        if not self._stop:
+        if self._read is None:
             return False
         other = cache is not None and (self._cache is None or self._cache() is not cache())
         return offset == 0 or call.query.shape[0] != self.batch or (other and offset == self._began)
@@ -61,7 +61,7 @@ class Session:
         pass, or in a later one of several tokens (chunked)."""
         if boundary is not None:
             return offset < boundary
-        return not self._stop or call.query.shape[2] > 1
+        return self._read is None or call.query.shape[2] > 1
 
     def check(self, call: AttentionCall, offset: int, cache: weakref.ref[Any] | None) -> None:
         """Refuse a call that does not fit the others of this session; ``cache`` is what the pass continues or fills.
@@ -74,7 +74,7 @@ class Session:
                 f"this model attends in several towers ({self.module} and {call.module}); choose one with tower=..."
             )
         self._began = offset if self._began is None else self._began
-        read = self._read if self._stop else offset
+        read = offset if self._read is None else self._read
         if offset != read:
             raise HeadscopeError(
                 f"a pass at position {offset} does not follow the {read} positions that were recorded (a cropped, "
@@ -89,15 +89,16 @@ class Session:
 
     def add(self, piece: Piece) -> None:
         """Keep one call's statistics by kind."""
-        self._note(piece)
+        if piece.where is not self._where:
+            self._note(piece.where)
         for kind, held_pieces in ((ROW, self._pieces), (BLOCK, self._blocks)):
             if kind in piece.values:
                 held_pieces.setdefault(piece.layer, []).append(piece)
-        for statistic in self.statistics:
+        for statistic in self.statistics if piece.parts else ():
             if isinstance(statistic, KeyStatistic) and statistic.recorded[0] in piece.parts:
                 held = self._keys.setdefault(piece.layer, {}).setdefault(statistic.recorded[0], {})
                 for part, value in piece.parts[statistic.recorded[0]].items():
-                    held[part] = _merged(statistic, part, held.get(part), value, piece.key_offset)
+                    held[part] = _merged(statistic, part, held.get(part), value, piece.where.key_offset)
         if OUTPUT in piece.values:
             self._outputs.setdefault(piece.layer, {}).update(piece.values[OUTPUT])
 
@@ -105,17 +106,17 @@ class Session:
         """Keep a pass's input token ids (batch, query)."""
         self._tokens.append((offset, ids))
 
-    def _note(self, piece: Piece) -> None:
-        stop = piece.offset + piece.shape[2]
-        self._stop[piece.layer] = stop
-        self._read = max(self._read, stop)
-        self._cross, self._heads = piece.cross, piece.shape[1]
-        if piece.start is not None:  # the latest: a chunk of padding alone does not know where its example begins
-            self._start = piece.start
+    def _note(self, where: Where) -> None:
+        self._where = where
+        stop = where.offset + where.shape[2]
+        self._read = max(self._read or 0, stop)
+        self._cross, self._heads = where.cross, where.shape[1]
+        if where.start is not None:  # the latest: a chunk of padding alone does not know where its example begins
+            self._start = where.start
         if stop not in self._end:
             whole = np.full(self.batch, stop)
-            self._end[stop] = whole if piece.end is None else np.minimum(piece.end.cpu().numpy(), stop)
-            if piece.prompt or self._prompt_end is None:
+            self._end[stop] = whole if where.end is None else np.minimum(where.end.cpu().numpy(), stop)
+            if where.prompt or self._prompt_end is None:
                 self._prompt_end = self._end[stop]
 
     def dataset(self) -> xr.Dataset | None:
@@ -182,7 +183,7 @@ class _Builder:
             return
         passes = min(len(layer) for layer in pieces.values())  # an interrupted pass left some layers behind
         placed = next(iter(pieces.values()))[:passes]
-        absolute = np.concatenate([piece.positions() for piece in placed])
+        absolute = np.concatenate([piece.where.positions() for piece in placed])
         inside = [(absolute >= s) & (absolute < s + n) for s, n in zip(self.start, self.length, strict=True)]
         self._kept = [absolute[real] - s for real, s in zip(inside, self.start, strict=True)]
         width = max(len(kept) for kept in self._kept)

@@ -26,7 +26,6 @@ from headscope.interp.statistics import (
     ROW,
     BlockStatistic,
     CallStatistic,
-    KeyStatistic,
     Resid,
 )
 from headscope.interp.statistics.base import check_together
@@ -37,14 +36,15 @@ from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.caches import Caches, check_repeats
 from headscope.interp.tracing.decoder import DecoderPosition
 from headscope.interp.tracing.heap import Heap
-from headscope.interp.tracing.host_copies import HostCopies, owned
+from headscope.interp.tracing.host_copies import HostCopies
 from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache, datasets, join, refuse_several
-from headscope.interp.tracing.piece import Piece
+from headscope.interp.tracing.piece import Piece, Where
 from headscope.interp.tracing.session import Session
 from headscope.interp.tracing.stream import StreamRecord
 from headscope.kernels.request import Reduced, Request
 
 TEXT = ("language", "decoder")  # towers that read or write text
+_Answer = tuple[Planned, Session, Where, Request | None]  # to an attention call
 
 
 class Tracer(Handler):
@@ -79,6 +79,7 @@ class Tracer(Handler):
         self._pending_ids: Tensor | None = None
         self._plans = Plans(self.statistics, queries, Exactness(self.statistics).require)
         self._planned: Planned | None = None
+        self._alike: dict[Any, _Answer] = {}  # of this pass, by what decides it
         self._reads: dict[str, bool] = {}
         self._times: dict[int, int] = {}
         self._heap, self._host_copies = Heap(), HostCopies()
@@ -155,6 +156,25 @@ class Tracer(Handler):
     @without_gradients
     def request(self, call: AttentionCall) -> Request | None:
         """The declared statistics as one request, or None where this call is not recorded."""
+        query, alike = call.query, None
+        if call.layer not in self._times and not call.cross:  # where the decoder stands may change within a pass
+            shapes = call.mask, query.shape, call.key.shape, query.device
+            alike = *shapes, call.module, call.gaps, call.dense  # the mask itself: held, its place is nobody else's
+        answer = None if alike is None else self._alike.get(alike)
+        if answer is None:
+            answer = self._answer(call)
+            if alike is not None and answer is not None:
+                self._alike[alike] = answer
+        else:
+            self._times[call.layer] = 1
+        if answer is None:
+            return None
+        self._planned, session, where, asked = answer
+        self._pass.append((session, Piece(call.layer, where)))
+        return asked
+
+    def _answer(self, call: AttentionCall) -> _Answer | None:
+        """What ``call`` is asked, and where that belongs; the same for the calls of a pass that are alike."""
         if call.module not in self._reads:
             self._reads[call.module] = tower_of(call.module, bare_model(self.model)) in TEXT
         if self._reads[call.module]:
@@ -163,13 +183,11 @@ class Tracer(Handler):
             return None
         session, offset = self._session_of(call)
         prompt = session.is_prompt(call, offset, self._boundary)
-        self._planned = self._plans.of(call, prompt=prompt, continues=session.continues)
-        request, _, rows = self._planned
-        self._pass.append((session, Piece.of(call, offset, rows, prompt=prompt)))
-        if rows is not None and rows.numel() == 0 and not request.wants_keys:
-            if not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics):
-                return None
-        return request
+        planned = self._plans.of(call, prompt=prompt, continues=session.continues)
+        request, _, rows = planned
+        idle = rows is not None and rows.numel() == 0 and not request.wants_keys
+        idle = idle and not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics)
+        return planned, session, Where.of(call, offset, rows, prompt=prompt), None if idle else request
 
     @without_gradients
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
@@ -180,22 +198,12 @@ class Tracer(Handler):
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
-            if isinstance(statistic, CallStatistic):
-                values = statistic.measure(call, reduced, rows)
-            else:
-                values = reader(reduced)
-            if isinstance(statistic, KeyStatistic):
-                piece.parts[statistic.recorded[0]] = {name: owned(value) for name, value in values.items()}
-                continue
+            alone = isinstance(statistic, CallStatistic)
+            values = statistic.measure(call, reduced, rows) if alone else reader(reduced)
+            piece.keep(statistic, values, self._host_copies)
             if isinstance(statistic, BlockStatistic):
                 piece.places[statistic.recorded[0]] = statistic.place(call)
-            found = piece.values.setdefault(statistic.kind, {})
-            leaves = statistic.kind in (ROW, BLOCK)
-            for name, value in values.items():
-                kept = owned(value)
-                found[statistic.named(name)] = self._host_copies.send(kept) if leaves else kept
-        if call.query.device.type == "cpu":
-            self._heap.called(call.query.shape[0] * call.query.shape[2])
+        self._heap.called(piece.where.shape[0] * piece.where.shape[2], call.query.device)
 
     def _session_of(self, call: AttentionCall) -> tuple[Session, int]:
         times = self._times.get(call.layer, 0)
@@ -217,9 +225,9 @@ class Tracer(Handler):
     def _keep_pass(self) -> None:
         """The pass came to its end: what it recorded becomes part of the record."""
         done, self._pass = self._pass, []
-        self._plans.clear()
         self._planned = None
-        self._times.clear()
+        for held in (self._plans, self._alike, self._times):
+            held.clear()
         kinds = by_layer_group(done)
         if len(kinds) < 2:
             for session, piece in done:
@@ -279,6 +287,7 @@ class Tracer(Handler):
         """Forget everything recorded."""
         self._stream.clear()
         self._pass.clear()
+        self._alike.clear()
         self._sessions.clear()
         self._finished.clear()
 

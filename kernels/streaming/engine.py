@@ -47,8 +47,9 @@ def attend(
     """
     q = scores.q
     tile = tile or (CPU_TILE if q.device.type == "cpu" else GPU_TILE)
-    if one_row.takes(scores, request, tile):
-        result = one_row.attend(scores, v, request)
+    seen = one_row.keys_seen(scores, request, tile)
+    if seen is not None:
+        result = one_row.attend(scores, v, request, seen)
         count_columns(request, result, scores)
         return result
     result = Reduced(columns=tuple(ReducedColumns() for _ in request.columns))

@@ -6,6 +6,8 @@ call in every layer, and there an operation of torch's costs more than its arith
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,27 +16,28 @@ from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
 
 
-def takes(scores: Scores, request: Request, held: int) -> bool:
-    """Whether this is such a call, of at most ``held`` scores, and its reductions are here."""
+def keys_seen(scores: Scores, request: Request, held: int) -> tuple[int, int] | None:
+    """The keys first:stop that the query of such a call sees; None where this is none, where it has more than ``held``
+    scores, or where a reduction is not here."""
     batch, heads, queries, keys = scores.shape
     if queries != 1 or not 0 < batch * heads * keys <= held or not scores.is_plain:
-        return False
-    rare = request.windows or request.targets is not None or request.query_rows is not None
-    lo, hi = scores.mask.key_bounds(0, 1, keys) if scores.mask.only_band else (0, 0)
-    return lo < hi and not rare and all(_is_whole(each) for each in request.columns)
+        return None
+    if request.windows or request.targets is not None or request.query_rows is not None or not scores.mask.only_band:
+        return None
+    lo, hi = scores.mask.key_bounds(0, 1, keys)
+    return (lo, hi) if lo < hi and all(_is_whole(each) for each in request.columns) else None
 
 
 def _is_whole(columns: Columns) -> bool:
     return columns.queries in (None, (0, 1))
 
 
-def attend(scores: Scores, v: Tensor, request: Request) -> Reduced:
-    """``request`` of a call that ``takes``, but for counts of queries."""
-    (batch, heads, _, keys), dtype, group, mask = scores.shape, scores.dtype, scores.group, scores.mask
-    lo, hi = mask.key_bounds(0, 1, keys)
-    q = _as(scores.q, dtype).reshape(-1, group, scores.q.shape[3]) * scores.scale
-    k, v_seen = (_as(x if hi - lo == keys else x[:, :, lo:hi], dtype).flatten(0, 1) for x in (scores.k, v))
-    s = torch.bmm(q, k.transpose(1, 2))  # (batch x kv_head, group, key)
+def attend(scores: Scores, v: Tensor, request: Request, seen: tuple[int, int]) -> Reduced:
+    """``request`` of a call whose query sees the keys ``seen`` (``keys_seen``), but for counts of queries."""
+    (batch, heads, _, keys), dtype, mask, (lo, hi) = scores.shape, scores.dtype, scores.mask, seen
+    q, k = _as(scores.q, dtype), _as(_cut(scores.k, seen), dtype).flatten(0, 1)
+    q = q.reshape(k.shape[0], -1, q.shape[3])
+    s = torch.baddbmm(_nothing(dtype, q.device), q, k.mT, beta=0, alpha=scores.scale)  # (batch x kv_head, group, key)
     log_p = s.log_softmax(-1)
     p = log_p.exp()
 
@@ -44,7 +47,7 @@ def attend(scores: Scores, v: Tensor, request: Request) -> Reduced:
 
     result = Reduced()
     if request.output:
-        result.output = _as(of_head(torch.bmm(p, v_seen)), v.dtype)
+        result.output = _as(of_head(torch.bmm(p, _as(_cut(v, seen), dtype).flatten(0, 1))), v.dtype)
     if request.lse:
         result.lse = of_head(s.logsumexp(-1))
     if request.max:
@@ -65,6 +68,17 @@ def attend(scores: Scores, v: Tensor, request: Request) -> Reduced:
         alone = len(request.columns) == 1  # no two share a tensor
         result.columns = tuple([_columns(weights if alone else weights.clone(), each) for each in request.columns])
     return result
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What ``baddbmm`` adds nothing of: with it the scale is no operation of its own."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
+
+
+def _cut(x: Tensor, seen: tuple[int, int]) -> Tensor:
+    return x if seen == (0, x.shape[2]) else x[:, :, seen[0] : seen[1]]
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
