@@ -7,7 +7,8 @@ record cannot hold both. Layers with different numbers of heads are kinds as wel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -22,8 +23,6 @@ Done = list[tuple[Session, Piece]]
 
 def by_layer_group(done: Done) -> list[Done]:
     """One pass's pieces, those of layers of one kind together, in order of their first layer."""
-    if len({id(piece.where) for _, piece in done}) == 1 and len({piece.layer for _, piece in done}) == len(done):
-        return [done]  # nearly always
     shapes: dict[int, list[tuple[int, ...]]] = {}
     for _, piece in done:
         shapes.setdefault(piece.layer, []).append((piece.where.offset, *piece.where.shape))
@@ -43,7 +42,7 @@ def datasets(kinds: list[Done]) -> list[xr.Dataset]:
             turn = turns[piece.layer] = turns.get(piece.layer, -1) + 1
             if turn == len(sessions):
                 sessions.append(Session(session.statistics, session.module, piece.where.shape[0]))
-            sessions[turn].add(piece)
+            sessions[turn].add([piece])
         made.append(concatenate([one for one in (each.dataset() for each in sessions) if one is not None]))
     return made
 
@@ -99,3 +98,11 @@ def refuse_several(records: Sequence[xr.Dataset]) -> None:
             "different numbers of heads, so they share no examples: read tracer.records, one a kind, or trace with "
             f"layers={first}"
         )
+
+
+def numbers_of(layers: Any) -> frozenset[int]:
+    """Layer numbers as a set; anything else is refused."""
+    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers, None]
+    if not all(isinstance(layer, int | np.integer) and not isinstance(layer, bool) for layer in given):
+        raise HeadscopeError(f"layers={layers!r} names no layers: give their numbers, such as layers=[0, 5]")
+    return frozenset(int(layer) for layer in given)

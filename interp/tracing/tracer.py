@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import xarray as xr
 from torch import Tensor
 
@@ -20,14 +19,7 @@ from headscope.interp.sites.gradients import without_gradients
 from headscope.interp.sites.sizes import attending
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.sites.unwrap import bare_model
-from headscope.interp.statistics import (
-    BLOCK,
-    OUTPUT,
-    ROW,
-    BlockStatistic,
-    CallStatistic,
-    Resid,
-)
+from headscope.interp.statistics import BLOCK, OUTPUT, ROW, BlockStatistic, CallStatistic, Resid
 from headscope.interp.statistics.base import check_together
 from headscope.interp.statistics.declared import Named, declared
 from headscope.interp.statistics.exactness import Exactness
@@ -37,14 +29,29 @@ from headscope.interp.tracing.caches import Caches, check_repeats
 from headscope.interp.tracing.decoder import DecoderPosition
 from headscope.interp.tracing.heap import Heap
 from headscope.interp.tracing.host_copies import HostCopies
-from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache, datasets, join, refuse_several
+from headscope.interp.tracing.layer_groups import (
+    by_layer_group,
+    check_no_cache,
+    datasets,
+    join,
+    numbers_of,
+    refuse_several,
+)
 from headscope.interp.tracing.piece import Piece, Where
 from headscope.interp.tracing.session import Session
 from headscope.interp.tracing.stream import StreamRecord
 from headscope.kernels.request import Reduced, Request
 
 TEXT = ("language", "decoder")  # towers that read or write text
-_Answer = tuple[Planned, Session, Where, Request | None]  # to an attention call
+
+
+class _Answer(NamedTuple):
+    """What alike calls of a pass are asked, and where that belongs."""
+
+    planned: Planned
+    session: Session
+    where: Where
+    asked: Request | None
 
 
 class Tracer(Handler):
@@ -70,7 +77,7 @@ class Tracer(Handler):
         self.statistics = tuple(each for each in self.declared if not isinstance(each, Resid))
         self._stream = StreamRecord(self.declared)
         self.streams = self._stream.places
-        self.layers = None if layers is None else _numbers(layers)
+        self.layers = None if layers is None else numbers_of(layers)
         if queries is not None and not isinstance(queries, Queries):
             raise HeadscopeError(f"queries={queries!r} selects no rows: give Last(n), Every(n), Generated() or None")
         self.queries, self.tower = queries, tower
@@ -78,12 +85,11 @@ class Tracer(Handler):
         self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
         self._pending_ids: Tensor | None = None
         self._plans = Plans(self.statistics, queries, Exactness(self.statistics).require)
-        self._planned: Planned | None = None
         self._alike: dict[Any, _Answer] = {}  # of this pass, by what decides it
         self._reads: dict[str, bool] = {}
         self._times: dict[int, int] = {}
         self._heap, self._host_copies = Heap(), HostCopies()
-        self._pass: list[tuple[Session, Piece]] = []
+        self._pass: list[tuple[_Answer, Piece]] = []
         self._decoder = DecoderPosition()
         self._running = False
         self._boundary: int | None = None
@@ -169,9 +175,8 @@ class Tracer(Handler):
             self._times[call.layer] = 1
         if answer is None:
             return None
-        self._planned, session, where, asked = answer
-        self._pass.append((session, Piece(call.layer, where)))
-        return asked
+        self._pass.append((answer, Piece(call.layer, answer.where)))
+        return answer.asked
 
     def _answer(self, call: AttentionCall) -> _Answer | None:
         """What ``call`` is asked, and where that belongs; the same for the calls of a pass that are alike."""
@@ -187,14 +192,13 @@ class Tracer(Handler):
         request, _, rows = planned
         idle = rows is not None and rows.numel() == 0 and not request.wants_keys
         idle = idle and not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics)
-        return planned, session, Where.of(call, offset, rows, prompt=prompt), None if idle else request
+        return _Answer(planned, session, Where.of(call, offset, rows, prompt=prompt), None if idle else request)
 
     @without_gradients
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
-        (_, piece), planned = self._pass[-1], self._planned
-        assert planned is not None
-        _, readers, rows = planned
+        answer, piece = self._pass[-1]
+        _, readers, rows = answer.planned
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
@@ -225,13 +229,15 @@ class Tracer(Handler):
     def _keep_pass(self) -> None:
         """The pass came to its end: what it recorded becomes part of the record."""
         done, self._pass = self._pass, []
-        self._planned = None
         for held in (self._plans, self._alike, self._times):
             held.clear()
-        kinds = by_layer_group(done)
+        if done and all(answer is done[0][0] for answer, _ in done):  # nearly always
+            done[0][0].session.add([piece for _, piece in done])
+            return
+        kinds = by_layer_group([(answer.session, piece) for answer, piece in done])
         if len(kinds) < 2:
-            for session, piece in done:
-                session.add(piece)
+            for answer, piece in done:
+                answer.session.add([piece])
             return
         check_no_cache(kinds, cached=self._cache is not None)
         self._sessions.clear()
@@ -290,11 +296,3 @@ class Tracer(Handler):
         self._alike.clear()
         self._sessions.clear()
         self._finished.clear()
-
-
-def _numbers(layers: Any) -> frozenset[int]:
-    """Layer numbers as a set; anything else is refused."""
-    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers, None]
-    if not all(isinstance(layer, int | np.integer) and not isinstance(layer, bool) for layer in given):
-        raise HeadscopeError(f"layers={layers!r} names no layers: give their numbers, such as layers=[0, 5]")
-    return frozenset(int(layer) for layer in given)

@@ -16,27 +16,20 @@ from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
 
 
-def keys_seen(scores: Scores, request: Request, held: int) -> tuple[int, int] | None:
-    """The keys first:stop that the query of such a call sees; None where this is none, where it has more than ``held``
-    scores, or where a reduction is not here."""
+def attend(scores: Scores, v: Tensor, request: Request, held: int) -> Reduced | None:
+    """``request``, but for counts of queries; None where this is no such call, where it has more than ``held`` scores,
+    or where a reduction is not here."""
     batch, heads, queries, keys = scores.shape
     if queries != 1 or not 0 < batch * heads * keys <= held or not scores.is_plain:
         return None
     if request.windows or request.targets is not None or request.query_rows is not None or not scores.mask.only_band:
         return None
-    lo, hi = scores.mask.key_bounds(0, 1, keys)
-    return (lo, hi) if lo < hi and all(_is_whole(each) for each in request.columns) else None
-
-
-def _is_whole(columns: Columns) -> bool:
-    return columns.queries in (None, (0, 1))
-
-
-def attend(scores: Scores, v: Tensor, request: Request, seen: tuple[int, int]) -> Reduced:
-    """``request`` of a call whose query sees the keys ``seen`` (``keys_seen``), but for counts of queries."""
-    (batch, heads, _, keys), dtype, mask, (lo, hi) = scores.shape, scores.dtype, scores.mask, seen
-    q, k = _as(scores.q, dtype), _as(_cut(scores.k, seen), dtype).flatten(0, 1)
-    q = q.reshape(k.shape[0], -1, q.shape[3])
+    mask, dtype = scores.mask, scores.dtype
+    lo, hi = mask.key_bounds(0, 1, keys)
+    if lo == hi or not all([_is_whole(each) for each in request.columns]):
+        return None
+    k, v_seen = (_as(x if hi - lo == keys else x[:, :, lo:hi], dtype).flatten(0, 1) for x in (scores.k, v))
+    q = _as(scores.q, dtype).reshape(k.shape[0], -1, k.shape[2])
     s = torch.baddbmm(_nothing(dtype, q.device), q, k.mT, beta=0, alpha=scores.scale)  # (batch x kv_head, group, key)
     log_p = s.log_softmax(-1)
     p = log_p.exp()
@@ -47,7 +40,7 @@ def attend(scores: Scores, v: Tensor, request: Request, seen: tuple[int, int]) -
 
     result = Reduced()
     if request.output:
-        result.output = _as(of_head(torch.bmm(p, _as(_cut(v, seen), dtype).flatten(0, 1))), v.dtype)
+        result.output = _as(of_head(torch.bmm(p, v_seen)), v.dtype)
     if request.lse:
         result.lse = of_head(s.logsumexp(-1))
     if request.max:
@@ -70,15 +63,15 @@ def attend(scores: Scores, v: Tensor, request: Request, seen: tuple[int, int]) -
     return result
 
 
+def _is_whole(columns: Columns) -> bool:
+    return columns.queries in (None, (0, 1))
+
+
 @cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
     """What ``baddbmm`` adds nothing of: with it the scale is no operation of its own."""
     with torch.inference_mode(False):
         return torch.zeros((), dtype=dtype, device=device)
-
-
-def _cut(x: Tensor, seen: tuple[int, int]) -> Tensor:
-    return x if seen == (0, x.shape[2]) else x[:, :, seen[0] : seen[1]]
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
