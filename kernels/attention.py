@@ -8,7 +8,6 @@ compute falls to streaming inside the same call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
@@ -59,7 +58,9 @@ def attend(
     if request.output and wants_gradient(scores, v):
         out = _differentiable_output(scores, v)
         request = replace(request, output=False)
-    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # to enter it takes as long as an operation
+    if not torch.is_grad_enabled():  # to enter a block takes as long as an operation
+        return run(scores, v, request=request)
+    with torch.no_grad():
         result = run(scores, v, request=request)
     result.output = result.output if out is None else out
     return result
@@ -184,8 +185,10 @@ def whole_slice(part: slice, count: int) -> slice:
 
 def check_request(scores: Scores, request: Request) -> None:
     """Raise ValueError where ``request`` does not fit a call."""
-    _, _, queries, keys = scores.shape
     linear = request.linear
+    if linear is None and request.targets is None and not request.columns:
+        return
+    _, _, queries, keys = scores.shape
     if linear is not None and (linear.dim() not in (2, 3) or linear.shape[-2] != keys):
         raise ValueError(f"linear must be (key, n) or (batch, key, n) with {keys} keys; got {tuple(linear.shape)}")
     if request.targets is not None and (request.targets.dim() != 3 or request.targets.shape[1] != queries):

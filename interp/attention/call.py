@@ -65,7 +65,7 @@ class AttentionCall:
             reduced = kernels.attend(scores, v, request=request)
         else:
             reduced = redistributed.redistribute(scores, v, self.redistribution, request=request)
-        if reduced.output is not None:
+        if reduced.output is not None and reduced.output.dtype != self.value.dtype:
             reduced.output = reduced.output.to(self.value.dtype)
         return reduced
 

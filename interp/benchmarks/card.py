@@ -4,10 +4,10 @@
 
 ``untouched``: logits of a forward pass, and greedy tokens with their logits, with a dynamic and a static cache, with
 left padding and without, beside the same under ``trace(layers=[])``. ``replayed``: the text and the row statistics of
-generated tokens over a static cache whose steps are CUDA graphs, beside the same from Python. ``read``: row and column statistics of tiny random
-models of many types in float32, against eager weights of an untouched copy, sums in float64. Models are random, with
-weights large enough that attention is far from uniform; "real size" is SmolLM2-135M's. Exits with 1 if anything
-differs (``read``: by more than ``BOUND``). No model hub.
+generated tokens over a static cache whose steps are CUDA graphs, beside the same from Python. ``read``: row and column
+statistics of tiny random models of many types in float32, against eager weights of an untouched copy, sums in float64.
+Models are random, with weights large enough that attention is far from uniform; "real size" is SmolLM2-135M's. Exits
+with 1 if anything differs (``read``: by more than ``BOUND``). No model hub.
 """
 
 from __future__ import annotations

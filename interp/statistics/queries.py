@@ -28,6 +28,13 @@ class Queries:
         raise NotImplementedError
 
 
+def checked(queries: Any) -> Queries | None:
+    """``queries``, or HeadscopeError where it is no selection."""
+    if queries is None or isinstance(queries, Queries):
+        return queries
+    raise HeadscopeError(f"queries={queries!r} selects no rows: give Last(n), Every(n), Generated() or None")
+
+
 @dataclass(frozen=True)
 class Last(Queries):
     """The last ``n`` real queries of every forward pass: for ``n`` = 1, the rows that choose the next token."""

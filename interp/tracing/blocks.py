@@ -25,7 +25,7 @@ def variables(
 
     ``starts`` and ``lengths`` are of the texts; their first tokens may have been read before the trace began.
     """
-    first_read = np.maximum(next(iter(pieces.values()))[0].offset - starts, 0)
+    first_read = np.maximum(next(iter(pieces.values()))[0].where.offset - starts, 0)
     passes = min(len(layer) for layer in pieces.values())  # an interrupted pass left some layers behind
     made = {}
     for name, dims in statistic.dims.items():

@@ -6,6 +6,8 @@ import ctypes
 from functools import cache
 from typing import Any
 
+import torch
+
 MANY = 1024  # tokens of a pass, of all its examples, from which it frees enough for a trim to matter
 EVERY = 2  # calls between trims: what is given back costs time when it is taken again
 
@@ -16,9 +18,9 @@ class Heap:
     def __init__(self) -> None:
         self._calls = 0
 
-    def called(self, tokens: int) -> None:
+    def called(self, tokens: int, device: torch.device) -> None:
         """A layer has attended to ``tokens`` tokens of all examples."""
-        if tokens < MANY or _trim() is None:
+        if tokens < MANY or device.type != "cpu" or _trim() is None:
             return
         self._calls += 1
         if self._calls % EVERY == 0:

@@ -7,13 +7,18 @@ record cannot hold both. Layers with different numbers of heads are kinds as wel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.records.record import concatenate
+from headscope.interp.sites.given import ModelLike
+from headscope.interp.sites.sizes import attending
+from headscope.interp.sites.unwrap import bare_model
+from headscope.interp.statistics.queries import Queries
 from headscope.interp.tracing.piece import Piece
 from headscope.interp.tracing.session import Session
 
@@ -24,7 +29,7 @@ def by_layer_group(done: Done) -> list[Done]:
     """One pass's pieces, those of layers of one kind together, in order of their first layer."""
     shapes: dict[int, list[tuple[int, ...]]] = {}
     for _, piece in done:
-        shapes.setdefault(piece.layer, []).append((piece.offset, *piece.shape))
+        shapes.setdefault(piece.layer, []).append((piece.where.offset, *piece.where.shape))
     kinds: dict[tuple[tuple[int, ...], ...], Done] = {}
     for session, piece in sorted(done, key=lambda one: one[1].layer):
         kinds.setdefault(tuple(shapes[piece.layer]), []).append((session, piece))
@@ -40,8 +45,8 @@ def datasets(kinds: list[Done]) -> list[xr.Dataset]:
         for session, piece in done:  # the n-th call of every layer is of the same example
             turn = turns[piece.layer] = turns.get(piece.layer, -1) + 1
             if turn == len(sessions):
-                sessions.append(Session(session.statistics, session.module, piece.shape[0]))
-            sessions[turn].add(piece)
+                sessions.append(Session(session.statistics, session.module, piece.where.shape[0]))
+            sessions[turn].add([piece])
         made.append(concatenate([one for one in (each.dataset() for each in sessions) if one is not None]))
     return made
 
@@ -97,3 +102,25 @@ def refuse_several(records: Sequence[xr.Dataset]) -> None:
             "different numbers of heads, so they share no examples: read tracer.records, one a kind, or trace with "
             f"layers={first}"
         )
+
+
+def refuse_none(model: ModelLike, tower: str | None, queries: Queries | None) -> None:
+    """Refuse a record of passes in which nothing was read, although the model attends.
+
+    Raises:
+        HeadscopeError: names the towers that attend.
+    """
+    elsewhere = ", ".join(sorted(attending(bare_model(model))))
+    if elsewhere:
+        unselected = "" if queries is None else f", where {queries} may have selected no row"
+        raise HeadscopeError(
+            f"nothing was recorded in {tower or 'the default tower'}{unselected}; name a tower: {elsewhere}"
+        )
+
+
+def numbers_of(layers: Any) -> frozenset[int]:
+    """Layer numbers as a set; anything else is refused."""
+    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers, None]
+    if not all(isinstance(layer, int | np.integer) and not isinstance(layer, bool) for layer in given):
+        raise HeadscopeError(f"layers={layers!r} names no layers: give their numbers, such as layers=[0, 5]")
+    return frozenset(int(layer) for layer in given)

@@ -1,4 +1,4 @@
-"""Passes in a row that one graph ran: what each left is joined when somebody reads the record."""
+"""Passes in a row that one graph ran: what they left is joined when somebody reads the record."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from torch import Tensor
 
 from headscope.interp.statistics import ROW
 from headscope.interp.tracing.piece import Piece
-
-Left = tuple[str, Piece]  # of an attention call: its module's pattern, and what it left
+from headscope.interp.tracing.session import Session
 
 
 class Repeats:
-    """Passes of one token each from position ``offset``, over one ``cache``, which leave what a pass had ``left``."""
+    """Passes of one token each from position ``offset``, over one ``cache``: each leaves what ``pieces`` are of."""
 
-    def __init__(self, offset: int, left: list[Left], cache: weakref.ref[Any] | None) -> None:
-        self.offset, self.left, self.cache = offset, left, cache
+    def __init__(self, offset: int, pieces: list[Piece], cache: weakref.ref[Any] | None) -> None:
+        self.offset, self.pieces, self.cache = offset, pieces, cache
         self._values: list[dict[str, Tensor]] = []
         self._ids: list[Tensor] = []
 
-    def follows(self, offset: int, left: list[Left]) -> bool:
+    def follows(self, offset: int, pieces: list[Piece]) -> bool:
         """Whether a pass at position ``offset`` continues these."""
-        return left is self.left and offset == self.offset + len(self._values)
+        return pieces is self.pieces and offset == self.offset + len(self._values)
 
     def add(self, values: dict[str, Tensor], ids: Tensor) -> None:
         """One more: its rows (call, batch, head, 1, ...) by name, and its tokens (batch, 1)."""
@@ -37,14 +36,17 @@ class Repeats:
         self._values.pop()
         self._ids.pop()
 
-    def joined(self) -> tuple[list[Left], Tensor]:
-        """What all of them left, as of one pass over their tokens (batch, pass)."""
+    def leave(self, session: Session) -> None:
+        """Give a session what all of them left, as one pass over their tokens."""
+        if not self._values:
+            return
         count = len(self._values)
         whole = {name: torch.cat([each[name] for each in self._values], 3) for name in self._values[0]}
-        pieces: list[Left] = []
-        for number, (module, piece) in enumerate(self.left):
-            rows = None if piece.rows is None else torch.arange(count)
-            values = {ROW: {name: value[number] for name, value in whole.items()}}
-            now = replace(piece, shape=(*piece.shape[:2], count), offset=self.offset, start=None, end=None, rows=rows)
-            pieces.append((module, replace(now, values=values, parts={}, places={})))
-        return pieces, torch.cat(self._ids, 1)
+        where = self.pieces[0].where
+        rows = None if where.rows is None else torch.arange(count)
+        # every example goes on: a step's graph is of tokens that follow those before them
+        where = replace(where, shape=(*where.shape[:2], count), offset=self.offset, start=None, end=None, rows=rows)
+        session.check(session.module, self.offset, self.cache)
+        session.add_tokens(self.offset, torch.cat(self._ids, 1))
+        values = [{name: value[number] for name, value in whole.items()} for number in range(len(self.pieces))]
+        session.add([Piece(p.layer, where, {ROW: rows}) for p, rows in zip(self.pieces, values, strict=True)])

@@ -34,7 +34,6 @@ from headscope.interp.tracing.tracer import Tracer
 DEVICES = ("cuda",)  # whose steps can be captured
 CHECKS = 2  # steps that run both ways before the graph alone does
 MOST = 4  # graphs that are held: one for each cache and number of examples
-Left = tuple[str, Piece]
 T = TypeVar("T")
 Values = dict[str, Tensor]  # name -> (layer, ...)
 
@@ -86,7 +85,7 @@ class Steps:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, or its step's graph."""
         step = Step.of(args, kwargs) if self._may() else None  # None: another pass
-        if step is None or self.tracer.reads_prompt(step.offset):
+        if step is None or not self._is_response(step):
             return self.plain(*args, **kwargs)
         if step.kind not in self._held:
             self._held[step.kind] = None
@@ -96,6 +95,10 @@ class Steps:
             self._held.pop(next(iter(self._held)))
         self._held[step.kind] = graph  # the last that was used is the last to go
         return graph.run(step)
+
+    def _is_response(self, step: Step) -> bool:
+        """Whether ``generate`` reads a token there that it wrote."""
+        return self.tracer.boundary is not None and step.offset >= self.tracer.boundary
 
     def _may(self) -> bool:
         """Whether nothing but the tracer sees or changes the pass that runs."""
@@ -125,7 +128,7 @@ class StepGraph:
         self._step: Step | None = None
         self._replay: Callable[[], None] = _never
         self._output: Any = None
-        self._left: list[Left] = []
+        self._left: list[Piece] = []
         self._values: Values = {}
 
     def run(self, step: Step) -> Any:
@@ -137,7 +140,7 @@ class StepGraph:
             self._load(step)
             self._replay()
             steps.route.called = True
-            tracer.repeat(step.mask.rule, self._left, {name: value.clone() for name, value in self._values.items()})
+            tracer.repeat(step.offset, self._left, {name: value.clone() for name, value in self._values.items()})
             return tree_map_only(Tensor, Tensor.clone, self._output)
         output = steps.plain(**step.inputs())
         if self._why is None:
@@ -175,7 +178,7 @@ class StepGraph:
         assert isinstance(attachment, Attachment)
 
         def run() -> tuple[Any, Values]:
-            attachment.inner = shadow = steps.tracer.alike()
+            attachment.inner = shadow = alike(steps.tracer)
             try:
                 output = steps.plain(**held.inputs())
                 return output, stacked(shadow.last_pass)
@@ -186,6 +189,14 @@ class StepGraph:
         self._step = held
 
 
+def alike(tracer: Tracer) -> Tracer:
+    """A tracer of the same that has recorded nothing, in the same generation."""
+    layers = None if tracer.layers is None else sorted(tracer.layers)
+    made = Tracer(tracer.model, tracer.declared, layers=layers, queries=tracer.queries, tower=tracer.tower)
+    made.begin_generation(tracer.boundary)
+    return made
+
+
 def graph_of(run: Callable[[], T]) -> tuple[T, Callable[[], None]]:
     """What ``run`` will give, and what carries it out: it is captured, not carried out."""
     graph = torch.cuda.CUDAGraph()
@@ -194,16 +205,15 @@ def graph_of(run: Callable[[], T]) -> tuple[T, Callable[[], None]]:
     return found, graph.replay
 
 
-def stacked(left: list[Left]) -> Values:
+def stacked(left: list[Piece]) -> Values:
     """What the calls of a pass left of its rows, of all layers in one tensor each.
 
     Raises:
         HeadscopeError: they left something else, too.
     """
-    pieces = [piece for _, piece in left]
-    if not pieces or any(set(piece.values) != {ROW} or piece.parts or piece.places for piece in pieces):
+    if any(set(piece.values) != {ROW} or piece.parts or piece.places for piece in left) or not left:
         raise HeadscopeError("a step left more than statistics of its rows")
-    return {name: torch.stack([piece.values[ROW][name] for piece in pieces]) for name in pieces[0].values[ROW]}
+    return {name: torch.stack([piece.values[ROW][name] for piece in left]) for name in left[0].values[ROW]}
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from torch import Tensor
 
@@ -18,32 +16,23 @@ from headscope.interp.errors import HeadscopeError
 from headscope.interp.runs.provenance import signed
 from headscope.interp.sites.given import ModelLike
 from headscope.interp.sites.gradients import without_gradients
-from headscope.interp.sites.sizes import attending
 from headscope.interp.sites.towers import tower_of
 from headscope.interp.sites.unwrap import bare_model
-from headscope.interp.statistics import (
-    BLOCK,
-    OUTPUT,
-    ROW,
-    BlockStatistic,
-    CallStatistic,
-    KeyStatistic,
-    Resid,
-)
+from headscope.interp.statistics import BLOCK, OUTPUT, ROW, BlockStatistic, CallStatistic, Resid
 from headscope.interp.statistics.base import check_together
 from headscope.interp.statistics.declared import Named, declared
 from headscope.interp.statistics.exactness import Exactness
-from headscope.interp.statistics.plan import Planned, Plans
-from headscope.interp.statistics.queries import Queries
+from headscope.interp.statistics.plan import Plans
+from headscope.interp.statistics.queries import Queries, checked
+from headscope.interp.tracing import layer_groups
 from headscope.interp.tracing.caches import Caches, check_repeats
 from headscope.interp.tracing.decoder import DecoderPosition
 from headscope.interp.tracing.heap import Heap
-from headscope.interp.tracing.host_copies import HostCopies, owned
-from headscope.interp.tracing.layer_groups import by_layer_group, check_no_cache, datasets, join, refuse_several
-from headscope.interp.tracing.piece import Piece
-from headscope.interp.tracing.session import Session
+from headscope.interp.tracing.host_copies import HostCopies
+from headscope.interp.tracing.piece import Piece, Where
+from headscope.interp.tracing.repeats import Repeats
+from headscope.interp.tracing.session import Answer, Session
 from headscope.interp.tracing.stream import StreamRecord
-from headscope.kernels.masks import Mask
 from headscope.kernels.request import Reduced, Request
 
 TEXT = ("language", "decoder")  # towers that read or write text
@@ -72,26 +61,23 @@ class Tracer(Handler):
         self.statistics = tuple(each for each in self.declared if not isinstance(each, Resid))
         self._stream = StreamRecord(self.declared)
         self.streams = self._stream.places
-        self.layers = None if layers is None else _numbers(layers)
-        if queries is not None and not isinstance(queries, Queries):
-            raise HeadscopeError(f"queries={queries!r} selects no rows: give Last(n), Every(n), Generated() or None")
-        self.queries, self.tower = queries, tower
+        self.layers = None if layers is None else layer_groups.numbers_of(layers)
+        self.queries, self.tower = checked(queries), tower
         self._sessions: list[Session] = []
         self._finished: list[list[xr.Dataset]] = []  # of a batch, one for every kind of layers
         self._pending_ids: Tensor | None = None
         self._plans = Plans(self.statistics, queries, Exactness(self.statistics).require)
-        self._planned: Planned | None = None
+        self._alike: dict[Any, Answer] = {}  # of this pass, by what decides it
         self._reads: dict[str, bool] = {}
         self._times: dict[int, int] = {}
-        self._heap, self._host_copies = Heap(), HostCopies()
-        self._pass: list[tuple[Session, Piece]] = []
+        self._heap, self._host_copies, self._caches = Heap(), HostCopies(), Caches()
+        self._pass: list[tuple[Answer, Piece]] = []
         self._decoder = DecoderPosition()
-        self._running = False
-        self._boundary: int | None = None
-        self.generation = 0  # how many have begun
+        self._running = self._repeated = False
+        self.boundary: int | None = None  # where the prompt ends of what `generate` reads
+        self.generation = self._passes = 0  # how many have begun, and ended
+        self._repeats: Repeats | None = None
         self._cache: weakref.ref[Any] | None = None
-        self._caches = Caches()
-        self._passes = 0
         if tower == "cross" or (tower is not None and tower_of(tower, bare_model(model)) == "cross"):
             self.follows = TEXT  # queries of cross-attention stand where the decoder stands
 
@@ -100,7 +86,7 @@ class Tracer(Handler):
         if self._running:  # the last pass broke off where no hook could tell
             self.abort_forward()
         self._keep_pass()
-        self._running = True
+        self._running, self._repeated = True, False
         ids = inputs.get("input_ids")
         self._pending_ids = ids.clone() if isinstance(ids, Tensor) and ids.dim() == 2 else None  # may be reused
         self._decoder.begin(inputs)
@@ -110,12 +96,12 @@ class Tracer(Handler):
 
     def begin_generation(self, prompt_length: int | None) -> None:
         """Passes before position ``prompt_length`` read the prompt, those after it the response."""
-        self._boundary = prompt_length
+        self.boundary = prompt_length
         self.generation += 1
 
     def end_generation(self) -> None:
         """Passes are the user's own again."""
-        self._boundary = None
+        self.boundary = None
 
     def fill_cache(self, cache: Any) -> None:
         """What moves examples inside it would mix them up, also in a cache that the model made itself."""
@@ -129,6 +115,8 @@ class Tracer(Handler):
 
     def abort_forward(self) -> None:
         """Forget what a pass recorded that did not come to its end."""
+        if self._running and self._repeated and self._repeats is not None:
+            self._repeats.drop()
         self._running = False
         self._stream.abort_forward()
         self._pass.clear()
@@ -159,6 +147,24 @@ class Tracer(Handler):
     @without_gradients
     def request(self, call: AttentionCall) -> Request | None:
         """The declared statistics as one request, or None where this call is not recorded."""
+        query, alike = call.query, None
+        if call.layer not in self._times and not call.cross:  # where the decoder stands may change within a pass
+            shapes = call.mask, query.shape, call.key.shape, query.device
+            alike = *shapes, call.module, call.gaps, call.dense  # the mask itself: held, its place is nobody else's
+        answer = None if alike is None else self._alike.get(alike)
+        if answer is None:
+            answer = self._answer(call)
+            if alike is not None and answer is not None:
+                self._alike[alike] = answer
+        else:
+            self._times[call.layer] = 1
+        if answer is None:
+            return None
+        self._pass.append((answer, Piece(call.layer, answer.where)))
+        return answer.asked
+
+    def _answer(self, call: AttentionCall) -> Answer | None:
+        """What ``call`` is asked, and where that belongs; the same for the calls of a pass that are alike."""
         if call.module not in self._reads:
             self._reads[call.module] = tower_of(call.module, bare_model(self.model)) in TEXT
         if self._reads[call.module]:
@@ -166,40 +172,27 @@ class Tracer(Handler):
         if not self.statistics:
             return None
         session, offset = self._session_of(call)
-        prompt = session.is_prompt(call, offset, self._boundary)
-        self._planned = self._plans.of(call, prompt=prompt, continues=session.continues)
-        request, _, rows = self._planned
-        self._pass.append((session, Piece.of(call, offset, rows, prompt=prompt)))
-        if rows is not None and rows.numel() == 0 and not request.wants_keys:
-            if not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics):
-                return None
-        return request
+        prompt = session.is_prompt(call, offset, self.boundary)
+        planned = self._plans.of(call, prompt=prompt, continues=session.continues)
+        request, _, rows = planned
+        idle = rows is not None and rows.numel() == 0 and not request.wants_keys
+        idle = idle and not any(statistic.kind in (BLOCK, OUTPUT) for statistic in self.statistics)
+        return Answer(planned, session, Where.of(call, offset, rows, prompt=prompt), None if idle else request)
 
     @without_gradients
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
-        (_, piece), planned = self._pass[-1], self._planned
-        assert planned is not None
-        _, readers, rows = planned
+        answer, piece = self._pass[-1]
+        _, readers, rows = answer.planned
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
-            if isinstance(statistic, CallStatistic):
-                values = statistic.measure(call, reduced, rows)
-            else:
-                values = reader(reduced)
-            if isinstance(statistic, KeyStatistic):
-                piece.parts[statistic.recorded[0]] = {name: owned(value) for name, value in values.items()}
-                continue
+            alone = isinstance(statistic, CallStatistic)
+            values = statistic.measure(call, reduced, rows) if alone else reader(reduced)
+            piece.keep(statistic, values, self._host_copies)
             if isinstance(statistic, BlockStatistic):
                 piece.places[statistic.recorded[0]] = statistic.place(call)
-            found = piece.values.setdefault(statistic.kind, {})
-            leaves = statistic.kind in (ROW, BLOCK)
-            for name, value in values.items():
-                kept = owned(value)
-                found[statistic.named(name)] = self._host_copies.send(kept) if leaves else kept
-        if call.query.device.type == "cpu":
-            self._heap.called(call.query.shape[0] * call.query.shape[2])
+        self._heap.called(piece.where.shape[0] * piece.where.shape[2], call.query.device)
 
     def _session_of(self, call: AttentionCall) -> tuple[Session, int]:
         times = self._times.get(call.layer, 0)
@@ -207,72 +200,62 @@ class Tracer(Handler):
         if times:
             check_repeats(bare_model(self.model), call)
         offset = call.mask.query_offset if not call.cross else self._decoder.offset()
-        read = (call.query.shape[0], call.query.shape[2])
-        return self._session_at(call.module, offset, None if call.cross else read, read[0], times), offset
-
-    def _session_at(
-        self, module: str, offset: int, read: tuple[int, int] | None, batch: int, times: int = 0
-    ) -> Session:
-        """The session of a call at position ``offset``, with the pass's tokens if it reads so many (batch, query)."""
-        if not self._pass and self._sessions and self._sessions[0].is_over(batch, offset, self._cache):
+        self._settle()
+        if not self._pass and self._sessions and self._sessions[0].is_over(call, offset, self._cache):
             self._finish()
         while len(self._sessions) <= times:
-            self._sessions.append(Session(self.statistics, module, batch))
+            self._sessions.append(Session(self.statistics, call.module, call.query.shape[0]))
         session = self._sessions[times]
-        session.check(module, offset, self._cache)
+        session.check(call.module, offset, self._cache)
         ids, self._pending_ids = self._pending_ids, None
-        if ids is not None and ids.shape == read:
+        if ids is not None and not call.cross and ids.shape == (call.query.shape[0], call.query.shape[2]):
             session.add_tokens(offset, ids)
-        return session
-
-    def alike(self) -> Tracer:
-        """A tracer of the same statistics that has recorded nothing and is in the same generation."""
-        layers = None if self.layers is None else sorted(self.layers)
-        made = Tracer(self.model, self.declared, layers=layers, queries=self.queries, tower=self.tower)
-        made._boundary, made.generation = self._boundary, self.generation
-        return made
-
-    def reads_prompt(self, offset: int) -> bool:
-        """Whether a pass at position ``offset`` reads a prompt, or is not of ``generate``."""
-        return self._boundary is None or offset < self._boundary
+        return session, offset
 
     @property
-    def last_pass(self) -> list[tuple[str, Piece]]:
-        """What the pass that runs, or ran last, has left: of each call the module's pattern and its piece."""
-        return [(session.module, piece) for session, piece in self._pass]
+    def last_pass(self) -> list[Piece]:
+        """What the calls of the pass that runs, or ran last, have left."""
+        return [piece for _, piece in self._pass]
 
-    def repeat(self, mask: Mask, left: Iterable[tuple[str, Piece]], values: dict[str, Tensor]) -> None:
-        """The pass that began ran as the graph of one that had ``left`` pieces: it leaves the same under ``mask``, with
-        ``values`` (call, ...) of its rows by name."""
-        offset = mask.query_offset
-        for number, (module, piece) in enumerate(left):
-            batch, _, queries = piece.shape
-            session = self._session_at(module, offset, (batch, queries), batch)
-            row = {name: value[number] for name, value in values.items()}
-            now = replace(piece, offset=offset, start=mask.start, end=mask.end, values={ROW: row}, parts={}, places={})
-            self._pass.append((session, now))
+    def repeat(self, offset: int, pieces: list[Piece], values: dict[str, Tensor]) -> None:
+        """The pass that began ran as a graph, at position ``offset``, of one that left ``pieces``: it leaves ``values``
+        (call, ...) of its rows, by name."""
+        if self._repeats is None or not self._repeats.follows(offset, pieces):
+            self._settle()
+            self._repeats = Repeats(offset, pieces, self._cache)
+        assert self._pending_ids is not None
+        self._repeats.add(values, self._pending_ids)
+        self._pending_ids, self._repeated = None, True
+
+    def _settle(self) -> None:
+        repeats, self._repeats = self._repeats, None
+        if repeats is not None:
+            repeats.leave(self._sessions[0])
 
     def _keep_pass(self) -> None:
         """The pass came to its end: what it recorded becomes part of the record."""
         done, self._pass = self._pass, []
-        self._plans.clear()
-        self._planned = None
-        self._times.clear()
-        kinds = by_layer_group(done)
-        if len(kinds) < 2:
-            for session, piece in done:
-                session.add(piece)
+        for held in (self._plans, self._alike, self._times):
+            held.clear()
+        if done and all(answer is done[0][0] for answer, _ in done):  # nearly always
+            done[0][0].session.add([piece for _, piece in done])
             return
-        check_no_cache(kinds, cached=self._cache is not None)
+        kinds = layer_groups.by_layer_group([(answer.session, piece) for answer, piece in done])
+        if len(kinds) < 2:
+            for answer, piece in done:
+                answer.session.add([piece])
+            return
+        layer_groups.check_no_cache(kinds, cached=self._cache is not None)
         self._sessions.clear()
         self._host_copies.wait()
-        self._finished.append(datasets(kinds))
+        self._finished.append(layer_groups.datasets(kinds))
 
     def _finish(self) -> None:
         self._finished += self._open()
         self._sessions.clear()
 
     def _open(self) -> list[list[xr.Dataset]]:
+        self._settle()
         self._host_copies.wait()
         made = (session.dataset() for session in self._sessions)
         return [[dataset] for dataset in made if dataset is not None]
@@ -285,7 +268,7 @@ class Tracer(Handler):
             HeadscopeError: nothing was recorded, or layers of several kinds, which ``records`` has one by one.
         """
         found = self.records
-        refuse_several(found)
+        layer_groups.refuse_several(found)
         return found[0]
 
     @property
@@ -305,25 +288,13 @@ class Tracer(Handler):
         if self.layers is not None and not self.layers:
             raise HeadscopeError("nothing was recorded: layers=[] reads none; name a layer, or leave layers= out")
         entries = [*self._finished, *self._open()]
-        elsewhere = ", ".join(sorted(attending(bare_model(self.model)))) if self._passes and not entries else ""
-        if elsewhere:
-            unselected = "" if self.queries is None else f", where {self.queries} may have selected no row"
-            raise HeadscopeError(
-                f"nothing was recorded in {self.tower or 'the default tower'}{unselected}; name a tower: {elsewhere}"
-            )
-        return [signed(self._stream.beside(record), self.model, **named) for record in join(entries)]
+        if self._passes and not entries:
+            layer_groups.refuse_none(self.model, self.tower, self.queries)
+        return [signed(self._stream.beside(record), self.model, **named) for record in layer_groups.join(entries)]
 
     def clear(self) -> None:
         """Forget everything recorded."""
         self._stream.clear()
-        self._pass.clear()
-        self._sessions.clear()
-        self._finished.clear()
-
-
-def _numbers(layers: Any) -> frozenset[int]:
-    """Layer numbers as a set; anything else is refused."""
-    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers, None]
-    if not all(isinstance(layer, int | np.integer) and not isinstance(layer, bool) for layer in given):
-        raise HeadscopeError(f"layers={layers!r} names no layers: give their numbers, such as layers=[0, 5]")
-    return frozenset(int(layer) for layer in given)
+        self._repeats = None
+        for held in (self._pass, self._alike, self._sessions, self._finished):
+            held.clear()

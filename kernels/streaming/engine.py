@@ -47,10 +47,10 @@ def attend(
     """
     q = scores.q
     tile = tile or (CPU_TILE if q.device.type == "cpu" else GPU_TILE)
-    if one_row.takes(scores, request, tile):
-        result = one_row.attend(scores, v, request)
-        count_columns(request, result, scores)
-        return result
+    short = one_row.attend(scores, v, request, tile)
+    if short is not None:
+        count_columns(request, short, scores)
+        return short
     result = Reduced(columns=tuple(ReducedColumns() for _ in request.columns))
     for rows, part in _passes(request, q.shape[2], q.device):
         _Pass(scores, v, rows, part, result).run(tile)

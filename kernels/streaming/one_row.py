@@ -6,6 +6,8 @@ call in every layer, and there an operation of torch's costs more than its arith
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,27 +16,21 @@ from headscope.kernels.request import Columns, Reduced, ReducedColumns, Request
 from headscope.kernels.scores import Scores
 
 
-def takes(scores: Scores, request: Request, held: int) -> bool:
-    """Whether this is such a call, of at most ``held`` scores, and its reductions are here."""
+def attend(scores: Scores, v: Tensor, request: Request, held: int) -> Reduced | None:
+    """``request``, but for counts of queries; None where this is no such call, where it has more than ``held`` scores,
+    or where a reduction is not here."""
     batch, heads, queries, keys = scores.shape
     if queries != 1 or not 0 < batch * heads * keys <= held or not scores.is_plain:
-        return False
-    rare = request.windows or request.targets is not None or request.query_rows is not None
-    lo, hi = scores.mask.key_bounds(0, 1, keys) if scores.mask.only_band else (0, 0)
-    return lo < hi and not rare and all(_is_whole(each) for each in request.columns)
-
-
-def _is_whole(columns: Columns) -> bool:
-    return columns.queries in (None, (0, 1))
-
-
-def attend(scores: Scores, v: Tensor, request: Request) -> Reduced:
-    """``request`` of a call that ``takes``, but for counts of queries."""
-    (batch, heads, _, keys), dtype, group, mask = scores.shape, scores.dtype, scores.group, scores.mask
+        return None
+    if request.windows or request.targets is not None or request.query_rows is not None or not scores.mask.only_band:
+        return None
+    mask, dtype = scores.mask, scores.dtype
     lo, hi = mask.key_bounds(0, 1, keys)
-    q = _as(scores.q, dtype).reshape(-1, group, scores.q.shape[3]) * scores.scale
+    if lo == hi or not all([_is_whole(each) for each in request.columns]):
+        return None
     k, v_seen = (_as(x if hi - lo == keys else x[:, :, lo:hi], dtype).flatten(0, 1) for x in (scores.k, v))
-    s = torch.bmm(q, k.transpose(1, 2))  # (batch x kv_head, group, key)
+    q = _as(scores.q, dtype).reshape(k.shape[0], -1, k.shape[2])
+    s = torch.baddbmm(_nothing(dtype, q.device), q, k.mT, beta=0, alpha=scores.scale)  # (batch x kv_head, group, key)
     log_p = s.log_softmax(-1)
     p = log_p.exp()
 
@@ -65,6 +61,17 @@ def attend(scores: Scores, v: Tensor, request: Request) -> Reduced:
         alone = len(request.columns) == 1  # no two share a tensor
         result.columns = tuple([_columns(weights if alone else weights.clone(), each) for each in request.columns])
     return result
+
+
+def _is_whole(columns: Columns) -> bool:
+    return columns.queries in (None, (0, 1))
+
+
+@cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What ``baddbmm`` adds nothing of: with it the scale is no operation of its own."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device=device)
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:

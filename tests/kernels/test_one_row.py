@@ -50,7 +50,8 @@ def test_no_two_columns_share_a_tensor() -> None:
 
 def test_one_query_from_which_keys_are_hidden_in_between_is_a_tile() -> None:
     case = random_case("full", queries=1, keys=41)
-    request, seen = Request(), []
-    for mask in (Mask(chunk=8), Mask(start=torch.tensor([3, 0])), Mask(query_offset=-50)):
-        seen.append(one_row.takes(Scores(case.q, case.k, mask, 1.0), request, 1 << 20))
-    assert seen == [False] * 3 and one_row.takes(Scores(case.q, case.k, Mask(right=None), 1.0), request, 1 << 20)
+    masks = Mask(chunk=8), Mask(start=torch.tensor([3, 0])), Mask(query_offset=-50), Mask(right=None)
+    calls = [Scores(case.q, case.k, mask, 1.0) for mask in masks]
+    taken = [one_row.attend(call, case.v, Request(), 1 << 20) is not None for call in calls]
+    assert taken == [False, False, False, True]
+    assert one_row.attend(calls[-1], case.v, Request(), 40) is None  # more scores than may be held
