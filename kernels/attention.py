@@ -137,19 +137,21 @@ def prepare(device: torch.device) -> None:
 def _prepare(device: torch.device) -> None:
     from headscope.kernels import gpu_engine  # noqa: F401
     from headscope.kernels.hopper.dispatch import works_on
+    from headscope.kernels.triton import few_columns, listed, targets, topk  # noqa: F401
 
     works_on(device)
-    first_call.triton_key()()
+    first_call.read_triton()
 
 
 @cache
 def _triton_engine() -> ModuleType:
     """The engine of Triton kernels, during whose import Triton begins to read its files."""
     if first_call.has_card():
-        first_call.begin(lambda: first_call.triton_key()())
-    from headscope.kernels import gpu_engine
+        first_call.begin(first_call.read_triton)
+    with first_call.uncollected():
+        from headscope.kernels import gpu_engine
 
-    return gpu_engine
+        return gpu_engine
 
 
 @torch.no_grad()

@@ -12,13 +12,15 @@ from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.replay import again
 from headscope.kernels.score_edits import ScoreEdit
-from headscope.kernels.triton import columns as triton_columns
-from headscope.kernels.triton import few_columns, heaviest, listed, topk
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton.device import last_dim_contiguous, score
 from headscope.kernels.triton.features import decode, encode, width
 from headscope.kernels.triton.masks import rules
 from headscope.kernels.triton.rows import Rows
+from headscope.kernels.triton.tuning import MOST_TOP
+
+# Triton reads the source of every kernel of a file that is imported: what many calls never need is imported by those
+# that do, so that a first call waits for nothing else.
 
 
 def rows(
@@ -164,6 +166,9 @@ def _columns(
     **given: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``given``: scale, softcap and key bias."""
+    from headscope.kernels.triton import columns as triton_columns
+    from headscope.kernels.triton import few_columns
+
     batch, heads, n, _ = q.shape
     keys = k.shape[2]
     sums = torch.empty(batch, heads, keys, device=q.device) if total else None
@@ -177,7 +182,7 @@ def _columns(
     if few_columns.takes(sizes):
         few_columns.fill(q, k, lse, sums, most, sizes, seen, edit=edit, **given)
         return sums, most
-    if edit is None and hopper.takes(q, k, None, mask=mask, scale=given["scale"]):
+    if edit is None and hopper.takes(q, k, None, mask=mask, scale=given["scale"], kernel="columns"):
         with falls_back("Triton's own kernel"):
             hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(**given))
             return sums, most
@@ -213,7 +218,9 @@ def _top_keys(
     q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask, count: int, positions: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor]:
     """``given``: scale, softcap and key bias."""
-    if 1 <= count <= topk.MOST and hopper.takes(q, k, None, mask=mask, scale=given["scale"]):
+    from headscope.kernels.triton import heaviest, listed, topk
+
+    if 1 <= count <= MOST_TOP and hopper.takes(q, k, None, mask=mask, scale=given["scale"], kernel="heaviest"):
         sizes = heaviest.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], count)
         seen, numbers = rules(mask, q.shape[0], positions), score(**given)
         with falls_back("Triton's own kernel"):

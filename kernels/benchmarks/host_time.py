@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *t, CUtensorMapDataType a, cuuint32_
 
 def load_driver(folder: Path) -> None:
     """Build a driver that does nothing, and have Triton take it; before anything asks for a card."""
-    import triton
-
-    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    triton = find_spec("triton")
+    assert triton is not None and triton.origin is not None
+    include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
     library, source = folder / "libcuda.so.1", folder / "driver.c"
     source.write_text(DRIVER)
     named = ["-Wl,-soname,libcuda.so.1", f"-I{include}", "-o", str(library), str(source)]
@@ -72,27 +73,32 @@ def load_driver(folder: Path) -> None:
 
 
 def pretend() -> None:
-    """Calls on the CPU take the way that they take on an H200."""
+    """Calls on the CPU take the way that they take on an H200. Only what such a call needs is imported."""
     import torch
+
+    from headscope.kernels import attention, first_call
+
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    first_call.has_card = lambda: True
+    attention._triton_takes = lambda q, v: True
+    attention._triton_engine()  # begins what a first call begins
+    from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
 
-    from headscope.kernels import attention, first_call
-    from headscope.kernels.benchmarks import corner_rows
-    from headscope.kernels.checks.without_card import NoCard
     from headscope.kernels.hopper import dispatch
     from headscope.kernels.triton import device
 
-    class NoDriver(NoCard):
+    class NoDriver:
         utils = nvidia.CudaUtils()
         launcher_cls = nvidia.CudaLauncher
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda _=None: 0)
 
     driver.set_active(NoDriver())
     dispatch._on_hopper = lambda x: True
     device.has_copy_engine = lambda x: True
-    first_call.has_card = lambda: True
-    attention._triton_takes = lambda q, v: True
-    corner_rows.BFLOAT16 = torch.bfloat16
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -157,9 +163,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         load_driver(Path(folder))
         pretend()
+        import torch
         import triton
 
         from headscope.kernels import replay
+        from headscope.kernels.benchmarks import corner_rows
+
+        corner_rows.BFLOAT16 = torch.bfloat16
 
         found: dict[str, Any] = {"kind": "host time", "triton": triton.__version__, "calls": {}}
         for name, run in calls().items():

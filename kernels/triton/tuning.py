@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+MOST_TOP = 32  # keys of a list of top keys
 SPLITS = (16, 64, 128)  # programs that share the keys of one row: at most so many, by how merging them is compiled
 
 
