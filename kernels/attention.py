@@ -8,7 +8,6 @@ compute falls to streaming inside the same call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from types import ModuleType
@@ -59,8 +58,12 @@ def attend(
     if request.output and wants_gradient(scores, v):
         out = _differentiable_output(scores, v)
         request = replace(request, output=False)
-    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # to enter it takes as long as an operation
+    enabled = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(False)  # to enter ``no_grad`` takes longer than an operation
+    try:
         result = run(scores, v, request=request)
+    finally:
+        torch._C._set_grad_enabled(enabled)
     result.output = result.output if out is None else out
     return result
 
@@ -83,8 +86,10 @@ def wants_gradient(scores: Scores, *others: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     tables = () if scores.edit is None else scores.edit.tensors
-    inputs = (scores.q, scores.k, scores.sinks, scores.bias, *tables, *others)
-    return any(x is not None and x.requires_grad for x in inputs)
+    for x in (scores.q, scores.k, scores.sinks, scores.bias, *tables, *others):
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def _differentiable_output(scores: Scores, v: Tensor) -> Tensor:

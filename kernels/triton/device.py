@@ -131,7 +131,7 @@ def _start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         compiled = kernel.warmup(*map(any_length, args), grid=grid, **options)
     run, whole = compiled[(*grid, 1, 1)[:3]], (*args, *(options[name] for name in kernel.arg_names[len(args) :]))
     run(*whole)
-    started(run, whole)
+    started(run, whole, compiled=True)
 
 
 def has_copy_engine(x: Tensor) -> bool:
