@@ -142,7 +142,7 @@ def prepare(device: torch.device) -> None:
 def _prepare(device: torch.device) -> None:
     from headscope.kernels import gpu_engine  # noqa: F401
     from headscope.kernels.hopper.dispatch import works_on
-    from headscope.kernels.triton import few_columns, listed, targets, topk  # noqa: F401
+    from headscope.kernels.triton import few_columns, few_lists, listed, targets, topk  # noqa: F401
 
     works_on(device)
     first_call.read_triton()

@@ -218,8 +218,17 @@ def _top_keys(
     q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask, count: int, positions: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor]:
     """``given``: scale, softcap and key bias."""
-    from headscope.kernels.triton import heaviest, listed, topk
+    from headscope.kernels.triton import columns as triton_columns
+    from headscope.kernels.triton import few_columns, few_lists, heaviest, listed, topk
 
+    known = positions is None and q.shape[0] > 0
+    if 1 <= count <= MOST_TOP and known and q.shape[2] == 1 and k.shape[2] >= few_lists.FEWEST:
+        few = triton_columns.Sizes(q.shape[1], q.shape[1] // k.shape[1], 1, 0, 1, k.shape[2])
+        if few_columns.takes(few):
+            masses = torch.empty(*q.shape[:2], 1, k.shape[2], dtype=torch.float32, device=q.device)
+            q, k, lse = last_dim_contiguous(q), last_dim_contiguous(k), lse.contiguous()
+            few_columns.fill(q, k, lse, masses, None, few, rules(mask, q.shape[0]), padding=True, **given)
+            return few_lists.heaviest(masses, count, mask.key_offset)
     if 1 <= count <= MOST_TOP and hopper.takes(q, k, None, mask=mask, scale=given["scale"], kernel="heaviest"):
         sizes = heaviest.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], count)
         seen, numbers = rules(mask, q.shape[0], positions), score(**given)

@@ -19,7 +19,7 @@ from headscope.kernels.checks.cases import MASKS, Case, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.streaming import engine as streaming
-from headscope.kernels.triton import heaviest
+from headscope.kernels.triton import few_lists, heaviest
 from headscope.kernels.triton import topk as triton_topk
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.tuning import MOST_TOP
@@ -108,6 +108,38 @@ def test_split_keys_merge_to_the_same_lists(monkeypatch: pytest.MonkeyPatch, kin
     monkeypatch.setattr(triton_tuning, "key_splits", lambda *_: 4)
     case = random_case(kind, kv_heads=2, queries=3, keys=150, sinks=True, device=DEVICE)
     assert not fails(case, 6)
+
+
+@pytest.fixture
+def spans_of_64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of one query by its masses, as over many keys, in spans so short that the lists are many."""
+    for name, value in {"FEWEST": 0, "BUCKETS": 32, "WIDTH": 4}.items():
+        monkeypatch.setattr(few_lists, name, value)
+    monkeypatch.setattr(triton_topk, "top_keys", lambda *_, **__: pytest.fail("inserted"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "rule"])
+def test_one_query_by_its_masses_under_every_mask(kind: str, spans_of_64: None) -> None:
+    """The query may be padding itself, and a row may see fewer keys than its list holds, or none."""
+    case = random_case(kind, kv_heads=1, queries=1, keys=150, sinks=True, device=DEVICE)
+    assert not fails(case, 5)
+
+
+@pytest.mark.parametrize("top", [1, 3, 16, 32])
+def test_one_query_by_its_masses_in_any_number(top: int, spans_of_64: None) -> None:
+    """Over 600 keys the lists of 32 are read as masses twice."""
+    for keys in (7, 64, 600):
+        case = random_case("causal", batch=1, kv_heads=1, queries=1, keys=keys, device=DEVICE, bias=True, softcap=5.0)
+        assert not fails(case, top)
+
+
+def test_equal_masses_of_one_query(spans_of_64: None) -> None:
+    """More reach the fourth than there is room for, in every span and among the lists; and some have no mass at all."""
+    case = random_case("causal", batch=1, kv_heads=1, queries=1, keys=600, device=DEVICE)
+    assert not fails(replace(case, q=torch.zeros_like(case.q)), 4)
+    far = torch.full((1, 1, 600), -1e4, device=DEVICE)
+    far[..., 17:20] = 0.0
+    assert not fails(replace(case, bias=far), 8)
 
 
 def test_heads_that_share_no_program() -> None:
