@@ -38,21 +38,23 @@ def _list_kernel(
     BUCKETS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Of row and span of ``masses`` (row, place), with the keys ``names`` or by place, the list (row, span, ROOM)."""
+    """Of row and span of ``masses`` (row, place), with the keys ``names`` or by place, the list (row, span, ROOM).
+
+    One warp, each thread of which holds whole buckets, places in steps of their number: it asks no other for a maximum.
+    """
     row, bucket = tl.program_id(0).to(tl.int64), tl.arange(0, BUCKETS)
-    at = tl.program_id(1) * (BUCKETS * WIDTH) + bucket[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    at = tl.program_id(1) * (BUCKETS * WIDTH) + tl.arange(0, WIDTH)[:, None] * BUCKETS + bucket[None, :]
     p = tl.load(masses + row * length + at, mask=at < length, other=NOTHING)
-    most = tl.max(p, 1)
+    most = tl.max(p, 0)
     for _ in range(1, K):
-        _top, where = tl.max(most, 0, return_indices=True)
-        most = tl.where(bucket == where, NOTHING, most)
+        most = tl.where(most == tl.max(most, 0), NOTHING, most)  # equal ones at once: what is left is no larger
     hit = ((p >= tl.max(most, 0)) & (p > 0.0)).to(tl.int32)
-    count = tl.sum(hit, 1)
+    count = tl.sum(hit, 0)
     filled = tl.sum(count, 0)
     to = (row * tl.num_programs(1) + tl.program_id(1)) * ROOM
     slot = tl.arange(0, ROOM)
     if filled <= ROOM:
-        place = (tl.cumsum(count, 0) - count)[:, None] + tl.cumsum(hit, 1) - 1
+        place = (tl.cumsum(count, 0) - count)[None, :] + tl.cumsum(hit, 0) - 1
         name = at
         if names is not None:
             name = tl.load(names + row * length + at, mask=hit > 0, other=0)
@@ -104,8 +106,8 @@ def heaviest(masses: Tensor, count: int, key_offset: int) -> tuple[Tensor, Tenso
         spans = triton.cdiv(length, span)
         listed = torch.empty(rows, spans * room, dtype=torch.float32, device=device)
         named = torch.empty(listed.shape, dtype=torch.int32, device=device)
-        launch(_list_kernel, (rows, spans), masses, masses, names, listed, named, length, **tile, num_warps=4)
+        launch(_list_kernel, (rows, spans), masses, masses, names, listed, named, length, **tile, num_warps=1)
         masses, names, length = listed, named, spans * room
     all_ = 1 << (length - 1).bit_length()
-    launch(_kernel, (rows,), masses, masses, names, mass, keys_at, length, count, key_offset, ALL=all_, num_warps=4)
+    launch(_kernel, (rows,), masses, masses, names, mass, keys_at, length, count, key_offset, ALL=all_, num_warps=8)
     return mass, keys_at
