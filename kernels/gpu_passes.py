@@ -17,7 +17,7 @@ from headscope.kernels.triton.device import last_dim_contiguous, score
 from headscope.kernels.triton.features import decode, encode, width
 from headscope.kernels.triton.masks import rules
 from headscope.kernels.triton.rows import Rows
-from headscope.kernels.triton.tuning import MOST_TOP
+from headscope.kernels.triton.tuning import FEWEST_OF_ONE, MOST_OF_ONE, MOST_TOP
 
 # Triton reads the source of every kernel of a file that is imported: what many calls never need is imported by those
 # that do, so that a first call waits for nothing else.
@@ -218,22 +218,32 @@ def _top_keys(
     q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask, count: int, positions: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor]:
     """``given``: scale, softcap and key bias."""
-    from headscope.kernels.triton import columns as triton_columns
-    from headscope.kernels.triton import few_columns, few_lists, heaviest, listed, topk
+    fits, group = 1 <= count <= MOST_TOP, q.shape[1] // k.shape[1]
+    one = positions is None and q.shape[0] > 0 and q.shape[2] == 1 and group <= MOST_OF_ONE
+    if fits and one and k.shape[2] >= FEWEST_OF_ONE:
+        return _top_of_one(q, k, lse, mask=mask, count=count, **given)
+    if fits and hopper.takes(q, k, None, mask=mask, scale=given["scale"], kernel="heaviest"):
+        from headscope.kernels.triton import heaviest, listed
 
-    known = positions is None and q.shape[0] > 0
-    if 1 <= count <= MOST_TOP and known and q.shape[2] == 1 and k.shape[2] >= few_lists.FEWEST:
-        few = triton_columns.Sizes(q.shape[1], q.shape[1] // k.shape[1], 1, 0, 1, k.shape[2])
-        if few_columns.takes(few):
-            masses = torch.empty(*q.shape[:2], 1, k.shape[2], dtype=torch.float32, device=q.device)
-            q, k, lse = last_dim_contiguous(q), last_dim_contiguous(k), lse.contiguous()
-            few_columns.fill(q, k, lse, masses, None, few, rules(mask, q.shape[0]), padding=True, **given)
-            return few_lists.heaviest(masses, count, mask.key_offset)
-    if 1 <= count <= MOST_TOP and hopper.takes(q, k, None, mask=mask, scale=given["scale"], kernel="heaviest"):
-        sizes = heaviest.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], count)
+        sizes = heaviest.Sizes(q.shape[1], group, q.shape[2], k.shape[2], count)
         seen, numbers = rules(mask, q.shape[0], positions), score(**given)
         with falls_back("Triton's own kernel"):
             room = listed.room(q, count)
             hopper.fill_lists(q, k, room, sizes, seen, numbers)
             return listed.heaviest(q, k, lse, room, sizes, seen, numbers)
+    from headscope.kernels.triton import topk
+
     return topk.top_keys(q, k, lse, count=count, mask=mask, positions=positions, **given)
+
+
+def _top_of_one(q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask, count: int, **given: Any) -> tuple[Tensor, Tensor]:
+    """``_top_keys`` of one query a head, from the masses of all keys."""
+    from headscope.kernels.triton import columns as triton_columns
+    from headscope.kernels.triton import few_columns, few_lists
+
+    (batch, heads, _, _), keys = q.shape, k.shape[2]
+    masses = torch.empty(batch, heads, 1, keys, dtype=torch.float32, device=q.device)
+    sizes = triton_columns.Sizes(heads, heads // k.shape[1], 1, 0, 1, keys)
+    q, k, lse = last_dim_contiguous(q), last_dim_contiguous(k), lse.contiguous()
+    few_columns.fill(q, k, lse, masses, None, sizes, rules(mask, batch), padding=True, **given)
+    return few_lists.heaviest(masses, count, mask.key_offset)

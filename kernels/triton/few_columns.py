@@ -32,8 +32,6 @@ from headscope.kernels.triton.device import (
 from headscope.kernels.triton.edits import argument, edited
 from headscope.kernels.triton.masks import Rules, visible
 
-MOST = 64  # queries of all heads that share a key/value head
-
 
 @triton.jit
 def _kernel(
@@ -91,7 +89,7 @@ def _kernel(
 def takes(sizes: Sizes) -> bool:
     """Whether the queries of the heads of a key/value head fit one tile."""
     heads, rows = _shape(sizes)
-    return 0 < sizes.stop - sizes.first and heads * rows <= MOST
+    return 0 < sizes.stop - sizes.first and heads * rows <= tuning.MOST_OF_ONE
 
 
 def _shape(sizes: Sizes) -> tuple[int, int]:

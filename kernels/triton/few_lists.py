@@ -21,7 +21,6 @@ from torch import Tensor
 
 from headscope.kernels.triton.device import launch
 
-FEWEST = 4096  # keys: with fewer, lists are soon full, and one launch less is quicker
 BUCKETS, WIDTH = 128, 16  # of a span
 NOTHING = tl.constexpr(-1.0)  # in the place of a mass
 

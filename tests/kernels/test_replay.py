@@ -81,6 +81,13 @@ COMPOSED: dict[str, Callable[[Case, Tensor], Any]] = {
     "spans, from lse": lambda one, lse: spans.span_outputs(_first(one), one.v[:1], SPANS, lse=lse[:1], engine="triton"),
     "divergence": lambda one, lse: divergence.divergence(one, replace(one, k=one.v), engine="triton"),
     "top keys": lambda one, lse: gpu_passes.top_keys(one.q, one.k, lse, count=3, **one.device_arguments),
+    "top keys of one query": lambda one, lse: gpu_passes.top_keys(
+        one.q[:, :, -1:],
+        one.k,
+        lse[:, :, -1:].contiguous(),
+        count=3,
+        **{**one.device_arguments, "mask": Mask.causal(19)},
+    ),
     "blocks": lambda one, lse: (blocks.blocks(one, size=16, lse=lse, engine="triton"),),
 }
 
@@ -96,6 +103,7 @@ def test_calls_of_several_launches_are_started_again(name: str, monkeypatch: pyt
         lse = one.run(streaming.attend, Request(output=False, lse=True)).lse
         return COMPOSED[name](one, lse)
 
+    monkeypatch.setattr(gpu_passes, "FEWEST_OF_ONE", 0)
     decided, *_ = [call(seed) for seed in range(2)]
     monkeypatch.setattr(device, "_start", lambda *_, **__: pytest.fail("decided anew"))
     for x, y in zip(call(0), decided, strict=True):

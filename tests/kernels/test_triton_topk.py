@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import gpu_engine as triton_engine
+from headscope.kernels import gpu_passes
 from headscope.kernels.checks.cases import MASKS, Case, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.request import Reduced, Request
@@ -113,8 +114,8 @@ def test_split_keys_merge_to_the_same_lists(monkeypatch: pytest.MonkeyPatch, kin
 @pytest.fixture
 def spans_of_64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists of one query by its masses, as over many keys, in spans so short that the lists are many."""
-    for name, value in {"FEWEST": 0, "BUCKETS": 32, "WIDTH": 4}.items():
-        monkeypatch.setattr(few_lists, name, value)
+    for module, name, value in ((gpu_passes, "FEWEST_OF_ONE", 0), (few_lists, "BUCKETS", 32), (few_lists, "WIDTH", 4)):
+        monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(triton_topk, "top_keys", lambda *_, **__: pytest.fail("inserted"))
 
 
