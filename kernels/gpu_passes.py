@@ -202,7 +202,10 @@ def top_keys(
     count: int,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Masses (float32) and positions (int64) of the ``count`` heaviest keys: see ``triton.topk.top_keys``."""
+    """Masses (float32) and positions (int64) of the ``count`` heaviest keys: see ``triton.topk.top_keys``.
+
+    Of one query over ``FEWEST_OF_ONE`` keys or more they take memory for a mass of every key (``triton.few_lists``).
+    """
     given: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias}
 
     def run() -> tuple[Tensor, Tensor]:

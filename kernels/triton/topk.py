@@ -9,7 +9,8 @@
 4. The list is sorted at the end, and p = exp(s - lse). For few queries (decoding) the keys are split over programs, and
    the best of all their lists are kept: an exact merge. Reading every key a second time after lse, at 131,072 keys by
    half the time of SDPA, is the least that they cost.
-5. Many queries and lists that are short beside a tile go to ``heaviest``, which walks the keys twice instead.
+5. Many queries and lists that are short beside a tile go to ``heaviest``, which walks the keys twice instead; one query
+   of many keys goes to ``few_lists``, which has their masses (``gpu_passes``).
 """
 
 # A kernel's types are its arguments' at compile time.
