@@ -84,8 +84,10 @@ def wants_gradient(scores: Scores, *others: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     tables = () if scores.edit is None else scores.edit.tensors
-    inputs = (scores.q, scores.k, scores.sinks, scores.bias, *tables, *others)
-    return any(x is not None and x.requires_grad for x in inputs)
+    for x in (scores.q, scores.k, scores.sinks, scores.bias, *tables, *others):
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def _differentiable_output(scores: Scores, v: Tensor) -> Tensor:
@@ -138,19 +140,21 @@ def prepare(device: torch.device) -> None:
 def _prepare(device: torch.device) -> None:
     from headscope.kernels import gpu_engine  # noqa: F401
     from headscope.kernels.hopper.dispatch import works_on
+    from headscope.kernels.triton import few_columns, few_lists, listed, targets, topk  # noqa: F401
 
     works_on(device)
-    first_call.triton_key()()
+    first_call.read_triton()
 
 
 @cache
 def _triton_engine() -> ModuleType:
     """The engine of Triton kernels, during whose import Triton begins to read its files."""
     if first_call.has_card():
-        first_call.begin(lambda: first_call.triton_key()())
-    from headscope.kernels import gpu_engine
+        first_call.begin(first_call.read_triton)
+    with first_call.uncollected():
+        from headscope.kernels import gpu_engine
 
-    return gpu_engine
+        return gpu_engine
 
 
 @torch.no_grad()

@@ -25,8 +25,7 @@ from headscope.kernels.streaming import engine as streaming
 from headscope.kernels.streaming import library
 from headscope.kernels.streaming.counts import count_columns
 from headscope.kernels.triton.rows import Rows
-from headscope.kernels.triton.targets import target_mass
-from headscope.kernels.triton.topk import MOST
+from headscope.kernels.triton.tuning import MOST_TOP
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 256
@@ -85,7 +84,7 @@ class _Call:
         self.q, self.k, self.mask, self.sinks = scores.q, scores.k, scores.mask, scores.sinks
         self.result = Reduced()
         self.all_lse: Tensor | None = None
-        self.lists = 0 < request.top <= MOST and scores.edit is None  # by the kernel of top keys
+        self.lists = 0 < request.top <= MOST_TOP and scores.edit is None  # by the kernel of top keys
 
     def run(self) -> Reduced:
         """Rows (with the output where both want the same rows), then what follows from lse, then columns."""
@@ -158,13 +157,16 @@ class _Call:
             self._windows(got.lse, got.distance)
         if want.targets is not None:
             assert got.lse is not None
-            self.result.target_mass = target_mass(
-                self.q, self.k, got.lse, want.targets, rows=where, **self.scores.device_arguments
-            )
-
+            self._targets(got.lse, want.targets, where)
         if self.lists:
             assert got.lse is not None
             self._top(got.lse, where)
+
+    def _targets(self, lse: Tensor, targets: Tensor, where: Tensor | None) -> None:
+        from headscope.kernels.triton.targets import target_mass  # see ``gpu_passes``
+
+        options = self.scores.device_arguments
+        self.result.target_mass = target_mass(self.q, self.k, lse, targets, rows=where, **options)
 
     def _top(self, lse: Tensor, where: Tensor | None) -> None:
         self.result.top_mass, self.result.top_keys = top_keys(

@@ -12,13 +12,15 @@ from headscope.kernels.hopper import dispatch as hopper
 from headscope.kernels.masks import Mask
 from headscope.kernels.replay import again
 from headscope.kernels.score_edits import ScoreEdit
-from headscope.kernels.triton import columns as triton_columns
-from headscope.kernels.triton import few_columns, heaviest, listed, topk
 from headscope.kernels.triton import rows as triton_rows
 from headscope.kernels.triton.device import last_dim_contiguous, score
 from headscope.kernels.triton.features import decode, encode, width
 from headscope.kernels.triton.masks import rules
 from headscope.kernels.triton.rows import Rows
+from headscope.kernels.triton.tuning import FEWEST_OF_ONE, MOST_OF_ONE, MOST_TOP
+
+# Triton reads the source of every kernel of a file that is imported: what many calls never need is imported by those
+# that do, so that a first call waits for nothing else.
 
 
 def rows(
@@ -164,6 +166,9 @@ def _columns(
     **given: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     """``given``: scale, softcap and key bias."""
+    from headscope.kernels.triton import columns as triton_columns
+    from headscope.kernels.triton import few_columns
+
     batch, heads, n, _ = q.shape
     keys = k.shape[2]
     sums = torch.empty(batch, heads, keys, device=q.device) if total else None
@@ -177,7 +182,7 @@ def _columns(
     if few_columns.takes(sizes):
         few_columns.fill(q, k, lse, sums, most, sizes, seen, edit=edit, **given)
         return sums, most
-    if edit is None and hopper.takes(q, k, None, mask=mask, scale=given["scale"]):
+    if edit is None and hopper.takes(q, k, None, mask=mask, scale=given["scale"], kernel="columns"):
         with falls_back("Triton's own kernel"):
             hopper.fill_columns(q, k, lse, sums, most, sizes, seen, score(**given))
             return sums, most
@@ -197,7 +202,10 @@ def top_keys(
     count: int,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Masses (float32) and positions (int64) of the ``count`` heaviest keys: see ``triton.topk.top_keys``."""
+    """Masses (float32) and positions (int64) of the ``count`` heaviest keys: see ``triton.topk.top_keys``.
+
+    Of one query over ``FEWEST_OF_ONE`` keys or more they take memory for a mass of every key (``triton.few_lists``).
+    """
     given: dict[str, Any] = {"scale": scale, "softcap": softcap, "bias": bias}
 
     def run() -> tuple[Tensor, Tensor]:
@@ -213,11 +221,32 @@ def _top_keys(
     q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask, count: int, positions: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor]:
     """``given``: scale, softcap and key bias."""
-    if 1 <= count <= topk.MOST and hopper.takes(q, k, None, mask=mask, scale=given["scale"]):
-        sizes = heaviest.Sizes(q.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2], count)
+    fits, group = 1 <= count <= MOST_TOP, q.shape[1] // k.shape[1]
+    one = positions is None and q.shape[0] > 0 and q.shape[2] == 1 and group <= MOST_OF_ONE
+    if fits and one and k.shape[2] >= FEWEST_OF_ONE:
+        return _top_of_one(q, k, lse, mask=mask, count=count, **given)
+    if fits and hopper.takes(q, k, None, mask=mask, scale=given["scale"], kernel="heaviest"):
+        from headscope.kernels.triton import heaviest, listed
+
+        sizes = heaviest.Sizes(q.shape[1], group, q.shape[2], k.shape[2], count)
         seen, numbers = rules(mask, q.shape[0], positions), score(**given)
         with falls_back("Triton's own kernel"):
             room = listed.room(q, count)
             hopper.fill_lists(q, k, room, sizes, seen, numbers)
             return listed.heaviest(q, k, lse, room, sizes, seen, numbers)
+    from headscope.kernels.triton import topk
+
     return topk.top_keys(q, k, lse, count=count, mask=mask, positions=positions, **given)
+
+
+def _top_of_one(q: Tensor, k: Tensor, lse: Tensor, *, mask: Mask, count: int, **given: Any) -> tuple[Tensor, Tensor]:
+    """``_top_keys`` of one query a head, from the masses of all keys."""
+    from headscope.kernels.triton import columns as triton_columns
+    from headscope.kernels.triton import few_columns, few_lists
+
+    (batch, heads, _, _), keys = q.shape, k.shape[2]
+    masses = torch.empty(batch, heads, 1, keys, dtype=torch.float32, device=q.device)
+    sizes = triton_columns.Sizes(heads, heads // k.shape[1], 1, 0, 1, keys)
+    q, k, lse = last_dim_contiguous(q), last_dim_contiguous(k), lse.contiguous()
+    few_columns.fill(q, k, lse, masses, None, sizes, rules(mask, batch), padding=True, **given)
+    return few_lists.heaviest(masses, count, mask.key_offset)

@@ -26,21 +26,31 @@ ZEROS = {"zeros", "zeros_like", "new_zeros"}
 VIEWS = {"alias", "as_strided", "detach", "expand", "select", "slice", "squeeze", "t", "transpose", "unsqueeze", "view"}
 Results = tuple[Tensor | None, ...]
 T = TypeVar("T")
-_Fill = int | Callable[[Sequence[Tensor]], Any]  # which of a call's tensors, or what is made of them
+# Which of a call's tensors, or what is made of them, as they are and as a kernel takes them.
+_Fill = int | Callable[[Sequence[Tensor], Sequence[Any]], Any]
+# Room as torch's own compiler makes it, in a third of the time of ``torch.empty``; it is made on the current device.
+_GUARDS = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_EMPTY = {kind: getattr(_GUARDS, f"_empty_strided_{kind}", None) for kind in ("cpu", "cuda")}
+_STREAM = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # as Triton asks for it
 
 
 class Room(NamedTuple):
-    """A tensor that the call makes by ``make``: as it comes, or of zeros."""
+    """A contiguous tensor that the call makes: of zeros, or as memory comes."""
 
-    make: Callable[..., Tensor]
+    zeros: bool
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: torch.dtype
 
 
 class Start(NamedTuple):
-    """A kernel that is started on ``args``; of those, ``fills`` are made of the call's tensors."""
+    """A kernel that is started on ``args``; of those, ``fills`` are made of the call's tensors.
+
+    What Triton ``compiled`` takes addresses: of a tensor it would ask where it lies, and the driver if a card sees it.
+    """
 
     run: Callable[..., Any]
+    compiled: bool
     args: list[Any]
     fills: list[tuple[int, _Fill]]
 
@@ -94,11 +104,14 @@ def forget() -> None:
     _ONCE.clear()
 
 
-def started(run: Callable[..., Any] | None, args: tuple[Any, ...]) -> None:
-    """A kernel was started on ``args``; ``run(*args)`` does it once more, if it is not None."""
+def started(run: Callable[..., Any] | None, args: tuple[Any, ...], *, compiled: bool = False) -> None:
+    """A kernel was started on ``args``; ``run(*args)`` does it once more, if it is not None.
+
+    ``compiled``: a launcher of Triton's, which takes addresses in place of tensors, and a ``stream``.
+    """
     recording = _RECORDING.get()
     if recording is not None:
-        recording.starts.append((run, args))
+        recording.starts.append((run, args, compiled))
 
 
 def derived(make: Callable[..., T], x: Tensor, rest: tuple[Any, ...]) -> T:
@@ -128,9 +141,21 @@ def _replayed(known: Recorded, tensors: Sequence[Tensor | None]) -> Results:
     device = given[0].device
     if known.derived:
         given += [make(given[at], *rest) for make, at, rest in known.derived]
-    given += [make(shape, dtype=dtype, device=device) for make, shape, dtype in known.rooms]
-    for run, args, fills in known.starts:
-        run(*_put(args, fills, given))
+    empty = _EMPTY.get(device.type)
+    for zeros, shape, stride, dtype in known.rooms:
+        if zeros:
+            given.append(torch.zeros(shape, dtype=dtype, device=device))
+        elif empty is None:
+            given.append(torch.empty(shape, dtype=dtype, device=device))
+        else:
+            given.append(empty(shape, stride, dtype))
+    places = [x.data_ptr() for x in given]
+    stream = _STREAM(device.index) if _STREAM is not None and device.type == "cuda" else None  # None: Triton asks
+    for run, compiled, args, fills in known.starts:
+        if compiled:
+            run(*_put(args, fills, given, places), stream=stream)
+        else:
+            run(*_put(args, fills, given, given))
     return tuple([None if at is None else given[at] for at in known.results])
 
 
@@ -141,9 +166,9 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.given = given
         self.rooms: list[Tensor] = []
-        self.makes: list[Callable[..., Tensor]] = []
+        self.zeros: list[bool] = []
         self.derived: list[tuple[Callable[..., Any], Tensor, tuple[Any, ...], Any]] = []
-        self.starts: list[tuple[Callable[..., Any] | None, tuple[Any, ...]]] = []
+        self.starts: list[tuple[Callable[..., Any] | None, tuple[Any, ...], bool]] = []
         self.faithful = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -152,7 +177,7 @@ class _Recording(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ROOM or name in ZEROS:
             self.rooms.append(made)
-            self.makes.append(torch.zeros if name in ZEROS else torch.empty)
+            self.zeros.append(name in ZEROS)
         elif name not in VIEWS:
             self.faithful = False
         return made
@@ -170,7 +195,7 @@ class _Recording(TorchDispatchMode):
         """What is kept; None where doing it again would not be the same call."""
         device, inputs = self.given[0].device, {x.data_ptr(): at for at, x in enumerate(self.given)}
         faithful = self.faithful and all(x.is_contiguous() and x.device == device for x in self.rooms)
-        runs = [(run, args) for run, args in self.starts if run is not None]
+        runs = [(run, args, compiled) for run, args, compiled in self.starts if run is not None]
         known = [isinstance(found, Tensor) and x.data_ptr() in inputs for _, x, _, found in self.derived]
         if not (faithful and runs and all(known)) or len(runs) < len(self.starts):
             return None
@@ -180,39 +205,41 @@ class _Recording(TorchDispatchMode):
         if len(places) < len(everything) or 0 in places:  # two at one place cannot be told apart
             return None
         try:
-            starts = [_start(run, args, places) for run, args in runs]
+            starts = [Start(run, compiled, *_parts(args, places)) for run, args, compiled in runs]
             ends = [None if x is None else places[x.data_ptr()] for x in results]
         except KeyError:  # a tensor from elsewhere
             return None
-        rooms = [Room(make, tuple(x.shape), x.dtype) for make, x in zip(self.makes, self.rooms, strict=True)]
+        rooms = [_room(zeros, x) for zeros, x in zip(self.zeros, self.rooms, strict=True)]
         for at, x in zip(ends, results, strict=True):
             if at is None or x is None:
                 continue
             room = at - len(before)
             if room < 0 or not x.is_contiguous() or x.numel() != self.rooms[room].numel():
                 return None
-            rooms[room] = rooms[room]._replace(shape=tuple(x.shape), dtype=x.dtype)  # as it is given back
+            rooms[room] = _room(self.zeros[room], x)  # as it is given back
         derived = [(make, inputs[x.data_ptr()], rest) for make, x, rest, _ in self.derived]
         return Recorded(derived, rooms, starts, ends)
 
 
-def _start(run: Callable[..., Any], args: tuple[Any, ...], places: dict[int, int]) -> Start:
-    """``run(*args)``, to be done on other tensors. Raises KeyError as ``_filled`` does."""
-    return Start(run, *_parts(args, places))
+def _room(zeros: bool, x: Tensor) -> Room:
+    return Room(zeros, tuple(x.shape), x.stride(), x.dtype)
 
 
 def _parts(values: Sequence[Any], places: dict[int, int]) -> tuple[list[Any], list[tuple[int, _Fill]]]:
-    """``values`` without those that hold tensors, for no tensor stays in memory, and how those are made."""
+    """``values`` without those that hold tensors, for no tensor stays in memory, and how those are made.
+
+    Raises KeyError as ``_filled`` does.
+    """
     fills = [_filled(x, places) for x in values]
     kept = [x if fill is None else None for x, fill in zip(values, fills, strict=True)]
     return kept, [(at, fill) for at, fill in enumerate(fills) if fill is not None]
 
 
-def _put(kept: list[Any], fills: list[tuple[int, _Fill]], tensors: Sequence[Tensor]) -> list[Any]:
-    """The values whose ``_parts`` these are, of other ``tensors``."""
+def _put(kept: list[Any], fills: list[tuple[int, _Fill]], tensors: Sequence[Tensor], taken: Sequence[Any]) -> list[Any]:
+    """The values whose ``_parts`` these are, of other ``tensors``, in the form in which they are ``taken``."""
     whole = kept.copy()
     for at, fill in fills:
-        whole[at] = tensors[fill] if type(fill) is int else fill(tensors)  # type: ignore[operator]
+        whole[at] = taken[fill] if type(fill) is int else fill(tensors, taken)  # type: ignore[operator]
     return whole
 
 
@@ -230,14 +257,14 @@ def _filled(arg: Any, places: dict[int, int]) -> _Fill | None:
         return None
     kept, fills = _parts(arg, places)
     make = getattr(type(arg), "_make", type(arg))
-    return (lambda tensors: make(_put(kept, fills, tensors))) if fills else None
+    return (lambda tensors, taken: make(_put(kept, fills, tensors, taken))) if fills else None
 
 
 def _descriptor(arg: Any, at: int) -> _Fill:
     """As ``arg``, but of the tensor ``at``; what is checked when a descriptor is made holds of that one too."""
     kind, fields = type(arg), {name: value for name, value in vars(arg).items() if name != "base"}
 
-    def fill(tensors: Sequence[Tensor]) -> Any:
+    def fill(tensors: Sequence[Tensor], _: Sequence[Any]) -> Any:
         made = object.__new__(kind)
         made.__dict__ = {**fields, "base": tensors[at]}
         return made

@@ -3,15 +3,16 @@
     python kernels/benchmarks/first_calls.py --out first-calls.json
 
 Every number is of a process of its own, which has imported torch and reached the card, and nothing of headscope: the
-call's imports count (with a card). In brackets: what of it is Triton's reading of its own files, once a process,
-which a thread begins beside our imports (``first_call``). "other lengths" are lengths that no process asked for before,
-and "built" how many kernels they added to the cache (none may). ``--without-card``: the host's part, for kernels that
-compile for Hopper behind a driver that does nothing (``host_time``).
+call's imports count. In brackets: how long Triton takes to read its own files, which the first process does in a thread
+beside our imports, and those after it need not (``first_call``). "other lengths" are lengths that no process asked for
+before, and "built" how many kernels they added to the cache (none may). ``--without-card``: the host's part, for
+kernels that compile for Hopper behind a driver that does nothing (``host_time``).
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import subprocess
@@ -89,19 +90,20 @@ def one(kind: str, lengths: list[int], without_card: bool) -> list[float]:
             from headscope.kernels.benchmarks import host_time
 
             host_time.load_driver(Path(folder))
-            host_time.pretend()
-        took = []
+        took: list[float] = []
         for n in lengths:
             call = calls(n, "cpu" if without_card else "cuda")
             _wait(torch)
             began = time.perf_counter()
+            if without_card and not took:
+                host_time.pretend()  # by the imports that the call needs
             call(kind)
             _wait(torch)
             took.append(time.perf_counter() - began)
     from headscope.kernels.first_call import triton_key
 
     began = time.perf_counter()
-    triton_key().__wrapped__()  # type: ignore[attr-defined]  # it remembers what it found
+    inspect.unwrap(triton_key())()
     return [time.perf_counter() - began, *took]
 
 
@@ -114,6 +116,7 @@ def elsewhere(kind: str, lengths: list[int], without_card: bool, cache: str) -> 
     """``one`` in a process of its own."""
     command = [sys.executable, __file__, "--one", kind, "--lengths", *map(str, lengths)]
     environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # who installs a package compiles it to bytecode
     command += ["--without-card"] * without_card
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -124,14 +125,17 @@ def check_pairs(spec: dict[str, Any]) -> list[str]:
 
 
 def poison() -> None:
-    """Fill what ``torch.empty`` gives with NaN, in this process."""
-    allocate = torch.empty
+    """Fill what ``torch.empty`` gives with NaN, in this process, and the room of calls that come again."""
 
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
-        x = allocate(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+            x = allocate(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
 
-    torch.empty = poisoned
+        return wrapper
+
+    torch.empty = poisoned(torch.empty)
+    replay._EMPTY = {kind: make and poisoned(make) for kind, make in replay._EMPTY.items()}
 
 
 def check_few() -> bool:

@@ -35,6 +35,7 @@ def jobs() -> list[Job]:
     for d in (16, 60, 80, 96, 128, 256):
         top.append({**base, "kind": "causal", "d_head": d, "queries": 63, "keys": 457})
     top += [{**base, "kind": kind, "queries": 1, "keys": 3000, **options} for kind in ("causal", "window")]
+    top += [{**base, "kind": kind, "queries": 1, "keys": 6000, **options} for kind in ("right padding", "segments")]
     top.append({**base, "kind": "causal", "batch": 1, "queries": 1, "keys": 100_000, "d_head": 128})
     top.append({**base, "kind": "causal", "batch": 1, "queries": 2000, "keys": 2000, "d_head": 128})
     for dtype in (torch.float16, torch.float32):

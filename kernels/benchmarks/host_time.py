@@ -3,9 +3,10 @@
     python kernels/benchmarks/host_time.py --out host.json
 
 prints microseconds of processor time a call (the median of many, and the fewest), decided anew and as the third call
-of its kind. Triton's own launcher runs, linked to a driver that does nothing (a C compiler builds it): what is missing
-is the driver's share of a launch, and memory comes from torch's allocator of the CPU. On a card the row "host time of a
-call" of ``corners.py`` says all of it. Another Triton: as in ``headscope.kernels.checks.without_card``.
+of its kind, and how often that one calls the driver. Triton's own launcher runs, linked to a driver that does nothing
+(a C compiler builds it): what is missing is the driver's share of a launch, and memory comes from torch's allocator of
+the CPU. On a card the row "host time of a call" of ``corners.py`` says all of it. Another Triton: as in
+``headscope.kernels.checks.without_card``.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 DRIVER = """
 #include "cuda.h"
+static long counted[4];
+long *counts(void) { return counted; }
 #define DONE { return CUDA_SUCCESS; }
 #define DONE_ return CUDA_SUCCESS;
 CUresult cuInit(unsigned flags) DONE
 CUresult cuDriverGetVersion(int *x) { *x = 12080; DONE_ }
-CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p, void **e) DONE
-CUresult cuPointerGetAttribute(void *to, CUpointer_attribute a, CUdeviceptr x) { *(CUdeviceptr *)to = x; DONE_}
+CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p, void **e) { counted[0]++; DONE_ }
+CUresult cuPointerGetAttribute(void *to, CUpointer_attribute a, CUdeviceptr x)
+{ counted[1]++; *(CUdeviceptr *)to = x; DONE_ }
 CUresult cuPointerGetAttributes(unsigned n, CUpointer_attribute *a, void **to, CUdeviceptr x)
 { *(CUdeviceptr *)to[0] = x; DONE_}
-CUresult cuCtxGetCurrent(CUcontext *c) { *c = (CUcontext)1; DONE_}
+CUresult cuCtxGetCurrent(CUcontext *c) { counted[3]++; *c = (CUcontext)1; DONE_ }
 CUresult cuCtxSetCurrent(CUcontext c) DONE
 CUresult cuCtxSetLimit(CUlimit l, size_t x) DONE
 CUresult cuCtxGetLimit(size_t *x, CUlimit l) { *x = 0; DONE_}
@@ -54,45 +59,56 @@ CUresult cuModuleUnload(CUmodule m) DONE
 CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) { *n = 1; DONE_}
 CUresult cuTensorMapEncodeTiled(CUtensorMap *t, CUtensorMapDataType a, cuuint32_t r, void *x, const cuuint64_t *d,
   const cuuint64_t *s, const cuuint32_t *b, const cuuint32_t *e, CUtensorMapInterleave i, CUtensorMapSwizzle w,
-  CUtensorMapL2promotion l, CUtensorMapFloatOOBfill o) DONE
+  CUtensorMapL2promotion l, CUtensorMapFloatOOBfill o) { counted[2]++; DONE_ }
 """
+COUNTED = ("launches", "pointers looked up", "descriptors", "contexts asked for")  # calls of the driver
 
 
-def load_driver(folder: Path) -> None:
-    """Build a driver that does nothing, and have Triton take it; before anything asks for a card."""
-    import triton
+def load_driver(folder: Path) -> Callable[[], list[int]]:
+    """Build a driver that does nothing, and have Triton take it; before anything asks for a card.
 
-    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    Gives what tells how often the driver was called (``COUNTED``) so far.
+    """
+    triton = find_spec("triton")
+    assert triton is not None and triton.origin is not None
+    include = Path(triton.origin).parent / "backends" / "nvidia" / "include"
     library, source = folder / "libcuda.so.1", folder / "driver.c"
     source.write_text(DRIVER)
     named = ["-Wl,-soname,libcuda.so.1", f"-I{include}", "-o", str(library), str(source)]
     subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", *named], check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    loaded = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    loaded.counts.restype = ctypes.POINTER(ctypes.c_long * len(COUNTED))
+    return lambda: list(loaded.counts().contents)
 
 
 def pretend() -> None:
-    """Calls on the CPU take the way that they take on an H200."""
+    """Calls on the CPU take the way that they take on an H200. Only what such a call needs is imported."""
     import torch
+
+    from headscope.kernels import attention, first_call
+
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    first_call.has_card = lambda: True
+    attention._triton_takes = lambda q, v: True
+    attention._triton_engine()  # begins what a first call begins
+    from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import driver
 
-    from headscope.kernels import attention, first_call
-    from headscope.kernels.benchmarks import corner_rows
-    from headscope.kernels.checks.without_card import NoCard
     from headscope.kernels.hopper import dispatch
     from headscope.kernels.triton import device
 
-    class NoDriver(NoCard):
+    class NoDriver:
         utils = nvidia.CudaUtils()
         launcher_cls = nvidia.CudaLauncher
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda _=None: 0)
 
     driver.set_active(NoDriver())
     dispatch._on_hopper = lambda x: True
     device.has_copy_engine = lambda x: True
-    first_call.has_card = lambda: True
-    attention._triton_takes = lambda q, v: True
-    corner_rows.BFLOAT16 = torch.bfloat16
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -155,7 +171,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "0"
     with tempfile.TemporaryDirectory() as folder:
-        load_driver(Path(folder))
+        counts = load_driver(Path(folder))
         pretend()
         import triton
 
@@ -164,8 +180,12 @@ def main() -> None:
         found: dict[str, Any] = {"kind": "host time", "triton": triton.__version__, "calls": {}}
         for name, run in calls().items():
             anew, again = timed(run, replay.forget), timed(run, lambda: None)
-            found["calls"][name] = {"anew": anew, "again": again}
-            print(f"{name:<30} {anew['median us']:6.0f} us anew, {again['median us']:6.0f} us again", flush=True)
+            before = counts()
+            run()
+            asked = {what: now - was for what, was, now in zip(COUNTED, before, counts(), strict=True)}
+            found["calls"][name] = {"anew": anew, "again": again, "driver, again": asked}
+            said = ", ".join(f"{n} {what}" for what, n in asked.items())
+            print(f"{name:<30} {anew['median us']:4.0f} us anew, {again['median us']:4.0f} again: {said}", flush=True)
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 

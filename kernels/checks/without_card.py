@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,7 @@ from headscope.kernels.triton import (
     divergence,
     few_columns,
     few_keys,
+    few_lists,
     heaviest,
     listed,
     merge,
@@ -117,8 +119,11 @@ def calls(mask: Mask, width: int, d_value: int, dtype: torch.dtype) -> Iterator[
     yield "few keys added", lambda: few_keys.add_few(set_of_few, lse, v, lse, outputs[0])
     chosen, scores = torch.zeros(1, HEADS, KEYS, dtype=torch.bool), Scores(q, k, mask, 0.1)
     yield "few keys", lambda: few_keys.few_scores(scores, chosen, 64)
-    room, few_lists = listed.room(q, 8), heaviest.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, KEYS, 8)
-    yield "lists", lambda: listed.heaviest(q, k, lse, room, few_lists, seen, device.score(**plain))
+    room, listed_sizes = listed.room(q, 8), heaviest.Sizes(HEADS, HEADS // KV_HEADS, QUERIES, KEYS, 8)
+    yield "lists", lambda: listed.heaviest(q, k, lse, room, listed_sizes, seen, device.score(**plain))
+    yield "masses of one query", lambda: few_columns.fill(q, k, lse, sums, None, few, seen, padding=True, **plain)
+    for top in (8, 32):
+        yield f"top {top} masses", partial(few_lists.heaviest, torch.zeros(1, 1, 5000), top, 0)
     chain = _every_term(q)
     edit: dict[str, Any] = {**plain, "edit": chain}
     wants = frozenset({"lse", "entropy"})
@@ -188,6 +193,7 @@ def main(given: Sequence[str] | None = None) -> int:
             topk,
             few_columns,
             few_keys,
+            few_lists,
             heaviest,
             listed,
             shares,
@@ -197,6 +203,7 @@ def main(given: Sequence[str] | None = None) -> int:
             patches.enter_context(patch.object(module, "_kernel", Compiled(module._kernel)))
         patches.enter_context(patch.object(topk, "_merge_kernel", Compiled(topk._merge_kernel)))
         patches.enter_context(patch.object(few_keys, "_add_kernel", Compiled(few_keys._add_kernel)))
+        patches.enter_context(patch.object(few_lists, "_list_kernel", Compiled(few_lists._list_kernel)))
         patches.enter_context(patch.object(listed, "_anew", Compiled(listed._anew)))
         patches.enter_context(patch.object(rows, "merge_kernel", Compiled(merge.merge_kernel)))
         for kind in asked.rules.split(","):

@@ -10,12 +10,14 @@ Triton kernels, which compute the same. Without a card, tests run them by ``emul
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from headscope.kernels.first_call import uncollected
 from headscope.kernels.masks import Mask
 
 if TYPE_CHECKING:  # all of it needs Triton
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # all of it needs Triton
     from headscope.kernels.triton.listed import Room
     from headscope.kernels.triton.masks import Rules
 
+KERNELS = ("rows", "output", "columns", "heaviest", "divergence")
 NARROWEST, WIDEST = 40, 256  # of a head: below, tiles would be more than half empty
 FEWEST = 1024  # queries: with fewer, too few blocks to fill the card
 SMALLEST = 1e-6  # scale: what stands for a hidden key's product is divided by it
@@ -40,8 +43,9 @@ def takes(
     mask: Mask,
     scale: float,
     columns: Tensor | None = None,
+    kernel: str = "rows",
 ) -> bool:
-    """Whether the Hopper kernels compute a call over q, k and, with the output, v; ``columns`` are features."""
+    """Whether Hopper's ``kernel`` (with v: ``output``) computes a call over q, k, v; ``columns`` are features."""
     tensors = [x for x in (q, k, v) if x is not None]
     return (
         _on_hopper(q)
@@ -53,6 +57,7 @@ def takes(
         and scale > SMALLEST
         and mask.rule is None
         and (mask.segments is None or _runs(mask.segments))
+        and _is_there(kernel if v is None else "output")
     )
 
 
@@ -73,12 +78,13 @@ def fill_rows(
 
     ``sparse``: most keys have no feature.
     """
-    from headscope.kernels.hopper import output as hopper_output
-    from headscope.kernels.hopper import rows as hopper_rows
-
     if v is None:
+        from headscope.kernels.hopper import rows as hopper_rows
+
         hopper_rows.rows(q, k, columns, sinks, results, sizes, seen, score)
     else:
+        from headscope.kernels.hopper import output as hopper_output
+
         hopper_output.output(q, k, v, columns, sinks, results, sizes, seen, score, sparse=sparse)
 
 
@@ -135,20 +141,25 @@ def _fetchable(x: Tensor) -> bool:
 
 
 def _on_hopper(x: Tensor) -> bool:
-    return x.is_cuda and works_on(x.device)
+    return x.is_cuda and _is_hopper(x.device)
 
 
 @cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9 and find_spec("triton.experimental.gluon") is not None
+
+
 def works_on(device: torch.device) -> bool:
     """Whether ``device``, a GPU, is a Hopper card and this Triton has the Gluon that the kernels are written in."""
-    if torch.cuda.get_device_capability(device)[0] != 9 or find_spec("triton.experimental.gluon") is None:
-        return False
+    return _is_hopper(device) and all([_is_there(kernel) for kernel in KERNELS])
+
+
+@cache
+def _is_there(kernel: str) -> bool:
+    """Whether this Triton has the Gluon that ``kernel`` is written in: only its file is read, for the first call."""
     try:
-        import headscope.kernels.hopper.columns
-        import headscope.kernels.hopper.divergence
-        import headscope.kernels.hopper.heaviest
-        import headscope.kernels.hopper.output
-        import headscope.kernels.hopper.rows  # noqa: F401
+        with uncollected():
+            import_module(f"headscope.kernels.hopper.{kernel}")
     except Exception:  # Gluon is experimental: another version may name things otherwise
         return False
     return True

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headscope.kernels.fallback import build
-from headscope.kernels.first_call import wait
+from headscope.kernels.first_call import uncollected, wait
 from headscope.kernels.replay import started
 
 LOG2E = tl.constexpr(1.0 / math.log(2.0))
@@ -127,10 +127,11 @@ def _start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         started(None, args)
         return
     wait()
-    compiled = kernel.warmup(*map(any_length, args), grid=grid, **options)
+    with uncollected():  # the trees of the sources
+        compiled = kernel.warmup(*map(any_length, args), grid=grid, **options)
     run, whole = compiled[(*grid, 1, 1)[:3]], (*args, *(options[name] for name in kernel.arg_names[len(args) :]))
     run(*whole)
-    started(run, whole)
+    started(run, whole, compiled=True)
 
 
 def has_copy_engine(x: Tensor) -> bool:

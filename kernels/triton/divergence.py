@@ -190,7 +190,7 @@ def _distances(
     sizes, given = Sizes(heads, heads // k.shape[1], queries, k.shape[2]), score(scale, softcap, None)
     norms = tuple([None if x is None else x.contiguous() for x in norms])
     seen = rules(mask, batch)
-    if all(hopper.takes(x, y, None, mask=mask, scale=scale) for x, y in ((q, k), (u, w))):
+    if all(hopper.takes(x, y, None, mask=mask, scale=scale, kernel="divergence") for x, y in ((q, k), (u, w))):
         with falls_back("Triton's own kernel"):
             hopper.fill_distances(q, k, u, w, norms, out, sizes, seen, given)
             return out

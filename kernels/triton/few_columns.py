@@ -32,8 +32,6 @@ from headscope.kernels.triton.device import (
 from headscope.kernels.triton.edits import argument, edited
 from headscope.kernels.triton.masks import Rules, visible
 
-MOST = 64  # queries of all heads that share a key/value head
-
 
 @triton.jit
 def _kernel(
@@ -51,6 +49,7 @@ def _kernel(
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
+    PADDING: tl.constexpr,
 ):
     kv_heads = sizes.heads // sizes.group
     b, kv = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
@@ -68,9 +67,9 @@ def _kernel(
     norm = tl.load(lse + (b64 * sizes.heads + h) * sizes.queries + i, mask=exists, other=float("inf"))
     norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
     position = i + rules.query_offset
-    if rules.start is not None:
+    if rules.start is not None and not PADDING:
         norm = tl.where(position >= tl.load(rules.start + b).to(tl.int32), norm, float("inf"))
-    if rules.end is not None:
+    if rules.end is not None and not PADDING:
         norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
     s = scored(tl.dot(kt, tl.trans(qt), input_precision=PARTS if D <= 128 else WHOLE), score)
     s = biased(s, score, b, h[None, :], j[:, None], sizes.keys)
@@ -90,7 +89,7 @@ def _kernel(
 def takes(sizes: Sizes) -> bool:
     """Whether the queries of the heads of a key/value head fit one tile."""
     heads, rows = _shape(sizes)
-    return 0 < sizes.stop - sizes.first and heads * rows <= MOST
+    return 0 < sizes.stop - sizes.first and heads * rows <= tuning.MOST_OF_ONE
 
 
 def _shape(sizes: Sizes) -> tuple[int, int]:
@@ -112,8 +111,12 @@ def fill(
     softcap: float | None,
     bias: Tensor | None,
     edit: ScoreEdit | None = None,
+    padding: bool = False,
 ) -> None:
-    """Fill ``sums`` and ``highest`` (batch, head, key) for a call that ``takes``; see ``passes.columns``."""
+    """Fill ``sums`` and ``highest`` (batch, head, key) for a call that ``takes``; see ``passes.columns``.
+
+    ``padding``: queries that are padding themselves count, too.
+    """
     batch, _, _, d = q.shape
     heads, rows = _shape(sizes)
     tiles = tuning.few_column_tiles(padded(d), q.dtype)
@@ -135,6 +138,7 @@ def fill(
         HEADS=heads,
         ROWS=rows,
         BN=tiles.keys,
+        PADDING=padding,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from headscope.kernels.triton.device import (
     FLOOR,
+    HIDDEN,
     LOG2E,
     last_dim_contiguous,
     launch,
@@ -26,7 +27,7 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
-from headscope.kernels.triton.heaviest import Sizes, insert, put_in_order, tile_scores
+from headscope.kernels.triton.heaviest import Sizes, insert, tile_scores
 from headscope.kernels.triton.masks import key_range, row_positions
 
 LISTS = tl.constexpr(4)  # of a row
@@ -104,6 +105,7 @@ def _kernel(
     ALL: tl.constexpr,
     BM: tl.constexpr,
 ):
+    """One warp of 32 rows: a thread holds all that is listed of its row, and asks no other for the largest."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     exists = row < rows
     place = tl.arange(0, ALL)
@@ -112,8 +114,15 @@ def _kernel(
     at = found + row[:, None] * (2 * ALL) + place[None, :] * 2
     kept = tl.load(at, mask=here, other=0).to(tl.float32, bitcast=True)
     kept = tl.where(here, kept * unit, FLOOR)
-    keys = tl.load(at + 1, mask=here, other=-1)
-    put_in_order(kept, keys, place, lse, mass, keys_at, row, exists, top, key_offset)
+    norm = tl.load(lse + row, mask=exists, other=0.0)
+    norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
+    for n in range(0, top):
+        most, where = tl.max(kept, 1, return_indices=True)
+        kept = tl.where(place[None, :] == where[:, None], HIDDEN, kept)
+        p = tl.where(most > FLOOR, tl.exp2(most - norm), 0.0)
+        key = tl.load(found + row * (2 * ALL) + where * 2 + 1, mask=exists & (p > 0.0), other=0)
+        tl.store(mass + row * top + n, p, mask=exists)
+        tl.store(keys_at + row * top + n, tl.where(p > 0.0, key + key_offset, -1).to(tl.int64), mask=exists)
 
 
 def room(q: Tensor, count: int) -> Room:
@@ -148,5 +157,5 @@ def heaviest(
     rows, all_ = batch * heads * n, LISTS.value * places
     numbers = rows, sizes.top, seen.key_offset, unit
     tile = {"ROOM": places, "ALL": all_, "BM": 32}
-    launch(_kernel, (triton.cdiv(rows, 32),), q, *lists, lse.contiguous(), mass, keys_at, *numbers, **tile, num_warps=4)
+    launch(_kernel, (triton.cdiv(rows, 32),), q, *lists, lse.contiguous(), mass, keys_at, *numbers, **tile, num_warps=1)
     return mass, keys_at

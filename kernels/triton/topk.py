@@ -9,7 +9,8 @@
 4. The list is sorted at the end, and p = exp(s - lse). For few queries (decoding) the keys are split over programs, and
    the best of all their lists are kept: an exact merge. Reading every key a second time after lse, at 131,072 keys by
    half the time of SDPA, is the least that they cost.
-5. Many queries and lists that are short beside a tile go to ``heaviest``, which walks the keys twice instead.
+5. Many queries and lists that are short beside a tile go to ``heaviest``, which walks the keys twice instead; one query
+   of many keys goes to ``few_lists``, which has their masses (``gpu_passes``).
 """
 
 # A kernel's types are its arguments' at compile time.
@@ -43,7 +44,6 @@ from headscope.kernels.triton.device import (
 from headscope.kernels.triton.heaviest import heaviest, insert, put_in_order, takes
 from headscope.kernels.triton.masks import key_range, row_positions, rules, visible
 
-MOST = 32  # keys of a list
 FEW_ROWS = 64  # up to this many queries of a key/value head share a program
 
 
@@ -147,10 +147,10 @@ def top_keys(
     ``q`` (batch, head, row, d), ``k`` (batch, kv_head, key, d), ``lse`` (batch, head, row) as the row kernel gives it
     (a sink logit included); ``positions`` as there. Where a row sees fewer keys the mass is 0 and the position -1;
     which of equal scores is kept, and in which order, is not defined. Raises ValueError for a ``count`` outside 1 to
-    ``MOST``.
+    ``tuning.MOST_TOP``.
     """
-    if not 1 <= count <= MOST:
-        raise ValueError(f"the kernel keeps 1 to {MOST} keys a query; got {count}")
+    if not 1 <= count <= triton_tuning.MOST_TOP:
+        raise ValueError(f"the kernel keeps 1 to {triton_tuning.MOST_TOP} keys a query; got {count}")
     batch, heads, n, d = q.shape
     together = _together(n, heads // k.shape[1])
     if together == 1 and takes(n, k.shape[2], d, count, q.dtype):

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+MOST_TOP = 32  # keys of a list of top keys
+FEWEST_OF_ONE = 4096  # keys of one query, listed from their masses: with fewer, a launch less is quicker (a reckoning)
+MOST_OF_ONE = 64  # heads that share a key/value head there, and their queries where columns are of few
 SPLITS = (16, 64, 128)  # programs that share the keys of one row: at most so many, by how merging them is compiled
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headscope.kernels.benchmarks import lengths, pages
+from headscope.kernels.benchmarks import launches, lengths, pages
 from headscope.kernels.benchmarks.picture import GAP, HEIGHT, _spread, draw
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -89,3 +89,13 @@ def test_lengths_are_measured_and_eager_stops_where_told(tmp_path: Path) -> None
     ours = {"SDPA", "rows", "rows and output", "columns and lse"}
     assert {(what, n) for what in ours for n in (32, 64)} <= measured
     assert ("eager maps", 32) in measured and ("eager maps", 64) not in measured
+
+
+def test_kernels_of_equal_calls_are_told_apart() -> None:
+    """Two a call, whatever order they are told in; the gap before the first is the caller's."""
+    calls = [10.0 * n for n in range(3)]
+    started = [launches.Started("b", at + 3.0, at + 7.0) for at in calls]
+    started += [launches.Started("a", at, at + 2.0) for at in calls]
+    assert launches.launches(started, 3) == [("a", 0.0, 2.0), ("b", 1.0, 4.0)]
+    with pytest.raises(ValueError, match="differ"):
+        launches.launches(started[:-1], 3)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
-from headscope.kernels import blocks, divergence, gpu_engine, gpu_passes, replay, spans
+from headscope.kernels import attention, blocks, divergence, gpu_engine, gpu_passes, replay, spans
 from headscope.kernels.checks.cases import Case, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
@@ -81,6 +81,13 @@ COMPOSED: dict[str, Callable[[Case, Tensor], Any]] = {
     "spans, from lse": lambda one, lse: spans.span_outputs(_first(one), one.v[:1], SPANS, lse=lse[:1], engine="triton"),
     "divergence": lambda one, lse: divergence.divergence(one, replace(one, k=one.v), engine="triton"),
     "top keys": lambda one, lse: gpu_passes.top_keys(one.q, one.k, lse, count=3, **one.device_arguments),
+    "top keys of one query": lambda one, lse: gpu_passes.top_keys(
+        one.q[:, :, -1:],
+        one.k,
+        lse[:, :, -1:].contiguous(),
+        count=3,
+        **{**one.device_arguments, "mask": Mask.causal(19)},
+    ),
     "blocks": lambda one, lse: (blocks.blocks(one, size=16, lse=lse, engine="triton"),),
 }
 
@@ -96,6 +103,7 @@ def test_calls_of_several_launches_are_started_again(name: str, monkeypatch: pyt
         lse = one.run(streaming.attend, Request(output=False, lse=True)).lse
         return COMPOSED[name](one, lse)
 
+    monkeypatch.setattr(gpu_passes, "FEWEST_OF_ONE", 0)
     decided, *_ = [call(seed) for seed in range(2)]
     monkeypatch.setattr(device, "_start", lambda *_, **__: pytest.fail("decided anew"))
     for x, y in zip(call(0), decided, strict=True):
@@ -212,6 +220,50 @@ def test_tensors_in_a_list_are_the_calls_own() -> None:
 
         replay.again(run, [x], "call")
     assert [(type(given), given[1][0].tolist()) for given in seen] == [(list, [2.0] * 3), (list, [3.0] * 3)]
+
+
+class Descriptor:
+    """What the copy engine is given: a tensor, and how it is read."""
+
+    def __init__(self, base: Tensor) -> None:
+        self.base, self.block_shape = base, [1]
+
+
+def test_a_compiled_kernel_is_given_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of inputs, of room, also in tuples; a descriptor keeps its tensor. Another torch makes room its own way."""
+    seen: list[Any] = []
+
+    def launcher(*args: Any, stream: Any) -> None:
+        seen.append(args)
+
+    def call(x: Tensor) -> Tensor:
+        def run() -> tuple[Tensor]:
+            room = torch.empty(1, 3)
+            replay.started(launcher, (x, (room, None, 7), Descriptor(x), 1.5), compiled=True)
+            return (room[0],)
+
+        return replay.again(run, [x], "call")[0]  # type: ignore[return-value]
+
+    inputs = [torch.full((3,), float(n)) for n in range(4)]
+    results = [call(x) for x in inputs[:3]]
+    monkeypatch.setattr(replay, "_EMPTY", {})
+    results.append(call(inputs[3]))
+    for (at, inside, descriptor, number), x, room in zip(seen, inputs[2:], results[2:], strict=True):
+        assert at == x.data_ptr() and inside == (room.data_ptr(), None, 7) and number == 1.5
+        assert descriptor.base is x and descriptor.block_shape == [1]
+        assert room.shape == (3,) and room.stride() == (1,) and room.dtype == torch.float32
+
+
+def test_gradients_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, request = replace(case(0), q=case(0).q.requires_grad_()), Request(output=False, lse=True)
+    monkeypatch.setattr(attention.reference, "attend", lambda *_, **__: 1 / 0)
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            lse = attention.attend(one, one.v, request=request).lse
+            assert lse is not None and not lse.requires_grad and torch.is_grad_enabled() == enabled
+            with pytest.raises(ZeroDivisionError):
+                attention.attend(one, one.v, request=request, engine="reference")
+            assert torch.is_grad_enabled() == enabled
 
 
 def test_a_recording_holds_no_tensor_and_gives_room_of_its_own() -> None:

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import gpu_engine as triton_engine
+from headscope.kernels import gpu_passes
 from headscope.kernels.checks.cases import MASKS, Case, random_case
 from headscope.kernels.checks.compare import compare
 from headscope.kernels.request import Reduced, Request
 from headscope.kernels.streaming import engine as streaming
-from headscope.kernels.triton import heaviest
+from headscope.kernels.triton import few_lists, heaviest
 from headscope.kernels.triton import topk as triton_topk
 from headscope.kernels.triton import tuning as triton_tuning
+from headscope.kernels.triton.tuning import MOST_TOP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = {"softcap": 5.0, "sinks": True, "bias": True}
@@ -77,7 +79,7 @@ def test_equal_scores_fill_no_list_twice() -> None:
 
 
 def test_longer_lists_are_streamed() -> None:
-    assert not fails(random_case("causal", queries=40, keys=40, device=DEVICE), triton_topk.MOST + 1)
+    assert not fails(random_case("causal", queries=40, keys=40, device=DEVICE), MOST_TOP + 1)
 
 
 @pytest.mark.parametrize("option", [*OPTIONS, "all three"])
@@ -107,6 +109,38 @@ def test_split_keys_merge_to_the_same_lists(monkeypatch: pytest.MonkeyPatch, kin
     monkeypatch.setattr(triton_tuning, "key_splits", lambda *_: 4)
     case = random_case(kind, kv_heads=2, queries=3, keys=150, sinks=True, device=DEVICE)
     assert not fails(case, 6)
+
+
+@pytest.fixture
+def spans_of_64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists of one query by its masses, as over many keys, in spans so short that the lists are many."""
+    for module, name, value in ((gpu_passes, "FEWEST_OF_ONE", 0), (few_lists, "BUCKETS", 32), (few_lists, "WIDTH", 4)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(triton_topk, "top_keys", lambda *_, **__: pytest.fail("inserted"))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MASKS if kind != "rule"])
+def test_one_query_by_its_masses_under_every_mask(kind: str, spans_of_64: None) -> None:
+    """The query may be padding itself, and a row may see fewer keys than its list holds, or none."""
+    case = random_case(kind, kv_heads=1, queries=1, keys=150, sinks=True, device=DEVICE)
+    assert not fails(case, 5)
+
+
+@pytest.mark.parametrize("top", [1, 3, 16, 32])
+def test_one_query_by_its_masses_in_any_number(top: int, spans_of_64: None) -> None:
+    """Over 600 keys the lists of 32 are read as masses twice."""
+    for keys in (7, 64, 600):
+        case = random_case("causal", batch=1, kv_heads=1, queries=1, keys=keys, device=DEVICE, bias=True, softcap=5.0)
+        assert not fails(case, top)
+
+
+def test_equal_masses_of_one_query(spans_of_64: None) -> None:
+    """More reach the fourth than there is room for, in every span and among the lists; and some have no mass at all."""
+    case = random_case("causal", batch=1, kv_heads=1, queries=1, keys=600, device=DEVICE)
+    assert not fails(replace(case, q=torch.zeros_like(case.q)), 4)
+    far = torch.full((1, 1, 600), -1e4, device=DEVICE)
+    far[..., 17:20] = 0.0
+    assert not fails(replace(case, bias=far), 8)
 
 
 def test_heads_that_share_no_program() -> None:
