@@ -207,6 +207,8 @@ class Tracer(Handler):
             piece.keep(statistic, values, self._host_copies)
             if isinstance(statistic, BlockStatistic):
                 piece.places[statistic.recorded[0]] = statistic.place(call)
+        if len(self._pass) == 1 and self._boundary is None and not answer.session.continues:
+            answer.session.rooms.prepare(call, piece, self)
         self._heap.called(piece.where.shape[0] * piece.where.shape[2], call.query.device)
 
     def _session_of(self, call: AttentionCall) -> tuple[Session, int]:
