@@ -5,8 +5,11 @@
 
 Each round times, in turn, an untraced pass, a traced pass and then the record (``tracer.record``: all examples as one
 Dataset in host memory), each to its end on the device. Printed are medians in milliseconds and, over the rounds, the
-median ratios to the untraced pass: of the record alone, and of what the traced pass adds. ``thin`` has the depth and
-the heads of ``1b`` and two numbers a head, so that a pass costs little beside its record.
+median ratios to the untraced pass: of the record alone, and of what the traced pass adds. "fixed" is the record of as
+many prompts of eight tokens: what it takes whatever its size (the Dataset, its provenance). The rest of a record is
+copied on torch's threads (``--threads``; printed). ``--fresh`` prepares no arrays during the pass, as is done for a
+GPU (``headscope.interp.tracing.rooms``). ``thin`` has the depth and the heads of ``1b`` and two
+numbers a head, so that a pass costs little beside its record.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from torch import Tensor
 from headscope.interp import trace
 from headscope.interp.benchmarks.shapes import SHAPES, Shape, random_model
 from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, Statistic, TopKeys
+from headscope.interp.tracing.rooms import Rooms
 
 THIN = Shape(16, 64, 64, 32, 8, 256, True, tokens=4096)
 SETS: dict[str, tuple[Statistic, ...]] = {
@@ -54,7 +58,7 @@ def rounds(model: Any, ids: Tensor, chosen: tuple[Statistic, ...], count: int, d
     def forward() -> Any:
         return model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
-    times: dict[str, list[float]] = {"untraced": [], "traced": [], "record": []}
+    times: dict[str, list[float]] = {"untraced": [], "traced": [], "record": [], "fixed": []}
     size = 0
     with torch.no_grad():
         for _ in range(count + 1):
@@ -65,6 +69,9 @@ def rounds(model: Any, ids: Tensor, chosen: tuple[Statistic, ...], count: int, d
             times["record"].append(took)
             size = sum(variable.nbytes for variable in record.data_vars.values())
             del record, tracer
+            with trace(model, chosen) as tracer:
+                model(input_ids=ids[:, :8], use_cache=False, logits_to_keep=1)
+                times["fixed"].append(seconds(partial(getattr, tracer, "record"), device)[0])
     plain, traced, record_s = (times[name][1:] for name in ("untraced", "traced", "record"))
     return {
         "ms": {name: 1000 * stats.median(values[1:]) for name, values in times.items()},
@@ -82,16 +89,24 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="torch's default: the environment's OMP_NUM_THREADS, or the cores")
+    parser.add_argument("--fresh", action="store_true", help="a record takes memory when it is asked for")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.fresh:
+        Rooms.idles = lambda *_: False  # type: ignore[method-assign]
     model = random_model(THIN if args.shape == "thin" else SHAPES[args.shape], args.tokens, args.device)
     if args.device == "cpu":
         model = model.float()
     ids = torch.randint(0, model.config.vocab_size, (args.prompts, args.tokens), device=args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     about = {"device": f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"}
-    found: dict[str, Any] = {**about, "shape": args.shape, "prompts": args.prompts, "tokens": args.tokens, "sets": {}}
+    print(f"{about['device']} (which copy a record)", flush=True)
+    found: dict[str, Any] = {**about, "shape": args.shape, "prompts": args.prompts, "tokens": args.tokens}
+    found |= {"fresh": args.fresh or args.device == "cpu", "sets": {}}
     for chosen in args.sets:
         one = found["sets"][chosen] = rounds(model, ids, SETS[chosen], args.rounds, args.device)
         ms = ", ".join(f"{kind} {value:.1f} ms" for kind, value in one["ms"].items())

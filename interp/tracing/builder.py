@@ -17,6 +17,7 @@ from headscope.interp.tracing.blocks import BLOCKS
 from headscope.interp.tracing.blocks import variables as block_variables
 from headscope.interp.tracing.host_copies import in_host_memory
 from headscope.interp.tracing.piece import Piece
+from headscope.interp.tracing.rooms import Rooms, dtype_of
 
 
 class Builder:
@@ -29,9 +30,10 @@ class Builder:
         batch: int,
         start: NDArray[np.int64],
         length: NDArray[np.int64],
+        rooms: Rooms,
     ) -> None:
         self.statistics, self.layers, self.batch = statistics, layers, batch
-        self.start, self.length = start, length
+        self.start, self.length, self.rooms = start, length, rooms
         self.variables: dict[str, Any] = {}
         self.coords: dict[str, Any] = {}
         self._kept: list[NDArray[np.int64]] | None = None
@@ -60,16 +62,16 @@ class Builder:
             for i, layer in enumerate(self.layers):
                 value = _joined([piece.values[ROW][name] for piece in pieces[layer][:passes]])
                 if array is None:
-                    array = self._room(value, [len(kept) for kept in self._kept])
+                    array = self._room(name, value, [len(kept) for kept in self._kept])
                 _place(array[:, i], value, runs)
             self._put(name, array, "query", *self._extra(name))
 
-    def _room(self, like: Tensor, lengths: Sequence[int]) -> NDArray[Any]:
+    def _room(self, name: str, like: Tensor, lengths: Sequence[int]) -> NDArray[Any]:
         """Room for (example, layer, head, place, ...) of values ``like`` a layer's: what an example does not fill is
         missing."""
         batch, heads, _, *rest = like.shape
-        dtype = like.new_empty(0, device="cpu").numpy().dtype
-        array: NDArray[Any] = np.empty((batch, len(self.layers), heads, max(lengths), *rest), dtype)
+        dtype = dtype_of(like)
+        array = self.rooms.take(name, (batch, len(self.layers), heads, max(lengths), *rest), dtype)
         for b, length in enumerate(lengths):
             array[b, :, :, length:] = missing(dtype)
         return array
@@ -92,7 +94,8 @@ class Builder:
                 starts, lengths = self.start.tolist(), self.length.tolist()
                 if cross:
                     starts, lengths = [0] * self.batch, [values[0].shape[2]] * self.batch
-                array = self._room(values[0].expand(self.batch, heads, *values[0].shape[2:]), lengths)
+                like = values[0].expand(self.batch, heads, *values[0].shape[2:])
+                array = self._room(statistic.named(name), like, lengths)
                 runs = [slice(first, first + n) for first, n in zip(starts, lengths, strict=True)]
                 for i, value in enumerate(values):
                     _place(array[:, i], value.expand(self.batch, heads, *value.shape[2:]), runs)

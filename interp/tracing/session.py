@@ -16,6 +16,7 @@ from headscope.interp.statistics import BLOCK, OUTPUT, ROW, KeyStatistic, Statis
 from headscope.interp.statistics.plan import Planned
 from headscope.interp.tracing.builder import Builder
 from headscope.interp.tracing.piece import Piece, Where
+from headscope.interp.tracing.rooms import Rooms
 from headscope.kernels.request import Request
 
 
@@ -42,6 +43,7 @@ class Session:
         self._tokens: list[tuple[int, Tensor]] = []
         self._start: Tensor | None = None
         self._cross = False
+        self.rooms = Rooms()
         self._end: dict[int, NDArray[np.int64]] = {}
         self._prompt_end: NDArray[np.int64] | None = None
         self._cache: weakref.ref[Any] | None = None
@@ -123,6 +125,8 @@ class Session:
         self._tokens.append((offset, ids))
 
     def _note(self, where: Where) -> None:
+        if self._read is not None and where.offset >= self._read:
+            self.rooms.clear()  # a further pass: they are too short now
         stop = where.offset + where.shape[2]
         self._read = max(self._read or 0, stop)
         self._cross, self._heads = where.cross, where.shape[1]
@@ -142,7 +146,7 @@ class Session:
             return None
         start = np.zeros(self.batch, dtype=np.int64) if self._start is None else self._start.cpu().numpy()
         length = self._end[max(self._end)] - start
-        builder = Builder(self.statistics, layers, self.batch, start, length)
+        builder = Builder(self.statistics, layers, self.batch, start, length, self.rooms)
         builder.rows(rows)
         builder.keys(self._keys, self._heads, cross=self._cross)
         builder.blocks(blocks)

@@ -126,10 +126,7 @@ class Tracer(Handler):
     def end(self) -> None:
         """The block is left, perhaps by an exception: finished passes stay recorded, nothing on the model's caches."""
         self._caches.release()
-        if self._running:
-            self.abort_forward()
-        else:
-            self._keep_pass()
+        (self.abort_forward if self._running else self._keep_pass)()
 
     def concerns(self, module: str, layer: int) -> bool:
         """Every layer, unless only the stream is read."""
@@ -187,11 +184,12 @@ class Tracer(Handler):
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
                 continue
-            alone = isinstance(statistic, CallStatistic)
-            values = statistic.measure(call, reduced, rows) if alone else reader(reduced)
+            values = statistic.measure(call, reduced, rows) if isinstance(statistic, CallStatistic) else reader(reduced)
             piece.keep(statistic, values, self._host_copies)
             if isinstance(statistic, BlockStatistic):
                 piece.places[statistic.recorded[0]] = statistic.place(call)
+        if len(self._pass) == 1 and self.boundary is None and not answer.session.continues:
+            answer.session.rooms.prepare(call, piece, self)
         self._heap.called(piece.where.shape[0] * piece.where.shape[2], call.query.device)
 
     def _session_of(self, call: AttentionCall) -> tuple[Session, int]:
