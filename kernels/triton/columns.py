@@ -35,7 +35,7 @@ from headscope.kernels.triton.device import (
     strides,
     tma,
 )
-from headscope.kernels.triton.edits import argument, edited, looks_up
+from headscope.kernels.triton.edits import TURNED, argument, edited, looks_up
 from headscope.kernels.triton.masks import Rules, query_range, visible
 
 
@@ -93,7 +93,8 @@ def _kernel(
             else:
                 start = full_lo + tile * BM
             row = tl.arange(0, BM)
-            position = start + row + rules.query_offset
+            origin = start + rules.query_offset
+            position = origin + row
             step = start.to(tl.int64)
             qt = key_tile(q, b, h, start, hi - start, strides[0].position, d, D, BM, masked == 0, TMA)
             norm = tl.load(lse + step + row, mask=row < hi - start, other=float("inf"))
@@ -107,7 +108,8 @@ def _kernel(
                 t = s * (score.scale * LOG2E) - norm[None, :]
             else:
                 s = biased(scored(s, score), score, b, h, j[:, None], sizes.keys)
-                s = edited(s, score, b, h, position[None, :], (j + rules.key_offset)[:, None])
+                at = begin + rules.key_offset
+                s = edited(s, score, b, h, position[None, :], (j + rules.key_offset)[:, None], origin, at, TURNED)
                 if masked:
                     s = tl.where(tl.trans(visible(position, j + rules.key_offset, b, rules)), s, HIDDEN)
                 t = s - norm[None, :]
@@ -156,7 +158,7 @@ def fill(
         (strides(q), strides(k)),
         sizes,
         seen,
-        score(scale, softcap, bias, registers=tiles.registers, edit=argument(edit, q.device)),
+        score(scale, softcap, bias, registers=tiles.registers, edit=argument(edit, q.device, seen.right)),
         d=d,
         D=padded(d),
         BM=tiles.rows,

@@ -133,7 +133,7 @@ def test_top_keys_of_edited_scores_are_streamed() -> None:
 def test_a_kernel_takes_no_function() -> None:
     case = edited("causal", "hidden keys", queries=20, keys=30)
     with pytest.raises(ValueError, match="declared score edits alone"):
-        triton_edits.argument(case.edit, case.q.device)
+        triton_edits.argument(case.edit, case.q.device, None)
 
 
 def test_a_softcap_leaves_small_scores_as_exact_as_they_were() -> None:
