@@ -178,10 +178,14 @@ def changed(s, term, b, h, query, key, first, begin, KIND: tl.constexpr, biased:
     w = 1.0
     said = 1.0
     none: tl.constexpr = term.by_query is None and term.by_key is None
-    if term.by_query is not None:
+    if term.by_query is not None and KIND != TURNED:
         w, said = factor(read(term.queries, b, h, query), w, said, True, term)
     if term.by_key is not None:
-        w, said = factor(read(term.keys, b, h, key), w, said, term.by_query is None, term)
+        x = read_run(term.keys, b, h, key, begin, KIND == RUNS)
+        w, said = factor(x, w, said, term.by_query is None or KIND == TURNED, term)
+    if term.by_query is not None and KIND == TURNED:
+        x = read_run(term.queries, b, h, query, first, True)
+        w, said = factor(x, w, said, term.by_key is None, term)
     if term.by_distance is not None:
         w, said = factor(read_apart(term.distances, b, h, query, key, first, begin, KIND), w, said, none, term)
     if term.slope is not None:
@@ -251,6 +255,18 @@ def read(table, b, h, place):
     if table.places is not None:
         at = at * table.places + tl.minimum(tl.maximum(place - table.first, 0), table.places - 1)
     return tl.load(table.data + at)
+
+
+@triton.jit
+def read_run(table, b, h, places, first, RUN: tl.constexpr):
+    """A table at ``places`` (1, n), which are a run from ``first`` on where this is a ``RUN``.
+
+    """
+    if RUN and table.places is not None:
+        n = tl.arange(0, places.shape[1])
+        return tl.gather(read(table, b, h, first + n), n, 0)[None, :]
+    else:
+        return read(table, b, h, places)
 
 
 @triton.jit
