@@ -35,7 +35,8 @@ from headscope.kernels.triton.device import (
     strides,
     tma,
 )
-from headscope.kernels.triton.edits import TURNED, argument, edited, looks_up
+from headscope.kernels.triton.edit_arguments import argument, looks_up
+from headscope.kernels.triton.edits import TURNED, edited
 from headscope.kernels.triton.masks import Rules, query_range, visible
 
 
@@ -103,6 +104,8 @@ def _kernel(
                 norm = tl.where(position >= tl.load(rules.start + b).to(tl.int32), norm, float("inf"))
             if rules.end is not None:
                 norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
+            if score.edited is not None:
+                norm = tl.gather(norm, row, 0)
             s = tl.dot(kt, tl.trans(qt), input_precision=PARTS if D <= 128 else WHOLE)
             if score.softcap is None and score.bias is None and score.edited is None and masked == 0:
                 t = s * (score.scale * LOG2E) - norm[None, :]

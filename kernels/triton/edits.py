@@ -1,160 +1,30 @@
 """A declared score edit inside a Triton kernel: one multiply-add a term, and the look-ups of its weight.
 
-A kernel has few instructions to spare for a pair of a query and a key, so a pair is asked only what nothing else says:
+What a term lacks is compiled away, and what is known beforehand (``edit_arguments``) is not asked. Scores are in units
+of ln 2. A hidden key is one at ``FAR`` or below: a row whose maximum is there saw none, and in others its weight is 0.
 
-1. Tables come within their bounds and in the kernel's units (ln 2, where a term adds to scores), -inf as a number that
-   hides. What a term lacks is compiled away.
-2. Whether a term may lead beyond the scores that count, or bring a hidden key back, follows from the bounds of its
-   factors, on the host. Scores of the model itself are taken to be within 1e19, distances within 2^26 tokens.
-3. A hidden key is one at ``FAR`` or below. A row whose maximum is there saw none; in other rows its weight is 0 anyway.
-4. A tile has no more distances than rows and keys: these are read once, and pairs look them up in shared memory.
+A tile has no more distances than rows and keys. Those are read once, and pairs look them up in shared memory: a gather
+of one dimension comes in the layout in which scores leave the matrix unit, and its indices are constants of a thread.
+A tile of loads would come in another layout, by way of shared memory as well, each with an address to compute.
 """
 
 # A kernel's types are its arguments' at compile time.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from headscope.kernels import edit_terms
-from headscope.kernels.score_edits import MOST, ScoreEdit
+from headscope.kernels.score_edits import MOST
+from headscope.kernels.triton import edit_arguments
 from headscope.kernels.triton.device import HIDDEN, LOG2E
-from headscope.kernels.triton.features import kept
 
 FAR = tl.constexpr(edit_terms.GONE * LOG2E.value)  # GONE in units of ln 2, above FLOOR
+SEEN = tl.constexpr(edit_arguments.SEEN)
+NEVER = tl.constexpr(edit_terms.NEVER)  # a -inf among signs
 TERMS = tl.constexpr(MOST)
-# -inf in a table: of a term's only factor; of one that is multiplied by a distance, which is 0 or more; of several
-# factors, where it is above SEEN, as no other number is
-ALONE, AWAY, NEVER = HIDDEN.value, 3.0 * edit_terms.GONE, 1e30
-SEEN = tl.constexpr(1e15)
-SIGN = tl.constexpr(edit_terms.NEVER)  # -inf among signs
-OWN, TOKENS = 1e19, 2.0**26  # the largest score of the model itself, in nats; the largest distance
-FINITE = 2e38  # sums of terms that stay below it are finite in float32
-PAIRS, RUNS, TURNED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what ``edited`` is given
-
-
-class Table(NamedTuple):
-    """A table (example, head, place), float32, contiguous; the stride of a dimension of one place is None."""
-
-    data: Tensor
-    batch: int | None
-    heads: int | None
-    places: int | None
-    first: int
-
-
-class Term(NamedTuple):
-    """``edit_terms.Term`` as a kernel argument: what is not None is a flag, which is 1, or what it says.
-
-    Without ``score``, ``size`` and ``positive`` g is 1. A table stands where its flag does. ``pair`` and ``many``: two
-    factors, or more, say together whether a key is hidden. ``brings``: what was hidden before might be no longer.
-    ``later``: there is a term before. ``above`` and ``below``: at this end it may leave the scores that count.
-    """
-
-    score: int | None
-    size: int | None
-    positive: int | None
-    slope: int | None
-    least: int | None
-    greatest: int | None
-    by_query: int | None
-    by_key: int | None
-    by_distance: int | None
-    pair: int | None
-    many: int | None
-    later: int | None
-    brings: int | None
-    above: int | None
-    below: int | None
-    queries: Table | None
-    keys: Table | None
-    distances: Table | None
-
-
-class Edit(NamedTuple):
-    """Terms, and ``MOST`` flags that say which there are."""
-
-    some: tuple[int | None, ...]
-    terms: tuple[Term, ...]
-
-
-def argument(edit: ScoreEdit | None, device: torch.device, right: int | None) -> Edit | None:
-    """The kernel argument for ``edit``, which must be declared, under a mask with this ``right``."""
-    if edit is None:
-        return None
-    if not edit.in_kernels:
-        raise ValueError("Triton kernels evaluate declared score edits alone; use the streaming engine")
-    behind = right is not None and right <= 0
-    given, terms, reach = edit.terms or (), [], OWN
-    for number, term in enumerate(given):
-        weight = edit_terms.LARGEST ** len(term.tables) * (TOKENS if term.slope else 1.0)
-        reach = reach + weight if term.of == "one" else reach * (1.0 + weight)
-        far = reach > -edit_terms.GONE
-        limits = {
-            "later": _flag(number > 0),
-            "brings": _flag(term.of in ("score", "size") or weight > OWN),
-            "above": _flag(far),
-            "below": _flag((far and number < len(given) - 1) or reach * LOG2E.value > FINITE),
-        }
-        terms.append(_term(term, device, behind, limits))
-        reach = min(reach, -edit_terms.GONE)
-    return Edit((1,) * len(terms) + (None,) * (MOST - len(terms)), tuple(terms))
-
-
-def looks_up(edit: ScoreEdit) -> bool:
-    """Whether a weight of ``edit`` is looked up for every pair of a tile, not for its rows and keys."""
-    return any(term.distances is not None for term in edit.terms or ())
-
-
-def _term(term: edit_terms.Term, device: torch.device, behind: bool, limits: dict[str, int | None]) -> Term:
-    """``behind``: no query sees a key ahead of it."""
-    least, greatest = term.within or (None, None)
-    factors, hides = len(term.tables) + term.slope, term.of == "one"
-    away = term.slope and factors == 2 and behind
-    hidden = (ALONE if factors == 1 else AWAY if away else NEVER) if hides else None
-    tables: dict[str, Table | None] = {"queries": None, "keys": None, "distances": None}
-    unit = LOG2E.value if hides else 1.0
-    for name, x in term.tables.items():
-        first = {"queries": term.first_query, "keys": term.first_key, "distances": term.first_distance}[name]
-        tables[name], unit = _table(x, first, device, unit, hidden), 1.0
-    return Term(
-        score=_flag(term.of == "score"),
-        size=_flag(term.of == "size"),
-        positive=_flag(term.of == "positive"),
-        slope=_flag(term.slope),
-        least=least,
-        greatest=greatest,
-        by_query=_flag(term.queries is not None),
-        by_key=_flag(term.keys is not None),
-        by_distance=_flag(term.distances is not None),
-        pair=_flag(hides and factors == 2 and not away),
-        many=_flag(hides and factors > 2),
-        **limits,
-        **tables,
-    )
-
-
-def _flag(held: bool) -> int | None:
-    return 1 if held else None
-
-
-def _table(x: Tensor, first: int, device: torch.device, unit: float, hidden: float | None) -> Table:
-    batch, heads, places = (None if n == 1 else n for n in x.shape)
-    first = 0 if places is None else first  # one that changes with every token might be compiled anew
-    return Table(_prepared(x, device, unit, hidden), batch, heads, places, first)
-
-
-@kept
-def _prepared(x: Tensor, device: torch.device, unit: float, hidden: float | None) -> Tensor:
-    """``x`` within its bounds times ``unit``, with ``hidden``, if there is such a number, in place of -inf."""
-    x = x.detach().to(device, torch.float32).resolve_neg()
-    near = x.clamp(-edit_terms.LARGEST, edit_terms.LARGEST) * unit
-    return (near if hidden is None else torch.where(x <= edit_terms.GONE, hidden, near)).contiguous()
+PAIRS, RUNS, TURNED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the kinds of ``edited``
 
 
 @triton.jit
@@ -189,11 +59,11 @@ def changed(s, term, b, h, query, key, first, begin, KIND: tl.constexpr, biased:
     if term.by_distance is not None:
         w, said = factor(read_apart(term.distances, b, h, query, key, first, begin, KIND), w, said, none, term)
     if term.slope is not None:
-        origin = first if KIND == TURNED else begin  # what moves with the tile then begins at 0: numbers of no tile
+        origin = first if KIND == TURNED else begin  # from here what moves with the tile is the same in every tile
         apart = (query - origin).to(tl.float32) - (key - origin).to(tl.float32)
         w, said = weighted(apart, apart, w, said, False, term)
     if term.many is not None:
-        said = said >= SIGN
+        said = said >= NEVER
     if term.least is not None:
         inside = (key >= query - term.greatest) & (key <= query - term.least)
         w = tl.where(inside, w, 0.0)
@@ -242,7 +112,7 @@ def weighted(x, near, w, said, before: tl.constexpr, term):
         else:
             said = x > said
     if term.many is not None:
-        said = said * tl.where(x > SEEN, SIGN, tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)))
+        said = said * tl.where(x > SEEN, NEVER, tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0)))
     return w * near, said
 
 
@@ -259,8 +129,10 @@ def read(table, b, h, place):
 
 @triton.jit
 def read_run(table, b, h, places, first, RUN: tl.constexpr):
-    """A table at ``places`` (1, n), which are a run from ``first`` on where this is a ``RUN``.
+    """A table at ``places`` (1, n), which are ``first`` and what follows it where this is a ``RUN``.
 
+    A run is read once, a place a thread, and given to those who need it: each would read a column for every pair of
+    rows.
     """
     if RUN and table.places is not None:
         n = tl.arange(0, places.shape[1])
@@ -271,11 +143,7 @@ def read_run(table, b, h, places, first, RUN: tl.constexpr):
 
 @triton.jit
 def read_apart(table, b, h, query, key, first, begin, KIND: tl.constexpr):
-    """A table of distances at ``query - key``.
-
-    A gather of one dimension stays in the layout in which scores leave the matrix unit, and its indices are constants
-    of a thread; loads from memory for every pair would come in another.
-    """
+    """A table of distances at ``query - key``."""
     if KIND == PAIRS or table.places is None:
         return read(table, b, h, query - key)
     else:

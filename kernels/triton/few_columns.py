@@ -29,7 +29,8 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
-from headscope.kernels.triton.edits import PAIRS, argument, edited
+from headscope.kernels.triton.edit_arguments import argument
+from headscope.kernels.triton.edits import PAIRS, edited
 from headscope.kernels.triton.masks import Rules, visible
 
 MOST = 64  # queries of all heads that share a key/value head

@@ -47,7 +47,8 @@ from headscope.kernels.triton.device import (
     strides,
     tma,
 )
-from headscope.kernels.triton.edits import FAR, PAIRS, RUNS, argument, edited, looks_up
+from headscope.kernels.triton.edit_arguments import argument, looks_up
+from headscope.kernels.triton.edits import FAR, PAIRS, RUNS, edited
 from headscope.kernels.triton.masks import key_range, row_positions, rules, visible
 from headscope.kernels.triton.merge import merge_kernel
 from headscope.kernels.triton.softmax import absorb, store_statistics
@@ -178,10 +179,10 @@ def _kernel(
             s = tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE)
             if not (plain and masked == 0):
                 s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
-                at_key = (begin + j)[None, :]
+                at_key = (start + j + rules.key_offset)[None, :]
                 s = edited(s, score, example, bias_head, position[:, None], at_key, first, begin, kind)
             if masked:
-                seen = visible(position, begin + j, b, rules) & (j < left)[None, :]
+                seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
                 s = tl.where(seen, s, HIDDEN)
             if plain and masked == 0:
                 p, a, state = absorb(s, score.scale * LOG2E, state, position, begin, results)

@@ -27,7 +27,8 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
-from headscope.kernels.triton.edits import PAIRS, argument, edited
+from headscope.kernels.triton.edit_arguments import argument
+from headscope.kernels.triton.edits import PAIRS, edited
 from headscope.kernels.triton.masks import rules as mask_rules
 from headscope.kernels.triton.masks import sees
 
