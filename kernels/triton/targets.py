@@ -79,8 +79,8 @@ def _kernel(
         s = scored(tl.sum(qt * key.to(tl.float32), 1), score)
         j = index.to(tl.int32)
         s = biased(s, score, b, h, j, sizes.keys)
-        at = j + rules.key_offset
-        s = edited(s, score, b, h, i + rules.query_offset, at, 0, at, PAIRS)
+        position = j + rules.key_offset
+        s = edited(s, score, b, h, i + rules.query_offset, position, 0, position, PAIRS)
         seen = real & sees(i + rules.query_offset, j + rules.key_offset, b, rules)
         tl.store(out + row * sizes.each + t, tl.where(seen, tl.exp2(s - norm), 0.0), mask=exists)
 
