@@ -48,19 +48,23 @@ def everything(case: Case) -> Request:
     return Request(output=False, lse=True, entropy=True, targets=targets, columns=(Columns(sum=True),))
 
 
-def every_factor(names: tuple[str, ...]) -> Term:
+def every_factor(names: tuple[str, ...], within: tuple[int, int] | None) -> Term:
     """Each of ``FACTORS`` beside each, for pairs apart enough to be seen under a causal mask."""
     at = torch.arange(TILES, device=DEVICE)
     numbers = {"queries": FACTORS[at % 7], "keys": FACTORS[at // 7 % 7], "distances": FACTORS[at // 3 % 7]}
     tables = {name: numbers[name][None, None] for name in names if name != "slope"}
-    return Term(slope="slope" in names, **tables)  # type: ignore[arg-type]
+    return Term(slope="slope" in names, within=within, **tables)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("names", [*PAIRS, *SLOPES, *MANY], ids=" ".join)
-@pytest.mark.parametrize("kind, queries", [("causal", TILES), ("full", TILES), ("causal", FEW)])
-def test_factors_hide_by_their_signs(names: tuple[str, ...], kind: str, queries: int) -> None:
+@pytest.mark.parametrize(
+    "kind, queries, within", [("causal", TILES, None), ("full", TILES, (-40, 50)), ("causal", FEW, None)]
+)
+def test_factors_hide_by_their_signs(
+    names: tuple[str, ...], kind: str, queries: int, within: tuple[int, int] | None
+) -> None:
     """However small, two -inf too; not beside 0 or a negative number, nor by the distance of a key ahead."""
-    case = call(kind, ScoreEdit.of(every_factor(names)), queries)
+    case = call(kind, ScoreEdit.of(every_factor(names, within)), queries)
     i, j = torch.arange(queries, device=DEVICE)[:, None] + case.mask.query_offset, torch.arange(TILES, device=DEVICE)
     found = {
         "queries": FACTORS[i % 7],
@@ -70,6 +74,7 @@ def test_factors_hide_by_their_signs(names: tuple[str, ...], kind: str, queries:
     factors = torch.stack([found[name].expand(queries, TILES) if name in found else i - j for name in names])
     never = factors == -torch.inf
     hidden = never.any(0) & (torch.where(never, 1.0, factors.sign()).prod(0) > 0)
+    hidden &= (i - j >= within[0]) & (i - j <= within[1]) if within else True
     s, plain = (reference.dense_scores(x)[0, 0] for x in (case, replace(case, edit=None)))
     assert torch.equal(s == -torch.inf, hidden | (plain == -torch.inf))
     if queries == TILES:
@@ -106,7 +111,7 @@ def test_no_term_brings_a_hidden_key_back(by: str, name: str) -> None:
     gone = on_keys(-torch.inf, 3)
     terms = LATER[name]
     case = call("full", ScoreEdit.of(*terms) if by == "a bias" else ScoreEdit.of(Term(keys=gone), *terms))
-    case = replace(case, bias=gone[0][None]) if by == "a bias" else case
+    case = replace(case, bias=gone if by == "a bias" else None, mask=replace(case.mask, query_offset=5_000))
     got = case.run(triton_engine.attend, everything(case))
     assert got.columns[0].sum is not None and not got.columns[0].sum[..., ::3].any()
     if "far" not in name and name != "all of it":  # those leave no digits of the scores
@@ -176,6 +181,14 @@ def test_a_table_of_distances_begins_and_ends_anywhere() -> None:
         case = random_case("full", batch=1, kv_heads=1, queries=40, keys=70, d_head=16, device=DEVICE)
         case = replace(case, edit=ScoreEdit.of(Term(distances=table, first_distance=first)))
         assert not fails(case, Request(output=False, entropy=True, columns=(Columns(sum=True),))), first
+
+
+def test_some_of_the_rows_have_distances_of_their_own() -> None:
+    table = torch.randn(1, 1, 50, device=DEVICE)
+    rows = torch.arange(70, device=DEVICE) * 2
+    for term in (Term(distances=table), Term(queries=number(-0.1), slope=True)):
+        case = call("causal", ScoreEdit.of(term), queries=150, keys=150)
+        assert not fails(case, Request(output=False, entropy=True, query_rows=rows))
 
 
 def test_a_pair_is_asked_no_more_than_its_term_needs() -> None:
