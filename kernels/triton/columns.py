@@ -35,7 +35,7 @@ from headscope.kernels.triton.device import (
     strides,
     tma,
 )
-from headscope.kernels.triton.edit_arguments import argument, looks_up
+from headscope.kernels.triton.edit_arguments import argument
 from headscope.kernels.triton.edits import TURNED, edited
 from headscope.kernels.triton.masks import Rules, query_range, visible
 
@@ -147,7 +147,7 @@ def fill(
     if edit is None:
         tiles = triton_tuning.column_tiles(padded(d), q.dtype)
     else:
-        tiles = triton_tuning.edited_column_tiles(padded(d), q.dtype, looks_up(edit))
+        tiles = triton_tuning.edited_column_tiles(padded(d), q.dtype)
     queries_at = tma(q, tiles.rows, padded(d)) if tiles.copy_engine else None
     launch(
         _kernel,

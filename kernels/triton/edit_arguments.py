@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,13 +101,13 @@ def looks_up(edit: ScoreEdit) -> bool:
     return any(term.distances is not None for term in edit.terms or ())
 
 
-def _term(term: edit_terms.Term, device: torch.device, behind: bool, limits: dict[str, int | None]) -> Term:
+def _term(term: edit_terms.Term, device: torch.device, behind: bool, limits: dict[str, Any]) -> Term:
     """``behind``: no query sees a key ahead of it."""
     least, greatest = term.within or (None, None)
     factors, hides = len(term.tables) + term.slope, term.of == "one"
     away = term.slope and factors == 2 and behind
     hidden = (ALONE if factors == 1 else AWAY if away else NEVER) if hides else None
-    tables: dict[str, Table | None] = {"queries": None, "keys": None, "distances": None}
+    tables: dict[str, Any] = {"queries": None, "keys": None, "distances": None}
     unit = LOG2E.value if hides else 1.0
     for name, x in term.tables.items():
         first = {"queries": term.first_query, "keys": term.first_key, "distances": term.first_distance}[name]
