@@ -40,7 +40,11 @@ class Term:
        product of w's other factors is above 0, however little, and changes nothing elsewhere.
     4. [OURS] So that no engine meets infinities or what rounds to them: a table's number of -1e29 or less counts as
        -inf, another beyond 1e9 in size as 1e9 with its sign (as -inf does in the tables of other g, where it hides
-       nothing); a score of -1e29 or less hides its key, and one of 1e29 or more counts as 1e29.
+       nothing); a score of -1e29 or less hides its key, and one of 1e29 or more counts as 1e29. Kernels take the scores
+       that the model itself computes to be within 1e19, and distances to be within 2^26 tokens.
+
+    What kernels make of a table is kept while the table lives and stays as it is: give a new one rather than change its
+    numbers behind torch's back (``.data``, ``from_numpy``).
 
     Args:
         of: g.

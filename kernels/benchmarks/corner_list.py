@@ -79,14 +79,15 @@ ROWS = [
     Row("edit", "score edit, 16k", edited),
     Row("table", "score edit by distance, 16k", looked_up),
 ]
-EDITED = [Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 4, 2), Tiles(128, 128, 8, 2)]
-EDITED_OUTPUT = [Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(128, 64, 4, 2, registers=True)]
-EDITED_COLUMNS = [Tiles(128, 128, 8, 2), Tiles(64, 64, 4, 3), Tiles(64, 128, 8, 3)]
-LOOKED_UP = [Tiles(64, 32, 4, 3), Tiles(128, 32, 8, 2), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2)]
+EDITED = [Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 2), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2)]
+EDITED_OUTPUT = [Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 2), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2)]
+EDITED_COLUMNS = [Tiles(64, 64, 4, 3), Tiles(64, 128, 8, 3), Tiles(128, 64, 4, 3), Tiles(128, 128, 8, 2)]
+LOOKED_UP = [Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2)]
 BOTH = "with output, statistics"
 SWEEPS = [
     Sweep("edit", ("statistics",), tuning, "edited_row_tiles", EDITED),
     Sweep("edit", ("output", BOTH), tuning, "edited_row_tiles", EDITED_OUTPUT),
     Sweep("edit", ("columns",), tuning, "edited_column_tiles", EDITED_COLUMNS),
     Sweep("table", ("statistics", BOTH), tuning, "edited_row_tiles", LOOKED_UP),
+    Sweep("table", ("columns",), tuning, "edited_column_tiles", EDITED_COLUMNS),
 ]

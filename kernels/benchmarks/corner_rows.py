@@ -188,6 +188,7 @@ def looked_up(less: int) -> Iterator[Timed]:
     edit = by_distance(bias=torch.linspace(0.0, -1.0, 4096 // less, device=DEVICE).expand(call.heads, -1).contiguous())
     yield call.timed("statistics", partial(call.rows, edit=edit), None, 3.0)
     yield call.timed("with output, statistics", partial(call.rows, WITH_OUTPUT, edit=edit), None, 3.0)
+    yield call.timed("columns", partial(call.columns, call.lse(edit=edit), edit=edit), None, 3.0)
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -35,7 +35,8 @@ from headscope.kernels.triton.device import (
     strides,
     tma,
 )
-from headscope.kernels.triton.edits import argument, edited, looks_up
+from headscope.kernels.triton.edit_arguments import argument
+from headscope.kernels.triton.edits import TURNED, edited
 from headscope.kernels.triton.masks import Rules, query_range, visible
 
 
@@ -93,7 +94,8 @@ def _kernel(
             else:
                 start = full_lo + tile * BM
             row = tl.arange(0, BM)
-            position = start + row + rules.query_offset
+            origin = start + rules.query_offset
+            position = origin + row
             step = start.to(tl.int64)
             qt = key_tile(q, b, h, start, hi - start, strides[0].position, d, D, BM, masked == 0, TMA)
             norm = tl.load(lse + step + row, mask=row < hi - start, other=float("inf"))
@@ -102,12 +104,15 @@ def _kernel(
                 norm = tl.where(position >= tl.load(rules.start + b).to(tl.int32), norm, float("inf"))
             if rules.end is not None:
                 norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
+            if score.edited is not None:
+                norm = tl.gather(norm, row, 0)
             s = tl.dot(kt, tl.trans(qt), input_precision=PARTS if D <= 128 else WHOLE)
             if score.softcap is None and score.bias is None and score.edited is None and masked == 0:
                 t = s * (score.scale * LOG2E) - norm[None, :]
             else:
                 s = biased(scored(s, score), score, b, h, j[:, None], sizes.keys)
-                s = edited(s, score, b, h, position[None, :], (j + rules.key_offset)[:, None])
+                at = begin + rules.key_offset
+                s = edited(s, score, b, h, position[None, :], (j + rules.key_offset)[:, None], origin, at, TURNED)
                 if masked:
                     s = tl.where(tl.trans(visible(position, j + rules.key_offset, b, rules)), s, HIDDEN)
                 t = s - norm[None, :]
@@ -142,7 +147,7 @@ def fill(
     if edit is None:
         tiles = triton_tuning.column_tiles(padded(d), q.dtype)
     else:
-        tiles = triton_tuning.edited_column_tiles(padded(d), q.dtype, looks_up(edit))
+        tiles = triton_tuning.edited_column_tiles(padded(d), q.dtype)
     queries_at = tma(q, tiles.rows, padded(d)) if tiles.copy_engine else None
     launch(
         _kernel,
@@ -156,7 +161,7 @@ def fill(
         (strides(q), strides(k)),
         sizes,
         seen,
-        score(scale, softcap, bias, registers=tiles.registers, edit=argument(edit, q.device)),
+        score(scale, softcap, bias, registers=tiles.registers, edit=argument(edit, q.device, seen.right)),
         d=d,
         D=padded(d),
         BM=tiles.rows,

@@ -45,7 +45,7 @@ class Score(NamedTuple):
     bias_head: int
     sign: float | None  # multiplies the operand that stays: see ``signed``
     edited: int | None = None  # 1 with an ``edit``: Triton 3.4 to 3.6 cannot ask whether a tuple is None
-    edit: tuple[Any, ...] | None = None  # see ``edits``
+    edit: tuple[Any, ...] | None = None  # see ``edit_arguments``
 
 
 def score(
@@ -57,7 +57,7 @@ def score(
     edit: tuple[Any, ...] | None = None,
 ) -> Score:
     """The kernel argument for ``scale``, ``softcap``, a key bias (batch or 1, head or 1, key), where -inf hides, and an
-    ``edit`` as ``edits.argument`` gives it."""
+    ``edit`` as ``edit_arguments.argument`` gives it."""
     sign = math.copysign(1.0, scale) if registers or scale < 0 else None
     edited = None if edit is None else 1
     scale, softcap = float(abs(scale)), None if softcap is None else float(softcap)  # numpy's are none to Triton

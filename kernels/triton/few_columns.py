@@ -29,7 +29,8 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
-from headscope.kernels.triton.edits import argument, edited
+from headscope.kernels.triton.edit_arguments import argument
+from headscope.kernels.triton.edits import PAIRS, edited
 from headscope.kernels.triton.masks import Rules, visible
 
 
@@ -73,7 +74,8 @@ def _kernel(
         norm = tl.where(position < tl.load(rules.end + b).to(tl.int32), norm, float("inf"))
     s = scored(tl.dot(kt, tl.trans(qt), input_precision=PARTS if D <= 128 else WHOLE), score)
     s = biased(s, score, b, h[None, :], j[:, None], sizes.keys)
-    s = edited(s, score, b, h[None, :], position[None, :], (j + rules.key_offset)[:, None])
+    at = tl.program_id(0) * BN + rules.key_offset
+    s = edited(s, score, b, h[None, :], position[None, :], (j + rules.key_offset)[:, None], 0, at, PAIRS)
     seen = tl.trans(visible(position, j + rules.key_offset, b, rules)) & (j < sizes.keys)[:, None]
     p = tl.exp2(tl.where(seen, s, HIDDEN) - norm[None, :])
     p = tl.reshape(p, [BN, HEADS, ROWS])
@@ -132,7 +134,7 @@ def fill(
         (strides(q), strides(k)),
         sizes,
         seen,
-        score(scale, softcap, bias, edit=argument(edit, q.device)),
+        score(scale, softcap, bias, edit=argument(edit, q.device, seen.right)),
         d=d,
         D=padded(d),
         HEADS=heads,

@@ -47,7 +47,8 @@ from headscope.kernels.triton.device import (
     strides,
     tma,
 )
-from headscope.kernels.triton.edits import argument, edited, looks_up
+from headscope.kernels.triton.edit_arguments import argument, looks_up
+from headscope.kernels.triton.edits import FAR, PAIRS, RUNS, edited
 from headscope.kernels.triton.masks import key_range, row_positions, rules, visible
 from headscope.kernels.triton.merge import merge_kernel
 from headscope.kernels.triton.softmax import absorb, store_statistics
@@ -152,6 +153,7 @@ def _kernel(
     nothing = tl.zeros([BM], tl.float32)
     state = (nothing + FLOOR, nothing, nothing, nothing)  # max, denominator, entropy, distance
     plain: tl.constexpr = score.softcap is None and score.bias is None and score.edited is None
+    kind: tl.constexpr = PAIRS if PACK or rules.positions is not None else RUNS
     linear = tl.zeros([BM, NF], tl.float32)
     output = tl.zeros([BM, DV], tl.float32)
     # under segments in pieces no tile is known to be whole, and that loop is left out: one that never runs, behind the
@@ -169,6 +171,7 @@ def _kernel(
                 start = tl.where(tile < before, lo + tile * BN, full_hi + (tile - before) * BN)
             else:
                 start = full_lo + tile * BN
+            begin = start + rules.key_offset
             step = start.to(tl.int64)
             j = tl.arange(0, BN)
             left = sizes.keys - start
@@ -176,11 +179,11 @@ def _kernel(
             s = tl.dot(qt, tl.trans(kt), input_precision=PARTS if D <= 128 else WHOLE)
             if not (plain and masked == 0):
                 s = biased(scored(s, score), score, b, bias_head, (start + j)[None, :], sizes.keys)
-                s = edited(s, score, example, bias_head, position[:, None], (start + j + rules.key_offset)[None, :])
+                at_key = (start + j + rules.key_offset)[None, :]
+                s = edited(s, score, example, bias_head, position[:, None], at_key, first, begin, kind)
             if masked:
                 seen = visible(position, start + j + rules.key_offset, b, rules) & (j < left)[None, :]
                 s = tl.where(seen, s, HIDDEN)
-            begin = start + rules.key_offset
             if plain and masked == 0:
                 p, a, state = absorb(s, score.scale * LOG2E, state, position, begin, results)
             else:
@@ -195,6 +198,8 @@ def _kernel(
     split = tl.program_id(2).to(tl.int64)
     row = ((split * batches + b64) * sizes.heads + h64) * sizes.rows + i
     m, norm, e, x = state
+    if score.edited is not None:
+        norm = tl.where(m > FAR, norm, 0.0)  # else an edit hid all that the row saw
     inverse = store_statistics(results, row, exists, m, norm, e, x, sinks, h64)
     if results.linear is not None:
         n = tl.arange(0, NF)
@@ -270,7 +275,7 @@ def rows(
         (strides(q), strides(k), strides(values), strides(f)),
         sizes,
         rules(mask, batch, positions, ranges),
-        score(scale, softcap, bias, registers=tiles.registers, edit=argument(edit, q.device)),
+        score(scale, softcap, bias, registers=tiles.registers, edit=argument(edit, q.device, mask.right)),
         d=d,
         D=width,
         dv=d_value,

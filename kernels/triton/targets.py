@@ -27,7 +27,8 @@ from headscope.kernels.triton.device import (
     signed,
     strides,
 )
-from headscope.kernels.triton.edits import argument, edited
+from headscope.kernels.triton.edit_arguments import argument
+from headscope.kernels.triton.edits import PAIRS, edited
 from headscope.kernels.triton.masks import rules as mask_rules
 from headscope.kernels.triton.masks import sees
 
@@ -78,7 +79,8 @@ def _kernel(
         s = scored(tl.sum(qt * key.to(tl.float32), 1), score)
         j = index.to(tl.int32)
         s = biased(s, score, b, h, j, sizes.keys)
-        s = edited(s, score, b, h, i + rules.query_offset, j + rules.key_offset)
+        position = j + rules.key_offset
+        s = edited(s, score, b, h, i + rules.query_offset, position, 0, position, PAIRS)
         seen = real & sees(i + rules.query_offset, j + rules.key_offset, b, rules)
         tl.store(out + row * sizes.each + t, tl.where(seen, tl.exp2(s - norm), 0.0), mask=exists)
 
@@ -120,7 +122,7 @@ def target_mass(
         (strides(q), strides(k)),
         Sizes(heads, heads // k.shape[1], queries, n, k.shape[2], count, int(targets.shape[0] > 1)),
         mask_rules(mask, batch),
-        score(scale, softcap, bias, edit=argument(edit, q.device)),
+        score(scale, softcap, bias, edit=argument(edit, q.device, mask.right)),
         d=d,
         D=padded(d),
         BM=ROWS,

@@ -51,11 +51,9 @@ def edited_row_tiles(d: int, d_value: int, features: int, dtype: torch.dtype, lo
     return Tiles(128, 64, 8, 3) if d_value and wide <= 64 else row_tiles(d, d_value, features, dtype)
 
 
-def edited_column_tiles(d: int, dtype: torch.dtype, looks_up: bool) -> Tiles:
+def edited_column_tiles(d: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the column kernel under a score edit: fewer scores a thread, which also holds their weights."""
-    if d > 128 or dtype == torch.float32:
-        return column_tiles(d, dtype)
-    return Tiles(64, 64, 8, 2) if looks_up and d > 64 else Tiles(64, 64, 4, 3)
+    return column_tiles(d, dtype) if d > 128 or dtype == torch.float32 else Tiles(64, 64, 4, 3)
 
 
 def decode_tiles(d: int, rows: int, dtype: torch.dtype) -> Tiles:

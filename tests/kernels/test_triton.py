@@ -22,7 +22,7 @@ from headscope.kernels.checks.compare import compare
 from headscope.kernels.masks import Mask
 from headscope.kernels.request import Columns, Reduced, Request
 from headscope.kernels.scores import Scores
-from headscope.kernels.triton import edits as triton_edits
+from headscope.kernels.triton import edit_arguments
 from headscope.kernels.triton import tuning as triton_tuning
 from headscope.kernels.triton.tuning import Tiles
 
@@ -133,7 +133,7 @@ def test_top_keys_of_edited_scores_are_streamed() -> None:
 def test_a_kernel_takes_no_function() -> None:
     case = edited("causal", "hidden keys", queries=20, keys=30)
     with pytest.raises(ValueError, match="declared score edits alone"):
-        triton_edits.argument(case.edit, case.q.device)
+        edit_arguments.argument(case.edit, case.q.device, None)
 
 
 def test_a_softcap_leaves_small_scores_as_exact_as_they_were() -> None:

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="the Triton engine is an optional extra")
 
 from headscope.kernels import attention, first_call
-from headscope.kernels.benchmarks import first_calls
+from headscope.kernels.benchmarks import edit_loops, first_calls
 from headscope.kernels.checks import machine
 from headscope.kernels.hopper import dispatch
 from headscope.kernels.masks import Mask
@@ -74,6 +74,17 @@ def test_every_kernel_compiles(tmp_path_factory: pytest.TempPathFactory) -> None
     asked = [("window", "80", "float16", ""), ("chunks", "256", "bfloat16", ""), ("window", "80", "float32", few)]
     said = compile_all(tmp_path_factory, asked)
     assert [line.split(": ")[1] for line in said] == ["1 shapes, 0 kernels do not compile"] * 3
+
+
+@pytest.mark.slow
+def test_a_score_edit_adds_few_instructions(tmp_path: Path) -> None:
+    """A slope is a difference of positions and a multiply-add, a bias by distance a load; both forbid to fold the scale
+    into the exponent, which is a multiplication. What tells a hidden key once made it twenty."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    asked = ["--edits", "slope;bias by distance", "--what", "statistics;columns", "--out", str(tmp_path / "loops")]
+    subprocess.run([sys.executable, edit_loops.__file__, *asked], env=environment, check=True, timeout=300)
+    for loop in json.loads((tmp_path / "loops").read_text())["loops"]:
+        assert loop["a pair"] - loop["without"] < 4 and not loop["spills"], loop
 
 
 @pytest.mark.slow
