@@ -199,8 +199,10 @@ def _kernel(
     row = ((split * batches + b64) * sizes.heads + h64) * sizes.rows + i
     m, norm, e, x = state
     if score.edited is not None:
-        norm = tl.where(m > FAR, norm, 0.0)  # else an edit hid all that the row saw
+        norm, x = tl.where(m > FAR, norm, 0.0), tl.where(m > FAR, x, 0.0)  # else an edit hid all that the row saw
     inverse = store_statistics(results, row, exists, m, norm, e, x, sinks, h64)
+    if score.edited is not None:
+        inverse = tl.where(m > FAR, inverse, 0.0)
     if results.linear is not None:
         n = tl.arange(0, NF)
         kept = exists[:, None] & (n < sizes.width)[None, :]

@@ -42,7 +42,7 @@ def store_statistics(results, row, exists, m, norm, e, x, sinks, head):
     some = norm > 0.0
     safe = tl.where(some, norm, 1.0)
     lse = m + tl.log2(safe)
-    inverse = tl.where(some, 1.0 / safe, 0.0)
+    inverse = 1.0 / safe
     entropy = tl.log2(safe) - e * inverse
     if sinks is not None:
         z = tl.load(sinks + head).to(tl.float32) * LOG2E
