@@ -150,10 +150,11 @@ def heaviest(
     plain = given.softcap is None and given.bias is None
     unit, places, width = given.scale * LOG2E.value if plain else 1.0, lists.found.shape[4], padded(d)
     q, k = last_dim_contiguous(q), last_dim_contiguous(k)
-    tile = {"d": d, "D": width, "K": 1 << (sizes.top - 1).bit_length(), "ROOM": places, "BM": 64, "BN": 64}
+    # one warp of few rows: they wait for each other at every key that one of them inserts
+    tile = {"d": d, "D": width, "K": 1 << (sizes.top - 1).bit_length(), "ROOM": places, "BM": 16, "BN": 64}
     at = strides(q), strides(k)
-    grid = (triton.cdiv(n, 64), batch * heads)
-    launch(_anew, grid, q, q, k, *lists, at, sizes, seen, given, unit, **tile, num_warps=4, num_stages=2)
+    grid = (triton.cdiv(n, 16), batch * heads)
+    launch(_anew, grid, q, q, k, *lists, at, sizes, seen, given, unit, **tile, num_warps=1, num_stages=2)
     rows, all_ = batch * heads * n, LISTS.value * places
     numbers = rows, sizes.top, seen.key_offset, unit
     tile = {"ROOM": places, "ALL": all_, "BM": 32}
