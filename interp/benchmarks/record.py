@@ -7,9 +7,9 @@ Each round times, in turn, an untraced pass, a traced pass and then the record (
 Dataset in host memory), each to its end on the device. Printed are medians in milliseconds and, over the rounds, the
 median ratios to the untraced pass: of the record alone, and of what the traced pass adds. "fixed" is the record of as
 many prompts of eight tokens: what it takes whatever its size (the Dataset, its provenance). The rest of a record is
-copied on torch's threads (``--threads``; printed). ``--fresh`` prepares no arrays during the pass, as is done for a
-GPU (``headscope.interp.tracing.rooms``). ``thin`` has the depth and the heads of ``1b`` and two
-numbers a head, so that a pass costs little beside its record.
+copied on torch's threads (``--threads``; printed), into arrays that are prepared during the pass where a GPU computes
+(``headscope.interp.tracing.rooms``), unless ``--fresh``. ``thin`` has the depth and the heads of ``1b`` and two numbers
+a head, so that a pass costs little beside its record.
 """
 
 from __future__ import annotations

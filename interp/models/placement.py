@@ -23,7 +23,8 @@ def devices(model: nn.Module) -> str:
     if placed:
         names = [place if place == "disk" else str(torch.device(place)) for place in placed.values()]
     else:
-        names = [str(p.device) if p.device.type != "meta" else _fetched_to(model) for p in model.parameters()]
+        found = dict.fromkeys(p.device for p in model.parameters())  # few: there are hundreds of parameters
+        names = [str(device) if device.type != "meta" else _fetched_to(model) for device in found]
     return ", ".join(dict.fromkeys(names))
 
 

@@ -71,7 +71,7 @@ def join(entries: Sequence[Sequence[xr.Dataset]]) -> list[xr.Dataset]:
 
 
 def _only(dataset: xr.Dataset, layers: list[int]) -> xr.Dataset:
-    return dataset if np.array_equal(dataset["layer"], layers) else dataset.sel(layer=layers)
+    return dataset if dataset["layer"].to_numpy().tolist() == layers else dataset.sel(layer=layers)
 
 
 def check_no_cache(kinds: list[Done], *, cached: bool) -> None:
