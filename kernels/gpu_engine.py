@@ -53,7 +53,8 @@ def attend(
     values = v if request.output else None  # else nothing reads them, and they may be the keys
     tensors = (scores.q, scores.k, values, scores.sinks, scores.bias, *scores.mask.tensors, *request.tensors)
     about = ("attend", scores.scale, scores.softcap, *scores.mask.numbers, *request.numbers)
-    return _whole(again(lambda: _flat(_computed(scores, v, request)), tensors, about))
+    step = scores.q.shape[2] == 1
+    return _whole(again(lambda: _flat(_computed(scores, v, request)), tensors, about, at_once=step))
 
 
 def _computed(scores: Scores, v: Tensor, request: Request) -> Reduced:

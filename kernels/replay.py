@@ -71,13 +71,17 @@ _ONCE: dict[Hashable, None] = {}
 _RECORDING: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 
 
-def again(run: Callable[[], Results], tensors: Sequence[Tensor | None], about: Hashable) -> Results:
+def again(
+    run: Callable[[], Results], tensors: Sequence[Tensor | None], about: Hashable, *, at_once: bool = False
+) -> Results:
     """``run()``, or what it started when it was called before.
 
     Args:
         run: starts kernels by ``device.launch`` on tensors of its own making and on ``tensors``.
         tensors: all that it reads, one on its device first.
         about: whatever else it depends on, its name included; of the tensors, all but their content is added.
+        at_once: the first call of a kind is recorded, not the second: in a decoding step, whose length comes once, the
+            layers' calls come again for sure.
     """
     if _RECORDING.get() is not None:  # it is part of a call that is recorded
         return run()
@@ -88,7 +92,7 @@ def again(run: Callable[[], Results], tensors: Sequence[Tensor | None], about: H
         return _replayed(known, tensors)
     if known is not _UNKNOWN:
         return run()
-    if kind not in _ONCE:
+    if kind not in _ONCE and not at_once:
         _remember(_ONCE, kind, None)
         return run()
     recording = _Recording([x for x in tensors if x is not None])

@@ -74,6 +74,20 @@ def test_the_third_call_is_right_and_decides_nothing(name: str, monkeypatch: pyt
         wrong(case(2, "left padding"), REQUESTS[name])
 
 
+def test_the_second_layer_of_a_decoding_step_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(seed: int, keys: int) -> Case:
+        return random_case("causal", kv_heads=1, queries=1, keys=keys, d_head=16, seed=seed)
+
+    request = Request(lse=True, entropy=True)
+    for keys in (20, 21):  # a length comes once
+        assert not wrong(step(0, keys), request)
+        with monkeypatch.context() as patch:
+            undecided(patch)
+            assert not wrong(step(1, keys), request)
+            with pytest.raises(pytest.fail.Exception):
+                wrong(step(1, keys + 1), request)
+
+
 SPANS = [(0, 5), (5, 12), (12, 20)]
 COMPOSED: dict[str, Callable[[Case, Tensor], Any]] = {
     "spans": lambda one, lse: spans.span_outputs(one, one.v, SPANS, engine="triton"),
