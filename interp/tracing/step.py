@@ -56,7 +56,7 @@ class Step:
         if args or not isinstance(ids, Tensor) or ids.shape[1:] != (1,):
             return None
         masks: dict[str, Any] = mask if isinstance(mask, dict) else {"": mask}
-        if not _is_static(cache) or not masks or not all(_is_plain(each) for each in masks.values()):
+        if not _is_static(cache, ids.device) or not masks or not all(_is_plain(each) for each in masks.values()):
             return None
         rest = {name: x for name, x in kwargs.items() if name not in (CACHE, MASK)}
         tensors = {name: x for name, x in rest.items() if isinstance(x, Tensor)}
@@ -135,13 +135,15 @@ class Step:
                 layer.cumulative_length.fill_(at + 1)
 
 
-def _is_static(cache: Any) -> bool:
-    """Whether a cache's layers keep their keys in place and count them on the device alone."""
+def _is_static(cache: Any, device: torch.device) -> bool:
+    """Whether a cache's layers keep their keys in place on ``device`` and count them there alone."""
     return (
         type(cache) is StaticCache
+        and not cache.offloading  # whose keys move
         and bool(cache.layers)
         and all(type(each) is StaticLayer and each.is_initialized for each in cache.layers)
         and all(isinstance(each.cumulative_length, Tensor) for each in cache.layers)
+        and all(x.device == device for each in cache.layers for x in (each.keys, each.cumulative_length))
     )
 
 
