@@ -117,22 +117,29 @@ class Step:
         self.end.copy_(step.end)
 
     def rewind(self) -> None:
-        """The cache has not read this token yet."""
+        """The cache has not read this token yet, and holds nothing of it."""
+        at = self.offset
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.offset)
+            layer.cumulative_length.fill_(at)
+            layer.keys[:, :, at], layer.values[:, :, at] = 0, 0
+
+    def read(self) -> list[Tensor]:
+        """What the cache holds of this token, and how far it has read, layer by layer."""
+        at = self.offset
+        found = [(layer.keys[:, :, at], layer.values[:, :, at], layer.cumulative_length) for layer in self.cache.layers]
+        return [x.clone() for each in found for x in each]
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Whatever runs inside the block, the cache holds afterwards what it holds now of this step's token."""
-        at = self.offset
-        layers = self.cache.layers
-        keys = [(layer.keys[:, :, at].clone(), layer.values[:, :, at].clone()) for layer in layers]
+    def kept(self) -> Iterator[list[Tensor]]:
+        """Whatever runs inside the block, the cache holds afterwards what it holds now of this step's token: what
+        ``read`` gives, which the block is told."""
+        at, held = self.offset, self.read()
         try:
-            yield
+            yield held
         finally:
-            for layer, (key, value) in zip(layers, keys, strict=True):
+            for layer, key, value, count in zip(self.cache.layers, held[::3], held[1::3], held[2::3], strict=True):
                 layer.keys[:, :, at], layer.values[:, :, at] = key, value
-                layer.cumulative_length.fill_(at + 1)
+                layer.cumulative_length.copy_(count)
 
 
 def _is_static(cache: Any, device: torch.device) -> bool:

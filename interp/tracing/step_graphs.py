@@ -176,15 +176,16 @@ class StepGraph:
 
     def _differs(self, step: Step, output: Any) -> str | None:
         """Run ``step`` as a graph after Python gave ``output``: where they differ. The cache is left as it was."""
-        with step.kept():
+        with step.kept() as held:
             if self._step is None:
                 self._capture(step)
             step.rewind()
             self._load(step)
             self._replay()
-        both = (tree_leaves(output), tree_leaves(self._output))
+            found = step.read()
+        both = ([*tree_leaves(output), *held], [*tree_leaves(self._output), *found])
         if not all(same(a, b) for a, b in zip(*both, strict=True) if isinstance(a, Tensor)):
-            return "its output differs from what Python's way gives"
+            return "its output, or what it leaves to the cache, differs from what Python's way gives"
         self._left = self._left or self._steps.tracer.last_pass
         read = stacked(self._steps.tracer.last_pass)
         if set(read) != set(self._values) or not all(same(value, self._values[name]) for name, value in read.items()):

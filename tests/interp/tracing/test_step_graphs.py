@@ -141,7 +141,7 @@ def test_what_depends_on_the_position_is_left_to_python(graphs, monkeypatch, sta
     assert tracer.record.equals(expected) == (graphs.replays == step_graphs.CHECKS) == (statistic is not LATER)
 
 
-@pytest.mark.parametrize("what", ["stale", "fails", "spoils"])
+@pytest.mark.parametrize("what", ["stale", "fails", "spoils", "writes nothing", "does not count"])
 def test_a_graph_that_does_not_hold_is_not_used(graphs, monkeypatch, what):
     def spoil(found):
         if what == "fails":
@@ -149,14 +149,16 @@ def test_a_graph_that_does_not_hold_is_not_used(graphs, monkeypatch, what):
         if what == "spoils":
             found[0].past_key_values.layers[0].keys[:, :, 13].fill_(7.0)  # of the step that is held to Python's
             found[0].logits.add_(1.0)
-        else:
+        if what == "does not count":
+            found[0].past_key_values.layers[1].cumulative_length.sub_(1)
+        if what == "stale":
             held.setdefault("first", found[0].logits.clone())
             found[0].logits.copy_(held["first"])
 
     model, held = tiny_model("llama"), {}
     untraced = generate(model)
     expected = plainly(model, STATISTICS, monkeypatch)
-    graphs.spoil = spoil
+    graphs.spoil, graphs.without = spoil, "index_copy_" if what == "writes nothing" else ""
     with trace(model, STATISTICS) as tracer:
         assert torch.equal(generate(model), untraced)
     assert 0 < graphs.replays <= step_graphs.CHECKS
@@ -212,7 +214,12 @@ def test_keys_that_move_and_weights_that_are_cast_or_spread_stay_with_python(gra
     with trace(model, STATISTICS):
         generate(model)
     hook.remove()
-    assert Step.of((), held) is not None
+    step = Step.of((), held)
+    room = step.held()
+    step.mask.rule.start.add_(1)  # as if an example began elsewhere
+    assert not torch.equal(room.mask.rule.start, step.mask.rule.start)
+    room.load(step)
+    assert torch.equal(room.mask.rule.start, step.mask.rule.start)
     held["past_key_values"].offloading = True  # keys go to host memory after each layer, and come back elsewhere
     assert Step.of((), held) is None
     held["past_key_values"].offloading = False
