@@ -70,8 +70,8 @@ def _device(model: nn.Module) -> torch.device | None:
 
 
 def _is_captured(tracer: Tracer) -> bool:
-    """Whether a step's statistics are tensors that a graph can leave: those of rows, reduced by the kernels, which no
-    number says that Python works out of the step's position."""
+    """Whether a step's statistics are tensors that a graph can leave: of rows, reduced by the kernels, and such as follow
+    from the keys a query sees and not from its position, which a graph holds as it was."""
     rows = all(
         each.kind == ROW and each.at_any_position and not isinstance(each, CallStatistic) for each in tracer.statistics
     )
@@ -90,12 +90,13 @@ class Steps:
     def __init__(self, model: nn.Module, tracer: Tracer, route: Route) -> None:
         self.model, self.tracer, self.route = model, tracer, route
         self.plain = unguarded(model, "forward")
+        self._hooks: list[dict[int, Any]] = []
         self._forget()
 
     def _forget(self) -> None:
         self._kind: Any = None  # of the last step
         self._graph: StepGraph | None = None
-        self._seen, self._ours, self._hooks = -1, False, list[dict[int, Any]]()
+        self._seen, self._ours = -1, False
 
     @contextmanager
     def generation(self, args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:

@@ -9,6 +9,7 @@ same kernels, ``interp/benchmarks/card.py`` shows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+from headscope.interp.statistics import Entropy, LogSumExp, SinkMass
 from headscope.interp.tracing import step_graphs
 from headscope.kernels import attention, reference
 from headscope.kernels.masks import Mask
 
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "lift_fresh"}
+ASKING = Mask.tile
 
 
 def tensors(*found: Any) -> list[Tensor]:
@@ -78,8 +82,8 @@ class Recording(TorchDispatchMode):
 
 
 class Graphs:
-    """In the place of CUDA graphs. Replays leave out the operation ``without``; ``spoil`` is called after every one with
-    what was captured."""
+    """In the place of CUDA graphs. Replays leave out the operation ``without``; ``spoil`` is called after each of them
+    with what was captured."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.captures = self.replays = 0
@@ -108,12 +112,60 @@ class Graphs:
         return found, replay
 
 
-def tile(mask: Mask, rows: Tensor, keys: Tensor, heads: Tensor | None = None) -> Tensor:
-    """``Mask.tile`` of the rules that tests of steps use, without a question to the device."""
-    assert mask.chunk is None and mask.segments is None and mask.rule is None
+def tile(mask: Mask, rows: Tensor, keys: Tensor, heads: Tensor | None = None) -> Tensor | None:
+    """``Mask.tile`` without a question to the device, of the rules that a step has."""
+    if mask.chunk is not None or mask.segments is not None or mask.rule is not None:
+        return ASKING(mask, rows, keys, heads)
     q, k = rows + mask.query_offset, keys + mask.key_offset
     seen = torch.ones(1, 1, len(q), len(k), dtype=torch.bool)
     seen = seen if mask.right is None else seen & (k <= q[:, None] + mask.right)
     seen = seen if mask.left is None else seen & (k >= q[:, None] - mask.left)
     seen = seen if mask.start is None else seen & (k >= mask.start[:, None])[:, None, None]
     return seen if mask.end is None else seen & (k < mask.end[:, None])[:, None, None]
+
+
+STATISTICS = [LogSumExp(), Entropy(), SinkMass(first=2)]
+NEW = 10
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    return ids, mask
+
+
+def generate(model, *, ids=None, criterion=None, **options):
+    given, mask = padded()
+    inputs = {"input_ids": given, "attention_mask": mask} if ids is None else {"input_ids": ids}
+    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"cache_implementation": "static"} if "past_key_values" not in options else {}
+    settings |= {"stopping_criteria": StoppingCriteriaList([criterion])} if criterion else {}
+    return model.generate(**inputs, **settings | options)
+
+
+class At(StoppingCriteria):
+    """Does something after so many tokens were chosen."""
+
+    def __init__(self, count: int, do) -> None:
+        self.count, self.do = count, do
+
+    def __call__(self, ids, scores, **_):
+        self.count -= 1
+        if self.count == 0:
+            self.do()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+@contextmanager
+def python_alone(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(step_graphs.Steps, "_may", lambda self: False)
+        yield
+
+
+def check_alike(record, expected) -> None:
+    """A mask without padding has fewer rules, but sums are taken in the same order: all is the same."""
+    assert dict(record.sizes) == dict(expected.sizes)
+    for name in [*expected.data_vars, "query_position", "length", "prompt_length"]:
+        assert record[name].equals(expected[name]), name

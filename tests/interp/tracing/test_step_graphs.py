@@ -2,68 +2,33 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from contextlib import contextmanager
-
 import pytest
 import torch
-from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from headscope.interp import trace
 from headscope.interp.attention.handler import Handler
 from headscope.interp.sites import attached, verify
-from headscope.interp.sites.huggingface.state import Route
-from headscope.interp.statistics import Distance, Entropy, KeyMass, LogSumExp, SinkMass, TargetMass, TopKeys, WindowMass
+from headscope.interp.statistics import Distance, Entropy, KeyMass, SpanMass, TargetMass, TopKeys, WindowMass
 from headscope.interp.statistics.queries import Generated
+from headscope.interp.statistics.spans import OPEN
 from headscope.interp.survey.tiny import tiny_model
 from headscope.interp.tracing import step_graphs
 from headscope.interp.tracing.step import Step
-from tests.interp.tracing.recorded_graphs import Graphs
-
-STATISTICS = [LogSumExp(), Entropy(), SinkMass(first=2)]
-NEW = 10
+from tests.interp.tracing.recorded_graphs import (
+    NEW,
+    STATISTICS,
+    At,
+    Graphs,
+    check_alike,
+    generate,
+    padded,
+    python_alone,
+)
 
 
 @pytest.fixture
 def graphs(monkeypatch):
     return Graphs(monkeypatch)
-
-
-def padded() -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    return ids, mask
-
-
-def generate(model, *, ids=None, criterion=None, **options):
-    given, mask = padded()
-    inputs = {"input_ids": given, "attention_mask": mask} if ids is None else {"input_ids": ids}
-    settings = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    settings |= {"cache_implementation": "static"} if "past_key_values" not in options else {}
-    settings |= {"stopping_criteria": StoppingCriteriaList([criterion])} if criterion else {}
-    return model.generate(**inputs, **settings | options)
-
-
-class At(StoppingCriteria):
-    """Does something after so many tokens were chosen."""
-
-    def __init__(self, count: int, do) -> None:
-        self.count, self.do = count, do
-
-    def __call__(self, ids, scores, **_):
-        self.count -= 1
-        if self.count == 0:
-            self.do()
-        return torch.zeros(len(ids), dtype=torch.bool)
-
-
-@contextmanager
-def python_alone(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(step_graphs.Steps, "_may", lambda self: False)
-        yield
 
 
 def plainly(model, statistics, monkeypatch, times: int = 1, **options):
@@ -74,17 +39,11 @@ def plainly(model, statistics, monkeypatch, times: int = 1, **options):
     return tracer.record
 
 
-def check_alike(record, expected) -> None:
-    """A mask without padding has fewer rules, but sums are taken in the same order: all is the same."""
-    assert dict(record.sizes) == dict(expected.sizes)
-    for name in [*expected.data_vars, "query_position", "length", "prompt_length"]:
-        assert record[name].equals(expected[name]), name
-
-
 @pytest.mark.parametrize("options", [{}, {"queries": Generated()}], ids=["all", "generated"])
 def test_replayed_steps_leave_the_record_and_the_text_of_python(graphs, monkeypatch, options):
     model = tiny_model("llama")
-    untraced, statistics = generate(model), [*STATISTICS, TopKeys(k=2)]
+    untraced, spans = generate(model), {"begin": (1, 4), "later": [[(2, 3), (18, 21)]], "rest": (17, OPEN)}
+    statistics = [*STATISTICS, TopKeys(k=2), SpanMass(spans)]
     expected = plainly(model, statistics, monkeypatch, times=2, **options)
     assert graphs.replays == 0
     with trace(model, statistics, **options) as tracer:
@@ -230,80 +189,6 @@ def test_keys_that_move_and_weights_that_are_cast_or_spread_stay_with_python(gra
     with trace(model, STATISTICS), torch.autocast("cpu", dtype=torch.bfloat16):
         generate(model)
     assert graphs.captures == 0
-
-
-def test_a_cache_that_is_continued_or_begun_anew(graphs, monkeypatch):
-    model, (ids, _) = tiny_model("llama"), padded()
-
-    def talk(cache):
-        first = generate(model, ids=ids, past_key_values=cache)
-        generate(model, ids=torch.cat([first, ids[:, :3]], 1), past_key_values=cache)
-        cache.reset()
-        return generate(model, ids=ids.flip(0), past_key_values=cache)
-
-    with python_alone(monkeypatch), trace(model, STATISTICS) as wanted:
-        expected = talk(StaticCache(config=model.config, max_cache_len=64))
-    with trace(model, STATISTICS) as tracer:
-        assert torch.equal(talk(StaticCache(config=model.config, max_cache_len=64)), expected)
-    assert graphs.captures == 3 and graphs.replays == 3 * (NEW - 2)
-    check_alike(tracer.record, wanted.record)
-
-
-def test_nothing_of_a_generation_is_held_after_it(graphs):
-    model = tiny_model("llama")
-    with trace(model, STATISTICS):
-        cache = StaticCache(config=model.config, max_cache_len=64)
-        generate(model, ids=padded()[0], past_key_values=cache)
-        assert graphs.replays
-        gone = weakref.ref(cache)
-        del cache
-        gc.collect()
-        assert gone() is None
-        model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight)  # other memory
-
-
-@pytest.mark.parametrize("count", [2, 4, 7])
-def test_a_record_is_read_or_cleared_while_a_text_is_written(graphs, monkeypatch, count):
-    model = tiny_model("llama")
-
-    def records():
-        found = []
-        with trace(model, STATISTICS) as tracer:
-            generate(model, criterion=At(count, lambda: found.append(tracer.record)))
-            found.append(tracer.record)
-            tracer.clear()
-            generate(model, criterion=At(count, tracer.clear))
-        return [*found, tracer.record]
-
-    with python_alone(monkeypatch):
-        wanted = records()
-    for record, expected in zip(records(), wanted, strict=True):
-        check_alike(record, expected)
-
-
-@pytest.mark.parametrize("count", [2, 3, 7])
-@pytest.mark.parametrize("within", [False, True], ids=["between steps", "at the end of a step"])
-def test_a_text_that_breaks_off_leaves_the_steps_that_ended(graphs, monkeypatch, count, within):
-    model = tiny_model("llama")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    def broken(after):
-        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-            generate(model, criterion=At(count, lambda: after(patch)))
-        generate(model)
-
-    def next_step(patch):
-        """Break off the next step when its rows are there already."""
-        patch.setattr(step_graphs, "tree_map_only", interrupt)  # of a replayed one
-        patch.setattr(Route, "forget_pass", lambda route: route.inside is None and interrupt())  # of another
-
-    with python_alone(monkeypatch), trace(model, STATISTICS) as wanted:
-        broken(interrupt)
-    with trace(model, STATISTICS) as tracer:
-        broken(next_step if within else interrupt)
-    check_alike(tracer.record, wanted.record)
 
 
 def test_the_class_has_its_own_forward_after_the_block(graphs):
