@@ -70,8 +70,8 @@ def _device(model: nn.Module) -> torch.device | None:
 
 
 def _is_captured(tracer: Tracer) -> bool:
-    """Whether a step's statistics are tensors that a graph can leave: of rows, reduced by the kernels, and such as follow
-    from the keys a query sees and not from its position, which a graph holds as it was."""
+    """Whether a graph can leave a step's statistics: they are rows, reduced by the kernels, and follow from the keys
+    that a query sees and not from its position, which a graph holds as it was."""
     rows = all(
         each.kind == ROW and each.at_any_position and not isinstance(each, CallStatistic) for each in tracer.statistics
     )
@@ -118,8 +118,8 @@ class Steps:
         if step.kind != self._kind:  # it may be the only one of its kind
             self._kind, self._graph = step.kind, None
             return self.plain(**step.inputs())
-        self._graph = self._graph or StepGraph(self)
-        return self._graph.run(step)
+        graph = self._graph = self._graph or StepGraph(self)
+        return graph.run(step)
 
     def _is_response(self, step: Step) -> bool:
         """Whether ``generate`` reads a token there that it wrote."""
