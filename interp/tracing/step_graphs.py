@@ -91,6 +91,7 @@ class Steps:
         self.model, self.tracer, self.route = model, tracer, route
         self.plain = unguarded(model, "forward")
         self._hooks: list[dict[int, Any]] = []
+        self._whole = False
         self._forget()
 
     def _forget(self) -> None:
@@ -103,7 +104,7 @@ class Steps:
         """Around a call of ``generate``, with which graphs begin and end: the next one may find other weights, modules
         and whatever else a model holds, and the memory of a cache that is not needed any more is free."""
         self._forget()
-        parts = self.model.modules()
+        self._whole, parts = _device(self.model) is not None, self.model.modules()
         self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         try:
             yield
@@ -130,7 +131,7 @@ class Steps:
         route = self.route
         attachment = route.handlers[0] if len(route.handlers) == 1 else None
         mine = isinstance(attachment, Attachment) and attachment.inner is self.tracer
-        whole = route.heads is None and route.rows is None and not route.maps
+        whole = self._whole and route.heads is None and route.rows is None and not route.maps
         still = not self.model.training and not torch.is_grad_enabled()
         still = still and not torch._C._is_any_autocast_enabled()  # which may drop the weights that it has cast
         return mine and whole and still and self._is_unwatched() and not _has_any_global_hook()  # type: ignore[no-untyped-call]

@@ -166,7 +166,7 @@ def test_passes_outside_generate_and_dynamic_caches_stay_with_python(graphs):
     assert graphs.captures == 0
 
 
-def test_keys_that_move_and_weights_that_are_cast_or_spread_stay_with_python(graphs):
+def test_keys_that_move_and_weights_that_move_are_cast_or_spread_stay_with_python(graphs, monkeypatch):
     model = tiny_model("llama")
     held: dict = {}
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: held.update(kwargs), with_kwargs=True)
@@ -183,12 +183,24 @@ def test_keys_that_move_and_weights_that_are_cast_or_spread_stay_with_python(gra
     assert Step.of((), held) is None
     held["past_key_values"].offloading = False
     assert Step.of((), held | {"input_ids": held["input_ids"].to("meta")}) is None
+    with trace(model, STATISTICS), monkeypatch.context() as patch:
+        patch.setattr(step_graphs, "DEVICES", ("cuda",))  # as if its weights were moved to host memory
+        before = graphs.captures
+        generate(model)
+    assert graphs.captures == before
     model.lm_head.to("meta")
     assert step_graphs._device(model) is None
     model = tiny_model("llama", dtype=torch.bfloat16)
     with trace(model, STATISTICS), torch.autocast("cpu", dtype=torch.bfloat16):
         generate(model)
     assert graphs.captures == 0
+
+
+def test_without_a_card_nothing_stands_in_the_way_of_forward():
+    model = tiny_model("llama")
+    own = type(model).forward
+    with trace(model, STATISTICS):
+        assert type(model).forward is own
 
 
 def test_the_class_has_its_own_forward_after_the_block(graphs):
