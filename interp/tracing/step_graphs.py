@@ -5,6 +5,9 @@ a step's time is Python that starts them. Ours too: so a traced step is captured
 replayed until its ``generate`` ends. What is replayed is first held to what runs from Python: at two different
 positions both run, and must give the same logits and statistics to the bit. Steps that cannot be captured, or that
 differ, go on as before, with the same numbers; so do statistics that do not say that a graph may hold them.
+
+Between two steps of one ``generate`` a graph sees what changes in place, and hooks, edits and traces that come or go,
+but not what a logits processor, say, puts in the place of a weight or a module, or which adapter it switches on.
 """
 
 from __future__ import annotations
@@ -134,15 +137,15 @@ class Steps:
         whole = self._whole and route.heads is None and route.rows is None and not route.maps
         still = not self.model.training and not torch.is_grad_enabled()
         still = still and not torch._C._is_any_autocast_enabled()  # which may drop the weights that it has cast
-        return mine and whole and still and self._is_unwatched() and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        return mine and whole and still and self._is_unwatched()
 
     def _is_unwatched(self) -> bool:
-        """Whether no module has a hook but ours, which a graph would not call."""
+        """Whether no module has a hook but ours, and nobody counts operations: a graph would tell them nothing."""
         count = sum(map(len, self._hooks))
         if count != self._seen:  # asked in every step
             self._seen = count
             self._ours = all(is_ours(hook) for hooks in self._hooks for hook in hooks.values())
-        return self._ours
+        return self._ours and not _has_any_global_hook() and not torch._C._len_torch_dispatch_stack()  # type: ignore[no-untyped-call]
 
 
 class StepGraph:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headscope.interp import trace
 from headscope.interp.attention.handler import Handler
@@ -143,6 +146,19 @@ def test_who_watches_or_changes_a_pass_is_called_in_every_step(graphs):
     with trace(model, STATISTICS), attached(model, Counting()):
         generate(model)
     assert calls.count(0) == NEW and graphs.captures == 0
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **kwargs or {})
+
+    counts = []
+    for traced in (contextlib.nullcontext(), trace(model, STATISTICS)):
+        calls.clear()
+        with traced, Operations():
+            generate(model)
+        counts.append(calls.count(torch.ops.aten.silu.default))
+    assert graphs.captures == 0 and counts == [2 * NEW, 2 * NEW]
 
     calls.clear()
     late = At(7, lambda: mlp.register_forward_hook(lambda *_: calls.append(1)))  # six steps are over
