@@ -182,9 +182,9 @@ class StepGraph:
     def _differs(self, step: Step, output: Any) -> str | None:
         """Run ``step`` as a graph after Python gave ``output``: where they differ. The cache is left as it was."""
         with step.kept() as held:
+            step.rewind()
             if self._step is None:
                 self._capture(step)
-            step.rewind()
             self._load(step)
             self._replay()
             found = step.read()

@@ -47,6 +47,19 @@ def test_a_cache_that_is_continued_or_begun_anew(graphs, monkeypatch):
     check_alike(tracer.record, wanted.record)
 
 
+@pytest.mark.parametrize("new", [2, 3, 4, 5])
+def test_a_text_that_ends_while_its_graph_is_checked(graphs, monkeypatch, new):
+    """The cache ends with it: there is no room for a token more."""
+    model = tiny_model("llama")
+    with python_alone(monkeypatch), trace(model, STATISTICS) as wanted:
+        expected = generate(model, max_new_tokens=new)
+    del model._previous_max_cache_length
+    with trace(model, STATISTICS) as tracer:
+        assert torch.equal(generate(model, max_new_tokens=new), expected)
+    assert graphs.replays == new - 2
+    check_alike(tracer.record, wanted.record)
+
+
 def test_nothing_of_a_generation_is_held_after_it(graphs):
     model = tiny_model("llama")
     with trace(model, STATISTICS):
