@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -229,9 +230,16 @@ def alike(tracer: Tracer) -> Tracer:
 def graph_of(run: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], None]]:
     """What ``run`` will give on ``device``, and what carries it out: it is captured, not carried out."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    captured = torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local")
+    with torch.cuda.device(device), captured:
         found = run()
     return found, graph.replay
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are captured; torch's own stream for that is of whichever device was current when it was made."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def stacked(left: list[Piece]) -> Values:
