@@ -215,7 +215,8 @@ class StepGraph:
             finally:
                 attachment.inner = steps.tracer
 
-        (self._output, self._values), self._replay = graph_of(run, step.end.device)
+        with uninterrupted():  # a stream that is left capturing is of no more use
+            (self._output, self._values), self._replay = graph_of(run, step.end.device)
         self._step = held
 
 

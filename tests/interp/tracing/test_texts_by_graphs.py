@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import weakref
 
 import pytest
@@ -58,6 +59,20 @@ def test_a_text_that_ends_while_its_graph_is_checked(graphs, monkeypatch, new):
         assert torch.equal(generate(model, max_new_tokens=new), expected)
     assert graphs.replays == new - 2
     check_alike(tracer.record, wanted.record)
+
+
+def test_an_interrupt_waits_until_a_step_is_captured(graphs, monkeypatch):
+    graph_of, ended = step_graphs.graph_of, []
+
+    def capturing(run, device):
+        signal.raise_signal(signal.SIGINT)
+        ended.append(graph_of(run, device))
+        return ended[0]
+
+    monkeypatch.setattr(step_graphs, "graph_of", capturing)
+    with pytest.raises(KeyboardInterrupt), trace(model := tiny_model("llama"), STATISTICS):
+        generate(model)
+    assert ended
 
 
 def test_nothing_of_a_generation_is_held_after_it(graphs):
