@@ -103,8 +103,8 @@ def steps(model: Any, ids: Tensor, mask: Tensor, on: bool) -> tuple[Tensor, Tens
     """Two traced generations: their tokens, their rows (NaN as -1), and how many steps a graph ran."""
     count, graph_of = [0], step_graphs.graph_of
 
-    def counted(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        found, replay = graph_of(run)
+    def counted(run: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
+        found, replay = graph_of(run, device)
 
         def again() -> None:
             count[0] += 1

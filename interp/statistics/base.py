@@ -59,6 +59,7 @@ class Statistic:
     refused_with: ClassVar[Mapping[str, Mapping[str, str]]] = {}  # the same for a field, where it is not None
     counts: ClassVar[tuple[str, ...]] = ()  # fields that count something: whole numbers from 1 on
     held: ClassVar[tuple[str, ...]] = ()  # fields that name spans: at least one
+    at_any_position: ClassVar[bool] = False  # a value follows from the visible keys, wherever its query stands
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -34,6 +34,7 @@ class LogSumExp(_Simple):
     """logsumexp of a query's visible scores, in nats, a sink logit included: (example, layer, head, query)."""
 
     name: ClassVar[str] = "logsumexp"
+    at_any_position: ClassVar[bool] = True
     unit: ClassVar[str] = "nats"
     fieldname: ClassVar[str] = "lse"
 
@@ -44,6 +45,7 @@ class MaxLogit(_Simple):
     no key: (example, layer, head, query). Where it grows without bound, training diverges (QK-Clip watches it)."""
 
     name: ClassVar[str] = "max_logit"
+    at_any_position: ClassVar[bool] = True
     unit: ClassVar[str] = "nats"
     source: ClassVar[str] = "arXiv 2507.20534"
     fieldname: ClassVar[str] = "max"
@@ -54,6 +56,7 @@ class Entropy(_Simple):
     """Entropy of a query's pattern over its keys, in nats (0: one key; log n: uniform over n)."""
 
     name: ClassVar[str] = "entropy"
+    at_any_position: ClassVar[bool] = True
     unit: ClassVar[str] = "nats"
     source: ClassVar[str] = "arXiv 1906.04341"
     fieldname: ClassVar[str] = "entropy"
@@ -65,6 +68,7 @@ class SinkMass(Statistic):
 
     first: int = 4
     name: ClassVar[str] = "sink_mass"
+    at_any_position: ClassVar[bool] = True
     counts: ClassVar[tuple[str, ...]] = ("first",)
     unit: ClassVar[str] = "mass"
     source: ClassVar[str] = "arXiv 2309.17453"
@@ -86,6 +90,7 @@ class SpanMass(Statistic):
 
     spans: Mapping[str, Any] = field(default_factory=dict)
     name: ClassVar[str] = "span_mass"
+    at_any_position: ClassVar[bool] = True
     unit: ClassVar[str] = "mass"
     held: ClassVar[tuple[str, ...]] = ("spans",)
 
@@ -149,6 +154,7 @@ class TopKeys(Statistic):
 
     k: int = 1
     name: ClassVar[str] = "top_keys"
+    at_any_position: ClassVar[bool] = True
     counts: ClassVar[tuple[str, ...]] = ("k",)
     unit: ClassVar[str] = "token position"
     units: ClassVar[Mapping[str, str]] = {"top_mass": "mass"}

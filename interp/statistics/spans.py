@@ -88,9 +88,13 @@ def members(span: Any, at: Tensor, batch: int) -> Tensor:
     rows = by_example(span)
     if len(rows) not in (1, batch):
         raise HeadscopeError(f"a span was given for {len(rows)} examples, but the batch has {batch}")
+    held = torch.zeros_like(at, dtype=torch.bool)
+    if len(rows) == 1:  # nothing is brought from the host, which a card would wait for in every step
+        for pair in rows[0]:
+            held = held | ((at >= pair[0]) & (at < pair[1]))
+        return held
     widest = max(1, *(len(row) for row in rows))
     bounds = torch.tensor([[*row, *[(0, 0)] * (widest - len(row))] for row in rows], device=at.device)
-    held = torch.zeros_like(at, dtype=torch.bool)
     for first, stop in (pair.unbind(-1) for pair in bounds.unbind(1)):
         held = held | ((at >= first[:, None]) & (at < stop[:, None]))
     return held

@@ -56,7 +56,7 @@ class Step:
         if args or not isinstance(ids, Tensor) or ids.shape[1:] != (1,):
             return None
         masks: dict[str, Any] = mask if isinstance(mask, dict) else {"": mask}
-        if not _is_static(cache) or not masks or not all(_is_plain(each) for each in masks.values()):
+        if not _is_static(cache, ids.device) or not masks or not all(_is_plain(each) for each in masks.values()):
             return None
         rest = {name: x for name, x in kwargs.items() if name not in (CACHE, MASK)}
         tensors = {name: x for name, x in rest.items() if isinstance(x, Tensor)}
@@ -117,31 +117,40 @@ class Step:
         self.end.copy_(step.end)
 
     def rewind(self) -> None:
-        """The cache has not read this token yet."""
+        """The cache has not read this token yet, and holds nothing of it."""
+        at = self.offset
         for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.offset)
+            layer.cumulative_length.fill_(at)
+            layer.keys[:, :, at], layer.values[:, :, at] = 0, 0
+
+    def read(self) -> list[Tensor]:
+        """What the cache holds of this token, and how far it has read, layer by layer."""
+        at = self.offset
+        found = [(layer.keys[:, :, at], layer.values[:, :, at], layer.cumulative_length) for layer in self.cache.layers]
+        return [x.clone() for each in found for x in each]
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Whatever runs inside the block, the cache holds afterwards what it holds now of this step's token."""
-        at = self.offset
-        layers = self.cache.layers
-        keys = [(layer.keys[:, :, at].clone(), layer.values[:, :, at].clone()) for layer in layers]
+    def kept(self) -> Iterator[list[Tensor]]:
+        """Whatever runs inside the block, the cache holds afterwards what it holds now of this step's token: what
+        ``read`` gives, which the block is told."""
+        at, held = self.offset, self.read()
         try:
-            yield
+            yield held
         finally:
-            for layer, (key, value) in zip(layers, keys, strict=True):
+            for layer, key, value, count in zip(self.cache.layers, held[::3], held[1::3], held[2::3], strict=True):
                 layer.keys[:, :, at], layer.values[:, :, at] = key, value
-                layer.cumulative_length.fill_(at + 1)
+                layer.cumulative_length.copy_(count)
 
 
-def _is_static(cache: Any) -> bool:
-    """Whether a cache's layers keep their keys in place and count them on the device alone."""
+def _is_static(cache: Any, device: torch.device) -> bool:
+    """Whether a cache's layers keep their keys in place on ``device`` and count them there alone."""
     return (
         type(cache) is StaticCache
+        and not cache.offloading  # whose keys move
         and bool(cache.layers)
         and all(type(each) is StaticLayer and each.is_initialized for each in cache.layers)
         and all(isinstance(each.cumulative_length, Tensor) for each in cache.layers)
+        and cache.layers[0].keys.device == device  # asked in every step: weights of one device make one device's keys
     )
 
 

@@ -2,14 +2,19 @@
 
 ``generate`` with ``cache_implementation="static"`` runs the same kernels on the same memory in every step, and most of
 a step's time is Python that starts them. Ours too: so a traced step is captured once with its statistics, and then
-replayed. What is replayed is first held to what runs from Python: at two different positions, and once more in the
-first step of every further ``generate``, both run, and must give the same logits and statistics to the bit. Steps that
-cannot be captured, or that differ, go on as before, with the same numbers.
+replayed until its ``generate`` ends. What is replayed is first held to what runs from Python: at two different
+positions both run, and must give the same logits and statistics to the bit. Steps that cannot be captured, or that
+differ, go on as before, with the same numbers; so do statistics that do not say that a graph may hold them.
+
+Between two steps of one ``generate`` a graph sees what changes in place, and hooks, edits and traces that come or go,
+but not what a logits processor, say, puts in the place of a weight or a module, or which adapter it switches on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +38,6 @@ from headscope.interp.tracing.tracer import Tracer
 
 DEVICES = ("cuda",)  # whose steps can be captured
 CHECKS = 2  # steps that run both ways before the graph alone does
-MOST = 4  # graphs that are held: one for each cache and number of examples
 T = TypeVar("T")
 Values = dict[str, Tensor]  # name -> (layer, ...)
 
@@ -42,27 +46,39 @@ Values = dict[str, Tensor]  # name -> (layer, ...)
 def step_graphs(model: ModelLike, tracer: Tracer, route: Any) -> Iterator[None]:
     """Inside the block steps of ``model.generate`` over a static cache on a GPU become graphs where they can."""
     inner = bare_model(model)
-    may = isinstance(route, Route) and _is_captured(tracer) and _device(inner) in DEVICES
     made: list[Guard | None] = []
     try:
         with uninterrupted():
-            made.append(guard(inner, "forward", instead=Steps(inner, tracer, route).forward) if may else None)
+            if isinstance(route, Route) and _is_captured(tracer) and _device(inner) is not None:
+                steps = Steps(inner, tracer, route)
+                made.append(guard(inner, "forward", instead=steps.forward))
+                made.append(guard(inner, "generate", steps.generation))
         yield
     finally:
         try:
             with uninterrupted():
-                release(made[0] if made else None)
+                _release(made)
         finally:
-            release(made[0] if made else None)  # an interrupt may have come just before
+            _release(made)  # an interrupt may have come just before
 
 
-def _device(model: nn.Module) -> str:
-    return next((x.device.type for x in model.parameters()), "")
+def _release(made: list[Guard | None]) -> None:
+    for each in made:
+        release(each)
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    """The one device where a model's weights are, if its steps can be captured: a graph is one device's."""
+    devices = {x.device for x in model.parameters()}
+    return devices.pop() if len(devices) == 1 and {x.type for x in devices} <= set(DEVICES) else None
 
 
 def _is_captured(tracer: Tracer) -> bool:
-    """Whether a step's statistics are tensors that a graph can leave: those of rows, reduced by the kernels."""
-    rows = all(each.kind == ROW and not isinstance(each, CallStatistic) for each in tracer.statistics)
+    """Whether a graph can leave a step's statistics: they are rows, reduced by the kernels, and follow from the keys
+    that a query sees and not from its position, which a graph holds as it was."""
+    rows = all(
+        each.kind == ROW and each.at_any_position and not isinstance(each, CallStatistic) for each in tracer.statistics
+    )
     return (
         bool(tracer.statistics)
         and rows
@@ -78,22 +94,36 @@ class Steps:
     def __init__(self, model: nn.Module, tracer: Tracer, route: Route) -> None:
         self.model, self.tracer, self.route = model, tracer, route
         self.plain = unguarded(model, "forward")
-        self._held: dict[Any, StepGraph | None] = {}  # None: such a step came once
+        self._hooks: list[dict[int, Any]] = []
+        self._whole = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._kind: Any = None  # of the last step
+        self._graph: StepGraph | None = None
         self._seen, self._ours = -1, False
-        self._hooks = [hooks for part in model.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+    @contextmanager
+    def generation(self, args: tuple[Any, ...], options: dict[str, Any]) -> Iterator[None]:
+        """Around a call of ``generate``, with which graphs begin and end: the next one may find other weights, modules
+        and whatever else a model holds, and the memory of a cache that is not needed any more is free."""
+        self._forget()
+        self._whole, parts = _device(self.model) is not None, self.model.modules()
+        self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        try:
+            yield
+        finally:
+            self._forget()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward pass, or its step's graph."""
         step = Step.of(args, kwargs) if self._may() else None  # None: another pass
         if step is None or not self._is_response(step):
             return self.plain(*args, **kwargs)
-        if step.kind not in self._held:
-            self._held[step.kind] = None
+        if step.kind != self._kind:  # it may be the only one of its kind
+            self._kind, self._graph = step.kind, None
             return self.plain(**step.inputs())
-        graph = self._held.pop(step.kind) or StepGraph(self)
-        while len(self._held) >= MOST:
-            self._held.pop(next(iter(self._held)))
-        self._held[step.kind] = graph  # the last that was used is the last to go
+        graph = self._graph = self._graph or StepGraph(self)
         return graph.run(step)
 
     def _is_response(self, step: Step) -> bool:
@@ -105,17 +135,18 @@ class Steps:
         route = self.route
         attachment = route.handlers[0] if len(route.handlers) == 1 else None
         mine = isinstance(attachment, Attachment) and attachment.inner is self.tracer
-        whole = route.heads is None and route.rows is None and not route.maps
+        whole = self._whole and route.heads is None and route.rows is None and not route.maps
         still = not self.model.training and not torch.is_grad_enabled()
-        return mine and whole and still and self._is_unwatched() and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        still = still and not torch._C._is_any_autocast_enabled()  # which may drop the weights that it has cast
+        return mine and whole and still and self._is_unwatched()
 
     def _is_unwatched(self) -> bool:
-        """Whether no module has a hook but ours, which a graph would not call."""
+        """Whether no module has a hook but ours, and nobody counts operations: a graph would tell them nothing."""
         count = sum(map(len, self._hooks))
         if count != self._seen:  # asked in every step
             self._seen = count
             self._ours = all(is_ours(hook) for hooks in self._hooks for hook in hooks.values())
-        return self._ours
+        return self._ours and not _has_any_global_hook() and not torch._C._len_torch_dispatch_stack()  # type: ignore[no-untyped-call]
 
 
 class StepGraph:
@@ -123,7 +154,7 @@ class StepGraph:
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
-        self._checked, self._generation = 0, -1
+        self._checked = 0
         self._why: str | None = None  # it is not used
         self._step: Step | None = None
         self._replay: Callable[[], None] = _never
@@ -134,16 +165,14 @@ class StepGraph:
     def run(self, step: Step) -> Any:
         """The model's output of ``step``, of which the tracer learns either way."""
         tracer, steps = self._steps.tracer, self._steps
-        if self._why is None and self._generation != tracer.generation:
-            self._generation, self._checked = tracer.generation, min(self._checked, CHECKS - 1)
-        if self._why is None and self._checked >= CHECKS:
+        if self._why is None and self._checked >= CHECKS and tracer.continues:
             self._load(step)
             self._replay()
             steps.route.called = True
             tracer.repeat(step.offset, self._left, {name: value.clone() for name, value in self._values.items()})
             return tree_map_only(Tensor, Tensor.clone, self._output)
         output = steps.plain(**step.inputs())
-        if self._why is None:
+        if self._why is None and self._checked < CHECKS:
             try:
                 self._why = self._differs(step, output)
             except (RuntimeError, HeadscopeError) as error:  # what cannot be captured
@@ -153,15 +182,16 @@ class StepGraph:
 
     def _differs(self, step: Step, output: Any) -> str | None:
         """Run ``step`` as a graph after Python gave ``output``: where they differ. The cache is left as it was."""
-        with step.kept():
+        with step.kept() as held:
+            step.rewind()
             if self._step is None:
                 self._capture(step)
-            step.rewind()
             self._load(step)
             self._replay()
-        both = (tree_leaves(output), tree_leaves(self._output))
+            found = step.read()
+        both = ([*tree_leaves(output), *held], [*tree_leaves(self._output), *found])
         if not all(same(a, b) for a, b in zip(*both, strict=True) if isinstance(a, Tensor)):
-            return "its output differs from what Python's way gives"
+            return "its output, or what it leaves to the cache, differs from what Python's way gives"
         self._left = self._left or self._steps.tracer.last_pass
         read = stacked(self._steps.tracer.last_pass)
         if set(read) != set(self._values) or not all(same(value, self._values[name]) for name, value in read.items()):
@@ -185,7 +215,8 @@ class StepGraph:
             finally:
                 attachment.inner = steps.tracer
 
-        (self._output, self._values), self._replay = graph_of(run)
+        with uninterrupted():  # a stream that is left capturing is of no more use
+            (self._output, self._values), self._replay = graph_of(run, step.end.device)
         self._step = held
 
 
@@ -197,12 +228,19 @@ def alike(tracer: Tracer) -> Tracer:
     return made
 
 
-def graph_of(run: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-    """What ``run`` will give, and what carries it out: it is captured, not carried out."""
+def graph_of(run: Callable[[], T], device: torch.device) -> tuple[T, Callable[[], None]]:
+    """What ``run`` will give on ``device``, and what carries it out: it is captured, not carried out."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    captured = torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local")
+    with torch.cuda.device(device), captured:
         found = run()
     return found, graph.replay
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Where steps are captured; torch's own stream for that is of whichever device was current when it was made."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def stacked(left: list[Piece]) -> Values:

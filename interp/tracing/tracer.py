@@ -70,12 +70,10 @@ class Tracer(Handler):
         self._alike: dict[Any, Answer] = {}  # of this pass, by what decides it
         self._reads: dict[str, bool] = {}
         self._times: dict[int, int] = {}
-        self._heap, self._host_copies, self._caches = Heap(), HostCopies(), Caches()
+        self._heap, self._host_copies, self._caches, self._decoder = Heap(), HostCopies(), Caches(), DecoderPosition()
         self._pass: list[tuple[Answer, Piece]] = []
-        self._decoder = DecoderPosition()
-        self._running = self._repeated = False
+        self._running, self._passes = False, 0  # how many passes ended
         self.boundary: int | None = None  # where the prompt ends of what `generate` reads
-        self.generation = self._passes = 0  # how many have begun, and ended
         self._repeats: Repeats | None = None
         self._cache: weakref.ref[Any] | None = None
         if tower == "cross" or (tower is not None and tower_of(tower, bare_model(model)) == "cross"):
@@ -86,7 +84,7 @@ class Tracer(Handler):
         if self._running:  # the last pass broke off where no hook could tell
             self.abort_forward()
         self._keep_pass()
-        self._running, self._repeated = True, False
+        self._running = True
         ids = inputs.get("input_ids")
         self._pending_ids = ids.clone() if isinstance(ids, Tensor) and ids.dim() == 2 else None  # may be reused
         self._decoder.begin(inputs)
@@ -97,7 +95,6 @@ class Tracer(Handler):
     def begin_generation(self, prompt_length: int | None) -> None:
         """Passes before position ``prompt_length`` read the prompt, those after it the response."""
         self.boundary = prompt_length
-        self.generation += 1
 
     def end_generation(self) -> None:
         """Passes are the user's own again."""
@@ -109,14 +106,14 @@ class Tracer(Handler):
 
     def end_forward(self) -> None:
         """What the pass recorded is part of the record from now on."""
-        self._running = False
         self._passes += 1
+        self._running = False
         self._stream.end_forward()
 
     def abort_forward(self) -> None:
         """Forget what a pass recorded that did not come to its end."""
-        if self._running and self._repeated and self._repeats is not None:
-            self._repeats.drop()
+        if self._repeats is not None:
+            self._repeats.drop(self._passes)
         self._running = False
         self._stream.abort_forward()
         self._pass.clear()
@@ -200,7 +197,8 @@ class Tracer(Handler):
         offset = call.mask.query_offset if not call.cross else self._decoder.offset()
         self._settle()
         if not self._pass and self._sessions and self._sessions[0].is_over(call, offset, self._cache):
-            self._finish()
+            self._finished += self._open()
+            self._sessions.clear()
         while len(self._sessions) <= times:
             self._sessions.append(Session(self.statistics, call.module, call.query.shape[0]))
         session = self._sessions[times]
@@ -215,15 +213,19 @@ class Tracer(Handler):
         """What the calls of the pass that runs, or ran last, have left."""
         return [piece for _, piece in self._pass]
 
+    @property
+    def continues(self) -> bool:
+        """Whether something is recorded of the present text, which ``repeat`` can continue."""
+        return bool(self._sessions)
+
     def repeat(self, offset: int, pieces: list[Piece], values: dict[str, Tensor]) -> None:
         """The pass that began ran as a graph, at position ``offset``, of one that left ``pieces``: it leaves ``values``
         (call, ...) of its rows, by name."""
         if self._repeats is None or not self._repeats.follows(offset, pieces):
             self._settle()
             self._repeats = Repeats(offset, pieces, self._cache)
-        assert self._pending_ids is not None
-        self._repeats.add(values, self._pending_ids)
-        self._pending_ids, self._repeated = None, True
+        ids, self._pending_ids = self._pending_ids, None
+        self._repeats.add(self._passes, values, ids)
 
     def _settle(self) -> None:
         repeats, self._repeats = self._repeats, None
@@ -247,10 +249,6 @@ class Tracer(Handler):
         self._sessions.clear()
         self._host_copies.wait()
         self._finished.append(layer_groups.datasets(kinds))
-
-    def _finish(self) -> None:
-        self._finished += self._open()
-        self._sessions.clear()
 
     def _open(self) -> list[list[xr.Dataset]]:
         self._settle()

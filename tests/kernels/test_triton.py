@@ -261,3 +261,18 @@ def test_auto_keeps_cpu_tensors_on_the_streaming_engine(monkeypatch: pytest.Monk
     monkeypatch.setattr(triton_engine, "attend", refuse)
     case = random_case("causal", queries=8, keys=8)
     assert case.run(attention.attend, Request(lse=True)).lse is not None
+
+
+def test_where_a_query_stands_changes_nothing_that_follows_from_its_keys() -> None:
+    """A decoding step that is replayed as a graph says where its keys begin and end, and holds one position."""
+    case = random_case("full", kv_heads=1, queries=1, keys=70, device=DEVICE)
+    batch = case.q.shape[0]
+    ends = {"start": torch.arange(batch, device=DEVICE) * 7, "end": torch.full((batch,), 40, device=DEVICE)}
+    first = (torch.arange(70, device=DEVICE) < 9)[:, None]
+    request = Request(lse=True, max=True, entropy=True, linear=first, top=2)
+    found = []
+    for offset in (39, 3):
+        moved = replace(case, mask=Mask(query_offset=offset, right=None, **ends))
+        found.append(moved.run(triton_engine.attend, request))
+    for name in ("output", "lse", "max", "entropy", "linear", "top_keys", "top_mass"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name)), name

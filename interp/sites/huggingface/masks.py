@@ -161,8 +161,11 @@ def with_padding(mask: Mask, real: Tensor, batch: int) -> Mask:
     count, some = held.sum(1), held.any(1)
     start = np.where(some, held.argmax(1), 0)
     end = np.where(some, held.shape[1] - held[:, ::-1].argmax(1), 0)
-    ends = torch.from_numpy(np.stack([start, end])).to(real.device)
-    mask = replace(mask, start=ends[0], end=ends[1])
+    # both begin at a multiple of 16 bytes: Triton compiles a kernel anew for a tensor that does not
+    ends = np.zeros((2, len(count) + len(count) % 2), np.int64)
+    ends[:, : len(count)] = start, end
+    there = torch.from_numpy(ends).to(real.device)[:, : len(count)]
+    mask = replace(mask, start=there[0], end=there[1])
     if (end - start == count).all():
         return mask
     earlier = mask.rule  # holes between tokens: keep the range for speed and look the holes up

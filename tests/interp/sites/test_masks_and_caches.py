@@ -19,11 +19,13 @@ from headscope.interp.attention.call import AttentionCall
 from headscope.interp.attention.handler import Handler
 from headscope.interp.errors import HeadscopeError
 from headscope.interp.sites import attached, verify
-from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask
+from headscope.interp.sites.huggingface.masks import LazyMask, lazy_mask, with_padding
 from headscope.interp.statistics import Entropy, KeyMass
 from headscope.interp.survey.compare import compare_model
 from headscope.interp.survey.eager import eager_weights
 from headscope.interp.tracing.recording import trace
+from headscope.kernels.masks import Mask
+from headscope.kernels.reference import dense_mask
 
 
 def llama(**sizes) -> LlamaForCausalLM:
@@ -203,3 +205,17 @@ def test_traced_equals_eager_for_any_configuration(layers, kv_heads, group, wind
     assert_equals_eager(model, lambda: inputs, keep=mask.bool())
     for site, seen in compare_model(model, inputs, {"model.layers.*.self_attn": list(range(layers))}).items():
         assert seen.wrong is None and seen.refused is None and seen.eager, (site, seen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 63), min_size=1, max_size=5))
+def test_padding_of_any_kind_hides_what_it_marks_and_is_a_range_where_it_can_be(rows):
+    """Around tokens, between them, nowhere, everywhere: six positions a row."""
+    real = torch.tensor([[bool(row >> place & 1) for place in range(6)] for row in rows])
+    mask = with_padding(Mask.causal(), real, len(rows))
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()
+    seen = dense_mask(mask, (len(rows), 1, 6, 4), 6, real.device)
+    assert torch.equal(seen.expand(len(rows), 1, 6, 6), causal & real[:, None, None])
+    runs = all("01" not in f"{row:06b}".strip("0") for row in rows)
+    assert (mask.rule is None) == runs and (mask.end is None) == bool(real.all())
+    assert mask.end is None or (mask.end.data_ptr() - mask.start.data_ptr()) % 16 == 0
