@@ -153,42 +153,62 @@ def read(kind: str) -> dict[str, Any]:
     return {"type": kind, **errors}
 
 
-def main() -> int:
-    """Run everything; say and keep what was found."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    device = torch.cuda.get_device_name()
-    made = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+def untouched_of_all() -> list[dict[str, Any]]:
+    """``untouched`` of every model."""
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         rows += untouched(f"real size, {str(dtype).removeprefix('torch.')}", real_size(dtype), 300)
-    rows += [row for kind in ("gemma3_text", "gpt2") for row in untouched(kind, tiny_model(kind).to("cuda"), 36)]
-    graphs = [row for dtype in (torch.bfloat16, torch.float32) for row in replayed(str(dtype), real_size(dtype), 300)]
-    graphs += [row for kind in ("qwen3", "gpt_neox") for row in replayed(kind, tiny_model(kind).to("cuda"), 36)]
-    tables = []
+    return rows + [row for kind in ("gemma3_text", "gpt2") for row in untouched(kind, tiny_model(kind).to("cuda"), 36)]
+
+
+def replayed_of_all() -> list[dict[str, Any]]:
+    """``replayed`` of every model."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rows += replayed(f"real size, {str(dtype).removeprefix('torch.')}", real_size(dtype), 300)
+    return rows + [row for kind in ("qwen3", "gpt_neox") for row in replayed(kind, tiny_model(kind).to("cuda"), 36)]
+
+
+def read_of_all() -> list[dict[str, Any]]:
+    """``read`` of every type, or why it is refused."""
+    rows = []
     for kind in TYPES:
         try:
-            tables.append(read(kind))
+            rows.append(read(kind))
         except HeadscopeError as error:
-            tables.append({"type": kind, "refused": str(error)})
-        print(tables[-1], flush=True)
+            rows.append({"type": kind, "refused": str(error)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+PARTS: dict[str, tuple[Callable[[], list[dict[str, Any]]], Callable[[dict[str, Any]], bool]]] = {  # and what is wrong
+    "untouched": (untouched_of_all, lambda row: row["inside"] > row["twice"]),
+    "replayed": (replayed_of_all, lambda row: bool(row["text"] or row["statistics"] or not row["replays"])),
+    "read": (read_of_all, lambda row: any(isinstance(x, float) and not x <= BOUND for x in row.values())),
+}
+
+
+def main() -> int:
+    """Run what is asked for; say and keep what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    made: dict[str, Any] = {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+    bad = 0
+    for name in args.parts:
+        run, is_wrong = PARTS[name]
+        rows = made[name] = run()
+        wrong = [row for row in rows if is_wrong(row)]
+        print(f"{name}: {len(wrong)} of {len(rows)} wrong", *wrong, sep="\n", flush=True)
+        bad += len(wrong)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        place = args.out / f"{device.lower().replace(' ', '-')}-models.json"
-        place.write_text(json.dumps({**made, "untouched": rows, "replayed": graphs, "read": tables}, indent=1) + "\n")
-    moved = [row for row in rows if row["inside"] > row["twice"]]
-    other = [row for row in graphs if row["text"] or row["statistics"] or not row["replays"]]
-    wrong = [row for row in tables if any(isinstance(x, float) and not x <= BOUND for x in row.values())]
-    print(
-        f"{len(moved)} of {len(rows)} untouched runs moved, {len(other)} of {len(graphs)} replayed ones are others, "
-        f"{len(wrong)} of {len(tables)} types wrong",
-        *moved,
-        *other,
-        *wrong,
-        sep="\n",
-    )
-    return 1 if moved or other or wrong else 0
+        what = "models" if args.parts == list(PARTS) else "-".join(args.parts)
+        place = args.out / f"{device.lower().replace(' ', '-')}-{what}.json"
+        place.write_text(json.dumps(made, indent=1) + "\n")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
