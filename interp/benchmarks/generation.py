@@ -10,7 +10,7 @@ ratios to untraced, in wall time on a card and in processor time of one thread w
 "attached" is a handler that does nothing in every layer, "idle" one that is concerned with none. ``thin`` is
 SmolLM2-135M's depth and heads, eight numbers a head: the interpreter runs the same lines, and arithmetic does not hide
 them. With ``--cache static`` on a card ``generate`` compiles the untraced step and captures it in CUDA graphs; an
-attached block runs it as plain Python.
+attached block runs it as plain Python, but for steps that are only traced, which become graphs of ours.
 """
 
 from __future__ import annotations

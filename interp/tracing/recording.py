@@ -30,6 +30,9 @@ def trace(
     Row statistics of a megabyte or more leave a GPU for (pinned) host memory as they are made, so that a long text
     needs no more of the card than untraced; the host needs room for the record twice.
 
+    Steps of ``generate`` over a static cache run as CUDA graphs where this block alone is on the model and the statistics
+    are rows of LogSumExp, MaxLogit, Entropy, SinkMass, SpanMass or TopKeys (``headscope.interp.tracing.step_graphs``).
+
     Args:
         model: load_model's result or a Hugging Face model.
         statistics: declarations from ``headscope.interp.statistics``: one or several, also by class (``Entropy``) or

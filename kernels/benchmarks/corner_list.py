@@ -1,6 +1,6 @@
 """The rows of ``corners`` in the order in which they are timed, and other tiles of their kernels.
 
-Tiles that were swept before and lost are in ``results/h200-corners.json``.
+Tiles that were swept and lost are in ``results/h200-tiles.json``, the sweep's part of a run of all rows.
 """
 
 from __future__ import annotations

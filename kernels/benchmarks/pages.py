@@ -100,8 +100,8 @@ def _lengths(result: Result) -> list[str]:
     return lines
 
 
-def _corners_title(_: Result) -> str:
-    return "Corners in which a kernel could be slow"
+def _corners_title(result: Result) -> str:
+    return "Some of them, alone" if "--rows" in result["command"] else "Corners in which a kernel could be slow"
 
 
 def _corners(result: Result) -> list[str]:
