@@ -49,6 +49,7 @@ def _values(pieces: Sequence[Piece], statistic: str, name: str) -> list[tuple[tu
     found = []
     for piece in pieces:
         value = piece.values[BLOCK][name].cpu().numpy()
+        assert piece.places is not None
         place = piece.places[statistic]
         found.append((tuple(slice(at, at + n) for at, n in zip(place, value.shape[2:], strict=False)), value))
     return found

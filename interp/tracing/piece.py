@@ -44,24 +44,26 @@ class Where:
         return rows + self.offset
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Piece:
     """What one attention call leaves: values by kind and name.
 
     ``parts``: those of statistics of keys, by the statistic's first variable and name; ``places``: where a statistic of
-    blocks begins.
+    blocks begins. A token that is generated leaves one in every layer, and Python's collector looks at each dict and
+    object that stays: there is none without need.
     """
 
     layer: int
     where: Where
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parts: dict[str, dict[str, Tensor]] | None = None
+    places: dict[str, tuple[int, int]] | None = None
 
     def keep(self, statistic: Statistic, values: dict[str, Tensor], copies: HostCopies) -> None:
         """Keep what a statistic made of the call: large values of rows and blocks in host memory, once ``copies`` are
         there, the others on the layer's device."""
         if isinstance(statistic, KeyStatistic):
+            self.parts = self.parts or {}
             self.parts[statistic.recorded[0]] = {name: owned(value) for name, value in values.items()}
             return
         found = self.values.setdefault(statistic.kind, {})

@@ -30,7 +30,7 @@ def trace(
     Row statistics of a megabyte or more leave a GPU for (pinned) host memory as they are made, so that a long text
     needs no more of the card than untraced; the host needs room for the record twice.
 
-    Steps of ``generate`` over a static cache run as CUDA graphs where this block alone is on the model and the statistics
+    Steps of ``generate`` over a static cache run as CUDA graphs where this block alone is on the model and statistics
     are rows of LogSumExp, MaxLogit, Entropy, SinkMass, SpanMass or TopKeys (``headscope.interp.tracing.step_graphs``).
 
     Args:

@@ -49,7 +49,7 @@ class Rooms:
         """
         if not self.idles(call):
             return
-        parts = {name: next(iter(parts.values())) for name, parts in piece.parts.items() if parts}
+        parts = {name: next(iter(parts.values())) for name, parts in (piece.parts or {}).items() if parts}
         for name, value in {**piece.values.get(ROW, {}), **parts}.items():
             if value.nbytes >= LARGE:
                 layers = tower_size(of.model, of.tower).heads if of.layers is None else of.layers

@@ -103,12 +103,12 @@ class Session:
 
     def _merge(self, piece: Piece) -> None:
         """Take out of a piece what passes share: sums over queries, and outputs at chosen positions."""
+        parts, piece.parts = piece.parts or {}, None  # as long as the text
         for statistic in self.statistics:
-            if isinstance(statistic, KeyStatistic) and statistic.recorded[0] in piece.parts:
+            if isinstance(statistic, KeyStatistic) and statistic.recorded[0] in parts:
                 held = self._keys.setdefault(piece.layer, {}).setdefault(statistic.recorded[0], {})
-                for part, value in piece.parts[statistic.recorded[0]].items():
+                for part, value in parts[statistic.recorded[0]].items():
                     held[part] = _merged(statistic, part, held.get(part), value, piece.where.key_offset)
-        piece.parts.clear()  # as long as the text
         if OUTPUT in piece.values:
             self._outputs.setdefault(piece.layer, {}).update(piece.values.pop(OUTPUT))
 

@@ -71,7 +71,8 @@ class Tracer(Handler):
         self._reads: dict[str, bool] = {}
         self._times: dict[int, int] = {}
         self._heap, self._host_copies, self._caches, self._decoder = Heap(), HostCopies(), Caches(), DecoderPosition()
-        self._pass: list[tuple[Answer, Piece]] = []
+        self._pass: list[Piece] = []
+        self._answers: list[Answer] = []  # of each of them
         self._running, self._passes = False, 0  # how many passes ended
         self.boundary: int | None = None  # where the prompt ends of what `generate` reads
         self._repeats: Repeats | None = None
@@ -117,6 +118,7 @@ class Tracer(Handler):
         self._running = False
         self._stream.abort_forward()
         self._pass.clear()
+        self._answers.clear()
         self._keep_pass()
         self._sessions = [session for session in self._sessions if session.continues]
 
@@ -154,7 +156,8 @@ class Tracer(Handler):
             self._times[call.layer] = 1
         if answer is None:
             return None
-        self._pass.append((answer, Piece(call.layer, answer.where)))
+        self._answers.append(answer)
+        self._pass.append(Piece(call.layer, answer.where))
         return answer.asked
 
     def _answer(self, call: AttentionCall) -> Answer | None:
@@ -176,7 +179,7 @@ class Tracer(Handler):
     @without_gradients
     def observe(self, call: AttentionCall, reduced: Reduced) -> None:
         """Store this call's statistics: large ones of rows in host memory, the others on the layer's device."""
-        answer, piece = self._pass[-1]
+        answer, piece = self._answers[-1], self._pass[-1]
         _, readers, rows = answer.planned
         for statistic, reader in readers:
             if statistic.kind == ROW and rows is not None and rows.numel() == 0:
@@ -184,7 +187,7 @@ class Tracer(Handler):
             values = statistic.measure(call, reduced, rows) if isinstance(statistic, CallStatistic) else reader(reduced)
             piece.keep(statistic, values, self._host_copies)
             if isinstance(statistic, BlockStatistic):
-                piece.places[statistic.recorded[0]] = statistic.place(call)
+                piece.places = {**(piece.places or {}), statistic.recorded[0]: statistic.place(call)}
         if len(self._pass) == 1 and self.boundary is None and not answer.session.continues:
             answer.session.rooms.prepare(call, piece, self)
         self._heap.called(piece.where.shape[0] * piece.where.shape[2], call.query.device)
@@ -211,7 +214,7 @@ class Tracer(Handler):
     @property
     def last_pass(self) -> list[Piece]:
         """What the calls of the pass that runs, or ran last, have left."""
-        return [piece for _, piece in self._pass]
+        return self._pass.copy()
 
     @property
     def continues(self) -> bool:
@@ -234,16 +237,17 @@ class Tracer(Handler):
 
     def _keep_pass(self) -> None:
         """The pass came to its end: what it recorded becomes part of the record."""
-        done, self._pass = self._pass, []
+        (pieces, self._pass), (answers, self._answers) = (self._pass, []), (self._answers, [])
         for held in (self._plans, self._alike, self._times):
             held.clear()
-        if done and all(answer is done[0][0] for answer, _ in done):  # nearly always
-            done[0][0].session.add([piece for _, piece in done])
+        if answers and all(answer is answers[0] for answer in answers):  # nearly always
+            answers[0].session.add(pieces)
             return
-        kinds = layer_groups.by_layer_group([(answer.session, piece) for answer, piece in done])
+        done = [(answer.session, piece) for answer, piece in zip(answers, pieces, strict=True)]
+        kinds = layer_groups.by_layer_group(done)
         if len(kinds) < 2:
-            for answer, piece in done:
-                answer.session.add([piece])
+            for session, piece in done:
+                session.add([piece])
             return
         layer_groups.check_no_cache(kinds, cached=self._cache is not None)
         self._sessions.clear()
@@ -292,5 +296,5 @@ class Tracer(Handler):
         """Forget everything recorded."""
         self._stream.clear()
         self._repeats = None
-        for held in (self._pass, self._alike, self._sessions, self._finished):
+        for held in (self._pass, self._answers, self._alike, self._sessions, self._finished):
             held.clear()
