@@ -38,10 +38,13 @@ class Term:
        weight of f - 1 of the score, which is rounded where s is: a factor of 1e-3 keeps s to 1e-7 |s|, not to 1e-10.
     3. A key that is hidden before stays hidden. -inf in the tables of ``of="one"`` hides a key, for good, wherever the
        product of w's other factors is above 0, however little, and changes nothing elsewhere.
+       [OURS] Another factor of -inf counts as above 0.
     4. [OURS] So that no engine meets infinities or what rounds to them: a table's number of -1e29 or less counts as
        -inf, another beyond 1e9 in size as 1e9 with its sign (as -inf does in the tables of other g, where it hides
        nothing); a score of -1e29 or less hides its key, and one of 1e29 or more counts as 1e29. Kernels take the scores
        that the model itself computes to be within 1e19, and distances to be within 2^26 tokens.
+    5. Kernels compute masses of columns and targets as exp(s - lse) in float32, right to about |s| 2^-22 of the
+       mass: of scores beyond 1e6 they say nothing, and may be above 1.
 
     What kernels make of a table is kept while the table lives and stays as it is: give a new one rather than change its
     numbers behind torch's back (``.data``, ``from_numpy``).

@@ -54,9 +54,16 @@ def pattern(scores: Scores) -> Tensor:
 
 
 def normalise(s: Tensor, sinks: Tensor | None) -> Tensor:
-    """The softmax of scores ``s`` over keys; empty rows are 0."""
-    lse = log_total(s, sinks)
-    return torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
+    """The softmax of scores ``s`` over keys; empty rows are 0.
+
+    Not exp(s - lse): of two equal scores of 1e29 the lse is 1e29 itself, and both keys would have a mass of 1.
+    """
+    empty = (s == float("-inf")).all(-1, keepdim=True)
+    whole = s.masked_fill(empty, 0.0)
+    if sinks is not None:
+        logit = sinks.to(s.dtype)[None, :, None, None].expand(*s.shape[:-1], 1)
+        whole = torch.cat([whole, logit], dim=-1)
+    return torch.softmax(whole, dim=-1)[..., : s.shape[-1]].masked_fill(empty, 0.0)
 
 
 def log_total(s: Tensor, sinks: Tensor | None) -> Tensor:

@@ -80,6 +80,15 @@ def test_the_gradient_reaches_the_tables_of_a_term() -> None:
     assert torch.autograd.gradcheck(total, torch.randn(1, 1, 6, dtype=torch.float64).requires_grad_())
 
 
+@pytest.mark.parametrize("sinks", [None, torch.tensor([1.0, -2.0])])
+def test_equal_scores_share_a_row_however_large(sinks: torch.Tensor | None) -> None:
+    """Their lse is rounded to themselves; nothing but a shared row is a softmax."""
+    s = torch.full((1, 2, 2, 3), 1e29)
+    s[..., 2], s[:, :, 1] = -torch.inf, -torch.inf
+    expected = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]).expand(1, 2, 2, 3)
+    assert torch.equal(reference.normalise(s, sinks), expected)
+
+
 def test_what_a_term_hides_no_later_one_brings_back() -> None:
     case = random_case("full", batch=1, kv_heads=1, group=1, queries=3, keys=4)
     keys = torch.tensor([[[0.0, -torch.inf, 0.5, -torch.inf]]])
